@@ -1,1 +1,46 @@
-//! stub
+//! What one MSR access of a guest gets.
+//!
+//! This crate is the pure meaning that every other part of msrgate shares: a [`Filter`] says whether the kernel may
+//! answer an access, an [`ActionTable`] says what user space answers where it may not.
+//!
+//! ```text
+//! access ─Filter→ verdict ─┬ allow → the kernel answers ─┬ known → done
+//!                          │                              └ unknown, invalid ┐
+//!                          └ deny ──────────────────────────────── exit ─────┴─ActionTable→ outcome
+//! ```
+//!
+//! ```
+//! use msrgate_core::{Filter, FilterRange, Msr, Op, Ops, Verdict};
+//!
+//! let microcode = FilterRange::new(0x8b, 1, Ops::READ, vec![0])?;
+//! let filter = Filter::new(Verdict::Allow, vec![microcode])?;
+//! assert_eq!(filter.verdict(Msr(0x8b), Op::Read), Verdict::Deny);
+//! assert_eq!(filter.verdict(Msr(0x8b), Op::Write), Verdict::Allow);
+//! # Ok::<(), msrgate_core::FilterError>(())
+//! ```
+//!
+//! Building a filter or a table allocates; asking one never does, and never locks or panics, whatever the guest does.
+//! Nothing here parses text, does I/O or knows of an operating system.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod abi;
+mod access;
+mod action;
+mod bitmap;
+mod event;
+mod exit;
+mod filter;
+mod msr;
+mod table;
+
+pub use access::{Access, Op, Ops};
+pub use action::{Otherwise, ReadAction, WriteAction};
+pub use bitmap::{Candidate, SvmPermissionMap, VmxBitmap};
+pub use event::{Did, Event, Log};
+pub use exit::{Exit, Outcome, Reason, Reasons};
+pub use filter::{Decider, Filter, FilterError, FilterRange, Verdict};
+pub use msr::{Msr, MsrRange};
+pub use table::{ActionTable, Answer, Backing, Entry, TableError, VcpuState, Why};

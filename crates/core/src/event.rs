@@ -1,0 +1,143 @@
+//! The record of one access.
+
+use core::fmt;
+
+use crate::{Msr, Op, Reason, Why};
+
+/// How much of a rule's accesses is logged.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Log {
+    /// Nothing.
+    None,
+    /// Each access.
+    All,
+    /// The first of each MSR and direction.
+    First,
+    /// At most this many a second.
+    PerSecond(u32),
+}
+
+/// What was done with an access: an action, or what came of it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum Did {
+    /// The kernel answered.
+    Allow,
+    /// The policy says to fault.
+    Deny,
+    /// Read as zero.
+    Zero,
+    /// Read as a fixed value.
+    Value,
+    /// Answered from, or kept in, the vCPU's shadow register.
+    Shadow,
+    /// Passed on to the kernel's register through a mask.
+    Mask,
+    /// Read from the physical CPU.
+    Host,
+    /// Answered by a named handler.
+    Handler,
+    /// The write went nowhere.
+    Ignore,
+    /// Written, the value being one of those allowed.
+    Only,
+    /// Written, for the first and last time.
+    Once,
+    /// Passed on to the kernel's register as the host would.
+    Pass,
+    /// Faulted although the policy does not say `deny`; [`Event::why`] tells.
+    Fault,
+}
+
+impl Did {
+    const ALL: [Did; 13] = [
+        Did::Allow,
+        Did::Deny,
+        Did::Zero,
+        Did::Value,
+        Did::Shadow,
+        Did::Mask,
+        Did::Host,
+        Did::Handler,
+        Did::Ignore,
+        Did::Only,
+        Did::Once,
+        Did::Pass,
+        Did::Fault,
+    ];
+
+    /// The word that policies, traces and JSON use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Did::Allow => "allow",
+            Did::Deny => "deny",
+            Did::Zero => "zero",
+            Did::Value => "value",
+            Did::Shadow => "shadow",
+            Did::Mask => "mask",
+            Did::Host => "host",
+            Did::Handler => "handler",
+            Did::Ignore => "ignore",
+            Did::Only => "only",
+            Did::Once => "once",
+            Did::Pass => "pass",
+            Did::Fault => "fault",
+        }
+    }
+
+    /// From the word; `None` for another.
+    pub fn from_name(name: &str) -> Option<Did> {
+        Did::ALL.into_iter().find(|did| did.name() == name)
+    }
+
+    /// Whether the guest got #GP.
+    pub const fn is_fault(self) -> bool {
+        matches!(self, Did::Deny | Did::Fault)
+    }
+}
+
+impl fmt::Display for Did {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// The record of one access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Event {
+    /// Nanoseconds since an arbitrary start.
+    pub t: u64,
+    /// Which VM of the process, counted from 0.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub vcpu: u32,
+    /// The direction.
+    pub op: Op,
+    /// The register.
+    pub msr: Msr,
+    /// What the read got or the write gave; 0 for a read that faulted.
+    pub value: u64,
+    /// Why the kernel handed it to user space; `None` where it did not.
+    pub reason: Option<Reason>,
+    /// What was done.
+    pub did: Did,
+    /// Why it faulted where the policy does not say `deny`.
+    pub why: Option<Why>,
+    /// The rule that decided, counted from 0; `None` for the default.
+    pub rule: Option<u32>,
+    /// The guest's instruction pointer, where it is known.
+    pub rip: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_word_of_what_was_done_reads_back() {
+        for did in Did::ALL {
+            assert_eq!(Did::from_name(did.name()), Some(did));
+        }
+        assert_eq!(Did::from_name("passed"), None);
+    }
+}

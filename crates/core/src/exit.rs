@@ -1,0 +1,133 @@
+//! An access that the kernel hands to user space, and what user space answers.
+
+use core::fmt;
+
+use crate::Access;
+
+/// Why the kernel hands an access to user space; the bits of `kvm_run.msr.reason`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Reason {
+    /// `KVM_MSR_EXIT_REASON_INVAL`: the kernel knows the MSR and refuses the access.
+    Invalid = 1,
+    /// `KVM_MSR_EXIT_REASON_UNKNOWN`: the kernel does not know the MSR.
+    Unknown = 2,
+    /// `KVM_MSR_EXIT_REASON_FILTER`: the filter denies the access.
+    Filter = 4,
+}
+
+impl Reason {
+    /// All three, in the order of their bits.
+    pub const ALL: [Reason; 3] = [Reason::Invalid, Reason::Unknown, Reason::Filter];
+
+    /// From the kernel's number; `None` for one that is not exactly one known bit.
+    pub const fn from_bits(bits: u32) -> Option<Reason> {
+        match bits {
+            1 => Some(Reason::Invalid),
+            2 => Some(Reason::Unknown),
+            4 => Some(Reason::Filter),
+            _ => None,
+        }
+    }
+
+    /// The word that traces and JSON use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Reason::Invalid => "invalid",
+            Reason::Unknown => "unknown",
+            Reason::Filter => "filter",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A set of reasons: the argument of `KVM_CAP_X86_USER_SPACE_MSR`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Reasons(u32);
+
+impl Reasons {
+    /// No access is handed to user space.
+    pub const NONE: Reasons = Reasons(0);
+    /// All three.
+    pub const ALL: Reasons = Reasons(7);
+
+    /// The set of one reason.
+    pub const fn of(reason: Reason) -> Reasons {
+        Reasons(reason as u32)
+    }
+
+    /// From the capability's argument; `None` where a bit is set that no reason has. The whole 64 bits count, as in
+    /// the kernel.
+    pub const fn from_bits(bits: u64) -> Option<Reasons> {
+        if bits <= 7 { Some(Reasons(bits as u32)) } else { None }
+    }
+
+    /// The capability's argument.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether `reason` is in the set.
+    pub const fn contains(self, reason: Reason) -> bool {
+        self.0 & reason as u32 != 0
+    }
+
+    /// The reasons of either set.
+    #[must_use]
+    pub const fn union(self, other: Reasons) -> Reasons {
+        Reasons(self.0 | other.0)
+    }
+
+    /// The reasons of the set, in the order of their bits.
+    pub fn iter(self) -> impl Iterator<Item = Reason> {
+        Reason::ALL.into_iter().filter(move |reason| self.contains(*reason))
+    }
+}
+
+/// An access that waits for user space.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Exit {
+    /// What the guest tries.
+    pub access: Access,
+    /// Why the kernel does not answer it.
+    pub reason: Reason,
+}
+
+/// What user space answers.
+///
+/// A read that is done without a value, or a write that gets one, cannot be told apart from a mistake: whoever carries
+/// an outcome out faults the guest then.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Outcome {
+    /// The read gets this value.
+    Value(u64),
+    /// The write is done.
+    Done,
+    /// The guest gets #GP(0).
+    Fault,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_exactly_one_known_bit() {
+        for bits in 0..64 {
+            let expected = Reason::ALL.into_iter().find(|reason| *reason as u32 == bits);
+            assert_eq!(Reason::from_bits(bits), expected);
+        }
+    }
+
+    #[test]
+    fn a_mask_with_an_unknown_bit_is_no_mask() {
+        for bit in 0..64 {
+            assert_eq!(Reasons::from_bits(1 << bit).is_some(), bit < 3, "bit {bit}");
+        }
+    }
+}

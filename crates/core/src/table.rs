@@ -1,0 +1,535 @@
+//! What user space answers to an exit.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::{Access, Did, Exit, Log, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, Reason, WriteAction};
+
+/// What the accesses of a range of MSRs get.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Entry<A> {
+    /// The MSRs.
+    pub range: MsrRange,
+    /// What they get.
+    pub action: A,
+    /// The rule that says so, counted from 0; `None` for the default.
+    pub rule: Option<u32>,
+    /// How much is logged.
+    pub log: Log,
+}
+
+/// What user space answers to each access that the kernel hands to it.
+///
+/// Sorted and disjoint, for reads and writes apart; an access that the kernel answers has no entry.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ActionTable {
+    reads: Box<[Entry<ReadAction>]>,
+    writes: Box<[Entry<WriteAction>]>,
+    unknown: (ReadAction, WriteAction),
+    invalid: (ReadAction, WriteAction),
+    /// Where each MSR with a state of its own keeps it in [`VcpuState::cells`].
+    spans: Box<[Span]>,
+    /// Whether `unknown` or `invalid` keeps shadows of MSRs that no entry names.
+    spare: bool,
+}
+
+/// The state of the MSRs of a range lies in consecutive cells from `cell` on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Span {
+    range: MsrRange,
+    cell: usize,
+}
+
+impl ActionTable {
+    /// The most MSRs of one table that may keep a state for each vCPU: what 16 ranges of a filter can cover.
+    pub const MAX_CELLS: u64 = crate::abi::MAX_RANGES as u64 * crate::abi::MAX_RANGE_MSRS as u64;
+
+    /// Shadows of MSRs that no entry names, which a vCPU has room for.
+    pub const SPARE_CELLS: usize = 256;
+
+    /// The only way in: `reads` and `writes` sorted and disjoint, and room for their state.
+    ///
+    /// `unknown` and `invalid` are what an access gets that the filter allows and the kernel then does not know or
+    /// refuses; `Deny` in both directions leaves such an access to the kernel.
+    pub fn new(
+        reads: Vec<Entry<ReadAction>>,
+        writes: Vec<Entry<WriteAction>>,
+        unknown: (ReadAction, WriteAction),
+        invalid: (ReadAction, WriteAction),
+    ) -> Result<ActionTable, TableError> {
+        sorted(&reads)?;
+        sorted(&writes)?;
+        let keeps = [&unknown, &invalid];
+        let spare = keeps
+            .iter()
+            .any(|(read, write)| matches!(read, ReadAction::Shadow(_)) || matches!(write, WriteAction::Shadow));
+        let mut ranges: Vec<MsrRange> = Vec::new();
+        ranges.extend(
+            reads
+                .iter()
+                .filter(|entry| matches!(entry.action, ReadAction::Shadow(_)))
+                .map(|entry| entry.range),
+        );
+        ranges.extend(
+            writes
+                .iter()
+                .filter(|entry| matches!(entry.action, WriteAction::Shadow | WriteAction::Once))
+                .map(|entry| entry.range),
+        );
+        ranges.sort_unstable();
+        let mut spans: Vec<Span> = Vec::new();
+        let mut cells: u64 = 0;
+        for range in ranges {
+            // What an earlier range already covers has its cells.
+            let first = spans.last().map_or(Some(range.first()), |span| {
+                Some(range.first().max(Msr(span.range.last().0.checked_add(1)?)))
+            });
+            let Some(rest) = first.and_then(|first| MsrRange::new(first, range.last())) else {
+                continue;
+            };
+            let cell = usize::try_from(cells).map_err(|_| TableError::TooManyCells)?;
+            cells += rest.len();
+            if cells > Self::MAX_CELLS {
+                return Err(TableError::TooManyCells);
+            }
+            spans.push(Span { range: rest, cell });
+        }
+        Ok(ActionTable {
+            reads: reads.into(),
+            writes: writes.into(),
+            unknown,
+            invalid,
+            spans: spans.into(),
+            spare,
+        })
+    }
+
+    /// The entries of reads.
+    pub fn reads(&self) -> &[Entry<ReadAction>] {
+        &self.reads
+    }
+
+    /// The entries of writes.
+    pub fn writes(&self) -> &[Entry<WriteAction>] {
+        &self.writes
+    }
+
+    /// What a read and a write get that the kernel does not know.
+    pub fn unknown(&self) -> &(ReadAction, WriteAction) {
+        &self.unknown
+    }
+
+    /// What a read and a write get that the kernel refuses.
+    pub fn invalid(&self) -> &(ReadAction, WriteAction) {
+        &self.invalid
+    }
+
+    /// Whether the table says what an access gets that the filter denies.
+    pub fn decides(&self, msr: Msr, op: Op) -> bool {
+        match op {
+            Op::Read => find(&self.reads, msr).is_some(),
+            Op::Write => find(&self.writes, msr).is_some(),
+        }
+    }
+
+    /// The names of all handlers that an exit may ask.
+    pub fn handlers(&self) -> impl Iterator<Item = &str> {
+        let reads = self.reads.iter().map(|entry| &entry.action);
+        let writes = self.writes.iter().map(|entry| &entry.action);
+        let reads = reads
+            .chain([&self.unknown.0, &self.invalid.0])
+            .filter_map(|action| match action {
+                ReadAction::Handler(name) => Some(&**name),
+                _ => None,
+            });
+        let writes = writes
+            .chain([&self.unknown.1, &self.invalid.1])
+            .filter_map(|action| match action {
+                WriteAction::Handler(name) => Some(&**name),
+                _ => None,
+            });
+        reads.chain(writes)
+    }
+
+    /// The state of a new vCPU. Allocates all that its accesses will need.
+    pub fn vcpu_state(&self) -> VcpuState {
+        let cells = self
+            .spans
+            .last()
+            .map_or(0, |span| span.cell + span.range.len() as usize);
+        VcpuState {
+            cells: vec![Cell::default(); cells].into(),
+            spare: vec![(Msr::MIN, 0); if self.spare { Self::SPARE_CELLS } else { 0 }].into(),
+            spare_used: 0,
+            answering: false,
+        }
+    }
+
+    /// What an exit gets. Never allocates, locks or panics, as far as `backing` does not.
+    ///
+    /// Fails closed: what no entry names, and what an action cannot do, faults.
+    pub fn answer(&self, exit: Exit, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
+        if state.answering {
+            // A handler that got back here would answer for an access that is already being answered.
+            return Answer::fault(Why::ReEntered, None);
+        }
+        state.answering = true;
+        let answer = match exit.access {
+            Access::Read { msr } => self.answer_read(msr, exit.reason, state, backing),
+            Access::Write { msr, value } => self.answer_write(msr, value, exit.reason, state, backing),
+        };
+        state.answering = false;
+        answer
+    }
+
+    fn answer_read(&self, msr: Msr, reason: Reason, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
+        let (action, rule, log) = match reason {
+            Reason::Filter => match find(&self.reads, msr) {
+                Some(entry) => (&entry.action, entry.rule, entry.log),
+                None => return Answer::fault(Why::NoRule, None),
+            },
+            Reason::Unknown => (&self.unknown.0, None, Log::None),
+            Reason::Invalid => (&self.invalid.0, None, Log::None),
+        };
+        let result = match action {
+            ReadAction::Deny => {
+                return Answer {
+                    outcome: Outcome::Fault,
+                    did: Did::Deny,
+                    why: None,
+                    rule,
+                    log,
+                };
+            }
+            ReadAction::Allow => Err(Why::NoRule),
+            ReadAction::Value(value) => Ok(*value),
+            ReadAction::Shadow(initial) => Ok(self.shadow(msr, state).unwrap_or(*initial)),
+            ReadAction::Mask { keep, set } => backing.kernel_read(msr).map(|value| value & keep | set),
+            ReadAction::Host => backing.host_read(msr),
+            ReadAction::Handler(name) => backing.handler_read(name, msr),
+        };
+        match result {
+            Ok(value) => Answer {
+                outcome: Outcome::Value(value),
+                did: action.did(),
+                why: None,
+                rule,
+                log,
+            },
+            Err(why) => Answer {
+                log,
+                ..Answer::fault(why, rule)
+            },
+        }
+    }
+
+    fn answer_write(
+        &self,
+        msr: Msr,
+        value: u64,
+        reason: Reason,
+        state: &mut VcpuState,
+        backing: &mut impl Backing,
+    ) -> Answer {
+        let (action, rule, log) = match reason {
+            Reason::Filter => match find(&self.writes, msr) {
+                Some(entry) => (&entry.action, entry.rule, entry.log),
+                None => return Answer::fault(Why::NoRule, None),
+            },
+            Reason::Unknown => (&self.unknown.1, None, Log::None),
+            Reason::Invalid => (&self.invalid.1, None, Log::None),
+        };
+        let result = match action {
+            WriteAction::Deny => {
+                return Answer {
+                    outcome: Outcome::Fault,
+                    did: Did::Deny,
+                    why: None,
+                    rule,
+                    log,
+                };
+            }
+            WriteAction::Allow => Err(Why::NoRule),
+            WriteAction::Ignore => Ok(()),
+            WriteAction::Shadow => self.keep(msr, value, state),
+            WriteAction::Mask { may_change, otherwise } => backing.kernel_read(msr).and_then(|old| {
+                if *otherwise == Otherwise::Deny && (old ^ value) & !may_change != 0 {
+                    return Err(Why::BitsLocked);
+                }
+                backing.kernel_write(msr, old & !may_change | value & may_change)
+            }),
+            WriteAction::Only(values) if values.contains(&value) => backing.kernel_write(msr, value),
+            WriteAction::Only(_) => Err(Why::ValueNotListed),
+            WriteAction::Once => self.write_once(msr, value, state, backing),
+            WriteAction::Handler(name) => backing.handler_write(name, msr, value),
+        };
+        match result {
+            Ok(()) => Answer {
+                outcome: Outcome::Done,
+                did: action.did(),
+                why: None,
+                rule,
+                log,
+            },
+            Err(why) => Answer {
+                log,
+                ..Answer::fault(why, rule)
+            },
+        }
+    }
+
+    /// The cell of an MSR that an entry gives a state.
+    fn cell(&self, msr: Msr) -> Option<usize> {
+        let after = self.spans.partition_point(|span| span.range.first() <= msr);
+        let span = self.spans.get(after.checked_sub(1)?)?;
+        let distance = msr.0.checked_sub(span.range.first().0)?;
+        span.range.contains(msr).then_some(span.cell + distance as usize)
+    }
+
+    fn shadow(&self, msr: Msr, state: &VcpuState) -> Option<u64> {
+        match self.cell(msr) {
+            Some(cell) => state.cells.get(cell)?.shadow,
+            None => {
+                let used = state.spare.get(..state.spare_used)?;
+                used.iter().find(|(kept, _)| *kept == msr).map(|(_, value)| *value)
+            }
+        }
+    }
+
+    fn keep(&self, msr: Msr, value: u64, state: &mut VcpuState) -> Result<(), Why> {
+        if let Some(cell) = self.cell(msr) {
+            let cell = state.cells.get_mut(cell).ok_or(Why::ShadowFull)?;
+            cell.shadow = Some(value);
+            return Ok(());
+        }
+        let used = state.spare_used;
+        let known = state.spare.iter().take(used).position(|(kept, _)| *kept == msr);
+        let slot = state.spare.get_mut(known.unwrap_or(used)).ok_or(Why::ShadowFull)?;
+        *slot = (msr, value);
+        state.spare_used = used.max(known.unwrap_or(used) + 1);
+        Ok(())
+    }
+
+    fn write_once(&self, msr: Msr, value: u64, state: &mut VcpuState, backing: &mut impl Backing) -> Result<(), Why> {
+        let cell = self
+            .cell(msr)
+            .and_then(|cell| state.cells.get_mut(cell))
+            .ok_or(Why::ShadowFull)?;
+        if cell.written {
+            return Err(Why::AlreadyWritten);
+        }
+        backing.kernel_write(msr, value)?;
+        cell.written = true;
+        Ok(())
+    }
+}
+
+fn sorted<A>(entries: &[Entry<A>]) -> Result<(), TableError> {
+    let pairs = entries.iter().zip(entries.iter().skip(1));
+    for (a, b) in pairs {
+        if a.range.last() >= b.range.first() {
+            return Err(TableError::NotSorted { msr: b.range.first() });
+        }
+    }
+    Ok(())
+}
+
+#[inline]
+fn find<A>(entries: &[Entry<A>], msr: Msr) -> Option<&Entry<A>> {
+    let after = entries.partition_point(|entry| entry.range.first() <= msr);
+    entries
+        .get(after.checked_sub(1)?)
+        .filter(|entry| entry.range.contains(msr))
+}
+
+/// What the actions of one vCPU remember: shadow registers, and which MSRs have had their one write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VcpuState {
+    cells: Box<[Cell]>,
+    spare: Box<[(Msr, u64)]>,
+    spare_used: usize,
+    answering: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Cell {
+    shadow: Option<u64>,
+    written: bool,
+}
+
+impl VcpuState {
+    /// The state that a vCPU has under `next` after it ran under `table` with this one: MSRs that keep a state under
+    /// both keep what they hold.
+    #[must_use]
+    pub fn carried(&self, table: &ActionTable, next: &ActionTable) -> VcpuState {
+        let mut state = next.vcpu_state();
+        for span in &next.spans {
+            for (msr, cell) in span.range.iter().zip(span.cell..) {
+                let kept = table.cell(msr).and_then(|cell| self.cells.get(cell));
+                if let (Some(kept), Some(cell)) = (kept, state.cells.get_mut(cell)) {
+                    *cell = *kept;
+                }
+            }
+        }
+        if next.spare && table.spare {
+            state.spare.clone_from(&self.spare);
+            state.spare_used = self.spare_used;
+        }
+        state
+    }
+}
+
+/// What actions may ask of the world around the guest.
+///
+/// An error says why the guest faults.
+pub trait Backing {
+    /// The value of the kernel's register, as the host reads it (KVM_GET_MSRS).
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why>;
+    /// Writes the kernel's register as the host does (KVM_SET_MSRS).
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why>;
+    /// The physical CPU's value.
+    fn host_read(&mut self, msr: Msr) -> Result<u64, Why>;
+    /// Asks the handler of this name.
+    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, Why>;
+    /// Tells the handler of this name.
+    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), Why>;
+}
+
+/// What an exit gets, and what an event says of it.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// What the guest gets.
+    pub outcome: Outcome,
+    /// What was done.
+    pub did: Did,
+    /// Why it faulted where the policy does not say `deny`.
+    pub why: Option<Why>,
+    /// The rule that decided, counted from 0; `None` for the default.
+    pub rule: Option<u32>,
+    /// How much is logged.
+    pub log: Log,
+}
+
+impl Answer {
+    /// A fault that the policy did not ask for.
+    pub const fn fault(why: Why, rule: Option<u32>) -> Answer {
+        Answer {
+            outcome: Outcome::Fault,
+            did: Did::Fault,
+            why: Some(why),
+            rule,
+            log: Log::None,
+        }
+    }
+}
+
+/// Why an access faulted where the policy does not say `deny`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+#[repr(u8)]
+pub enum Why {
+    /// No rule says what user space answers.
+    NoRule,
+    /// The kernel gave a reason that is not one known bit.
+    UnknownReason,
+    /// The kernel's register could not be read or written.
+    KernelRefused,
+    /// The physical CPU's register could not be read.
+    HostUnreadable,
+    /// A write would change a bit outside `may_change`.
+    BitsLocked,
+    /// The value is none of `only`.
+    ValueNotListed,
+    /// `once`, and it was written before.
+    AlreadyWritten,
+    /// No handler of the name is there.
+    NoHandler,
+    /// The handler answered with a fault.
+    HandlerFault,
+    /// The handler panicked.
+    HandlerPanicked,
+    /// The vCPU was asked to answer while it was answering.
+    ReEntered,
+    /// No room for another shadow register.
+    ShadowFull,
+}
+
+impl Why {
+    const ALL: [Why; 12] = [
+        Why::NoRule,
+        Why::UnknownReason,
+        Why::KernelRefused,
+        Why::HostUnreadable,
+        Why::BitsLocked,
+        Why::ValueNotListed,
+        Why::AlreadyWritten,
+        Why::NoHandler,
+        Why::HandlerFault,
+        Why::HandlerPanicked,
+        Why::ReEntered,
+        Why::ShadowFull,
+    ];
+
+    /// The word that traces and JSON use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Why::NoRule => "no-rule",
+            Why::UnknownReason => "unknown-reason",
+            Why::KernelRefused => "kernel-refused",
+            Why::HostUnreadable => "host-unreadable",
+            Why::BitsLocked => "bits-locked",
+            Why::ValueNotListed => "value-not-listed",
+            Why::AlreadyWritten => "already-written",
+            Why::NoHandler => "no-handler",
+            Why::HandlerFault => "handler-fault",
+            Why::HandlerPanicked => "handler-panicked",
+            Why::ReEntered => "re-entered",
+            Why::ShadowFull => "shadow-full",
+        }
+    }
+
+    /// From the word; `None` for another.
+    pub fn from_name(name: &str) -> Option<Why> {
+        Why::ALL.into_iter().find(|why| why.name() == name)
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Why entries are not a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum TableError {
+    /// An entry starts before the one ahead of it ends.
+    NotSorted {
+        /// Where the later entry starts.
+        msr: Msr,
+    },
+    /// More MSRs are to keep a state than [`ActionTable::MAX_CELLS`].
+    TooManyCells,
+}
+
+impl fmt::Display for TableError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TableError::NotSorted { msr } => write!(f, "the entry at {msr} is out of order"),
+            TableError::TooManyCells => write!(
+                f,
+                "more than {} MSRs would keep a state for each vCPU (`shadow` or `once`)",
+                ActionTable::MAX_CELLS
+            ),
+        }
+    }
+}
+
+impl core::error::Error for TableError {}
+
+#[cfg(test)]
+mod tests;
