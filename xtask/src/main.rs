@@ -1,2 +1,58 @@
-//! stub
-fn main() {}
+//! The project's own chores, run as `cargo xtask NAME`.
+//!
+//! - `test` is what continuous integration runs: formatting, lints, tests, documentation, the build
+//!   without std, licences, and the tests that need a live KVM, in every lane that this machine has.
+//! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
+//!   on a machine that needs no virtualization of its own.
+#![forbid(unsafe_code)]
+
+mod test;
+
+mod binary;
+mod no_std;
+
+mod lane;
+
+mod intel;
+mod nested;
+
+mod initramfs;
+mod kernel;
+mod package;
+mod process;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own chores")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Run every check and test; the last line counts them
+    Test(test::Arguments),
+    /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
+    Nested(lane::NestedArguments),
+    /// Run a command on a Debian kernel with kvm_intel, inside Bochs
+    Intel(lane::IntelArguments),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().chore {
+        Chore::Test(arguments) => test::main(&arguments),
+        Chore::Nested(arguments) => lane::main(lane::Lane::Nested, &arguments.into()),
+        Chore::Intel(arguments) => lane::main(lane::Lane::Intel, &arguments.into()),
+    }
+}
+
+/// The workspace's root.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}

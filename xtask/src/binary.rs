@@ -1,0 +1,239 @@
+//! Test binaries: those that cargo built, and what a run of one says.
+//!
+//! Tests that need a live KVM are the integration tests whose names start with `live`. Such a test
+//! prints `skipped: ` and a reason where it cannot run. They run in the lanes and nowhere else.
+
+use std::ops::AddAssign;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::process;
+
+/// An executable that cargo built from a package of this workspace.
+pub(crate) struct Binary {
+    /// The package and the target, as in `msrgate-kvm::live_filter`.
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
+    /// The package's folder, where cargo runs tests.
+    pub(crate) package: PathBuf,
+    kind: Kind,
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Test,
+    LiveTest,
+    Program,
+}
+
+impl Binary {
+    pub(crate) fn live(&self) -> bool {
+        self.kind == Kind::LiveTest
+    }
+
+    pub(crate) fn test(&self) -> bool {
+        self.kind != Kind::Program
+    }
+}
+
+/// The arguments that give every cargo command of the tests the same units to build.
+pub(crate) const SCOPE: [&str; 2] = ["--workspace", "--all-features"];
+
+/// Builds the workspace's tests and the programs that they run.
+///
+/// # Errors
+/// That they do not compile; the compiler has spoken by then.
+pub(crate) fn tests() -> Result<Vec<Binary>, String> {
+    built(&[&["test", "--no-run"], &SCOPE[..]].concat())
+}
+
+/// Builds the command as it is released.
+///
+/// # Errors
+/// That it does not compile, or that there is none.
+pub(crate) fn released() -> Result<PathBuf, String> {
+    let programs = built(&["build", "--release", "--package", "msrgate", "--bin", "msrgate"])?;
+    let program = programs.into_iter().next().ok_or("cargo built no msrgate")?;
+    Ok(program.executable)
+}
+
+fn built(arguments: &[&str]) -> Result<Vec<Binary>, String> {
+    let mut command = process::bound("cargo");
+    command.args(arguments).arg("--message-format=json-render-diagnostics");
+    command.current_dir(crate::root()).stderr(Stdio::inherit());
+    let messages = process::output(&mut command)?;
+    Ok(messages.lines().filter_map(binary).collect())
+}
+
+fn binary(message: &str) -> Option<Binary> {
+    let message: Value = serde_json::from_str(message).ok()?;
+    let executable = message.get("executable")?.as_str()?;
+    let package = Path::new(message.get("manifest_path")?.as_str()?).parent()?;
+    let target = message.get("target")?;
+    let name = target.get("name")?.as_str()?;
+    let integration = target.get("kind")?.get(0)?.as_str()? == "test";
+    let test = message.get("profile")?.get("test")?.as_bool()?;
+    let kind = match (test, integration && name.starts_with("live")) {
+        (true, true) => Kind::LiveTest,
+        (true, false) => Kind::Test,
+        (false, _) => Kind::Program,
+    };
+    Some(Binary {
+        name: format!("{}::{name}", package.file_name()?.to_string_lossy()),
+        executable: executable.into(),
+        package: package.to_path_buf(),
+        kind,
+    })
+}
+
+/// How many tests ended in which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl AddAssign for Count {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl std::fmt::Display for Count {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            passed,
+            failed,
+            skipped,
+        } = self;
+        write!(formatter, "{passed} passed, {failed} failed, {skipped} skipped")
+    }
+}
+
+/// Counts what test binaries say when they run with `--show-output`, one after the other.
+///
+/// A test that says that it skips itself has not passed, though its binary counts it so.
+pub(crate) fn counted(text: &str) -> Count {
+    let mut count = Count::default();
+    let mut skips = 0;
+    let mut heading = false;
+    for line in text.lines() {
+        if let Some(result) = line.strip_prefix("test result: ") {
+            count += Count {
+                passed: number_before(result, " passed"),
+                failed: number_before(result, " failed"),
+                skipped: number_before(result, " ignored"),
+            };
+        } else if heading && line.starts_with("skipped: ") {
+            skips += 1;
+        }
+        heading = line.starts_with("---- ") && line.ends_with(" stdout ----");
+    }
+    count.passed = count.passed.saturating_sub(skips);
+    count.skipped += skips;
+    count
+}
+
+/// Counts what `cargo nextest run` sums up: `5 tests run: 4 passed (1 slow), 1 failed, 2 skipped`.
+/// What it calls skipped are also tests that were left out on purpose, so these are not counted.
+pub(crate) fn summed(text: &str) -> Count {
+    let Some(line) = text.lines().rfind(|line| line.trim_start().starts_with("Summary [")) else {
+        return Count::default();
+    };
+    let run = number_before(line, " tests run") + number_before(line, " test run");
+    let passed = number_before(line, " passed");
+    Count {
+        passed,
+        failed: run.saturating_sub(passed),
+        skipped: 0,
+    }
+}
+
+fn number_before(text: &str, word: &str) -> u64 {
+    let Some((before, _)) = text.split_once(word) else {
+        return 0;
+    };
+    let digits = before.len()
+        - before
+            .trim_end_matches(|character: char| character.is_ascii_digit())
+            .len();
+    before.split_at(before.len() - digits).1.parse().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_that_skips_itself_has_not_passed() {
+        let text = "\
+running 3 tests
+test a ... ok
+test b ... ok
+
+successes:
+
+---- a stdout ----
+skipped: no KVM
+
+successes:
+    a
+    b
+
+test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+";
+        assert_eq!(
+            counted(text),
+            Count {
+                passed: 1,
+                failed: 0,
+                skipped: 2
+            }
+        );
+    }
+
+    #[test]
+    fn results_of_several_binaries_add_up() {
+        let text =
+            "test result: ok. 2 passed; 0 failed; 0 ignored\ntest result: FAILED. 10 passed; 3 failed; 0 ignored\n";
+        assert_eq!(
+            counted(text),
+            Count {
+                passed: 12,
+                failed: 3,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn a_summary_of_nextest_is_read() {
+        let text = "     Summary [   0.012s] 25 tests run: 24 passed (1 slow), 1 failed, 2 skipped\n";
+        assert_eq!(
+            summed(text),
+            Count {
+                passed: 24,
+                failed: 1,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn an_integration_test_named_live_is_live_and_a_unit_test_is_not() {
+        let message = |kind: &str, name: &str| {
+            format!(
+                r#"{{"executable":"/t/x","manifest_path":"/w/kvm/Cargo.toml","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":true}}}}"#
+            )
+        };
+        let live = binary(&message("test", "live_filter")).expect("it is a binary");
+        assert!(live.live() && live.name == "kvm::live_filter");
+        assert!(!binary(&message("lib", "lively")).expect("it is a binary").live());
+        assert!(!binary(&message("test", "filter")).expect("it is a binary").live());
+    }
+}

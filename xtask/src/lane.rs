@@ -1,0 +1,565 @@
+//! A lane: a Debian kernel with a real KVM in an emulator, which runs one command and powers off.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+
+use crate::initramfs::Archive;
+use crate::kernel::{self, Kernel, Wanted};
+use crate::{intel, nested, package, process};
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// `kvm_amd` inside QEMU's emulator.
+    Nested,
+    /// `kvm_intel` inside Bochs.
+    Intel,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Series {
+    #[value(name = "6.1")]
+    Linux6_1,
+    #[value(name = "6.12")]
+    Linux6_12,
+}
+
+impl Series {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Linux6_1 => "6.1",
+            Self::Linux6_12 => "6.12",
+        }
+    }
+}
+
+/// What the command sees as its root.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Root {
+    /// A root in memory, with busybox and what --add and --bin name
+    Initramfs,
+    /// This machine's files, by 9p; what the command writes is dropped
+    #[value(name = "9p")]
+    Host,
+}
+
+/// One run.
+pub(crate) struct Job {
+    pub(crate) series: Series,
+    /// Text for `sh -c`.
+    pub(crate) script: String,
+    pub(crate) cpus: u32,
+    pub(crate) mebibytes: u32,
+    /// How long the script may take; booting is not counted.
+    pub(crate) timeout: Duration,
+    pub(crate) root: Root,
+    /// Files or folders: from here, to there.
+    pub(crate) add: Vec<(PathBuf, PathBuf)>,
+    /// Programs to add at their own path, with their shared libraries.
+    pub(crate) programs: Vec<PathBuf>,
+    pub(crate) kvm_parameters: String,
+    pub(crate) vendor_parameters: String,
+    pub(crate) verbose: bool,
+}
+
+/// The script ran.
+pub(crate) struct Done {
+    /// What it wrote, to stdout and stderr together.
+    pub(crate) output: Vec<u8>,
+    /// Its exit status, or nothing where its time ran out.
+    pub(crate) status: Option<u8>,
+    /// What `uname -r` says in the lane.
+    pub(crate) version: String,
+    pub(crate) boot: Duration,
+    pub(crate) wall: Duration,
+}
+
+/// The script did not run, or nobody can tell how it ended.
+pub(crate) enum Failure {
+    /// This machine lacks what the lane needs.
+    Unavailable(String),
+    /// The emulator or its kernel failed, twice.
+    Broken(String),
+}
+
+#[derive(Args)]
+struct CommonArguments {
+    /// Debian's kernel series
+    #[arg(long, default_value = "6.1")]
+    kernel: Series,
+    /// Seconds that the command may take
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    timeout: u64,
+    /// Add a file or folder; DEST is / and its name where not given
+    #[arg(long, value_name = "FILE[:DEST]")]
+    add: Vec<String>,
+    /// Add a program at its own path, with its shared libraries
+    #[arg(long, value_name = "PROGRAM")]
+    bin: Vec<String>,
+    /// Parameters for kvm.ko
+    #[arg(long, default_value = "", value_name = "PARAMETERS")]
+    kvm_params: String,
+    /// Parameters for kvm-amd.ko or kvm-intel.ko
+    #[arg(long, default_value = "", value_name = "PARAMETERS")]
+    vendor_params: String,
+    /// Show the emulator's command and the kernel's console
+    #[arg(short, long)]
+    verbose: bool,
+    /// One word is text for a shell, more are a command and its arguments
+    #[arg(required = true, last = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct NestedArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+    /// Virtual CPUs
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    smp: u32,
+    /// Memory in MiB
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    mem: u32,
+    /// What the command sees as its root
+    #[arg(long, default_value = "9p")]
+    root: Root,
+}
+
+#[derive(Args)]
+pub(crate) struct IntelArguments {
+    #[command(flatten)]
+    common: CommonArguments,
+    /// Memory in MiB
+    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    mem: u32,
+}
+
+impl From<NestedArguments> for Job {
+    fn from(arguments: NestedArguments) -> Self {
+        let NestedArguments { common, smp, mem, root } = arguments;
+        Self {
+            cpus: smp,
+            root,
+            ..job(common, mem)
+        }
+    }
+}
+
+impl From<IntelArguments> for Job {
+    fn from(arguments: IntelArguments) -> Self {
+        job(arguments.common, arguments.mem)
+    }
+}
+
+fn job(arguments: CommonArguments, mebibytes: u32) -> Job {
+    let script = match arguments.command.as_slice() {
+        [text] => text.clone(),
+        words => words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "),
+    };
+    let programs = arguments
+        .bin
+        .iter()
+        .map(|name| package::find(name).unwrap_or(name.into()));
+    Job {
+        series: arguments.kernel,
+        script,
+        cpus: 1,
+        mebibytes,
+        timeout: Duration::from_secs(arguments.timeout),
+        root: Root::Initramfs,
+        add: arguments.add.iter().map(|text| addition(text)).collect(),
+        programs: programs.collect(),
+        kvm_parameters: arguments.kvm_params,
+        vendor_parameters: arguments.vendor_params,
+        verbose: arguments.verbose,
+    }
+}
+
+fn addition(text: &str) -> (PathBuf, PathBuf) {
+    if let Some((from, to)) = text.split_once(':') {
+        return (from.into(), to.into());
+    }
+    let from = PathBuf::from(text);
+    let to = Path::new("/").join(from.file_name().unwrap_or_default());
+    (from, to)
+}
+
+/// A word as a POSIX shell reads it.
+pub(crate) fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// Exits as the command did, with 124 where its time ran out and 125 where the lane failed.
+pub(crate) fn main(lane: Lane, job: &Job) -> ExitCode {
+    match run(lane, job) {
+        Ok(done) => {
+            let _ = io::stdout().write_all(&done.output);
+            let ended = match done.status {
+                Some(status) => format!("exit status {status}"),
+                None => format!("out of time after {} s", job.timeout.as_secs()),
+            };
+            eprintln!(
+                "{}: {}, {ended}; {:.1} s, {:.1} of them to boot",
+                lane.name(),
+                done.version,
+                done.wall.as_secs_f64(),
+                done.boot.as_secs_f64()
+            );
+            ExitCode::from(done.status.unwrap_or(124))
+        }
+        Err(Failure::Unavailable(why)) => {
+            eprintln!("{}: the lane cannot run here: {why}", lane.name());
+            ExitCode::from(125)
+        }
+        Err(Failure::Broken(why)) => {
+            eprintln!("{}: the lane failed: {why}", lane.name());
+            ExitCode::from(125)
+        }
+    }
+}
+
+/// Boots the lane's kernel, trying twice, and runs the job's script in it.
+///
+/// # Errors
+/// Only where the lane fails; a script that fails is a [`Done`].
+pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
+    let cache = crate::root().join("target/lanes");
+    let kernel = prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?;
+    sweep(&cache);
+    let once = || {
+        let folder = RunFolder::create(&cache).map_err(Failure::Broken)?;
+        attempt(lane, job, &kernel, &folder.0).map_err(Failure::Broken)
+    };
+    once().or_else(|failure| {
+        if let Failure::Broken(why) = &failure {
+            eprintln!("{}: trying once more: {why}", lane.name());
+        }
+        once()
+    })
+}
+
+/// Brings what the lane needs and its kernel.
+///
+/// # Errors
+/// What cannot be had, and why.
+pub(crate) fn prepare(lane: Lane, series: Series, cache: &Path) -> Result<Kernel, String> {
+    package::require(kernel::NEEDS)?;
+    package::require(&[("/bin/busybox", "busybox-static")])?;
+    package::require(lane.needs())?;
+    let wanted = Wanted {
+        name: format!("{}-{}", lane.name(), series.name()),
+        series: series.name(),
+        flavour: lane.flavour(),
+        lists: lane.modules(),
+    };
+    kernel::fetch(&wanted, cache)
+}
+
+impl Lane {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Nested => "nested",
+            Self::Intel => "intel",
+        }
+    }
+
+    /// The name of the module that it is there for.
+    pub(crate) fn vendor_module(self) -> &'static str {
+        match self {
+            Self::Nested => "kvm_amd",
+            Self::Intel => "kvm_intel",
+        }
+    }
+
+    fn needs(self) -> &'static [package::Need] {
+        match self {
+            Self::Nested => nested::NEEDS,
+            Self::Intel => intel::NEEDS,
+        }
+    }
+
+    fn flavour(self) -> &'static str {
+        match self {
+            Self::Nested => "amd64",
+            Self::Intel => "cloud-amd64",
+        }
+    }
+
+    fn modules(self) -> &'static [(&'static str, &'static [&'static str])] {
+        match self {
+            Self::Nested => &[
+                ("kvm", &["kvm-amd", "msr"]),
+                ("9p", &["virtio_pci", "9pnet_virtio", "9p", "overlay"]),
+            ],
+            Self::Intel => &[("kvm", &["kvm-intel", "msr"])],
+        }
+    }
+
+    /// How long booting may take on a busy machine before the lane counts as hung.
+    fn boot_limit(self) -> Duration {
+        match self {
+            Self::Nested => Duration::from_secs(60),
+            Self::Intel => Duration::from_secs(180),
+        }
+    }
+
+    /// The emulator's command, with what it reads written to `folder`, where it is run. It writes
+    /// `console`, `output` and `marks` there.
+    fn emulator(self, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Command, String> {
+        match self {
+            Self::Nested => Ok(nested::emulator(job, kernel)),
+            Self::Intel => intel::emulator(job, kernel, folder),
+        }
+    }
+}
+
+/// The kernel's arguments in either lane: no time for mitigations, entropy, audit and self-tests.
+pub(crate) const KERNEL_ARGUMENTS: &str = "console=ttyS0,115200 8250.nr_uarts=4 panic=-1 quiet mitigations=off nokaslr \
+     tsc=reliable no_timer_check random.trust_cpu=on audit=0 cryptomgr.notests raid=noautodetect";
+
+/// One boot. What fails here is the lane.
+fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done, String> {
+    let failed = |error: io::Error| format!("cannot use {}: {error}", folder.display());
+    let began = Instant::now();
+    fs::write(folder.join("initrd"), initrd(lane, job, kernel, folder)?).map_err(failed)?;
+    for port in ["console", "output", "marks"] {
+        File::create(folder.join(port)).map_err(failed)?;
+    }
+    let mut command = lane.emulator(job, kernel, folder)?;
+    if job.verbose {
+        eprintln!("{}: {}", lane.name(), process::shown(&command));
+    }
+    let log = File::create(folder.join("log")).map_err(failed)?;
+    command
+        .current_dir(folder)
+        .stdout(log.try_clone().map_err(failed)?)
+        .stderr(log);
+    let child = command
+        .spawn()
+        .map_err(|error| format!("cannot run {}: {error}", process::shown(&command)))?;
+    let mut emulator = Emulator(child);
+
+    let mut started: Option<Instant> = None;
+    let status = loop {
+        let ended = emulator.0.try_wait().map_err(failed)?.is_some();
+        let marks = Marks::read(&folder.join("marks"));
+        if let Some(why) = marks.failure {
+            return Err(why);
+        }
+        if marks.started && started.is_none() {
+            started = Some(Instant::now());
+        }
+        if let Some(status) = marks.status {
+            // It is about to power off. Where it does not, the mark counts all the same.
+            emulator.wait(Duration::from_secs(10));
+            break Some(status);
+        }
+        if ended {
+            return Err(format!(
+                "the emulator ended without the command's status\n{}",
+                last_words(folder)
+            ));
+        }
+        match started {
+            Some(at) if at.elapsed() > job.timeout => break None,
+            None if began.elapsed() > lane.boot_limit() => {
+                let limit = lane.boot_limit().as_secs();
+                return Err(format!("no boot within {limit} s\n{}", last_words(folder)));
+            }
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    drop(emulator);
+    if job.verbose {
+        eprint!("{}", last_words(folder));
+    }
+    Ok(Done {
+        output: fs::read(folder.join("output")).map_err(failed)?,
+        status,
+        version: kernel.version.clone(),
+        boot: started.map_or(Duration::ZERO, |at| at - began),
+        wall: began.elapsed(),
+    })
+}
+
+/// What init wrote to the third serial port; a line counts once its end is there.
+#[derive(Default)]
+struct Marks {
+    started: bool,
+    status: Option<u8>,
+    failure: Option<String>,
+}
+
+impl Marks {
+    fn read(file: &Path) -> Self {
+        Self::parse(&String::from_utf8_lossy(&fs::read(file).unwrap_or_default()))
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut marks = Self::default();
+        for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            if line == "start" {
+                marks.started = true;
+            } else if let Some(status) = line.strip_prefix("rc=") {
+                marks.status = status.parse().ok();
+            } else if let Some(why) = line.strip_prefix("fail=") {
+                marks.failure = Some(why.to_string());
+            }
+        }
+        marks
+    }
+}
+
+fn last_words(folder: &Path) -> String {
+    let mut words = String::new();
+    for name in ["console", "log", "bochs.log"] {
+        let text = fs::read(folder.join(name)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        for line in lines.iter().skip(lines.len().saturating_sub(12)) {
+            words.push_str(&format!("    {name}: {line}\n"));
+        }
+    }
+    words
+}
+
+/// The first root: busybox, the modules, init, the command, and what the job adds.
+fn initrd(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Vec<u8>, String> {
+    let mut archive = Archive::default();
+    for directory in ["/proc", "/sys", "/dev", "/tmp", "/root"] {
+        archive.directory(Path::new(directory));
+    }
+    archive.copy(Path::new("/bin/busybox"), Path::new("/bin/busybox"))?;
+    archive.copy(&kernel.folder.join("modules"), Path::new("/modules"))?;
+    archive.file(Path::new("/init"), 0o755, include_bytes!("init.sh"));
+
+    let here = env::current_dir().map_err(|error| format!("cannot tell the current folder: {error}"))?;
+    let inside = match job.root {
+        Root::Host => PathBuf::from("/add"),
+        Root::Initramfs => {
+            archive.directory(&here);
+            for name in process::output(Command::new("/bin/busybox").arg("--list"))?.lines() {
+                if name != "busybox" {
+                    archive.link(&Path::new("/bin").join(name), "/bin/busybox");
+                }
+            }
+            PathBuf::from("/")
+        }
+    };
+    let root = match job.root {
+        Root::Host => "9p",
+        Root::Initramfs => "initramfs",
+    };
+    let settings = [
+        ("ROOT", root),
+        ("KVM_PARAMETERS", &job.kvm_parameters),
+        ("VENDOR_PARAMETERS", &job.vendor_parameters),
+        ("MSRGATE_LANE", lane.name()),
+        ("MSRGATE_LANE_KERNEL", job.series.name()),
+        ("MSRGATE_LANE_BOOT", &kernel.folder.to_string_lossy()),
+    ];
+    let settings: String = settings
+        .iter()
+        .map(|(name, value)| format!("export {name}={}\n", quoted(value)))
+        .collect();
+    archive.file(Path::new("/settings"), 0o644, settings.as_bytes());
+    let script = format!("cd {} || exit\n{}\n", quoted(&here.to_string_lossy()), job.script);
+    archive.file(Path::new("/command"), 0o644, script.as_bytes());
+
+    let placed = |to: &Path| inside.join(to.strip_prefix("/").unwrap_or(to));
+    for (from, to) in &job.add {
+        archive.copy(from, &placed(to))?;
+    }
+    for program in &job.programs {
+        let program =
+            fs::canonicalize(program).map_err(|error| format!("no program {}: {error}", program.display()))?;
+        if job.root == Root::Host {
+            continue;
+        }
+        let stripped = folder.join("stripped");
+        process::output(Command::new("objcopy").arg("--strip-debug").args([&program, &stripped]))?;
+        archive.copy(&stripped, &program)?;
+        archive.libraries(&program)?;
+    }
+    Ok(archive.finish())
+}
+
+/// A running emulator, which is gone when this is.
+struct Emulator(Child);
+
+impl Emulator {
+    fn wait(&mut self, limit: Duration) {
+        let began = Instant::now();
+        while began.elapsed() < limit && matches!(self.0.try_wait(), Ok(None)) {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder for one boot, named for this process and removed at the end.
+struct RunFolder(PathBuf);
+
+impl RunFolder {
+    fn create(cache: &Path) -> Result<Self, String> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let folder = cache.join(format!("run-{}-{count}", std::process::id()));
+        fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Removes the folders of runs that were killed.
+fn sweep(cache: &Path) {
+    let Ok(entries) = fs::read_dir(cache) else { return };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_counts_once_its_line_has_ended() {
+        assert_eq!(Marks::parse("start\nrc=1").status, None);
+        assert_eq!(Marks::parse("start\nrc=1\n").status, Some(1));
+        assert!(Marks::parse("start\n").started);
+    }
+
+    #[test]
+    fn a_quoted_word_keeps_its_quotes() {
+        assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+    }
+
+    #[test]
+    fn an_addition_without_a_destination_goes_to_the_root() {
+        assert_eq!(addition("a/b"), ("a/b".into(), "/b".into()));
+        assert_eq!(addition("a/b:/c"), ("a/b".into(), "/c".into()));
+    }
+}

@@ -1,0 +1,34 @@
+//! The nested lane's machine: QEMU's emulator of an AMD CPU with SVM and nested paging.
+
+use std::process::Command;
+
+use crate::kernel::Kernel;
+use crate::lane::{Job, KERNEL_ARGUMENTS, Root};
+use crate::package::Need;
+use crate::process;
+
+pub(crate) const NEEDS: &[Need] = &[("qemu-system-x86_64", "qemu-system-x86")];
+
+/// QEMU's command. `vmlinux` is entered by PVH, which leaves out the kernel's own unpacking.
+pub(crate) fn emulator(job: &Job, kernel: &Kernel) -> Command {
+    let mut command = process::bound("qemu-system-x86_64");
+    command.args(["-accel", "tcg,thread=multi,tb-size=256"]);
+    // microvm boots no faster and has one serial port.
+    command.args(["-M", "pc", "-cpu", "EPYC,+svm,+npt"]);
+    command.args(["-smp", &job.cpus.to_string(), "-m", &job.mebibytes.to_string()]);
+    command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+    command.arg("-kernel").arg(kernel.folder.join("vmlinux"));
+    command.args(["-initrd", "initrd", "-append", KERNEL_ARGUMENTS]);
+    for port in ["console", "output", "marks"] {
+        command.args(["-chardev", &format!("file,id={port},path={port}")]);
+        command.args(["-serial", &format!("chardev:{port}")]);
+    }
+    if job.root == Root::Host {
+        command.args([
+            "-fsdev",
+            "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
+        ]);
+        command.args(["-device", "virtio-9p-pci,fsdev=root,mount_tag=root"]);
+    }
+    command
+}

@@ -1,0 +1,111 @@
+//! Debian packages that the lanes stand on.
+
+use std::env;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::process;
+
+/// A program's name, or an absolute path, and the package that brings it.
+pub(crate) type Need = (&'static str, &'static str);
+
+/// Makes sure that every need is there, installing the packages of those that are not.
+///
+/// # Errors
+/// A sentence that names the packages, where they are missing and cannot be installed.
+pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
+    let missing = |needs: &[Need]| -> Vec<&'static str> {
+        let absent = needs.iter().filter(|(thing, _)| find(thing).is_none());
+        absent.map(|&(_, package)| package).collect()
+    };
+    let packages = missing(needs);
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let wanted = packages.join(" ");
+    if find("apt-get").is_none() {
+        return Err(format!("needs the programs of Debian's packages {wanted}"));
+    }
+    if !root() {
+        return Err(format!("needs packages: apt-get install {wanted}"));
+    }
+    eprintln!("xtask: installing {wanted}");
+    if install(&packages).is_err() {
+        update()?;
+        install(&packages)?;
+    }
+    match missing(needs) {
+        left if left.is_empty() => Ok(()),
+        left => Err(format!("installed, and still lack what {} bring", left.join(" "))),
+    }
+}
+
+/// Fetches the package lists.
+///
+/// # Errors
+/// apt-get's last words, or that only root may.
+pub(crate) fn update() -> Result<(), String> {
+    if !root() {
+        return Err("the package lists are too old, and only root can fetch them: apt-get update".into());
+    }
+    process::output(process::bound("apt-get").args(["update", "-q"])).map(drop)
+}
+
+/// Where a program is on the search path or in the folders of system programs, or a file itself.
+pub(crate) fn find(thing: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]);
+    // Joining an absolute path to a folder gives that path.
+    folders.map(|folder| folder.join(thing)).find(|file| file.is_file())
+}
+
+fn install(packages: &[&str]) -> Result<(), String> {
+    let mut command = process::bound("apt-get");
+    command
+        .args(["install", "-y", "-q", "--no-install-recommends"])
+        .args(packages);
+    process::output(command.env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
+}
+
+fn root() -> bool {
+    Path::new("/proc/self")
+        .metadata()
+        .is_ok_and(|process| process.uid() == 0)
+}
+
+/// The newest package whose name is `linux-image-SERIES.…-FLAVOUR`.
+///
+/// # Errors
+/// That there is none.
+pub(crate) fn newest_kernel(series: &str, flavour: &str) -> Result<String, String> {
+    let pattern = format!(r"^linux-image-{}\..*-{flavour}$", series.replace('.', r"\."));
+    let list = process::output(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
+    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    // The pattern's `.*` also matches the other flavours, whose names are longer.
+    let plain = names.filter(|name| {
+        name.strip_suffix(&format!("-{flavour}"))
+            .is_some_and(|rest| !rest.ends_with("-cloud") && !rest.ends_with("-rt"))
+    });
+    plain
+        .max_by_key(|name| numbers(name))
+        .map(str::to_string)
+        .ok_or_else(|| format!("no package linux-image-{series}.*-{flavour} is known here"))
+}
+
+/// The numbers in a version, in order, by which versions of one series compare.
+fn numbers(version: &str) -> Vec<u64> {
+    let digits = version.split(|character: char| !character.is_ascii_digit());
+    digits.filter_map(|number| number.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_by_number_and_not_by_letter() {
+        assert!(numbers("linux-image-6.12.117+deb12-amd64") > numbers("linux-image-6.12.99+deb12-amd64"));
+        assert!(numbers("linux-image-6.1.0-56-amd64") > numbers("linux-image-6.1.0-9-amd64"));
+    }
+}

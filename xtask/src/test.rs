@@ -1,0 +1,525 @@
+//! `cargo xtask test`: the stages, in order, and their sum.
+
+use std::env;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+
+use crate::binary::{self, Binary, Count, SCOPE};
+use crate::lane::{self, Failure, Job, Lane, Root, Series, quoted};
+use crate::{no_std, process};
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Run this stage and no other; may be given more than once
+    #[arg(long, value_name = "STAGE")]
+    only: Vec<Stage>,
+    /// Leave out the lanes in emulators
+    #[arg(long)]
+    fast: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    /// Formatting
+    Fmt,
+    /// Lints
+    Clippy,
+    /// Tests that need no KVM
+    Unit,
+    /// Examples in documentation
+    Doctest,
+    /// Documentation
+    Doc,
+    /// core, engine and plan without std
+    NoStd,
+    /// Licences and sources of dependencies
+    Deny,
+    /// Live tests on this machine's KVM
+    Host,
+    /// Live tests on kvm_amd in an emulator
+    Nested,
+    /// Live tests on kvm_intel in an emulator
+    Intel,
+}
+
+impl Stage {
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
+/// How a stage ended.
+enum Ending {
+    /// Its checks or tests ran; a check counts as one.
+    Ran { count: Count, note: String },
+    /// It could not run, and why.
+    Skipped(String),
+}
+
+struct Report {
+    stage: Stage,
+    /// The stage, and the kernel where it runs on several.
+    name: String,
+    ending: Ending,
+    time: Duration,
+}
+
+/// Runs the stages and prints their sum. Fails where anything failed.
+pub(crate) fn main(arguments: &Arguments) -> ExitCode {
+    let required = match required(&env::var("MSRGATE_REQUIRE").unwrap_or_default()) {
+        Ok(required) => required,
+        Err(why) => {
+            eprintln!("xtask: {why}");
+            return ExitCode::from(2);
+        }
+    };
+    let mut reports = Vec::new();
+    for &stage in Stage::value_variants() {
+        if !arguments.only.is_empty() && !arguments.only.contains(&stage) {
+            continue;
+        }
+        let series: &[Option<Series>] = match stage {
+            Stage::Nested | Stage::Intel => &[Some(Series::Linux6_1), Some(Series::Linux6_12)],
+            _ => &[None],
+        };
+        for &series in series {
+            let name = series.map_or_else(|| stage.name(), |series| format!("{} {}", stage.name(), series.name()));
+            println!("== {name}");
+            let began = Instant::now();
+            let left_out = arguments.fast && series.is_some();
+            let mut ending = if left_out {
+                Ending::Skipped("left out by --fast".into())
+            } else {
+                run(stage, series)
+            };
+            if let Ending::Skipped(why) = &ending
+                && required.contains(&stage)
+            {
+                let count = Count {
+                    failed: 1,
+                    ..Count::default()
+                };
+                ending = Ending::Ran {
+                    count,
+                    note: format!("required, and cannot run: {why}"),
+                };
+            }
+            let report = Report {
+                stage,
+                name,
+                ending,
+                time: began.elapsed(),
+            };
+            println!("-- {}\n", report.line());
+            reports.push(report);
+        }
+    }
+    sum_up(&reports)
+}
+
+impl Report {
+    fn line(&self) -> String {
+        let time = self.time.as_secs_f64();
+        let (result, rest) = match &self.ending {
+            Ending::Ran { count, note } => {
+                let result = if count.failed == 0 { "passed" } else { "FAILED" };
+                (result, format!("{count}; {note}"))
+            }
+            Ending::Skipped(why) => ("skipped", why.clone()),
+        };
+        format!("{:<12} {result:<8} {time:>7.1} s  {rest}", self.name)
+    }
+
+    fn count(&self) -> Count {
+        match self.ending {
+            Ending::Ran { count, .. } => count,
+            Ending::Skipped(_) => Count {
+                skipped: 1,
+                ..Count::default()
+            },
+        }
+    }
+}
+
+fn sum_up(reports: &[Report]) -> ExitCode {
+    let mut sum = Count::default();
+    println!("== stages");
+    for report in reports {
+        println!("{}", report.line());
+        sum += report.count();
+    }
+    println!("\n== lanes");
+    for report in reports {
+        if matches!(report.stage, Stage::Unit | Stage::Host | Stage::Nested | Stage::Intel) {
+            match &report.ending {
+                Ending::Ran { count, note } => println!("lane {}: {note}: {count}", report.name),
+                Ending::Skipped(why) => println!("lane {}: skipped: {why}", report.name),
+            }
+        }
+    }
+    println!("\n{sum}");
+    if sum.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// The lanes that must not be skipped, from a list with commas.
+fn required(list: &str) -> Result<Vec<Stage>, String> {
+    let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
+    names
+        .map(|name| match name {
+            "host" => Ok(Stage::Host),
+            "nested" => Ok(Stage::Nested),
+            "intel" => Ok(Stage::Intel),
+            _ => Err(format!(
+                "MSRGATE_REQUIRE names no lane `{name}`; the lanes are host, nested, intel"
+            )),
+        })
+        .collect()
+}
+
+fn run(stage: Stage, series: Option<Series>) -> Ending {
+    let result = match (stage, series) {
+        (Stage::Fmt, _) => check("fmt", &["--all", "--check"]),
+        (Stage::Clippy, _) => check(
+            "clippy",
+            &[&SCOPE[..], &["--all-targets", "--", "-D", "warnings"]].concat(),
+        ),
+        (Stage::Unit, _) => unit(),
+        (Stage::Doctest, _) => doctest(),
+        (Stage::Doc, _) => check(
+            "doc",
+            &[&SCOPE[..], &["--no-deps", "--document-private-items"]].concat(),
+        ),
+        (Stage::NoStd, _) => no_std::build().map(|(built, note)| one(built, note)),
+        (Stage::Deny, _) => deny(),
+        (Stage::Host, _) => host(),
+        (Stage::Nested, Some(series)) => emulated(Lane::Nested, series),
+        (Stage::Intel, Some(series)) => emulated(Lane::Intel, series),
+        (Stage::Nested | Stage::Intel, None) => Err("no kernel was chosen".into()),
+    };
+    result.unwrap_or_else(|why| {
+        println!("{why}");
+        one(false, why.lines().next().unwrap_or_default().to_string())
+    })
+}
+
+/// A stage that is one check.
+fn one(passed: bool, note: String) -> Ending {
+    let passed = u64::from(passed);
+    Ending::Ran {
+        count: Count {
+            passed,
+            failed: 1 - passed,
+            skipped: 0,
+        },
+        note,
+    }
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = process::bound("cargo");
+    command.args(arguments).current_dir(crate::root());
+    command
+}
+
+fn watched(command: &mut Command) -> Result<(bool, String), String> {
+    let (status, text) =
+        process::watch(command).map_err(|error| format!("cannot run {}: {error}", process::shown(command)))?;
+    Ok((status.success(), text))
+}
+
+fn check(name: &str, arguments: &[&str]) -> Result<Ending, String> {
+    let mut command = cargo(&[&[name], arguments].concat());
+    command.env("RUSTDOCFLAGS", "-D warnings");
+    let (passed, _) = watched(&mut command)?;
+    Ok(one(passed, process::shown(&command)))
+}
+
+fn deny() -> Result<Ending, String> {
+    if !has("deny") {
+        return Ok(Ending::Skipped("cargo-deny is not installed".into()));
+    }
+    check("deny", &["--all-features", "check", "bans", "licenses", "sources"])
+}
+
+/// Whether cargo has this subcommand.
+fn has(subcommand: &str) -> bool {
+    cargo(&[subcommand, "--version"])
+        .output()
+        .is_ok_and(|done| done.status.success())
+}
+
+fn unit() -> Result<Ending, String> {
+    const NOT_LIVE: &str = "not (kind(test) & binary(/^live/))";
+    if !has("nextest") {
+        return unit_by_cargo();
+    }
+    let filter = ["-E", NOT_LIVE];
+    let mut command = cargo(
+        &[
+            &["nextest", "run", "--no-fail-fast", "--no-tests=pass"],
+            &SCOPE[..],
+            &filter,
+        ]
+        .concat(),
+    );
+    let (passed, text) = watched(&mut command)?;
+    let mut count = binary::summed(&text);
+    let list = [
+        "nextest",
+        "list",
+        "--run-ignored",
+        "only",
+        "--message-format",
+        "oneline",
+    ];
+    let ignored = process::output(&mut cargo(&[&list, &SCOPE[..], &filter].concat()))?;
+    count.skipped = ignored.lines().count() as u64;
+    if !passed && count.failed == 0 {
+        count.failed = 1;
+    }
+    Ok(Ending::Ran {
+        count,
+        note: "cargo nextest".into(),
+    })
+}
+
+fn unit_by_cargo() -> Result<Ending, String> {
+    let mut count = Count::default();
+    for binary in binary::tests()?.iter().filter(|binary| binary.test() && !binary.live()) {
+        count += on_this_machine(binary, &[])?;
+    }
+    Ok(Ending::Ran {
+        count,
+        note: "without cargo nextest, which is not installed".into(),
+    })
+}
+
+fn doctest() -> Result<Ending, String> {
+    let (passed, text) = watched(&mut cargo(&[&["test", "--doc"], &SCOPE[..]].concat()))?;
+    let mut count = binary::counted(&text);
+    if !passed && count.failed == 0 {
+        count.failed = 1;
+    }
+    Ok(Ending::Ran {
+        count,
+        note: "cargo test --doc".into(),
+    })
+}
+
+fn host() -> Result<Ending, String> {
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return Ok(Ending::Skipped(format!("/dev/kvm does not open: {error}")));
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let modules = fs::read_to_string("/proc/modules").unwrap_or_default();
+    let modules = modules.lines().filter_map(|line| line.split_whitespace().next());
+    let vendor = modules
+        .filter(|name| name.starts_with("kvm_"))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let vendor = if vendor.is_empty() { "KVM built in" } else { &vendor };
+    let note = format!("Linux {}, {vendor}", release.trim());
+    let Some(work) = Work::find()? else {
+        return Ok(no_live_tests());
+    };
+    let mut count = Count::default();
+    for binary in &work.live {
+        println!("running {}", binary.name);
+        let program = work.program.to_string_lossy();
+        let settings = [
+            ("MSRGATE_LANE", "host"),
+            ("MSRGATE_LANE_KERNEL", release.trim()),
+            ("MSRGATE_LANE_REQUIRE", "1"),
+            ("MSRGATE_BIN", &*program),
+        ];
+        count += on_this_machine(binary, &settings)?;
+    }
+    Ok(Ending::Ran { count, note })
+}
+
+fn on_this_machine(binary: &Binary, settings: &[(&str, &str)]) -> Result<Count, String> {
+    let mut command = process::bound(&binary.executable);
+    command.arg("--show-output").current_dir(&binary.package);
+    command
+        .env("CARGO_MANIFEST_DIR", &binary.package)
+        .envs(settings.iter().copied());
+    if binary.live() {
+        command.arg("--test-threads=1");
+    }
+    let (passed, text) = watched(&mut command)?;
+    Ok(checked(&text, passed))
+}
+
+/// What one binary's run counts, where one that broke off has failed.
+fn checked(text: &str, passed: bool) -> Count {
+    let mut count = binary::counted(text);
+    if !passed && count.failed == 0 || !text.contains("test result: ") {
+        count.failed += 1;
+    }
+    count
+}
+
+fn no_live_tests() -> Ending {
+    Ending::Skipped("the workspace has no live tests".into())
+}
+
+/// What the lanes run.
+struct Work {
+    live: Vec<Binary>,
+    /// Programs that the live tests' packages built for them.
+    beside: Vec<PathBuf>,
+    /// The command as released.
+    program: PathBuf,
+}
+
+impl Work {
+    fn find() -> Result<Option<Self>, String> {
+        let (live, others): (Vec<_>, Vec<_>) = binary::tests()?.into_iter().partition(Binary::live);
+        if live.is_empty() {
+            return Ok(None);
+        }
+        let beside = others
+            .into_iter()
+            .filter(|other| !other.test() && live.iter().any(|test| test.package == other.package));
+        let beside = beside.map(|binary| binary.executable).collect();
+        Ok(Some(Self {
+            live,
+            beside,
+            program: binary::released()?,
+        }))
+    }
+}
+
+/// The line that stands before each binary's output in a lane, and the one after it.
+const BEGIN: &str = "@@ begin ";
+const END: &str = "@@ end ";
+
+fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
+    let Some(work) = Work::find()? else {
+        return Ok(no_live_tests());
+    };
+    let mut script = String::from("export MSRGATE_LANE_REQUIRE=1\n");
+    script.push_str(&format!(
+        "export MSRGATE_BIN={}\n",
+        quoted(&work.program.to_string_lossy())
+    ));
+    for binary in &work.live {
+        let package = quoted(&binary.package.to_string_lossy());
+        let executable = quoted(&binary.executable.to_string_lossy());
+        script.push_str(&format!(
+            "cd {package}; export CARGO_MANIFEST_DIR={package}; echo '{BEGIN}{}'\n\
+             {executable} --test-threads=1 --show-output; echo \"{END}$?\"\n",
+            binary.name
+        ));
+    }
+    let root = crate::root();
+    let data = ["testdata", "policies", "traces"].map(|name| root.join(name));
+    // The nested lane sees all files of this machine as they are; the other has what it is given.
+    let bare = lane == Lane::Intel;
+    let mut programs: Vec<_> = work.live.iter().map(|binary| binary.executable.clone()).collect();
+    programs.extend(work.beside);
+    programs.push(work.program);
+    let packages = work.live.iter().map(|binary| binary.package.join("Cargo.toml"));
+    let add = data.into_iter().filter(|folder| folder.is_dir()).chain(packages);
+    let job = Job {
+        series,
+        script,
+        cpus: if bare { 1 } else { 2 },
+        mebibytes: if bare { 512 } else { 1536 },
+        timeout: Duration::from_secs(if bare { 1200 } else { 900 }),
+        root: if bare { Root::Initramfs } else { Root::Host },
+        add: if bare {
+            add.map(|path| (path.clone(), path)).collect()
+        } else {
+            Vec::new()
+        },
+        programs: if bare { programs } else { Vec::new() },
+        kvm_parameters: String::new(),
+        vendor_parameters: String::new(),
+        verbose: false,
+    };
+    let done = match lane::run(lane, &job) {
+        Ok(done) => done,
+        Err(Failure::Unavailable(why)) => return Ok(Ending::Skipped(why)),
+        Err(Failure::Broken(why)) => return Err(format!("the lane failed, not a test: {why}")),
+    };
+    let text = String::from_utf8_lossy(&done.output);
+    io::Write::write_all(&mut io::stdout(), text.as_bytes()).map_err(|error| error.to_string())?;
+    let mut note = format!("Linux {}, {}", done.version, lane.vendor_module());
+    if done.status.is_none() {
+        note.push_str(&format!(", out of time after {} s", job.timeout.as_secs()));
+    }
+    Ok(Ending::Ran {
+        count: parts(&text, work.live.len()),
+        note,
+    })
+}
+
+/// Counts each binary's part of a lane's output; one whose part has no end has failed.
+fn parts(text: &str, binaries: usize) -> Count {
+    let mut count = Count::default();
+    let mut seen = 0;
+    for part in text.split(BEGIN).skip(1) {
+        seen += 1;
+        let status = part.lines().rev().find_map(|line| line.strip_prefix(END));
+        count += checked(part, status == Some("0"));
+    }
+    count.failed += (binaries - seen.min(binaries)) as u64;
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "test result: ok. 2 passed; 0 failed; 0 ignored\n";
+
+    #[test]
+    fn a_binary_that_breaks_off_has_failed() {
+        let text = format!("@@ begin a\n{GOOD}@@ end 0\n@@ begin b\nrunning 1 test\n@@ end 139\n");
+        assert_eq!(
+            parts(&text, 2),
+            Count {
+                passed: 2,
+                failed: 1,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn a_binary_that_never_ran_has_failed() {
+        let text = format!("@@ begin a\n{GOOD}@@ end 0\n");
+        assert_eq!(
+            parts(&text, 3),
+            Count {
+                passed: 2,
+                failed: 2,
+                skipped: 0
+            }
+        );
+    }
+
+    #[test]
+    fn an_exit_status_other_than_0_fails_a_binary_whose_tests_passed() {
+        let text = format!("@@ begin a\n{GOOD}@@ end 1\n");
+        assert_eq!(parts(&text, 1).failed, 1);
+    }
+
+    #[test]
+    fn only_lanes_can_be_required() {
+        assert!(required("host, nested,intel").is_ok_and(|lanes| lanes.len() == 3));
+        assert!(required("").is_ok_and(|lanes| lanes.is_empty()));
+        assert!(required("clippy").is_err());
+    }
+}
