@@ -48,7 +48,7 @@ $B mount -t devpts none $DEV/pts
 $B ln -s /proc/self/fd $DEV/fd
 
 echo start > $DEV/ttyS2
-"$@" -c "$($B cat /command)" < /dev/null > $DEV/ttyS1 2>&1
+"$@" -c "$($B cat /command)" < $DEV/null > $DEV/ttyS1 2>&1
 status=$?
 $B sync
 echo "rc=$status" > $DEV/ttyS2

@@ -84,6 +84,8 @@ pub(crate) fn emulator(job: &Job, kernel: &Kernel, folder: &Path) -> Result<Comm
     Ok(command)
 }
 
+/// Without a sound card, the thread that Debian's build makes to mix sound aborts it.
+///
 /// `ips` is the rate of the TSC: above 429 MHz, KVM leaves the preemption timer off and with it
 /// the fast path of TSC_DEADLINE.
 fn configuration(job: &Job, display: &str) -> String {
@@ -109,6 +111,7 @@ error: action=ignore
 info: action=ignore
 debug: action=ignore
 speaker: enabled=0
+sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
 "
     )
 }
