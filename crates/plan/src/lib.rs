@@ -1,1 +1,42 @@
-//! stub
+//! From a decision map to what a KVM guest's MSR filter can hold.
+//!
+//! A [`DecisionMap`] says what each of the 2^32 MSRs gets, for reads and writes apart. [`Plan::compile`] turns it into
+//! the fewest filter ranges that realise it, the reasons for which the kernel must hand accesses to user space, and the
+//! table of what user space answers then; or refuses, with the numbers. What it returns has been proven equal to the
+//! map, over intervals that leave no MSR out.
+//!
+//! ```
+//! use msrgate_core::{Log, MsrRange, Msr, Op, ReadAction, Verdict, WriteAction};
+//! use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
+//!
+//! let by_default = Decision::of(ReadAction::Allow);
+//! let microcode = Decision { action: ReadAction::Value(1 << 32), rule: Some(0), log: Log::None };
+//! let map = DecisionMap {
+//!     reads: Intervals::first_match(by_default, [(MsrRange::single(Msr(0x8b)), microcode)]),
+//!     writes: Intervals::uniform(Decision::of(WriteAction::Allow)),
+//!     ..DecisionMap::allow_all()
+//! };
+//! let plan = Plan::compile(&map)?;
+//! assert_eq!(plan.filter().ranges().len(), 1);
+//! assert_eq!(plan.filter().verdict(Msr(0x8b), Op::Read), Verdict::Deny);
+//! # Ok::<(), msrgate_plan::PlanError>(())
+//! ```
+//!
+//! Knows nothing of text. What no filter can stop is named in [`Plan::notes`].
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod cover;
+mod intervals;
+mod map;
+mod note;
+mod plan;
+mod proof;
+
+pub use cover::{Covering, Direction};
+pub use intervals::Intervals;
+pub use map::{Decision, DecisionMap};
+pub use note::{Note, NoteCode};
+pub use plan::{Group, Minimum, Plan, PlanError, Preset};

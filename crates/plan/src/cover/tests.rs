@@ -1,0 +1,180 @@
+use super::*;
+
+/// A deterministic source of small numbers.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, n: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.0 >> 33) % n
+    }
+}
+
+/// A map over the first MSRs, uniform after them.
+fn map_of(cells: &[(bool, bool)], default: bool) -> Intervals<(bool, bool)> {
+    let cells = cells
+        .iter()
+        .zip(0..)
+        .map(|(pair, msr)| (MsrRange::single(Msr(msr)), *pair));
+    Intervals::first_match((default, default), cells)
+}
+
+/// What a filter of these ranges does: bits as the plan will set them.
+fn realises(ranges: &[(Direction, u64, u64)], cells: &[(bool, bool)], default: bool) -> bool {
+    (0u64..).zip(cells).all(|(msr, (read, write))| {
+        let covers = |direction| {
+            ranges
+                .iter()
+                .any(|(d, first, end)| *d == direction && *first <= msr && msr < *end)
+        };
+        let (r, w, both) = (
+            covers(Direction::Read),
+            covers(Direction::Write),
+            covers(Direction::Both),
+        );
+        let read_right = r || both || *read == default;
+        let write_right = w || both || *write == default;
+        // The one bit must suit every direction that no range before it decides.
+        let bit_right = !both || r || w || read == write;
+        read_right && write_right && bit_right
+    })
+}
+
+/// The fewest ranges by trying every set of ranges of up to `length` cells, smaller sets first.
+fn brute_force(cells: &[(bool, bool)], default: bool, length: u64) -> u64 {
+    let n = cells.len() as u64;
+    let mut all = Vec::new();
+    for direction in [Direction::Read, Direction::Write, Direction::Both] {
+        for first in 0..n {
+            for end in first + 1..=(first + length).min(n) {
+                all.push((direction, first, end));
+            }
+        }
+    }
+    fn search(
+        all: &[(Direction, u64, u64)],
+        picked: &mut Vec<(Direction, u64, u64)>,
+        left: usize,
+        ok: &dyn Fn(&[(Direction, u64, u64)]) -> bool,
+    ) -> bool {
+        if ok(picked) {
+            return true;
+        }
+        if left == 0 {
+            return false;
+        }
+        for (i, range) in all.iter().enumerate() {
+            picked.push(*range);
+            if search(&all[i + 1..], picked, left - 1, ok) {
+                return true;
+            }
+            picked.pop();
+        }
+        false
+    }
+    (0..)
+        .find(|count| {
+            search(&all, &mut Vec::new(), *count as usize, &|ranges| {
+                realises(ranges, cells, default)
+            })
+        })
+        .unwrap()
+}
+
+fn check(cells: &[(bool, bool)], default: bool, length: u64) {
+    let covering = cover(&map_of(cells, default), default, &[], length).unwrap();
+    let ranges: Vec<_> = covering
+        .ranges
+        .iter()
+        .map(|(direction, range)| (*direction, u64::from(range.first().0), u64::from(range.last().0) + 1))
+        .collect();
+    assert!(
+        realises(&ranges, cells, default),
+        "{ranges:?} does not realise {cells:?}"
+    );
+    assert!(
+        ranges.iter().all(|(_, first, end)| end - first <= length),
+        "{ranges:?} is longer than {length}"
+    );
+    let fewest = brute_force(cells, default, length);
+    assert_eq!(ranges.len() as u64, fewest, "{ranges:?} for {cells:?}, limit {length}");
+    assert!(fewest <= covering.separate);
+}
+
+#[test]
+fn no_smaller_filter_exists_for_any_map_of_five_msrs() {
+    for length in [2, 3] {
+        for code in 0..4u32.pow(5) {
+            let cells: Vec<(bool, bool)> = (0..5)
+                .map(|i| code >> (2 * i) & 3)
+                .map(|bits| (bits & 1 != 0, bits & 2 != 0))
+                .collect();
+            check(&cells, false, length);
+        }
+    }
+}
+
+#[test]
+fn no_smaller_filter_exists_for_random_maps_of_nine_msrs() {
+    let mut dice = Dice(7);
+    for _ in 0..150 {
+        let cells: Vec<(bool, bool)> = (0..9)
+            .map(|_| match dice.roll(6) {
+                0 => (true, false),
+                1 => (false, true),
+                2 | 3 => (true, true),
+                _ => (false, false),
+            })
+            .collect();
+        check(&cells, dice.roll(2) == 0, 3 + dice.roll(2));
+    }
+}
+
+#[test]
+fn no_range_covers_the_last_msr() {
+    let top = MsrRange::new(Msr(u32::MAX - 9), Msr::MAX).unwrap();
+    let map = Intervals::first_match((true, true), [(top, (false, false))]);
+    let covering = cover(&map, true, &[], 12288).unwrap();
+    let last = Msr(u32::MAX - 1);
+    assert_eq!(
+        covering.ranges,
+        [(Direction::Both, MsrRange::new(top.first(), last).unwrap())]
+    );
+}
+
+#[test]
+fn free_msrs_need_no_range_and_split_none() {
+    let deny = |first, last| (MsrRange::new(Msr(first), Msr(last)).unwrap(), (false, false));
+    let map = Intervals::first_match((true, true), [deny(0x7f0, 0x90f)]);
+    let covering = cover(&map, true, &[MsrRange::X2APIC], 12288).unwrap();
+    assert_eq!(covering.ranges.len(), 1);
+    let alone = Intervals::first_match((true, true), [deny(0x800, 0x8ff)]);
+    assert_eq!(cover(&alone, true, &[MsrRange::X2APIC], 12288).unwrap().ranges, []);
+}
+
+#[test]
+fn a_map_far_over_the_limit_is_not_searched() {
+    let map = Intervals::uniform((true, false));
+    let TooMany { at_least, separate } = cover(&map, true, &[], 12288).unwrap_err();
+    assert_eq!((at_least, separate), (349526, 349526));
+}
+
+#[test]
+fn reads_and_writes_share_ranges_where_they_agree() {
+    // Reads are denied in a stretch of what is otherwise allowed both ways: one read range overrides.
+    let allow = |first, last, pair| (MsrRange::new(Msr(first), Msr(last)).unwrap(), pair);
+    let map = Intervals::first_match(
+        (false, false),
+        [
+            allow(0x100, 0x10f, (false, true)),
+            allow(0, 0x1ff, (true, true)),
+            allow(0x2000, 0x2fff, (true, true)),
+        ],
+    );
+    let covering = cover(&map, false, &[], 12288).unwrap();
+    assert_eq!(covering.ranges.len(), 2);
+    assert_eq!(covering.separate, 2);
+}

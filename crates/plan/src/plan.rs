@@ -1,0 +1,361 @@
+//! What a decision map compiles to.
+
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+
+use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::{
+    ActionTable, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason, Reasons,
+    TableError, Verdict, WriteAction,
+};
+
+use crate::cover::{Covering, TooMany, cover};
+use crate::{Decision, DecisionMap, Direction, Intervals, Note, note, proof};
+
+/// A value that is put into the kernel's own MSR before the guest runs, so that a fixed answer costs no exit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Preset {
+    /// The register.
+    pub msr: Msr,
+    /// Its value.
+    pub value: u64,
+}
+
+/// How many ranges the map needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Minimum {
+    /// Ranges of the smallest filter.
+    pub ranges: u64,
+    /// Whether the search left no smaller filter out.
+    pub proved: bool,
+    /// What planning reads and writes apart would take.
+    pub separate: u64,
+}
+
+/// A filter, the reasons for which the kernel hands accesses to user space, and what user space answers then.
+///
+/// Compiled from a [`DecisionMap`] and proven equal to it, but for what its notes name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    filter: Filter,
+    reasons: Reasons,
+    table: ActionTable,
+    presets: Vec<Preset>,
+    notes: Vec<Note>,
+    minimum: Minimum,
+    hash: [u8; 32],
+}
+
+impl Plan {
+    /// The fewest ranges that do exactly what `map` says.
+    ///
+    /// Fails where 16 ranges do not suffice, or where more MSRs are to keep a state than a filter covers.
+    pub fn compile(map: &DecisionMap) -> Result<Plan, PlanError> {
+        let allowed = map.allowed();
+        let (default, covering) = smallest(map, &allowed)?;
+        let ranges = covering
+            .ranges
+            .iter()
+            .map(|(direction, range)| filter_range(*direction, *range, &covering, &allowed, default))
+            .collect::<Result<Vec<FilterRange>, FilterError>>()?;
+        let minimum = Minimum {
+            ranges: ranges.len() as u64,
+            proved: true,
+            separate: covering.separate,
+        };
+        let filter = match default {
+            Verdict::Deny if ranges.is_empty() => deny_all()?,
+            _ => Filter::new(default, ranges)?,
+        };
+        let table = ActionTable::new(
+            entries(&map.reads, |action| *action == ReadAction::Allow),
+            entries(&map.writes, |action| *action == WriteAction::Allow),
+            map.unknown.clone(),
+            map.invalid.clone(),
+        )?;
+        let plan = Plan {
+            reasons: reasons(map),
+            notes: note::notes(map),
+            filter,
+            table,
+            presets: Vec::new(),
+            minimum,
+            hash: map.hash(),
+        };
+        match proof::first_difference(map, &plan) {
+            None => Ok(plan),
+            Some((msr, op)) => Err(PlanError::NotProven { msr, op }),
+        }
+    }
+
+    /// What the kernel gets.
+    pub fn filter(&self) -> &Filter {
+        &self.filter
+    }
+
+    /// For which reasons the kernel must hand an access to user space.
+    pub fn reasons(&self) -> Reasons {
+        self.reasons
+    }
+
+    /// What user space answers.
+    pub fn table(&self) -> &ActionTable {
+        &self.table
+    }
+
+    /// Values to put into the kernel's own MSRs before the guest runs.
+    pub fn presets(&self) -> &[Preset] {
+        &self.presets
+    }
+
+    /// What no filter can do of what the map asks for.
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    /// How many ranges the map needs.
+    pub fn minimum(&self) -> Minimum {
+        self.minimum
+    }
+
+    /// The name of what the plan means: [`DecisionMap::hash`].
+    pub fn hash(&self) -> [u8; 32] {
+        self.hash
+    }
+}
+
+/// The covering under the default that takes fewer ranges.
+fn smallest(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), PlanError> {
+    let free = [MsrRange::X2APIC];
+    let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
+    let (deny, allow) = (of(Verdict::Deny), of(Verdict::Allow));
+    let (default, covering) = match (deny, allow) {
+        (Ok(deny), Ok(allow)) if allow.ranges.len() < deny.ranges.len() => (Verdict::Allow, allow),
+        (Ok(deny), _) => (Verdict::Deny, deny),
+        (Err(_), Ok(allow)) => (Verdict::Allow, allow),
+        (Err(deny), Err(allow)) => {
+            let TooMany { at_least, separate } = if allow.at_least < deny.at_least { allow } else { deny };
+            return Err(PlanError::TooManyRanges {
+                needed: at_least,
+                exact: false,
+                separate,
+                groups: Vec::new(),
+            });
+        }
+    };
+    if covering.ranges.len() > MAX_RANGES {
+        return Err(PlanError::TooManyRanges {
+            needed: covering.ranges.len() as u64,
+            exact: true,
+            separate: covering.separate,
+            groups: covering
+                .ranges
+                .iter()
+                .map(|(direction, range)| Group::of(map, default, *direction, *range))
+                .collect(),
+        });
+    }
+    Ok((default, covering))
+}
+
+/// The range with the bits that the map asks for.
+fn filter_range(
+    direction: Direction,
+    range: MsrRange,
+    covering: &Covering,
+    allowed: &Intervals<(bool, bool)>,
+    default: Verdict,
+) -> Result<FilterRange, FilterError> {
+    let overridden = |op: Direction, msr: Msr| {
+        covering
+            .ranges
+            .iter()
+            .any(|(direction, range)| *direction == op && range.contains(msr))
+    };
+    let mut bitmap = vec![0u64; range.len().div_ceil(64) as usize];
+    let mut set = |msr: Msr| {
+        let bit = (msr.0 - range.first().0) as usize;
+        if let Some(word) = bitmap.get_mut(bit / 64) {
+            *word |= 1 << (bit % 64);
+        }
+    };
+    for (part, (read, write)) in allowed.within(range) {
+        for msr in part.iter() {
+            let bit = match direction {
+                Direction::Read => *read,
+                Direction::Write => *write,
+                Direction::Both if read == write => *read,
+                // A one-direction range before this one decides a direction; the bit is the other's.
+                Direction::Both => match (overridden(Direction::Read, msr), overridden(Direction::Write, msr)) {
+                    (true, false) => *write,
+                    (false, true) => *read,
+                    _ => default == Verdict::Allow,
+                },
+            };
+            // No filter decides x2APIC's registers; a bit that nothing needs stays as the default has it.
+            let bit = if MsrRange::X2APIC.contains(msr) {
+                default == Verdict::Allow
+            } else {
+                bit
+            };
+            if bit {
+                set(msr);
+            }
+        }
+    }
+    FilterRange::new(
+        range.first().0,
+        u32::try_from(range.len()).unwrap_or(u32::MAX),
+        direction.ops(),
+        bitmap,
+    )
+}
+
+/// Denying everything takes a range, since the kernel refuses a default of deny without one: one MSR that it denies as
+/// the default would.
+fn deny_all() -> Result<Filter, FilterError> {
+    Filter::new(Verdict::Deny, vec![FilterRange::new(0, 1, Ops::BOTH, vec![0])?])
+}
+
+fn entries<A: Clone + Eq>(decisions: &Intervals<Decision<A>>, allow: impl Fn(&A) -> bool) -> Vec<Entry<A>> {
+    decisions
+        .iter()
+        .filter(|(_, decision)| !allow(&decision.action))
+        .map(|(range, decision)| Entry {
+            range,
+            action: decision.action.clone(),
+            rule: decision.rule,
+            log: decision.log,
+        })
+        .collect()
+}
+
+/// A policy of pure allow and deny never leaves the kernel; a denial that is to be logged must.
+fn reasons(map: &DecisionMap) -> Reasons {
+    let read = |decision: &Decision<ReadAction>| {
+        decision.action.needs_exit() || decision.action == ReadAction::Deny && decision.log != Log::None
+    };
+    let write = |decision: &Decision<WriteAction>| {
+        decision.action.needs_exit() || decision.action == WriteAction::Deny && decision.log != Log::None
+    };
+    let kernels = (ReadAction::Deny, WriteAction::Deny);
+    let mut reasons = Reasons::NONE;
+    if map.reads.iter().any(|(_, decision)| read(decision)) || map.writes.iter().any(|(_, decision)| write(decision)) {
+        reasons = reasons.union(Reasons::of(Reason::Filter));
+    }
+    if map.unknown != kernels {
+        reasons = reasons.union(Reasons::of(Reason::Unknown));
+    }
+    if map.invalid != kernels {
+        reasons = reasons.union(Reasons::of(Reason::Invalid));
+    }
+    reasons
+}
+
+/// One range of a filter that would have too many, and who asks for it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Group {
+    /// Which directions it would serve.
+    pub direction: Direction,
+    /// The MSRs that it would span.
+    pub range: MsrRange,
+    /// The rules that differ from the default there, each once.
+    pub rules: Vec<u32>,
+    /// How many accesses there differ from the default.
+    pub accesses: u64,
+}
+
+impl Group {
+    fn of(map: &DecisionMap, default: Verdict, direction: Direction, range: MsrRange) -> Group {
+        let default = default == Verdict::Allow;
+        let mut rules = Vec::new();
+        let mut accesses = 0;
+        let mut count = |range: MsrRange, allowed: bool, rule: Option<u32>| {
+            if allowed != default {
+                accesses += range.len();
+                rules.extend(rule);
+            }
+        };
+        if direction != Direction::Write {
+            for (part, decision) in map.reads.within(range) {
+                count(part, decision.action == ReadAction::Allow, decision.rule);
+            }
+        }
+        if direction != Direction::Read {
+            for (part, decision) in map.writes.within(range) {
+                count(part, decision.action == WriteAction::Allow, decision.rule);
+            }
+        }
+        rules.sort_unstable();
+        rules.dedup();
+        Group {
+            direction,
+            range,
+            rules,
+            accesses,
+        }
+    }
+}
+
+/// Why a decision map has no plan.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// 16 ranges of 12288 MSRs do not suffice.
+    TooManyRanges {
+        /// How many are needed, or at least how many.
+        needed: u64,
+        /// Whether `needed` is the exact number.
+        exact: bool,
+        /// What planning reads and writes apart would take.
+        separate: u64,
+        /// The ranges that would be needed; empty where they are too many to search.
+        groups: Vec<Group>,
+    },
+    /// More MSRs are to keep a state for each vCPU than a filter can cover.
+    Table(TableError),
+    /// The planner made something that the kernel would refuse: a bug of the planner, and nothing was installed.
+    Filter(FilterError),
+    /// The plan does not do what the map says: a bug of the planner, and nothing was installed.
+    NotProven {
+        /// Where.
+        msr: Msr,
+        /// In which direction.
+        op: Op,
+    },
+}
+
+impl fmt::Display for PlanError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PlanError::TooManyRanges { needed, exact, .. } => write!(
+                f,
+                "the policy needs {}{needed} filter ranges of at most {MAX_RANGE_MSRS} MSRs, and the kernel holds {MAX_RANGES}",
+                if *exact { "" } else { "at least " }
+            ),
+            PlanError::Table(error) => error.fmt(f),
+            PlanError::Filter(error) => write!(f, "bug in the planner: {error}"),
+            PlanError::NotProven { msr, op } => {
+                write!(f, "bug in the planner: the plan differs from the policy at {op} {msr}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for PlanError {}
+
+impl From<FilterError> for PlanError {
+    fn from(error: FilterError) -> PlanError {
+        PlanError::Filter(error)
+    }
+}
+
+impl From<TableError> for PlanError {
+    fn from(error: TableError) -> PlanError {
+        PlanError::Table(error)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,224 @@
+use alloc::string::ToString;
+
+use super::*;
+
+fn range(first: u32, last: u32) -> MsrRange {
+    MsrRange::new(Msr(first), Msr(last)).unwrap()
+}
+
+type Rule = (MsrRange, Option<ReadAction>, Option<WriteAction>);
+
+fn map(default: Verdict, rules: &[Rule]) -> DecisionMap {
+    let (read, write) = match default {
+        Verdict::Allow => (ReadAction::Allow, WriteAction::Allow),
+        Verdict::Deny => (ReadAction::Deny, WriteAction::Deny),
+    };
+    let reads = rules.iter().zip(0..).filter_map(|((range, action, _), rule)| {
+        Some((
+            *range,
+            Decision {
+                action: action.clone()?,
+                rule: Some(rule),
+                log: Log::None,
+            },
+        ))
+    });
+    let writes = rules.iter().zip(0..).filter_map(|((range, _, action), rule)| {
+        Some((
+            *range,
+            Decision {
+                action: action.clone()?,
+                rule: Some(rule),
+                log: Log::None,
+            },
+        ))
+    });
+    DecisionMap {
+        reads: Intervals::first_match(Decision::of(read), reads),
+        writes: Intervals::first_match(Decision::of(write), writes),
+        ..DecisionMap::allow_all()
+    }
+}
+
+fn allow(first: u32, last: u32) -> Rule {
+    (range(first, last), Some(ReadAction::Allow), Some(WriteAction::Allow))
+}
+
+fn deny(first: u32, last: u32) -> Rule {
+    (range(first, last), Some(ReadAction::Deny), Some(WriteAction::Deny))
+}
+
+#[test]
+fn allowing_everything_takes_no_range_and_no_exit() {
+    let plan = Plan::compile(&DecisionMap::allow_all()).unwrap();
+    assert_eq!(*plan.filter(), Filter::allow_all());
+    assert_eq!(plan.reasons(), Reasons::NONE);
+}
+
+#[test]
+fn denying_everything_takes_the_range_that_the_kernel_insists_on() {
+    let plan = Plan::compile(&map(Verdict::Deny, &[])).unwrap();
+    assert_eq!(plan.filter().ranges().len(), 1);
+    assert_eq!(plan.filter().verdict(Msr(0), Op::Read), Verdict::Deny);
+    assert_eq!((plan.reasons(), plan.minimum().ranges), (Reasons::NONE, 0));
+}
+
+#[test]
+fn pure_allow_and_deny_never_leave_the_kernel_unless_a_denial_is_logged() {
+    let mut map = map(Verdict::Allow, &[deny(0x10, 0x10)]);
+    assert_eq!(Plan::compile(&map).unwrap().reasons(), Reasons::NONE);
+    map.reads = map.reads.map(|decision| Decision {
+        log: Log::All,
+        ..decision.clone()
+    });
+    assert_eq!(Plan::compile(&map).unwrap().reasons(), Reasons::of(Reason::Filter));
+}
+
+#[test]
+fn only_what_needs_user_space_is_deflected() {
+    let value = (range(0x8b, 0x8b), Some(ReadAction::Value(1)), None);
+    assert_eq!(
+        Plan::compile(&map(Verdict::Allow, &[value])).unwrap().reasons(),
+        Reasons::of(Reason::Filter)
+    );
+    let unknown = DecisionMap {
+        unknown: (ReadAction::Value(0), WriteAction::Ignore),
+        ..DecisionMap::allow_all()
+    };
+    assert_eq!(Plan::compile(&unknown).unwrap().reasons(), Reasons::of(Reason::Unknown));
+    let invalid = DecisionMap {
+        invalid: (ReadAction::Value(0), WriteAction::Deny),
+        ..DecisionMap::allow_all()
+    };
+    assert_eq!(Plan::compile(&invalid).unwrap().reasons(), Reasons::of(Reason::Invalid));
+}
+
+#[test]
+fn a_range_over_12288_msrs_is_split() {
+    let plan = Plan::compile(&map(Verdict::Deny, &[allow(0, 12288)])).unwrap();
+    assert_eq!(
+        plan.filter()
+            .ranges()
+            .iter()
+            .map(FilterRange::nmsrs)
+            .collect::<Vec<_>>(),
+        [12288, 1]
+    );
+}
+
+#[test]
+fn nearby_rules_share_a_range() {
+    let plan = Plan::compile(&map(Verdict::Deny, &[allow(0x10, 0x10), allow(0x2000, 0x2fff)])).unwrap();
+    assert_eq!(plan.filter().ranges().len(), 1);
+    assert_eq!(plan.filter().ranges()[0].base(), 0x10);
+}
+
+#[test]
+fn seventeen_far_apart_msrs_are_refused_with_the_groups() {
+    let rules: Vec<Rule> = (0..17).map(|i| deny(i * 0x10000, i * 0x10000)).collect();
+    let Err(PlanError::TooManyRanges {
+        needed,
+        exact,
+        groups,
+        separate,
+    }) = Plan::compile(&map(Verdict::Allow, &rules))
+    else {
+        panic!("17 ranges fit");
+    };
+    assert_eq!((needed, exact, groups.len(), separate), (17, true, 17, 34));
+    assert_eq!(
+        (groups[3].range, &groups[3].rules[..], groups[3].accesses),
+        (range(0x30000, 0x30000), &[3][..], 2)
+    );
+    assert!(Plan::compile(&map(Verdict::Allow, &rules[..16])).is_ok());
+}
+
+#[test]
+fn what_no_filter_can_decide_is_named() {
+    let codes = |map: &DecisionMap| -> Vec<alloc::string::String> {
+        Plan::compile(map)
+            .unwrap()
+            .notes()
+            .iter()
+            .map(|note| note.code.to_string())
+            .collect()
+    };
+    assert_eq!(codes(&DecisionMap::allow_all()), [""; 0]);
+    assert_eq!(
+        codes(&map(Verdict::Deny, &[])),
+        ["N001", "N002", "N004", "N005", "N006"]
+    );
+    assert_eq!(codes(&map(Verdict::Allow, &[deny(0x830, 0x830)])), ["N001"]);
+    assert_eq!(codes(&map(Verdict::Allow, &[deny(u32::MAX, u32::MAX)])), ["N003"]);
+    let deadline = (range(0x6e0, 0x6e0), None, Some(WriteAction::Ignore));
+    assert_eq!(codes(&map(Verdict::Allow, &[deadline])), ["N002"]);
+}
+
+#[test]
+fn a_default_of_deny_with_a_wide_allowance_is_planned_from_the_other_side() {
+    let plan = Plan::compile(&map(Verdict::Deny, &[deny(0x10, 0x10), allow(0, u32::MAX)])).unwrap();
+    assert_eq!(plan.filter().default_verdict(), Verdict::Allow);
+    assert_eq!(plan.filter().ranges().len(), 1);
+}
+
+#[test]
+fn random_maps_are_planned_exactly_or_refused_with_the_numbers() {
+    let mut seed = 3u64;
+    let mut roll = |n: u64| {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (seed >> 33) % n
+    };
+    let mut planned = 0;
+    for _ in 0..300 {
+        let rules: Vec<Rule> = (0..roll(40))
+            .map(|_| {
+                let window = [0, 0x800, 0x4000_0000, 0xc000_0000, 0xc001_0000, 0xffff_f000][roll(6) as usize];
+                let first = window + roll(0x1000) as u32;
+                let last = first.saturating_add(roll(0x400) as u32);
+                let read = [
+                    None,
+                    Some(ReadAction::Allow),
+                    Some(ReadAction::Deny),
+                    Some(ReadAction::Value(1)),
+                ];
+                let write = [
+                    None,
+                    Some(WriteAction::Allow),
+                    Some(WriteAction::Deny),
+                    Some(WriteAction::Ignore),
+                ];
+                (
+                    range(first, last),
+                    read[roll(4) as usize].clone(),
+                    write[roll(4) as usize].clone(),
+                )
+            })
+            .collect();
+        let default = if roll(2) == 0 { Verdict::Allow } else { Verdict::Deny };
+        let map = map(default, &rules);
+        match Plan::compile(&map) {
+            Ok(plan) => {
+                planned += 1;
+                // The proof walked intervals; walk MSRs around every rule here.
+                for (range, ..) in &rules {
+                    for msr in [
+                        range.first().0.wrapping_sub(1),
+                        range.first().0,
+                        range.last().0,
+                        range.last().0.wrapping_add(1),
+                    ] {
+                        for op in Op::ALL {
+                            if !MsrRange::X2APIC.contains(Msr(msr)) && msr != u32::MAX {
+                                let allowed = plan.filter().verdict(Msr(msr), op) == Verdict::Allow;
+                                assert_eq!(allowed, map.allows(Msr(msr), op), "{op} {msr:#x}");
+                            }
+                        }
+                    }
+                }
+            }
+            Err(PlanError::TooManyRanges { needed, .. }) => assert!(needed > 16),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(planned > 100, "{planned}");
+}

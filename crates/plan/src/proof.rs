@@ -1,0 +1,89 @@
+//! The proof that a plan does what its map says, for every MSR and direction.
+
+use alloc::vec::Vec;
+
+use msrgate_core::{Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
+
+use crate::{DecisionMap, Intervals, Plan};
+
+/// The first access that the plan treats otherwise than the map; `None` proves that there is none.
+///
+/// Walks intervals on which neither the filter nor the map nor the table changes, so it leaves no access out. What no
+/// filter decides is excepted: x2APIC's registers, and MSR 0xffffffff, which gets the filter's default.
+pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, Op)> {
+    let deflects = plan.reasons().contains(Reason::Filter);
+    let table = plan.table();
+    let reads = Intervals::first_match(
+        None,
+        table
+            .reads()
+            .iter()
+            .map(|entry| (entry.range, Some((&entry.action, entry.rule, entry.log)))),
+    );
+    let writes = Intervals::first_match(
+        None,
+        table
+            .writes()
+            .iter()
+            .map(|entry| (entry.range, Some((&entry.action, entry.rule, entry.log)))),
+    );
+    let read_verdicts = verdicts(plan.filter(), Op::Read);
+    let write_verdicts = verdicts(plan.filter(), Op::Write);
+
+    let read_right = map.reads.zip(&reads, |decision, entry| match entry {
+        None => (decision.action == ReadAction::Allow).then_some(Verdict::Allow),
+        Some((action, rule, log)) => {
+            let same = **action == decision.action && *rule == decision.rule && *log == decision.log;
+            let kernel_can = decision.action == ReadAction::Deny && decision.log == Log::None;
+            (same && decision.action != ReadAction::Allow && (deflects || kernel_can)).then_some(Verdict::Deny)
+        }
+    });
+    let write_right = map.writes.zip(&writes, |decision, entry| match entry {
+        None => (decision.action == WriteAction::Allow).then_some(Verdict::Allow),
+        Some((action, rule, log)) => {
+            let same = **action == decision.action && *rule == decision.rule && *log == decision.log;
+            let kernel_can = decision.action == WriteAction::Deny && decision.log == Log::None;
+            (same && decision.action != WriteAction::Allow && (deflects || kernel_can)).then_some(Verdict::Deny)
+        }
+    });
+    let read = differs(&read_right, &read_verdicts).map(|msr| (msr, Op::Read));
+    let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
+    let fallbacks = table.unknown() == &map.unknown && table.invalid() == &map.invalid;
+    let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
+    read.or(write).or(fallback)
+}
+
+/// The first MSR that a filter decides and whose verdict is not the one that is right; `None` as the right verdict means
+/// that none would be.
+fn differs(right: &Intervals<Option<Verdict>>, verdicts: &Intervals<Verdict>) -> Option<Msr> {
+    let equal = right.zip(verdicts, |right, verdict| *right == Some(*verdict));
+    let excepted = Intervals::first_match(false, [(MsrRange::X2APIC, true), (MsrRange::single(Msr::MAX), true)]);
+    let fine = equal.zip(&excepted, |equal, excepted| *equal || *excepted);
+    fine.iter().find(|(_, fine)| !**fine).map(|(range, _)| range.first())
+}
+
+/// The filter's verdicts in one direction, from its ranges and bits rather than from how the planner chose them.
+fn verdicts(filter: &Filter, op: Op) -> Intervals<Verdict> {
+    let mut parts: Vec<(MsrRange, Verdict)> = Vec::from([(MsrRange::X2APIC, Verdict::Allow)]);
+    for range in filter.ranges().iter().filter(|range| range.ops().contains(op)) {
+        let Some(span) = range.span() else {
+            continue;
+        };
+        let bits = range
+            .bitmap()
+            .iter()
+            .flat_map(|word| (0..64).map(move |bit| word >> bit & 1 == 1));
+        for (msr, bit) in span.iter().zip(bits) {
+            let verdict = if bit { Verdict::Allow } else { Verdict::Deny };
+            match parts.last_mut() {
+                Some((run, last))
+                    if *last == verdict && run.last().0.checked_add(1) == Some(msr.0) && msr != span.first() =>
+                {
+                    *run = MsrRange::new(run.first(), msr).unwrap_or(*run);
+                }
+                _ => parts.push((MsrRange::single(msr), verdict)),
+            }
+        }
+    }
+    Intervals::first_match(filter.default_verdict(), parts)
+}
