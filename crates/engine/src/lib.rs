@@ -1,1 +1,81 @@
-//! stub
+//! KVM's in-kernel half of MSR filtering, for hypervisors in Rust and for machines without KVM.
+//!
+//! A [`Vm`] takes the filter in KVM's own binary layout and holds it; a [`Vcpu`] asks it for every RDMSR and WRMSR, hands
+//! denied ones to user space and ends them when user space has answered. The hypervisor plugs its own MSRs in through
+//! [`Msrs`] and its callers' memory through [`UserMemory`].
+//!
+//! ```text
+//! VMM ──ioctl──→ Vm { filter, exit reasons }      any thread, any time
+//!                     │ picked up at the next access or entry
+//! guest ─VM exit─→ Vcpu::execute ─┬ denied ───────────────┬─→ Step::Exit ─→ VMM ─→ Vcpu::complete ─┐
+//!                                 └ allowed → Msrs ─┬ refused ┴─→ #GP(0)                           │
+//!                                                   └ done ─→ registers, RIP ←─────────────────────┘
+//! ```
+//!
+//! ```
+//! extern crate alloc;
+//! use alloc::sync::Arc;
+//! use msrgate_core::{Filter, FilterRange, Msr, Ops, Outcome, Reason, Reasons, Verdict};
+//! use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
+//!
+//! struct NoMsrs;
+//! impl Msrs for NoMsrs {
+//!     fn read(&mut self, _: Msr) -> Result<u64, Refusal> { Err(Refusal::Unknown) }
+//!     fn write(&mut self, _: Msr, _: u64) -> Result<(), Refusal> { Err(Refusal::Unknown) }
+//! }
+//!
+//! let vm = Arc::new(Vm::new());
+//! vm.set_reasons(Reasons::of(Reason::Filter));
+//! vm.install(Filter::new(Verdict::Allow, [FilterRange::new(0x8b, 1, Ops::READ, [0])?])?);
+//! let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
+//! let step = vcpu.execute(Instruction::Rdmsr { rcx: 0x8b }, Path::VmExit, &mut NoMsrs);
+//! assert!(matches!(step, Ok(Step::Exit(exit)) if exit.reason == Reason::Filter));
+//! let _registers_and_rip = vcpu.answer(Outcome::Value(1));
+//! # Ok::<(), msrgate_core::FilterError>(())
+//! ```
+//!
+//! # Words
+//! An *access* is one RDMSR or WRMSR. The *filter* allows or denies it. An *exit* hands it to user space, for one of the
+//! *reasons* in the VM's mask. Until its *completion* it is *pending*. A *candidate* is an MSR that the hypervisor lets the
+//! guest reach in hardware where the filter allows it. A *profile* says after which kernel a VM takes.
+//!
+//! # Replacing a filter under running vCPUs
+//! Every access is decided by one whole filter. Once [`Vm::set_msr_filter`] has returned, every access that starts later is
+//! decided by that filter or a later one; an access never sees an older filter than one that ended before it saw. A vCPU
+//! never waits for a writer, writers wait for each other. What the hardware does by itself follows when the vCPU next
+//! picks the filter up, so the caller kicks vCPUs that are in the guest. Changing the exit reasons needs no kick.
+//!
+//! # What it does not do
+//! It runs no guest, decodes no instruction, checks no privilege level, and merges no bitmap for L2. It knows no MSR by
+//! itself and no other capability. TSC_DEADLINE is filtered unless the profile says otherwise, x2APIC never is.
+//! Nothing on the access path allocates, waits or panics; what is given in is freed by a later writer.
+#![no_std]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+extern crate alloc;
+
+mod errno;
+mod instruction;
+mod intercepts;
+mod ioctl;
+mod msrs;
+mod profile;
+mod slot;
+mod user_filter;
+mod user_memory;
+mod vcpu;
+mod vm;
+
+pub use errno::Errno;
+pub use instruction::{Advance, Completion, Instruction, KvmRunMsr, Path, Step, Written};
+pub use intercepts::Intercepts;
+pub use ioctl::{Caller, Descriptor, Process};
+pub use msrs::{Msrs, Refusal};
+pub use profile::{Compat, Coverage, Profile, ReservedBits, TscDeadline, Vendor};
+pub use user_memory::{Fault, UserMemory};
+pub use vcpu::{Drained, Interruption, PickUp, StillPending, Vcpu};
+pub use vm::{Origin, UnknownMsrs, Vm};

@@ -1,0 +1,202 @@
+//! The instruction that a guest executes, and what becomes of it.
+
+use msrgate_core::{Access, Exit, Msr, abi};
+
+use crate::{Errno, Vendor};
+
+/// An instruction that touches an MSR, with the registers it uses.
+///
+/// That the guest runs at CPL 0 is for the processor or the emulator to see to, before this.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Instruction {
+    /// RDMSR.
+    Rdmsr {
+        /// RCX; the upper half does not count.
+        rcx: u64,
+    },
+    /// WRMSR and WRMSRNS; the upper halves of all three registers do not count.
+    Wrmsr {
+        /// RCX: the index.
+        rcx: u64,
+        /// RAX: the value's lower half.
+        rax: u64,
+        /// RDX: the value's upper half.
+        rdx: u64,
+    },
+    /// RDMSR with the index as an immediate (VMX exit reason 84).
+    RdmsrImmediate {
+        /// The immediate.
+        msr: u32,
+        /// The number of the destination register, for [`Written::Register`].
+        register: u8,
+    },
+    /// WRMSRNS with the index as an immediate (VMX exit reason 85).
+    WrmsrImmediate {
+        /// The immediate.
+        msr: u32,
+        /// All 64 bits of the source register.
+        value: u64,
+    },
+}
+
+impl Instruction {
+    /// What it tries.
+    pub const fn access(self) -> Access {
+        match self {
+            Instruction::Rdmsr { rcx } => Access::Read { msr: Msr(rcx as u32) },
+            Instruction::Wrmsr { rcx, rax, rdx } => Access::Write {
+                msr: Msr(rcx as u32),
+                value: rdx << 32 | rax & 0xffff_ffff,
+            },
+            Instruction::RdmsrImmediate { msr, .. } => Access::Read { msr: Msr(msr) },
+            Instruction::WrmsrImmediate { msr, value } => Access::Write { msr: Msr(msr), value },
+        }
+    }
+
+    /// The destination of a read, where it is not EDX:EAX.
+    pub(crate) const fn register(self) -> Option<u8> {
+        match self {
+            Instruction::RdmsrImmediate { register, .. } => Some(register),
+            _ => None,
+        }
+    }
+}
+
+/// How an instruction came to the hypervisor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Path {
+    /// A VM exit: the hypervisor skips the instruction by the length that the hardware gave.
+    VmExit,
+    /// A VM exit that the kernel's fast path may complete, which matters to writes of IA32_TSC_DEADLINE only
+    /// ([`crate::TscDeadline`]). Say so only where the path applies: not in L2; before 6.18 with a usable VMX preemption
+    /// timer; from 6.18 on AMD with NRIPS, and while no mediated PMU counter counts instructions.
+    Fastpath(Vendor),
+    /// The instruction emulator, which has decoded the instruction and so knows where the next one is.
+    Emulator {
+        /// RIP after the instruction.
+        next_rip: u64,
+    },
+}
+
+impl Path {
+    pub(crate) const fn advance(self) -> Advance {
+        match self {
+            Path::VmExit | Path::Fastpath(_) => Advance::Skip,
+            Path::Emulator { next_rip } => Advance::To(next_rip),
+        }
+    }
+}
+
+/// How far an instruction came.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// It is over.
+    Complete(Completion),
+    /// It waits for user space: KVM_RUN returns 0 with [`KvmRunMsr`], RIP and the other registers are as before, and the
+    /// vCPU executes nothing until [`crate::Vcpu::complete`] or a sister of it was called.
+    Exit(Exit),
+    /// KVM_RUN fails with this error; the guest's state is as before.
+    Failed(Errno),
+    /// The emulator cannot carry the instruction out, for this error: what the hypervisor does with any instruction
+    /// that it fails to emulate.
+    EmulationFailed(Errno),
+}
+
+/// How an instruction ends.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Completion {
+    /// It is done: write what it gives, then go on. A single-step trap and the count of retired instructions are due.
+    Done {
+        /// What the guest's registers get.
+        written: Written,
+        /// Where RIP goes.
+        advance: Advance,
+    },
+    /// #GP(0), RIP and the other registers as before. A confidential guest hears of it through its GHCB, or as status
+    /// 0x8000000000000000 of its TDVMCALL.
+    Fault,
+}
+
+/// Which of the guest's registers change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// None: a write.
+    Nothing,
+    /// All 64 bits of RAX and RDX.
+    RaxRdx {
+        /// The value's lower half, zero-extended.
+        rax: u64,
+        /// The value's upper half, zero-extended.
+        rdx: u64,
+    },
+    /// All 64 bits of the register that an immediate form names.
+    Register {
+        /// Its number.
+        register: u8,
+        /// What it gets.
+        value: u64,
+    },
+}
+
+/// Where RIP goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Advance {
+    /// Past the instruction, by the length of the VM exit.
+    Skip,
+    /// To this address.
+    To(u64),
+}
+
+/// `kvm_run.msr` and `kvm_run.exit_reason` of an exit.
+///
+/// Of these, only `error` and, for reads, `data` mean anything on the way back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvmRunMsr {
+    /// KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR.
+    pub exit_reason: u32,
+    /// 0.
+    pub error: u8,
+    /// Exactly one bit.
+    pub reason: u32,
+    /// The MSR.
+    pub index: u32,
+    /// What a write writes; 0 for a read.
+    pub data: u64,
+}
+
+impl KvmRunMsr {
+    /// Where the union with `msr` starts in `kvm_run`, in bytes.
+    pub const OFFSET: usize = 32;
+
+    /// The 24 bytes at [`Self::OFFSET`], padding zeroed.
+    pub fn to_bytes(self) -> [u8; 24] {
+        let words = [
+            self.error.into(),
+            u64::from(self.index) << 32 | u64::from(self.reason),
+            self.data,
+        ];
+        let mut bytes = [0; 24];
+        for (chunk, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+            *chunk = u64::to_le_bytes(word);
+        }
+        bytes
+    }
+}
+
+impl From<Exit> for KvmRunMsr {
+    fn from(exit: Exit) -> KvmRunMsr {
+        let (exit_reason, data) = match exit.access {
+            Access::Read { .. } => (abi::EXIT_X86_RDMSR, 0),
+            Access::Write { value, .. } => (abi::EXIT_X86_WRMSR, value),
+        };
+        KvmRunMsr {
+            exit_reason,
+            error: 0,
+            reason: exit.reason as u32,
+            index: exit.access.msr().0,
+            data,
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! A vCPU: its view of the filter and its pending access.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::fmt;
+
+use msrgate_core::{Access, Candidate, Exit, Filter, Msr, Op, Outcome, Reason, Verdict, abi};
+
+use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
+use crate::slot::Seen;
+use crate::{Intercepts, Msrs, Refusal, UnknownMsrs, Vm};
+
+/// What KVM holds of MSR filtering for each vCPU. It keeps its VM alive.
+pub struct Vcpu {
+    vm: Arc<Vm>,
+    seen: Seen,
+    intercepts: Intercepts,
+    pending: Option<Pending>,
+}
+
+/// An access that user space has, and how it ends: the kernel's `complete_userspace_io`.
+#[derive(Clone, Copy)]
+struct Pending {
+    exit: Exit,
+    register: Option<u8>,
+    advance: Advance,
+}
+
+/// What a vCPU found when it looked for a newer filter.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PickUp {
+    /// Nothing new.
+    Unchanged,
+    /// A new filter. The interception bitmap was recomputed: the hardware's copy, and a bitmap merged for L2, are
+    /// stale.
+    Changed,
+}
+
+/// An access waits for user space: complete or drain it first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StillPending;
+
+impl fmt::Display for StillPending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an access of this vCPU waits for user space")
+    }
+}
+
+impl core::error::Error for StillPending {}
+
+/// What cuts a KVM_RUN short before the guest executes anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Interruption {
+    /// `kvm_run.immediate_exit`.
+    ImmediateExit,
+    /// An unmasked signal.
+    Signal,
+}
+
+/// What a drained KVM_RUN leaves, which always fails with [`crate::Errno::Eintr`].
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Drained {
+    /// How the pending access ended; `None` where none was pending.
+    pub completion: Option<Completion>,
+    /// What `kvm_run.exit_reason` becomes: KVM_EXIT_INTR after a signal. `None` leaves it as it was, possibly 29 or 30
+    /// from the access that is over: whoever looks at it after EINTR handles that access twice.
+    pub exit_reason: Option<u32>,
+}
+
+impl Vcpu {
+    /// A vCPU of `vm`, its bitmap computed with the filter of this moment.
+    pub fn new(vm: Arc<Vm>, mut intercepts: Intercepts) -> Vcpu {
+        let seen = vm.slot().look();
+        intercepts.recompute(seen.filter.as_deref());
+        Vcpu {
+            vm,
+            seen,
+            intercepts,
+            pending: None,
+        }
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// The filter that was current when the vCPU last looked.
+    pub fn filter(&self) -> Option<&Filter> {
+        self.seen.filter.as_deref()
+    }
+
+    /// The interception bitmap that belongs to [`Self::filter`].
+    pub fn intercepts(&self) -> &Intercepts {
+        &self.intercepts
+    }
+
+    /// Looks whether the filter was replaced, and recomputes the bitmap if so: due before each entry to the guest.
+    /// [`Self::execute`] does it by itself. One load where nothing changed.
+    #[inline]
+    pub fn pick_up(&mut self) -> PickUp {
+        if self.vm.slot().is_current(&self.seen) {
+            return PickUp::Unchanged;
+        }
+        self.seen = self.vm.slot().look();
+        self.intercepts.recompute(self.seen.filter.as_deref());
+        PickUp::Changed
+    }
+
+    /// Replaces what the hypervisor would pass through, after a change of CPUID for example, and recomputes the bitmap
+    /// with the current filter.
+    pub fn recalculate(&mut self, candidates: impl Into<Box<[Candidate]>>) {
+        self.intercepts.set_candidates(candidates);
+        if self.pick_up() == PickUp::Unchanged {
+            self.intercepts.recompute(self.seen.filter.as_deref());
+        }
+    }
+
+    /// The verdict on an RDMSR or WRMSR of this vCPU at this moment.
+    #[inline]
+    pub fn verdict(&mut self, msr: Msr, op: Op) -> Verdict {
+        let _ = self.pick_up();
+        self.seen.verdict(msr, op)
+    }
+
+    /// Carries an instruction out as far as it goes without user space (`kvm_emulate_rdmsr`, `kvm_emulate_wrmsr`,
+    /// `emulator_get_msr_with_filter`, `emulator_set_msr_with_filter`): asks the filter, then `msrs`.
+    ///
+    /// Refused while an earlier access is pending. Neither allocates nor waits nor panics, if `msrs` does not.
+    pub fn execute(
+        &mut self,
+        instruction: Instruction,
+        path: Path,
+        msrs: &mut impl Msrs,
+    ) -> Result<Step, StillPending> {
+        self.ready_to_save()?;
+        let access = instruction.access();
+        if let (Path::Fastpath(vendor), Access::Write { msr, value }) = (path, access)
+            && self.vm.profile().tsc_deadline.bypasses(vendor, msr)
+        {
+            // The fast path has no way to fail: without a local APIC, say, the write is dropped.
+            let _ = msrs.write(msr, value);
+            return Ok(Step::Complete(done(instruction.register(), access, 0, path.advance())));
+        }
+        let result = match self.verdict(access.msr(), access.op()) {
+            Verdict::Deny => Err(Reason::Filter),
+            Verdict::Allow => match carry_out(access, msrs) {
+                Ok(value) => Ok(value),
+                Err(Refusal::Unknown) if self.vm.unknown_msrs() == UnknownMsrs::Ignored => Ok(0),
+                Err(Refusal::Unknown) => Err(Reason::Unknown),
+                Err(Refusal::Invalid) => Err(Reason::Invalid),
+                Err(Refusal::Error(errno)) => match (path, access) {
+                    (Path::Emulator { .. }, _) => return Ok(Step::EmulationFailed(errno)),
+                    (_, Access::Write { .. }) if !self.vm.deflects(Reason::Invalid) => return Ok(Step::Failed(errno)),
+                    _ => Err(Reason::Invalid),
+                },
+            },
+        };
+        Ok(match result {
+            Ok(value) => Step::Complete(done(instruction.register(), access, value, path.advance())),
+            Err(reason) if self.vm.deflects(reason) => {
+                let exit = Exit { access, reason };
+                self.pending = Some(Pending {
+                    exit,
+                    register: instruction.register(),
+                    advance: path.advance(),
+                });
+                Step::Exit(exit)
+            }
+            Err(_) => Step::Complete(Completion::Fault),
+        })
+    }
+
+    /// The access that waits for user space. No state ioctl shows it.
+    pub fn pending(&self) -> Option<Exit> {
+        self.pending.map(|pending| pending.exit)
+    }
+
+    /// Whether the vCPU's state may be saved, or be overwritten by a saved one: not while an access is pending, which
+    /// would be lost. An idle vCPU has nothing of its own to save; filter and mask are the VMM's to recreate.
+    pub fn ready_to_save(&self) -> Result<(), StillPending> {
+        match self.pending {
+            None => Ok(()),
+            Some(_) => Err(StillPending),
+        }
+    }
+
+    /// Ends the pending access with what user space left in `kvm_run.msr` (`complete_fast_rdmsr` and its kin): any
+    /// `error` but 0 is #GP(0), `data` is what a read gets and means nothing for a write. `None` where none is pending.
+    ///
+    /// The first thing that the next KVM_RUN does. Neither a new filter nor a new mask cancels it.
+    pub fn complete(&mut self, error: u8, data: u64) -> Option<Completion> {
+        let pending = self.pending.take()?;
+        Some(if error == 0 {
+            done(pending.register, pending.exit.access, data, pending.advance)
+        } else {
+            Completion::Fault
+        })
+    }
+
+    /// Ends the pending access with an outcome. A value for a write, or done for a read, faults.
+    pub fn answer(&mut self, outcome: Outcome) -> Option<Completion> {
+        let (error, data) = match (self.pending?.exit.access, outcome) {
+            (Access::Read { .. }, Outcome::Value(value)) => (0, value),
+            (Access::Write { .. }, Outcome::Done) => (0, 0),
+            _ => (1, 0),
+        };
+        self.complete(error, data)
+    }
+
+    /// A KVM_RUN that is cut short: ends the pending access, if there is one, and executes nothing. After it the
+    /// vCPU's state may be saved.
+    pub fn drain(&mut self, error: u8, data: u64, interruption: Interruption) -> Drained {
+        Drained {
+            completion: self.complete(error, data),
+            exit_reason: match interruption {
+                Interruption::ImmediateExit => None,
+                Interruption::Signal => Some(abi::EXIT_INTR),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("filter", &self.filter())
+            .field("pending", &self.pending())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The value that a read gives; 0 for a write.
+fn carry_out(access: Access, msrs: &mut impl Msrs) -> Result<u64, Refusal> {
+    match access {
+        Access::Read { msr } => msrs.read(msr),
+        Access::Write { msr, value } => msrs.write(msr, value).map(|()| 0),
+    }
+}
+
+fn done(register: Option<u8>, access: Access, value: u64, advance: Advance) -> Completion {
+    let written = match (access, register) {
+        (Access::Write { .. }, _) => Written::Nothing,
+        (Access::Read { .. }, Some(register)) => Written::Register { register, value },
+        (Access::Read { .. }, None) => Written::RaxRdx {
+            rax: value & 0xffff_ffff,
+            rdx: value >> 32,
+        },
+    };
+    Completion::Done { written, advance }
+}
