@@ -1,0 +1,303 @@
+//! The MSR database: names, classes, makers, and the CPUID feature that says whether an MSR is there.
+//!
+//! The manual's name stands first, so `IA32_BIOS_SIGN_ID`; Linux's and AMD's names are aliases. A name is
+//! found in any case, and with or without the `MSR_` that Linux puts before it.
+//!
+//! ```
+//! use msrgate_policy::database;
+//!
+//! let entry = database::by_name("msr_ia32_ucode_rev").unwrap();
+//! assert_eq!((entry.name, entry.msr.0), ("IA32_BIOS_SIGN_ID", 0x8b));
+//! assert_eq!(database::glob("IA32_SYSENTER_*").count(), 3);
+//! assert_eq!(database::nearest("IA32_EFRE"), Some("IA32_EFER"));
+//! ```
+
+mod class;
+mod table;
+
+use std::fmt;
+
+use msrgate_core::Msr;
+
+pub use self::class::{Class, UnknownClass};
+use crate::cpuid::{CpuVendor, Cpuid};
+
+/// One MSR.
+///
+/// Where one index means one thing on Intel's processors and another on AMD's, it is one entry: Intel's name
+/// first, the other an alias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// The index.
+    pub msr: Msr,
+    /// The name in the manual.
+    pub name: &'static str,
+    /// Other names: Linux's, AMD's, older ones.
+    pub aliases: &'static [&'static str],
+    /// What it is for.
+    pub classes: &'static [Class],
+    /// Whose it is.
+    pub vendors: &'static [Vendor],
+    /// When it is there.
+    pub exists: Exists,
+    /// What the manual lets software do with it.
+    pub access: Access,
+    /// The document and the title of the section that define it.
+    pub source: &'static str,
+}
+
+/// Whose MSR it is: a maker of processors or a hypervisor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Vendor {
+    /// Intel.
+    Intel,
+    /// AMD, and Hygon after it.
+    Amd,
+    /// VIA, with IDT and Centaur before it.
+    Via,
+    /// Transmeta.
+    Transmeta,
+    /// KVM.
+    Kvm,
+    /// Hyper-V, and those that offer its interface.
+    HyperV,
+    /// Xen.
+    Xen,
+}
+
+impl fmt::Display for Vendor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Vendor::Intel => "intel",
+            Vendor::Amd => "amd",
+            Vendor::Via => "via",
+            Vendor::Transmeta => "transmeta",
+            Vendor::Kvm => "kvm",
+            Vendor::HyperV => "hyperv",
+            Vendor::Xen => "xen",
+        })
+    }
+}
+
+/// When an MSR is there. The strings are names of [`crate::cpuid::features`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exists {
+    /// On every processor of its vendors that KVM runs on.
+    Always,
+    /// On some models of its vendors; CPUID does not say which.
+    Model,
+    /// Where CPUID says so.
+    Feature(&'static str),
+    /// Where CPUID names one of these.
+    AnyFeature(&'static [&'static str]),
+}
+
+/// The feature, several joined by `|`, or `-` where CPUID has no say.
+impl fmt::Display for Exists {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exists::Always | Exists::Model => f.write_str("-"),
+            Exists::Feature(feature) => f.write_str(feature),
+            Exists::AnyFeature(features) => f.write_str(&features.join("|")),
+        }
+    }
+}
+
+/// What the manual lets software do with an MSR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Read and write, though not every bit of it.
+    ReadWrite,
+    /// A write faults.
+    ReadOnly,
+    /// A read faults.
+    WriteOnly,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Access::ReadWrite => "read-write",
+            Access::ReadOnly => "read-only",
+            Access::WriteOnly => "write-only",
+        })
+    }
+}
+
+impl Entry {
+    /// The name, then the aliases.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + use<> {
+        std::iter::once(self.name).chain(self.aliases.iter().copied())
+    }
+
+    /// Whether the MSR is there on a CPU; `None` if CPUID does not tell.
+    ///
+    /// A feature bit goes before the maker's name: KVM gives AMD guests `IA32_ARCH_CAPABILITIES` when their CPUID
+    /// says so.
+    pub fn exists_on(&self, cpuid: &Cpuid) -> Option<bool> {
+        match self.exists {
+            Exists::Feature(feature) => cpuid.has(feature),
+            Exists::AnyFeature(features) => Some(features.iter().any(|feature| cpuid.has(feature) == Some(true))),
+            Exists::Always => self.made_by(cpuid.vendor()?),
+            Exists::Model => self.made_by(cpuid.vendor()?).filter(|made| !made),
+        }
+    }
+
+    /// Whether the MSR is of this maker; `None` for a maker that the table does not follow.
+    fn made_by(&self, vendor: CpuVendor) -> Option<bool> {
+        match vendor {
+            CpuVendor::Intel => Some(self.vendors.contains(&Vendor::Intel)),
+            CpuVendor::Amd | CpuVendor::Hygon => Some(self.vendors.contains(&Vendor::Amd)),
+            CpuVendor::Other => None,
+        }
+    }
+}
+
+/// Every MSR of the database, by index.
+pub fn all() -> &'static [Entry] {
+    table::TABLE
+}
+
+/// The MSR of this index.
+pub fn by_msr(msr: Msr) -> Option<&'static Entry> {
+    let place = all().binary_search_by_key(&msr.0, |entry| entry.msr.0).ok()?;
+    all().get(place)
+}
+
+/// The MSR of this name or alias: in any case, with or without `MSR_` before it.
+pub fn by_name(name: &str) -> Option<&'static Entry> {
+    let name = bare(name);
+    all()
+        .iter()
+        .find(|entry| entry.names().any(|other| bare(other).eq_ignore_ascii_case(name)))
+}
+
+/// The MSRs with a name or alias that a pattern matches, by index.
+///
+/// `*` stands for any characters, `?` for one; case does not matter. A name matches as the table spells it and
+/// without its `MSR_`; `MSR_IA32_*`, as Linux writes it, means `IA32_*`.
+pub fn glob(pattern: &str) -> impl Iterator<Item = &'static Entry> + use<> {
+    let linux = pattern
+        .get(..9)
+        .is_some_and(|start| start.eq_ignore_ascii_case("MSR_IA32_"));
+    let pattern = if linux { bare(pattern) } else { pattern }.to_owned();
+    all().iter().filter(move |entry| {
+        entry.names().any(|name| {
+            matches(pattern.as_bytes(), name.as_bytes()) || matches(pattern.as_bytes(), bare(name).as_bytes())
+        })
+    })
+}
+
+/// The MSRs of a class, by index; the class by its name without the `@`. `None` if there is no such class.
+pub fn class(name: &str) -> Option<impl Iterator<Item = &'static Entry> + use<>> {
+    let class: Class = name.parse().ok()?;
+    Some(all().iter().filter(move |entry| entry.classes.contains(&class)))
+}
+
+/// Every class.
+pub fn classes() -> &'static [Class] {
+    Class::ALL
+}
+
+/// The name or alias that is most like a misspelt one; `None` if none comes near.
+pub fn nearest(name: &str) -> Option<&'static str> {
+    let wanted = bare(name).to_ascii_uppercase();
+    // One slip in four characters still points somewhere; more is a guess.
+    let limit = wanted.len().div_ceil(4);
+    all()
+        .iter()
+        .flat_map(Entry::names)
+        .filter(|other| bare(other).len().abs_diff(wanted.len()) <= limit)
+        .map(|other| {
+            (
+                distance(wanted.as_bytes(), bare(other).to_ascii_uppercase().as_bytes()),
+                other,
+            )
+        })
+        .filter(|&(distance, _)| distance <= limit)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, other)| other)
+}
+
+/// What a person may mean by a text: an index (`0x8b`), a class (`@pmu`), a pattern, a name, else a part of a name.
+pub fn search(text: &str) -> Vec<&'static Entry> {
+    if let Some(name) = text.strip_prefix('@') {
+        return class(name).into_iter().flatten().collect();
+    }
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return u32::from_str_radix(digits, 16)
+            .ok()
+            .and_then(|index| by_msr(Msr(index)))
+            .into_iter()
+            .collect();
+    }
+    if text.contains(['*', '?']) {
+        return glob(text).collect();
+    }
+    if let Some(entry) = by_name(text) {
+        return vec![entry];
+    }
+    let part = bare(text).to_ascii_uppercase();
+    all()
+        .iter()
+        .filter(|entry| entry.names().any(|name| name.to_ascii_uppercase().contains(&part)))
+        .collect()
+}
+
+/// A name without Linux's `MSR_`.
+fn bare(name: &str) -> &str {
+    match name.split_at_checked(4) {
+        Some((prefix, rest)) if prefix.eq_ignore_ascii_case("MSR_") => rest,
+        _ => name,
+    }
+}
+
+/// Whether a pattern of `*` and `?` matches the whole of a text.
+fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
+    // What to go on with if the rest fails: the pattern after the last `*`, and the text that it may yet swallow.
+    // Only the last `*` needs it: an earlier one that swallows more leaves less for the later ones.
+    let mut retry: Option<(&[u8], &[u8])> = None;
+    loop {
+        match (pattern, text) {
+            ([], []) => return true,
+            ([b'*', rest @ ..], _) => {
+                pattern = rest;
+                retry = Some((rest, text));
+                continue;
+            }
+            ([wanted, rest @ ..], [byte, text_rest @ ..]) if *wanted == b'?' || wanted.eq_ignore_ascii_case(byte) => {
+                (pattern, text) = (rest, text_rest);
+                continue;
+            }
+            _ => {}
+        }
+        let Some((after, [_, swallowed @ ..])) = retry else {
+            return false;
+        };
+        retry = Some((after, swallowed));
+        (pattern, text) = (after, swallowed);
+    }
+}
+
+/// How many characters must be put in, taken out or changed to make one text the other.
+fn distance(a: &[u8], b: &[u8]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in (1..).zip(a) {
+        let mut diagonal = i - 1;
+        let mut left = i;
+        if let Some(first) = row.first_mut() {
+            *first = i;
+        }
+        for (cell, y) in row.iter_mut().skip(1).zip(b) {
+            let changed = diagonal + usize::from(x != y);
+            diagonal = *cell;
+            left = changed.min(left + 1).min(diagonal + 1);
+            *cell = left;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;

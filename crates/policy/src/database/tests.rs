@@ -1,0 +1,243 @@
+use std::collections::HashMap;
+
+use super::*;
+use crate::cpuid;
+
+fn named(name: &str) -> (u32, &'static str) {
+    let entry = by_name(name).unwrap_or_else(|| panic!("{name} is missing"));
+    (entry.msr.0, entry.name)
+}
+
+#[test]
+fn no_two_msrs_share_a_name() {
+    let mut owners = HashMap::new();
+    for entry in all() {
+        for name in entry.names() {
+            let other = owners.insert(bare(name).to_ascii_uppercase(), entry.msr.0);
+            assert_eq!(other, None, "{name} of {:#x}", entry.msr.0);
+        }
+    }
+}
+
+#[test]
+fn names_are_what_a_policy_can_spell() {
+    for name in all().iter().flat_map(Entry::names) {
+        assert!(
+            name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+                && !name.starts_with(|first: char| first.is_ascii_digit()),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn every_entry_has_a_class_a_vendor_and_a_source_without_repeats() {
+    for entry in all() {
+        assert!(
+            !entry.classes.is_empty() && !entry.vendors.is_empty() && !entry.source.is_empty(),
+            "{}",
+            entry.name
+        );
+        let mut classes = entry.classes.to_vec();
+        classes.sort_unstable();
+        classes.dedup();
+        assert_eq!(classes.len(), entry.classes.len(), "{}", entry.name);
+    }
+}
+
+#[test]
+fn every_feature_is_known_to_cpuid() {
+    for entry in all() {
+        let features = match &entry.exists {
+            Exists::Always | Exists::Model => &[][..],
+            Exists::Feature(feature) => std::slice::from_ref(feature),
+            Exists::AnyFeature(features) => features,
+        };
+        for name in features {
+            assert!(cpuid::feature(name).is_some(), "{name} of {}", entry.name);
+        }
+    }
+}
+
+#[test]
+fn a_hypervisors_msr_is_there_only_if_a_feature_says_so() {
+    let hypervisors = [Vendor::Kvm, Vendor::HyperV, Vendor::Xen];
+    for entry in all()
+        .iter()
+        .filter(|entry| entry.vendors.iter().any(|vendor| hypervisors.contains(vendor)))
+    {
+        assert!(
+            !matches!(entry.exists, Exists::Always | Exists::Model),
+            "{}",
+            entry.name
+        );
+    }
+}
+
+#[test]
+fn every_class_is_sorted_named_and_used() {
+    assert!(Class::ALL.is_sorted_by(|a, b| a.name() < b.name()));
+    for &class in classes() {
+        assert_eq!(class.name().parse(), Ok(class));
+        assert!(
+            super::class(class.name()).is_some_and(|mut entries| entries.next().is_some()),
+            "{class} is empty"
+        );
+    }
+    assert!(super::class("no_such_class").is_none());
+}
+
+#[test]
+fn an_msr_is_found_by_the_names_of_intel_amd_and_linux() {
+    #[rustfmt::skip]
+    let cases = [
+        ("IA32_BIOS_SIGN_ID", 0x8b), ("MSR_IA32_UCODE_REV", 0x8b), ("patch_level", 0x8b),
+        ("MSR_IA32_APICBASE", 0x1b), ("TSC", 0x10), ("MSR_EFER", 0xc000_0080), ("efer", 0xc000_0080),
+        ("MSR_SYSCALL_MASK", 0xc000_0084), ("MSR_KERNEL_GS_BASE", 0xc000_0102), ("HWCR", 0xc001_0015),
+        ("MSR_K7_HWCR", 0xc001_0015), ("MSR_MTRRfix4K_C8000", 0x269), ("IA32_MC7_STATUS", 0x41d),
+        ("MSR_KVM_STEAL_TIME", 0x4b56_4d03), ("KVM_STEAL_TIME", 0x4b56_4d03), ("HV_X64_MSR_SINT15", 0x4000_009f),
+        ("MSR_AMD64_SMCA_MC3_IPID", 0xc000_2035), ("IA32_X2APIC_SELF_IPI", 0x83f), ("PERF_CTR5", 0xc001_020b),
+    ];
+    for (name, msr) in cases {
+        assert_eq!(named(name).0, msr, "{name}");
+    }
+    assert!(by_name("IA32_").is_none());
+    assert!(by_name("").is_none());
+    assert!(by_name("é_MSR").is_none());
+}
+
+#[test]
+fn every_entry_is_found_by_its_index_and_no_other_index_is() {
+    for entry in all() {
+        assert_eq!(by_msr(entry.msr), Some(entry));
+    }
+    for absent in [0x2, 0x402 + 0x80, 0x7ff, 0xffff_ffff] {
+        assert_eq!(
+            by_msr(Msr(absent)).map(|entry| entry.msr.0),
+            all().iter().map(|e| e.msr.0).find(|&m| m == absent)
+        );
+    }
+    assert_eq!(by_msr(Msr(0xffff_ffff)), None);
+}
+
+#[test]
+fn a_glob_matches_names_and_aliases_whole() {
+    let names = |pattern| glob(pattern).map(|entry| entry.name).collect::<Vec<_>>();
+    let sysenter = ["IA32_SYSENTER_CS", "IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"];
+    assert_eq!(names("ia32_sysenter_*"), sysenter);
+    assert_eq!(names("MSR_IA32_SYSENTER_*"), sysenter);
+    assert_eq!(names("IA32_SYSENTER_E?P"), sysenter[1..]);
+    assert_eq!(names("PKG_POWER_*"), ["MSR_PKG_POWER_LIMIT", "MSR_PKG_POWER_INFO"]);
+    assert_eq!(names("*UCODE_REV"), ["IA32_BIOS_SIGN_ID"]);
+    assert_eq!(names("SYSENTER"), [""; 0]);
+    assert_eq!(names(""), [""; 0]);
+    assert_eq!(names("*").len(), all().len());
+}
+
+#[test]
+fn a_star_swallows_as_much_as_the_rest_of_the_pattern_leaves() {
+    #[rustfmt::skip]
+    let cases = [
+        ("*", "", true), ("", "", true), ("", "a", false), ("a", "", false), ("?", "", false), ("?", "a", true),
+        ("a*", "a", true), ("*a", "ba", true), ("*a", "ab", false), ("a*c", "abcbc", true), ("a*c", "abcb", false),
+        ("*ab*b", "aabb", true), ("*ab?", "abab", false), ("*ab?", "ababa", true), ("**", "x", true),
+        ("*a*a*a*a*a*a*a*a*b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", false),
+    ];
+    for (pattern, text, expected) in cases {
+        assert_eq!(
+            matches(pattern.as_bytes(), text.as_bytes()),
+            expected,
+            "{pattern} {text}"
+        );
+    }
+}
+
+#[test]
+fn banks_are_complete() {
+    #[rustfmt::skip]
+    let cases = [
+        ("IA32_MC*_CTL2", 32), ("IA32_MC*_MISC", 32), ("IA32_MTRR_PHYS*", 20), ("IA32_MTRR_FIX*", 11),
+        ("IA32_PMC?", 8), ("IA32_PERFEVTSEL?", 8), ("IA32_FIXED_CTR?", 4), ("IA32_X2APIC_IRR?", 8),
+        ("HV_X64_MSR_SINT*", 16), ("HV_X64_MSR_STIMER*", 8), ("PERF_CTL?", 6), ("PERF_LEGACY_*", 8),
+        ("PSTATE_DEF_?", 8), ("MSR_AMD64_SMCA_MC*_CTL", 32), ("MSR_KVM_*", 11), ("IA32_VMX_*", 20),
+    ];
+    for (pattern, count) in cases {
+        assert_eq!(glob(pattern).count(), count, "{pattern}");
+    }
+}
+
+#[test]
+fn a_misspelt_name_points_to_the_nearest_and_nonsense_to_none() {
+    assert_eq!(nearest("IA32_EFRE"), Some("IA32_EFER"));
+    assert_eq!(nearest("MSR_LSTARR"), Some("MSR_LSTAR"));
+    assert_eq!(nearest("IA32_MC99_STATUS"), Some("IA32_MC9_STATUS"));
+    assert_eq!(nearest("completely_else_where"), None);
+    assert_eq!(nearest(""), None);
+}
+
+#[test]
+fn distance_counts_insertions_deletions_and_changes() {
+    let cases = [
+        ("", "", 0),
+        ("a", "", 1),
+        ("", "ab", 2),
+        ("kitten", "sitting", 3),
+        ("abc", "abc", 0),
+        ("ab", "ba", 2),
+    ];
+    for (a, b, expected) in cases {
+        assert_eq!(distance(a.as_bytes(), b.as_bytes()), expected, "{a} {b}");
+    }
+}
+
+#[test]
+fn search_takes_an_index_a_class_a_pattern_a_name_or_a_part() {
+    let names = |text| search(text).iter().map(|entry| entry.name).collect::<Vec<_>>();
+    assert_eq!(names("0x8B"), ["IA32_BIOS_SIGN_ID"]);
+    assert_eq!(names("0xffffffff"), [""; 0]);
+    assert_eq!(names("@sysenter").len(), 3);
+    assert_eq!(names("@nonsense"), [""; 0]);
+    assert_eq!(names("IA32_SYSENTER_C?"), ["IA32_SYSENTER_CS"]);
+    assert_eq!(names("ucode_rev"), ["IA32_BIOS_SIGN_ID"]);
+    assert_eq!(names("steal"), ["MSR_KVM_STEAL_TIME"]);
+}
+
+#[test]
+fn existence_follows_cpuid_then_the_maker() {
+    let vendor = |ebx, edx, ecx| (0, 0, [0xd, ebx, ecx, edx]);
+    let intel = Cpuid::from_entries([
+        vendor(0x756e_6547, 0x4965_6e69, 0x6c65_746e),
+        (1, 0, [0x306c3, 0, 0, 1 << 12]),
+    ]);
+    let amd = Cpuid::from_entries([
+        vendor(0x6874_7541, 0x6974_6e65, 0x444d_4163),
+        (7, 0, [0, 0, 0, 1 << 29]),
+        (0x8000_0001, 0, [0, 0, 1 << 2, 0]),
+    ]);
+    #[rustfmt::skip]
+    let cases = [
+        ("IA32_MTRRCAP", Some(true), Some(false)), ("IA32_MISC_ENABLE", Some(true), Some(false)),
+        ("HWCR", Some(false), Some(true)), ("IA32_BIOS_SIGN_ID", Some(true), Some(true)),
+        ("MSR_PKG_ENERGY_STATUS", None, Some(false)), ("LS_CFG", Some(false), None),
+        ("IA32_ARCH_CAPABILITIES", Some(false), Some(true)), ("IA32_EFER", Some(false), Some(true)),
+        ("MSR_KVM_STEAL_TIME", Some(false), Some(false)), ("MSR_TMTA_LONGRUN_CTRL", Some(false), Some(false)),
+    ];
+    for (name, on_intel, on_amd) in cases {
+        let entry = by_name(name).unwrap();
+        assert_eq!(
+            (entry.exists_on(&intel), entry.exists_on(&amd)),
+            (on_intel, on_amd),
+            "{name}"
+        );
+    }
+    let unknown = Cpuid::default();
+    assert_eq!(by_name("HWCR").unwrap().exists_on(&unknown), None);
+}
+
+#[test]
+fn a_condition_prints_as_its_features() {
+    let text = |name| by_name(name).unwrap().exists.to_string();
+    assert_eq!(text("IA32_MTRRCAP"), "mtrr");
+    assert_eq!(text("IA32_TSC_AUX"), "rdtscp|rdpid");
+    assert_eq!(text("HWCR"), "-");
+}
