@@ -1,0 +1,99 @@
+//! Why a plan is not in force.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What was being done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Duplicating the descriptor that the caller gave.
+    Duplicate,
+    /// KVM_ENABLE_CAP of `KVM_CAP_X86_USER_SPACE_MSR`.
+    Mask,
+    /// KVM_X86_SET_MSR_FILTER.
+    Filter,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Step::Duplicate => "duplicating the descriptor",
+            Step::Mask => "enabling KVM_CAP_X86_USER_SPACE_MSR",
+            Step::Filter => "KVM_X86_SET_MSR_FILTER",
+        })
+    }
+}
+
+/// Why a plan was not installed, replaced or removed. What was in force before still is.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum InstallError {
+    /// The kernel does not accept what it should: it lacks a reason or the call (EINVAL, ENOTTY).
+    Kernel {
+        /// What was being done.
+        step: Step,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// The plan names a handler that is not registered.
+    UnknownHandler {
+        /// The name.
+        name: Arc<str>,
+    },
+    /// The plan reads the physical CPU's registers, and they cannot be opened.
+    HostMsrs {
+        /// Which device.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// Another failure of a call: no memory, a VM of another process, a descriptor that is none.
+    Io {
+        /// What was being done.
+        step: Step,
+        /// The kernel's error.
+        source: io::Error,
+    },
+}
+
+impl InstallError {
+    pub(crate) fn of(step: Step) -> impl FnOnce(io::Error) -> InstallError {
+        move |source| match source.raw_os_error() {
+            Some(libc::EINVAL | libc::ENOTTY) => InstallError::Kernel { step, source },
+            _ => InstallError::Io { step, source },
+        }
+    }
+}
+
+impl fmt::Display for InstallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            InstallError::Kernel { step, .. } => {
+                write!(f, "the kernel refuses {step}: is the descriptor that of a VM?")
+            }
+            InstallError::UnknownHandler { name } => write!(f, "no handler `{name}` is registered"),
+            InstallError::HostMsrs { path, .. } => write!(
+                f,
+                "{} does not open, which `host` reads: load the msr module (`modprobe msr`) and run with CAP_SYS_RAWIO",
+                path.display()
+            ),
+            InstallError::Io { step, source } if source.raw_os_error() == Some(libc::EIO) => {
+                write!(f, "{step} failed: the VM belongs to another process")
+            }
+            InstallError::Io { step, .. } => write!(f, "{step} failed"),
+        }
+    }
+}
+
+impl std::error::Error for InstallError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            InstallError::Kernel { source, .. }
+            | InstallError::HostMsrs { source, .. }
+            | InstallError::Io { source, .. } => Some(source),
+            InstallError::UnknownHandler { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What a VMM answers itself, by a name that the policy gives.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use msrgate_core::Msr;
+
+/// Answers the accesses whose action is a handler.
+///
+/// Called on the vCPU's thread while the guest waits. A panic is caught where the program unwinds, and the guest gets
+/// #GP(0). A handler must not run the vCPU that waits for it.
+pub trait Handler: Send + Sync {
+    /// What the guest reads.
+    fn read(&self, vcpu: u32, msr: Msr) -> Result<u64, Fault>;
+    /// The guest writes `value`; `Ok` lets it go on.
+    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> Result<(), Fault>;
+}
+
+/// The guest gets #GP(0).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault;
+
+/// Handlers by name.
+#[derive(Clone, Default)]
+pub struct Handlers {
+    by_name: BTreeMap<Arc<str>, Arc<dyn Handler>>,
+}
+
+impl Handlers {
+    /// None.
+    pub fn new() -> Handlers {
+        Handlers::default()
+    }
+
+    /// Adds `handler` under `name`, in place of one that was there.
+    #[must_use]
+    pub fn with(mut self, name: &str, handler: impl Handler + 'static) -> Handlers {
+        self.by_name.insert(name.into(), Arc::new(handler));
+        self
+    }
+
+    /// The handler of this name.
+    pub(crate) fn find(&self, name: &str) -> Option<&dyn Handler> {
+        self.by_name.get(name).map(|handler| &**handler)
+    }
+}
+
+impl fmt::Debug for Handlers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.by_name.keys()).finish()
+    }
+}

@@ -1,0 +1,226 @@
+//! One vCPU's exits.
+
+#![expect(unsafe_code, reason = "the mapped `kvm_run`")]
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_run;
+use msrgate_core::{Access, Answer, Event, Exit, Outcome, Reason, VcpuState, Why};
+
+use crate::exit::{self, RawExit};
+use crate::gate::{Epoch, Published, Shared};
+use crate::ioctl;
+use crate::registers::Registers;
+
+/// Answers the MSR exits of one vCPU, and keeps what its MSRs remember.
+///
+/// Made by [`crate::Gate::vcpu`]; goes to the vCPU's thread.
+#[derive(Debug)]
+pub struct VcpuGate {
+    vcpu: OwnedFd,
+    id: u32,
+    shared: Arc<Shared>,
+    /// Borrowed while an answer is made; who finds it borrowed was called from inside a handler.
+    held: RefCell<Held>,
+}
+
+/// What a vCPU answers by.
+#[derive(Debug)]
+struct Held {
+    generation: u64,
+    published: Arc<Published>,
+    epoch: Arc<Epoch>,
+    state: VcpuState,
+}
+
+/// What became of a KVM_RUN exit.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Dispatch {
+    /// It was an MSR exit; the answer is in `kvm_run`, and the next KVM_RUN carries it out.
+    Answered(Answered),
+    /// It is something else, and nothing was touched.
+    NotMine,
+}
+
+/// An access and its answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Answered {
+    /// Which vCPU.
+    pub vcpu: u32,
+    /// What the guest tried.
+    pub access: Access,
+    /// Why the kernel did not answer it; `None` where it gave no reason that is known here.
+    pub reason: Option<Reason>,
+    /// The kernel's number for the reason.
+    pub reason_bits: u32,
+    /// What it got.
+    pub answer: Answer,
+}
+
+impl Answered {
+    /// The record of it. `t` is in nanoseconds since an arbitrary start, `vm` counts the VMs of the process.
+    pub fn event(&self, t: u64, vm: u32, rip: Option<u64>) -> Event {
+        Event {
+            t,
+            vm,
+            vcpu: self.vcpu,
+            op: self.access.op(),
+            msr: self.access.msr(),
+            value: match (self.access, self.answer.outcome) {
+                (Access::Write { value, .. }, _) | (Access::Read { .. }, Outcome::Value(value)) => value,
+                (Access::Read { .. }, _) => 0,
+            },
+            reason: self.reason,
+            did: self.answer.did,
+            why: self.answer.why,
+            rule: self.answer.rule,
+            rip,
+        }
+    }
+}
+
+/// How a vCPU came to rest.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Drained {
+    /// No access is pending; the vCPU's state may be saved.
+    Idle,
+    /// Completing one exit made another, which is in `kvm_run` and has to be handled before draining again.
+    Exit,
+    /// An MSR exit that was not dispatched is in `kvm_run`, and the vCPU was not run: the kernel would take it as
+    /// answered.
+    Unanswered,
+}
+
+impl VcpuGate {
+    pub(crate) fn new(vcpu: OwnedFd, id: u32, shared: Arc<Shared>) -> VcpuGate {
+        let generation = shared.generation();
+        let published = shared.published();
+        let epoch = Arc::clone(&published.newest);
+        let state = epoch.table().vcpu_state();
+        VcpuGate {
+            vcpu,
+            id,
+            shared,
+            held: RefCell::new(Held {
+                generation,
+                published,
+                epoch,
+                state,
+            }),
+        }
+    }
+
+    /// Answers the exit in `run`, the vCPU's mapped page, if it is one of an MSR. Call it after a KVM_RUN that returned
+    /// success.
+    ///
+    /// What cannot be answered faults the guest: an unknown reason, an MSR that no rule names, a handler that panics.
+    /// After EINTR there is nothing to answer; a call then does no harm, since an answered exit no longer looks like
+    /// one. Allocates and locks only where the plan was replaced since the last call.
+    pub fn dispatch(&self, run: &mut kvm_run) -> Dispatch {
+        // SAFETY: a `kvm_run`, and the exclusive borrow lasts for the call.
+        unsafe { self.dispatch_raw(run) }
+    }
+
+    /// [`VcpuGate::dispatch`] for who has the page as a pointer. A handler may come back here, and is told that it did.
+    ///
+    /// # Safety
+    /// `run` points to this vCPU's mapped `kvm_run`, and nothing but this thread reads or writes it, nor runs the vCPU,
+    /// until the call returns.
+    pub unsafe fn dispatch_raw(&self, run: *mut kvm_run) -> Dispatch {
+        // SAFETY: the caller's promise; nothing writes in between, since this thread is here.
+        let Some(exit) = (unsafe { exit::read(run) }) else {
+            return Dispatch::NotMine;
+        };
+        // SAFETY: the caller's promise, and it holds an MSR exit.
+        unsafe { exit::fail_closed(run) };
+        let answered = |answer| {
+            Dispatch::Answered(Answered {
+                vcpu: self.id,
+                access: exit.access,
+                reason: Reason::from_bits(exit.reason),
+                reason_bits: exit.reason,
+                answer,
+            })
+        };
+        let Ok(mut held) = self.held.try_borrow_mut() else {
+            // A handler's own dispatch: the exit is the outer call's to finish.
+            return answered(Answer::fault(Why::ReEntered, None));
+        };
+        let answer = self.answer(exit, &mut held);
+        // SAFETY: the caller's promise; no handler is being asked any more.
+        unsafe { exit::answer(run, exit, answer.outcome) };
+        answered(answer)
+    }
+
+    fn answer(&self, exit: RawExit, held: &mut Held) -> Answer {
+        let Some(reason) = Reason::from_bits(exit.reason) else {
+            return Answer::fault(Why::UnknownReason, None);
+        };
+        let generation = self.shared.generation();
+        if generation != held.generation {
+            held.published = self.shared.published();
+            held.generation = generation;
+        }
+        let epoch = held.published.deciding(&held.epoch, exit.access, reason);
+        if !Arc::ptr_eq(epoch, &held.epoch) {
+            held.state = held.state.carried(held.epoch.table(), epoch.table());
+            held.epoch = Arc::clone(epoch);
+        }
+        let mut registers = Registers {
+            vcpu: &self.vcpu,
+            id: self.id,
+            host: &held.epoch.host,
+            handlers: &self.shared.handlers,
+        };
+        let exit = Exit {
+            access: exit.access,
+            reason,
+        };
+        held.epoch.table().answer(exit, &mut held.state, &mut registers)
+    }
+
+    /// Completes the access that was answered last without executing a guest instruction, so that the vCPU's registers
+    /// are whole: for saving its state, migrating it or showing it to a debugger.
+    ///
+    /// Runs the vCPU with `immediate_exit` set, and leaves that as it was. Fails with the kernel's error where KVM_RUN
+    /// fails otherwise than with EINTR.
+    pub fn drain(&self, run: &mut kvm_run) -> io::Result<Drained> {
+        // SAFETY: a `kvm_run`, borrowed exclusively.
+        if unsafe { exit::read(run) }.is_some() {
+            return Ok(Drained::Unanswered);
+        }
+        let before = run.immediate_exit;
+        set_immediate_exit(run, 1);
+        let result = ioctl::run(&self.vcpu);
+        set_immediate_exit(run, before);
+        match result {
+            Ok(()) => Ok(Drained::Exit),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Drained::Idle),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// [`VcpuGate::dispatch`] with the vCPU of the kvm-ioctls crate.
+    #[cfg(feature = "kvm-ioctls")]
+    pub fn dispatch_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Dispatch {
+        self.dispatch(vcpu.get_kvm_run())
+    }
+
+    /// [`VcpuGate::drain`] with the vCPU of the kvm-ioctls crate.
+    #[cfg(feature = "kvm-ioctls")]
+    pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<Drained> {
+        self.drain(vcpu.get_kvm_run())
+    }
+}
+
+/// Volatile, since it is the kernel that reads it, in a call that does not name the page.
+fn set_immediate_exit(run: &mut kvm_run, value: u8) {
+    let field: *mut u8 = &raw mut run.immediate_exit;
+    // SAFETY: a field of a `kvm_run` that is borrowed exclusively.
+    unsafe { field.write_volatile(value) };
+}
