@@ -166,6 +166,9 @@ pub fn by_msr(msr: Msr) -> Option<&'static Entry> {
 }
 
 /// The MSR of this name or alias: in any case, with or without `MSR_` before it.
+///
+/// Where Linux gives a name of the manual to another MSR, the manual counts: `IA32_PMC0` and `MSR_IA32_PMC0` are
+/// 0xc1, though Linux calls 0x4c1 so.
 pub fn by_name(name: &str) -> Option<&'static Entry> {
     let name = bare(name);
     all()
@@ -202,22 +205,23 @@ pub fn classes() -> &'static [Class] {
 
 /// The name or alias that is most like a misspelt one; `None` if none comes near.
 pub fn nearest(name: &str) -> Option<&'static str> {
-    let wanted = bare(name).to_ascii_uppercase();
+    closest(name, all().iter().flat_map(Entry::names))
+}
+
+/// The candidate that takes the fewest slips to become the text; `None` if none comes near.
+pub(crate) fn closest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let wanted = bare(text).to_ascii_uppercase();
     // One slip in four characters still points somewhere; more is a guess.
     let limit = wanted.len().div_ceil(4);
-    all()
-        .iter()
-        .flat_map(Entry::names)
-        .filter(|other| bare(other).len().abs_diff(wanted.len()) <= limit)
-        .map(|other| {
-            (
-                distance(wanted.as_bytes(), bare(other).to_ascii_uppercase().as_bytes()),
-                other,
-            )
+    candidates
+        .filter(|candidate| bare(candidate).len().abs_diff(wanted.len()) <= limit)
+        .map(|candidate| {
+            let spelling = bare(candidate).to_ascii_uppercase();
+            (distance(wanted.as_bytes(), spelling.as_bytes()), candidate)
         })
-        .filter(|&(distance, _)| distance <= limit)
-        .min_by_key(|&(distance, _)| distance)
-        .map(|(_, other)| other)
+        .filter(|&(slips, _)| slips <= limit)
+        .min_by_key(|&(slips, _)| slips)
+        .map(|(_, candidate)| candidate)
 }
 
 /// What a person may mean by a text: an index (`0x8b`), a class (`@pmu`), a pattern, a name, else a part of a name.

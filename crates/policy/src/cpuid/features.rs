@@ -181,11 +181,16 @@ pub(super) static FEATURES: &[Feature] = &[
     f("arch_perfmon_gp6", &[field(0xa, 0, Eax, 8, 8, 6)]),
     f("arch_perfmon_gp7", &[field(0xa, 0, Eax, 8, 8, 7)]),
     f("arch_perfmon_gp8", &[field(0xa, 0, Eax, 8, 8, 8)]),
+    f("arch_perfmon_gp9", &[field(0xa, 0, Eax, 8, 8, 9)]),
+    f("arch_perfmon_gp10", &[field(0xa, 0, Eax, 8, 8, 10)]),
     // Counted in EDX, or since version 5 named one by one in ECX.
     f("arch_perfmon_fixed1", &[field(0xa, 0, Edx, 0, 5, 1), processor(0xa, 0, Ecx, 0)]),
     f("arch_perfmon_fixed2", &[field(0xa, 0, Edx, 0, 5, 2), processor(0xa, 0, Ecx, 1)]),
     f("arch_perfmon_fixed3", &[field(0xa, 0, Edx, 0, 5, 3), processor(0xa, 0, Ecx, 2)]),
     f("arch_perfmon_fixed4", &[field(0xa, 0, Edx, 0, 5, 4), processor(0xa, 0, Ecx, 3)]),
+    f("arch_perfmon_fixed5", &[field(0xa, 0, Edx, 0, 5, 5), processor(0xa, 0, Ecx, 4)]),
+    f("arch_perfmon_fixed6", &[field(0xa, 0, Edx, 0, 5, 6), processor(0xa, 0, Ecx, 5)]),
+    f("arch_perfmon_fixed7", &[field(0xa, 0, Edx, 0, 5, 7), processor(0xa, 0, Ecx, 6)]),
     // Processor Extended State, leaf 0xd
     f("xsaveopt", &[processor(0xd, 1, Eax, 0)]),
     f("xsavec", &[processor(0xd, 1, Eax, 1)]),
