@@ -113,11 +113,9 @@ pub fn features() -> &'static [Feature] {
     features::FEATURES
 }
 
-/// The feature of this name, in any case.
-pub fn feature(name: &str) -> Option<&'static Feature> {
-    features()
-        .iter()
-        .find(|feature| feature.name.eq_ignore_ascii_case(name))
+/// Whether a feature has this name, in any case.
+pub fn is_feature(name: &str) -> bool {
+    feature(name).is_some()
 }
 
 /// Why a text is not what `cpuid -r` prints.
@@ -310,6 +308,12 @@ impl Cpuid {
             }
         }
     }
+}
+
+fn feature(name: &str) -> Option<&'static Feature> {
+    features()
+        .iter()
+        .find(|feature| feature.name.eq_ignore_ascii_case(name))
 }
 
 /// The twelve characters that three registers spell.

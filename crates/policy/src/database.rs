@@ -198,18 +198,18 @@ pub fn class(name: &str) -> Option<impl Iterator<Item = &'static Entry> + use<>>
     Some(all().iter().filter(move |entry| entry.classes.contains(&class)))
 }
 
-/// Every class.
-pub fn classes() -> &'static [Class] {
-    Class::ALL
+/// The names of all classes, in alphabetical order, without the `@`.
+pub fn classes() -> impl Iterator<Item = &'static str> {
+    Class::ALL.iter().map(|class| class.name())
 }
 
 /// The name or alias that is most like a misspelt one; `None` if none comes near.
 pub fn nearest(name: &str) -> Option<&'static str> {
-    closest(name, all().iter().flat_map(Entry::names))
+    nearest_of(name, all().iter().flat_map(Entry::names))
 }
 
 /// The candidate that takes the fewest slips to become the text; `None` if none comes near.
-pub(crate) fn closest<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest_of<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let wanted = bare(text).to_ascii_uppercase();
     // One slip in four characters still points somewhere; more is a guess.
     let limit = wanted.len().div_ceil(4);
@@ -284,23 +284,31 @@ fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
     }
 }
 
-/// How many characters must be put in, taken out or changed to make one text the other.
+/// How many slips make one text the other: a character put in, left out or changed, or two neighbours swapped.
 fn distance(a: &[u8], b: &[u8]) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in (1..).zip(a) {
-        let mut diagonal = i - 1;
+    // The row of `a` two characters back, which a swap goes on from, and the row of one character back.
+    let mut before: Vec<usize> = Vec::new();
+    let mut above: Vec<usize> = (0..=b.len()).collect();
+    let mut last = None;
+    for (i, &x) in (1..).zip(a) {
+        let mut row = vec![i];
         let mut left = i;
-        if let Some(first) = row.first_mut() {
-            *first = i;
+        let mut last_y = None;
+        for (j, (&y, corner)) in b.iter().zip(above.windows(2)).enumerate() {
+            let &[diagonal, up] = corner else { break };
+            let mut slips = (diagonal + usize::from(x != y)).min(left + 1).min(up + 1);
+            if last == Some(y) && last_y == Some(x) {
+                // Both texts have a character before this one, so that `before` is filled and `j` is not 0.
+                slips = before.get(j - 1).map_or(slips, |swapped| slips.min(swapped + 1));
+            }
+            row.push(slips);
+            left = slips;
+            last_y = Some(y);
         }
-        for (cell, y) in row.iter_mut().skip(1).zip(b) {
-            let changed = diagonal + usize::from(x != y);
-            diagonal = *cell;
-            left = changed.min(left + 1).min(diagonal + 1);
-            *cell = left;
-        }
+        before = std::mem::replace(&mut above, row);
+        last = Some(x);
     }
-    row.last().copied().unwrap_or(0)
+    above.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]
