@@ -1,1 +1,45 @@
-//! stub
+//! The policy language of msrgate: what a guest's MSR accesses get, in a file.
+//!
+//! ```
+//! use msrgate_policy::{Policy, cpuid::Cpuid};
+//! use msrgate_plan::Plan;
+//!
+//! let text = r#"
+//! version = 1
+//! default = "allow"
+//!
+//! [[rule]]
+//! msr   = "IA32_BIOS_SIGN_ID"
+//! read  = { value = "0x0100000000000000" }
+//! write = "ignore"
+//! "#;
+//! let policy = Policy::parse("microcode.toml", text).expect("a policy");
+//! let plan = Plan::compile(&policy.decision_map(None).expect("no CPUID needed"))?;
+//! assert_eq!(plan.filter().ranges().len(), 1);
+//! # Ok::<(), msrgate_plan::PlanError>(())
+//! ```
+//!
+//! Parsing reports all that is wrong at once, each with its place and what to write instead ([`Diagnostic`]); there is
+//! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), the guest's
+//! [`cpuid::Cpuid`], and traces line by line.
+#![forbid(unsafe_code)]
+
+mod check;
+pub mod cpuid;
+pub mod database;
+mod diagnostic;
+mod explain;
+pub mod number;
+mod oracle;
+mod parse;
+mod pattern;
+mod policy;
+mod print;
+pub mod trace;
+
+pub use check::check;
+pub use diagnostic::{Code, Diagnostic, Files, Place, Severity, Source};
+pub use explain::{Explanation, explain};
+pub use parse::Rejected;
+pub use pattern::{Pattern, PatternError};
+pub use policy::{Policy, Rule, Validity, When};

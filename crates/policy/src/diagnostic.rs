@@ -1,0 +1,276 @@
+//! What is wrong with a policy, and where.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// How much a finding weighs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Severity {
+    /// Worth knowing; nothing to change.
+    Note,
+    /// The policy works, and most likely not as its author meant.
+    Warning,
+    /// The policy cannot be used.
+    Error,
+}
+
+impl Severity {
+    /// The word that JSON uses.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Severity::Note => "note",
+            Severity::Warning => "warning",
+            Severity::Error => "error",
+        }
+    }
+}
+
+/// A stable name for a kind of finding. `docs/findings.md` has a paragraph on each.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+#[expect(missing_docs, reason = "each code's text stands in `Code::title`")]
+pub enum Code {
+    Syntax,
+    Version,
+    UnknownKey,
+    WrongType,
+    UnknownName,
+    UnknownClass,
+    NoMatch,
+    BadNumber,
+    ReversedRange,
+    UnknownAction,
+    MissingKey,
+    Duplicate,
+    Cycle,
+    Unreadable,
+    DecidesNothing,
+    UnknownCondition,
+    ActionNotHere,
+    CpuidNeeded,
+    TooManyRanges,
+    TooMuchState,
+    PlannerBug,
+    Unreachable,
+    Unenforceable,
+    LogsNothing,
+    WithoutEffect,
+}
+
+impl Code {
+    const ALL: [(Code, &'static str, &'static str); 25] = [
+        (Code::Syntax, "E001", "the text is not TOML"),
+        (Code::Version, "E002", "the version is missing or not known"),
+        (Code::UnknownKey, "E003", "a key is not part of the language"),
+        (Code::WrongType, "E004", "a value has the wrong type"),
+        (Code::UnknownName, "E005", "no MSR has this name"),
+        (Code::UnknownClass, "E006", "there is no such class"),
+        (Code::NoMatch, "E007", "a glob matches no name"),
+        (Code::BadNumber, "E008", "a number is malformed or too large"),
+        (Code::ReversedRange, "E009", "a range ends before it begins"),
+        (Code::UnknownAction, "E010", "there is no such action"),
+        (Code::MissingKey, "E011", "a key is missing"),
+        (Code::Duplicate, "E012", "something is said twice"),
+        (Code::Cycle, "E013", "policies extend each other in a circle"),
+        (Code::Unreadable, "E014", "a file cannot be read"),
+        (Code::DecidesNothing, "E015", "a rule decides neither reads nor writes"),
+        (
+            Code::UnknownCondition,
+            "E016",
+            "no CPU vendor or CPUID feature has this name",
+        ),
+        (Code::ActionNotHere, "E017", "an action cannot be used here"),
+        (
+            Code::CpuidNeeded,
+            "E018",
+            "the policy depends on the guest's CPUID, and none was given",
+        ),
+        (
+            Code::TooManyRanges,
+            "E020",
+            "the policy needs more than 16 filter ranges",
+        ),
+        (Code::TooMuchState, "E021", "too many MSRs would keep a state"),
+        (Code::PlannerBug, "E022", "the planner has a bug"),
+        (
+            Code::Unreachable,
+            "W001",
+            "a rule decides nothing, since rules before it decide all its accesses",
+        ),
+        (Code::Unenforceable, "W002", "no filter can stop what a rule forbids"),
+        (Code::LogsNothing, "W003", "a rule logs what never leaves the kernel"),
+        (
+            Code::WithoutEffect,
+            "W004",
+            "a shadow register is written and never read, or the reverse",
+        ),
+    ];
+
+    fn entry(self) -> &'static (Code, &'static str, &'static str) {
+        match Code::ALL.iter().find(|(code, ..)| *code == self) {
+            Some(entry) => entry,
+            None => &Code::ALL[0],
+        }
+    }
+
+    /// The code itself: `E005`.
+    pub fn code(self) -> &'static str {
+        self.entry().1
+    }
+
+    /// What it means, in general.
+    pub fn title(self) -> &'static str {
+        self.entry().2
+    }
+
+    /// Whether a policy with such a finding can be used.
+    pub fn severity(self) -> Severity {
+        if self.code().starts_with('E') {
+            Severity::Error
+        } else {
+            Severity::Warning
+        }
+    }
+
+    /// All codes, for documentation.
+    pub fn all() -> impl Iterator<Item = Code> {
+        Code::ALL.iter().map(|(code, ..)| *code)
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.code())
+    }
+}
+
+/// A file that took part in a policy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Source {
+    /// As the author would recognise it.
+    pub path: PathBuf,
+    /// What it holds.
+    pub text: String,
+}
+
+impl Source {
+    /// The line and column, both from 1, of a place in the text; columns count characters.
+    pub fn line_column(&self, offset: usize) -> (usize, usize) {
+        let before = self.text.get(..offset).unwrap_or(&self.text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        (line, column)
+    }
+}
+
+/// A place in a source: which file, and which bytes of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// Index into the sources.
+    pub source: usize,
+    /// Bytes of its text.
+    pub span: Range<usize>,
+}
+
+/// One finding.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Diagnostic {
+    /// Its kind.
+    pub code: Code,
+    /// What is wrong: lower case, no full stop, the author's text in backticks.
+    pub message: String,
+    /// Where; `None` where it is about the whole.
+    pub place: Option<Place>,
+    /// Another place that belongs to it, and what it is: `first defined here`.
+    pub second: Option<(Place, String)>,
+    /// What to write instead.
+    pub help: Option<String>,
+}
+
+impl Diagnostic {
+    /// A finding at a place.
+    pub fn at(code: Code, place: Place, message: impl Into<String>) -> Diagnostic {
+        Diagnostic {
+            code,
+            message: message.into(),
+            place: Some(place),
+            second: None,
+            help: None,
+        }
+    }
+
+    /// A finding about the whole policy.
+    pub fn whole(code: Code, message: impl Into<String>) -> Diagnostic {
+        Diagnostic {
+            code,
+            message: message.into(),
+            place: None,
+            second: None,
+            help: None,
+        }
+    }
+
+    /// With what to write instead.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Diagnostic {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// With another place.
+    #[must_use]
+    pub fn second(mut self, place: Place, label: impl Into<String>) -> Diagnostic {
+        self.second = Some((place, label.into()));
+        self
+    }
+
+    /// How much it weighs.
+    pub fn severity(&self) -> Severity {
+        self.code.severity()
+    }
+}
+
+/// Gives the texts that a policy and those it extends are made of.
+///
+/// The crate itself touches no file system.
+pub trait Files {
+    /// The text of the file, and a path that is the same for every way of naming the file. The error is for people.
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String>;
+}
+
+/// A policy without files around it: one text under a name.
+impl Files for (&str, &str) {
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
+        if path == Path::new(self.0) {
+            Ok((path.to_path_buf(), self.1.to_owned()))
+        } else {
+            Err("no such file".to_owned())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_unique_and_each_variant_has_one() {
+        let mut codes: Vec<&str> = Code::all().map(Code::code).collect();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), Code::ALL.len());
+        assert_eq!(Code::WithoutEffect.code(), "W004");
+    }
+
+    #[test]
+    fn columns_count_characters_and_lines_start_at_one() {
+        let source = Source {
+            path: "p".into(),
+            text: "aé\nü = 1".to_owned(),
+        };
+        assert_eq!(source.line_column(0), (1, 1));
+        assert_eq!(source.line_column(3), (1, 3));
+        assert_eq!(source.line_column(source.text.len()), (2, 6));
+    }
+}

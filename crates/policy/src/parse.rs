@@ -1,0 +1,266 @@
+//! Text to policy: files, what they extend, and everything that is wrong with them.
+
+mod reader;
+mod rule;
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use msrgate_core::{ReadAction, Verdict, WriteAction};
+use toml::de::{DeTable, DeValue};
+
+use crate::{Code, Diagnostic, Files, Place, Policy, Rule, Source, Validity};
+use reader::{Reader, Text};
+
+/// A policy that cannot be used, and all that is wrong with it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rejected {
+    /// The files that were read.
+    pub sources: Vec<Source>,
+    /// What is wrong, in the order of files and places.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// The keys of a policy.
+const KEYS: [&str; 8] = [
+    "version", "name", "default", "unknown", "invalid", "valid", "extends", "rule",
+];
+
+/// One file, without those that it extends.
+#[derive(Default)]
+struct File {
+    name: Option<String>,
+    default: Option<Verdict>,
+    unknown: Option<(ReadAction, WriteAction)>,
+    invalid: Option<(ReadAction, WriteAction)>,
+    valid: Option<Validity>,
+    rules: Vec<Rule>,
+    extends: Vec<(String, Place)>,
+}
+
+impl File {
+    /// Takes from an extended policy what this one does not say, and its rules behind these.
+    fn extend(&mut self, base: File) {
+        self.default = self.default.or(base.default);
+        self.unknown = self.unknown.take().or(base.unknown);
+        self.invalid = self.invalid.take().or(base.invalid);
+        self.valid = self.valid.or(base.valid);
+        self.rules.extend(base.rules);
+    }
+}
+
+pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
+    let mut loading = Loading {
+        files,
+        sources: Vec::new(),
+        diagnostics: Vec::new(),
+        open: Vec::new(),
+        read: HashSet::new(),
+    };
+    let file = loading.file(path, None);
+    let Loading {
+        sources,
+        mut diagnostics,
+        ..
+    } = loading;
+    if let Some(file) = file {
+        if let Some(default) = file.default
+            && diagnostics.is_empty()
+        {
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+            let kernels = (ReadAction::Deny, WriteAction::Deny);
+            return Ok(Policy {
+                name: file.name.or(stem).unwrap_or_default(),
+                default,
+                unknown: file.unknown.unwrap_or_else(|| kernels.clone()),
+                invalid: file.invalid.unwrap_or(kernels),
+                valid: file.valid.unwrap_or(Validity::Any),
+                rules: file.rules,
+                sources,
+            });
+        }
+        // Where the file itself is broken, a key may be missing only because it could not be read.
+        let whole = !diagnostics
+            .iter()
+            .any(|found| matches!(found.code, Code::Syntax | Code::Unreadable));
+        let said = diagnostics.iter().any(|found| found.message.contains("`default`"));
+        if file.default.is_none() && whole && !said {
+            diagnostics.push(
+                Diagnostic::at(
+                    Code::MissingKey,
+                    Place { source: 0, span: 0..0 },
+                    "`default` is missing",
+                )
+                .help("say what MSRs without a rule get: `default = \"deny\"` or `default = \"allow\"`"),
+            );
+        }
+    }
+    diagnostics.sort_by_key(|found| found.place.as_ref().map(|place| (place.source, place.span.start)));
+    Err(Rejected { sources, diagnostics })
+}
+
+struct Loading<'a> {
+    files: &'a dyn Files,
+    sources: Vec<Source>,
+    diagnostics: Vec<Diagnostic>,
+    /// The files that are being read, each extended by the one before it.
+    open: Vec<PathBuf>,
+    /// The files that have been read.
+    read: HashSet<PathBuf>,
+}
+
+impl Loading<'_> {
+    /// Reads a file and all that it extends. `None` where it adds nothing: it cannot be read, or has been.
+    fn file(&mut self, path: &Path, asked: Option<Place>) -> Option<File> {
+        let (canonical, text) = match self.files.read(path) {
+            Ok(read) => read,
+            Err(error) => {
+                let message = format!("cannot read `{}`: {error}", path.display());
+                self.diagnostics.push(match asked {
+                    Some(place) => Diagnostic::at(Code::Unreadable, place, message)
+                        .help("a path in `extends` is relative to the file that it stands in"),
+                    None => Diagnostic::whole(Code::Unreadable, message),
+                });
+                return None;
+            }
+        };
+        if let Some(start) = self.open.iter().position(|open| *open == canonical) {
+            let circle = self.open.iter().skip(start).chain([&canonical]);
+            let names: Vec<String> = circle.map(|path| path.display().to_string()).collect();
+            let message = format!("policies extend each other in a circle: {}", names.join(" → "));
+            let place = asked.unwrap_or(Place { source: 0, span: 0..0 });
+            self.diagnostics.push(
+                Diagnostic::at(Code::Cycle, place, message)
+                    .help("move what both need into a third file that extends neither"),
+            );
+            return None;
+        }
+        if !self.read.insert(canonical.clone()) {
+            // Extended by two policies: its rules stand behind the first already, where they decide.
+            return None;
+        }
+        let source = self.sources.len();
+        self.sources.push(Source {
+            path: path.to_path_buf(),
+            text: text.clone(),
+        });
+        let mut file = self.parse(source, &text);
+        self.open.push(canonical);
+        for (name, place) in std::mem::take(&mut file.extends) {
+            let base = path.parent().unwrap_or(Path::new("")).join(name);
+            if let Some(base) = self.file(&base, Some(place)) {
+                file.extend(base);
+            }
+        }
+        self.open.pop();
+        Some(file)
+    }
+
+    fn parse(&mut self, source: usize, text: &str) -> File {
+        let (document, errors) = DeTable::parse_recoverable(text);
+        let broken = !errors.is_empty();
+        let mut syntax: Vec<Diagnostic> = Vec::new();
+        for error in errors {
+            let span = error.span().unwrap_or(0..0);
+            let duplicate = error.message().starts_with("duplicate key");
+            let code = if duplicate { Code::Duplicate } else { Code::Syntax };
+            syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()));
+        }
+        let mut reader = Reader::new(source);
+        let file = read_file(document.get_ref(), &mut reader);
+        // What recovery made of a broken line is not the author's mistake.
+        let line = |place: &Place| {
+            let source = self.sources.get(place.source);
+            source.map_or(0, |source| source.line_column(place.span.start).0)
+        };
+        let broken_lines: HashSet<usize> = syntax
+            .iter()
+            .filter_map(|found| found.place.as_ref())
+            .map(line)
+            .collect();
+        let meant = reader.diagnostics.into_iter().filter(|found| {
+            let on_broken = found
+                .place
+                .as_ref()
+                .is_some_and(|place| broken_lines.contains(&line(place)));
+            let missing = matches!(found.code, Code::MissingKey | Code::Version | Code::DecidesNothing);
+            !(broken && (on_broken || missing))
+        });
+        let meant: Vec<Diagnostic> = meant.collect();
+        self.diagnostics.extend(syntax);
+        self.diagnostics.extend(meant);
+        file
+    }
+}
+
+fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
+    let mut file = File::default();
+    let top = Place {
+        source: reader.source,
+        span: 0..0,
+    };
+    reader.known_keys(document, &KEYS, "a policy");
+    match document.get("version") {
+        Some(version) => {
+            if reader.integer(version) != Some(1) {
+                let place = reader.place(version);
+                let message = "this is not a version of the language that is known here";
+                reader.found(Diagnostic::at(Code::Version, place, message).help("write `version = 1`"));
+            }
+        }
+        None => {
+            reader.found(Diagnostic::at(Code::Version, top, "`version` is missing").help("write `version = 1` first"))
+        }
+    }
+    if let Some(name) = document.get("name") {
+        file.name = reader.text(name, "a name");
+    }
+    if let Some(default) = document.get("default") {
+        file.default = reader.word(
+            default,
+            &[("allow", Verdict::Allow), ("deny", Verdict::Deny)],
+            "`default`",
+        );
+    }
+    if let Some(valid) = document.get("valid") {
+        file.valid = reader.word(
+            valid,
+            &[("any", Validity::Any), ("cpu-model", Validity::CpuModel)],
+            "`valid`",
+        );
+    }
+    file.unknown = document
+        .get("unknown")
+        .and_then(|value| reader.fallback(value, "unknown"));
+    file.invalid = document
+        .get("invalid")
+        .and_then(|value| reader.fallback(value, "invalid"));
+    if let Some(extends) = document.get("extends") {
+        file.extends = reader
+            .texts(extends, "a path")
+            .into_iter()
+            .map(|Text { text, place }| (text, place))
+            .collect();
+    }
+    if let Some(rules) = document.get("rule") {
+        match rules.get_ref() {
+            DeValue::Array(tables) => {
+                for table in tables.iter() {
+                    file.rules.extend(reader.rule(table));
+                }
+            }
+            _ => {
+                let place = reader.place(rules);
+                reader.found(
+                    Diagnostic::at(Code::WrongType, place, "`rule` is a list of tables")
+                        .help("begin each rule with `[[rule]]`, in two pairs of brackets"),
+                );
+            }
+        }
+    }
+    rule::twice(&file.rules, reader);
+    file
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,274 @@
+//! One `[[rule]]`.
+
+use std::collections::HashMap;
+
+use msrgate_core::{Log, Op};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::reader::Reader;
+use crate::cpuid::{self, CpuVendor};
+use crate::database::nearest_of;
+use crate::number;
+use crate::pattern::PatternError;
+use crate::policy::When;
+use crate::{Code, Diagnostic, Pattern, Place, Rule};
+
+const KEYS: [&str; 6] = ["msr", "read", "write", "when", "log", "why"];
+
+impl Reader {
+    /// A rule; `None` where it is not one, which has been reported.
+    pub(super) fn rule(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Rule> {
+        let place = self.place(value);
+        let DeValue::Table(table) = value.get_ref() else {
+            return self.wrong_type(value, "a table");
+        };
+        self.known_keys(table, &KEYS, "a rule");
+        let msrs = match table.get("msr") {
+            Some(msr) => self.patterns(msr),
+            None => {
+                let missing = Diagnostic::at(Code::MissingKey, place.clone(), "the rule does not say `msr`");
+                self.found(missing.help("name the MSRs it is about: `msr = \"IA32_TSC\"`"));
+                None
+            }
+        };
+        let read = table.get("read").map(|read| self.read_action(read));
+        let write = table.get("write").map(|write| self.write_action(write));
+        if read.is_none() && write.is_none() {
+            let nothing = Diagnostic::at(
+                Code::DecidesNothing,
+                place.clone(),
+                "the rule says neither `read` nor `write`",
+            );
+            self.found(nothing.help("say what reads or writes get: `read = \"allow\"`, `write = \"deny\"`"));
+        }
+        let when = table.get("when").map_or(Some(When::default()), |when| self.when(when));
+        let log = table.get("log").map_or(Some(Log::None), |log| self.log(log));
+        let why = table.get("why").map(|why| self.text(why, "a text"));
+        Some(Rule {
+            msrs: msrs?,
+            read: read.map_or(Some(None), |read| read.map(Some))?,
+            write: write.map_or(Some(None), |write| write.map(Some))?,
+            when: when?,
+            log: log?,
+            why: why.map_or(Some(None), |why| why.map(Some))?,
+            place,
+        })
+    }
+
+    fn patterns(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Vec<Pattern>> {
+        let items = self.items(value);
+        if items.is_empty() {
+            let place = self.place(value);
+            self.found(Diagnostic::at(Code::MissingKey, place, "`msr` lists no MSR"));
+            return None;
+        }
+        let mut patterns: Vec<(Pattern, Place)> = Vec::new();
+        let mut fine = true;
+        for item in items {
+            let text = match item.get_ref() {
+                DeValue::String(text) => text.to_string(),
+                DeValue::Integer(integer) => integer.to_string(),
+                _ => {
+                    fine = false;
+                    self.wrong_type::<()>(item, "a name, a class, a number or a range");
+                    continue;
+                }
+            };
+            let place = self.place(item);
+            match Pattern::parse(&text) {
+                Ok(pattern) => {
+                    let earlier = patterns.iter().find(|(other, _)| other.ranges() == pattern.ranges());
+                    if let Some((_, first)) = earlier {
+                        fine = false;
+                        let twice = Diagnostic::at(Code::Duplicate, place.clone(), format!("`{text}` is listed twice"))
+                            .second(first.clone(), "first here")
+                            .help("leave one of them out");
+                        self.found(twice);
+                    }
+                    patterns.push((pattern, place));
+                }
+                Err(error) => {
+                    fine = false;
+                    let mut diagnostic = Diagnostic::at(code(&error), place, error.to_string());
+                    diagnostic.help = error.help();
+                    self.found(diagnostic);
+                }
+            }
+        }
+        fine.then(|| patterns.into_iter().map(|(pattern, _)| pattern).collect())
+    }
+
+    fn when(&mut self, value: &Spanned<DeValue<'_>>) -> Option<When> {
+        let DeValue::Table(table) = value.get_ref() else {
+            return self.wrong_type(value, "a table such as { vendor = \"intel\" }");
+        };
+        self.known_keys(table, &["vendor", "family", "model", "features"], "`when`");
+        let before = self.diagnostics.len();
+        let mut when = When::default();
+        for vendor in table
+            .get("vendor")
+            .map(|vendor| self.texts(vendor, "a vendor"))
+            .unwrap_or_default()
+        {
+            let vendors = [
+                ("intel", CpuVendor::Intel),
+                ("amd", CpuVendor::Amd),
+                ("hygon", CpuVendor::Hygon),
+            ];
+            match vendors.iter().find(|(name, _)| name.eq_ignore_ascii_case(&vendor.text)) {
+                Some((_, vendor)) => when.vendor.push(*vendor),
+                None => {
+                    let message = format!("`{}` is not a CPU vendor that is known here", vendor.text);
+                    self.found(
+                        Diagnostic::at(Code::UnknownCondition, vendor.place, message)
+                            .help("write `intel`, `amd` or `hygon`"),
+                    );
+                }
+            }
+        }
+        when.family = self.numbers(table, "family");
+        when.model = self.numbers(table, "model");
+        for feature in table
+            .get("features")
+            .map(|features| self.texts(features, "a feature"))
+            .unwrap_or_default()
+        {
+            let known = cpuid::features().iter().map(|feature| feature.name);
+            if cpuid::is_feature(&feature.text) {
+                when.features.push(feature.text);
+                continue;
+            }
+            let message = format!("`{}` is not a CPUID feature that is known here", feature.text);
+            let help = match nearest_of(&feature.text, known) {
+                Some(near) => format!("did you mean `{near}`? the names are those of `/proc/cpuinfo`"),
+                None => "the names are those of `/proc/cpuinfo`".to_owned(),
+            };
+            self.found(Diagnostic::at(Code::UnknownCondition, feature.place, message).help(help));
+        }
+        if self.diagnostics.len() > before {
+            return None;
+        }
+        if when.is_always() {
+            let place = self.place(value);
+            let empty = Diagnostic::at(Code::MissingKey, place, "`when` asks nothing");
+            self.found(
+                empty.help("say for which guests: { vendor = \"intel\", features = [\"mtrr\"] }, or leave it out"),
+            );
+            return None;
+        }
+        Some(when)
+    }
+
+    /// Numbers and inclusive ranges of them, of a family or a model.
+    fn numbers(&mut self, table: &DeTable<'_>, key: &str) -> Vec<(u32, u32)> {
+        let Some(value) = table.get(key) else {
+            return Vec::new();
+        };
+        let mut ranges = Vec::new();
+        for item in self.items(value) {
+            let text = match item.get_ref() {
+                DeValue::String(text) => text.to_string(),
+                DeValue::Integer(integer) => integer.to_string(),
+                _ => {
+                    self.wrong_type::<()>(item, "a number or a range of them");
+                    continue;
+                }
+            };
+            let number = |text: &str| {
+                number::parse(text.trim())
+                    .ok()
+                    .and_then(|number| u32::try_from(number).ok())
+            };
+            let (first, last) = match text.split_once("..=") {
+                Some((first, last)) => (number(first), number(last)),
+                None => (number(&text), number(&text)),
+            };
+            let place = self.place(item);
+            match (first, last) {
+                (Some(first), Some(last)) if first <= last => ranges.push((first, last)),
+                (Some(first), Some(last)) => {
+                    let message = format!("the range `{text}` ends before it begins");
+                    let help = format!("write `\"{last:#x}..={first:#x}\"`");
+                    self.found(Diagnostic::at(Code::ReversedRange, place, message).help(help));
+                }
+                _ => {
+                    let message = format!("`{text}` is not a {key}");
+                    let help = format!("write `{key} = 6`, `{key} = \"0x55..=0x6a\"` or a list of these");
+                    self.found(Diagnostic::at(Code::BadNumber, place, message).help(help));
+                }
+            }
+        }
+        ranges
+    }
+
+    fn log(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Log> {
+        let DeValue::Table(table) = value.get_ref() else {
+            return self.word(
+                value,
+                &[("none", Log::None), ("all", Log::All), ("first", Log::First)],
+                "`log`",
+            );
+        };
+        self.known_keys(table, &["per_second"], "`log`");
+        let Some(number) = table.get("per_second") else {
+            let place = self.place(value);
+            self.found(Diagnostic::at(
+                Code::MissingKey,
+                place,
+                "`log` does not say `per_second`",
+            ));
+            return None;
+        };
+        let place = self.place(number);
+        match self.integer(number).map(u32::try_from)? {
+            Ok(n) if n > 0 => Some(Log::PerSecond(n)),
+            _ => {
+                let odd = Diagnostic::at(Code::BadNumber, place, "`per_second` is from 1 to 4294967295");
+                self.found(odd.help("to log nothing, write `log = \"none\"`"));
+                None
+            }
+        }
+    }
+}
+
+fn code(error: &PatternError) -> Code {
+    match error {
+        PatternError::UnknownName(_) => Code::UnknownName,
+        PatternError::UnknownClass(_) => Code::UnknownClass,
+        PatternError::NoMatch(_) => Code::NoMatch,
+        PatternError::Malformed(_) | PatternError::TooLarge(_) => Code::BadNumber,
+        PatternError::Reversed { .. } | PatternError::NotInclusive { .. } => Code::ReversedRange,
+    }
+}
+
+/// Reports rules of one file that say again what an earlier one decides: the same MSRs, guests and direction.
+pub(super) fn twice(rules: &[Rule], reader: &mut Reader) {
+    let mut seen: HashMap<(Vec<(u32, u32)>, String, Op), &Rule> = HashMap::new();
+    for rule in rules {
+        let mut ranges: Vec<(u32, u32)> = rule
+            .ranges()
+            .iter()
+            .map(|range| (range.first().0, range.last().0))
+            .collect();
+        ranges.sort_unstable();
+        for op in [
+            rule.read.as_ref().map(|_| Op::Read),
+            rule.write.as_ref().map(|_| Op::Write),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            let key = (ranges.clone(), format!("{:?}", rule.when), op);
+            if let Some(first) = seen.get(&key) {
+                let message = "a rule before this one decides the same MSRs, so this one never counts";
+                let again = Diagnostic::at(Code::Duplicate, rule.place.clone(), message)
+                    .second(first.place.clone(), "first decided here")
+                    .help("leave one of them out, or join them");
+                reader.found(again);
+                break;
+            }
+            seen.insert(key, rule);
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! A policy: ordered rules over a default.
+
+use std::path::Path;
+
+use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
+use msrgate_plan::{Decision, DecisionMap, Intervals};
+
+use crate::cpuid::{CpuVendor, Cpuid};
+use crate::parse::{self, Rejected};
+use crate::{Code, Diagnostic, Files, Pattern, Place, Source, database};
+
+/// What every access of a guest gets: the first rule that names it, else the default.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// What it calls itself.
+    pub name: String,
+    /// What an access gets that no rule decides.
+    pub default: Verdict,
+    /// What a read and a write get that the filter allows and the kernel does not know.
+    pub unknown: (ReadAction, WriteAction),
+    /// What a read and a write get that the filter allows and the kernel refuses.
+    pub invalid: (ReadAction, WriteAction),
+    /// Whether MSRs that the guest's CPU model lacks are denied.
+    pub valid: Validity,
+    /// The rules, its own before those of the policies it extends.
+    pub rules: Vec<Rule>,
+    /// The files it was read from, itself first.
+    pub sources: Vec<Source>,
+}
+
+/// Which MSRs exist for the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Validity {
+    /// All that the rules leave open.
+    Any,
+    /// Those that the guest's own CPUID does not rule out; the others are denied, whatever a rule says.
+    CpuModel,
+}
+
+/// Which MSRs, and what their accesses get.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// The MSRs.
+    pub msrs: Vec<Pattern>,
+    /// What reads get; `None` leaves them to later rules.
+    pub read: Option<ReadAction>,
+    /// What writes get; `None` leaves them to later rules.
+    pub write: Option<WriteAction>,
+    /// For which guests the rule holds.
+    pub when: When,
+    /// How much is logged.
+    pub log: Log,
+    /// Why it is there.
+    pub why: Option<String>,
+    /// Where it stands.
+    pub place: Place,
+}
+
+impl Rule {
+    /// The MSRs that the rule names, as ranges.
+    pub fn ranges(&self) -> Vec<MsrRange> {
+        self.msrs.iter().flat_map(Pattern::ranges).collect()
+    }
+}
+
+/// For which guests a rule holds; empty lists ask nothing.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct When {
+    /// One of these vendors.
+    pub vendor: Vec<CpuVendor>,
+    /// A family in one of these inclusive ranges.
+    pub family: Vec<(u32, u32)>,
+    /// A model in one of these inclusive ranges.
+    pub model: Vec<(u32, u32)>,
+    /// All of these CPUID features.
+    pub features: Vec<String>,
+}
+
+impl When {
+    /// Whether the rule holds for every guest.
+    pub fn is_always(&self) -> bool {
+        *self == When::default()
+    }
+
+    /// Whether it holds for a guest with this CPUID.
+    pub fn holds(&self, cpuid: &Cpuid) -> bool {
+        let within = |ranges: &[(u32, u32)], value: Option<u32>| {
+            ranges.is_empty()
+                || value.is_some_and(|value| ranges.iter().any(|(first, last)| (*first..=*last).contains(&value)))
+        };
+        (self.vendor.is_empty() || cpuid.vendor().is_some_and(|vendor| self.vendor.contains(&vendor)))
+            && within(&self.family, cpuid.family())
+            && within(&self.model, cpuid.model())
+            && self.features.iter().all(|feature| cpuid.has(feature) == Some(true))
+    }
+}
+
+impl Policy {
+    /// Reads a policy and those it extends, or says all that is wrong with them.
+    pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
+        parse::load(path, files)
+    }
+
+    /// Reads a policy that extends no other from a text; `name` stands for the file in what is reported.
+    pub fn parse(name: &str, text: &str) -> Result<Policy, Rejected> {
+        parse::load(Path::new(name), &(name, text))
+    }
+
+    /// Whether what it means depends on the guest's CPUID, and where that is said.
+    pub fn asks_cpuid(&self) -> bool {
+        self.valid == Validity::CpuModel || self.rules.iter().any(|rule| !rule.when.is_always())
+    }
+
+    /// What each of the 2^32 MSRs gets from this policy, in a guest with this CPUID.
+    ///
+    /// Fails only where the policy depends on the guest's CPUID and none is given.
+    pub fn decision_map(&self, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Diagnostic> {
+        let rules = self.rules_for(cpuid)?;
+        let invalid = self.lacking(cpuid);
+        let (default_read, default_write) = self.default_actions();
+        let reads = invalid
+            .iter()
+            .map(|range| (*range, Decision::of(ReadAction::Deny)))
+            .chain(rules.iter().flat_map(|(index, rule)| {
+                decisions(
+                    rule,
+                    rule.read.as_ref(),
+                    *index,
+                    rule.log_of(rule.read == Some(ReadAction::Allow)),
+                )
+            }));
+        let writes = invalid
+            .iter()
+            .map(|range| (*range, Decision::of(WriteAction::Deny)))
+            .chain(rules.iter().flat_map(|(index, rule)| {
+                decisions(
+                    rule,
+                    rule.write.as_ref(),
+                    *index,
+                    rule.log_of(rule.write == Some(WriteAction::Allow)),
+                )
+            }));
+        Ok(DecisionMap {
+            reads: Intervals::first_match(Decision::of(default_read), reads),
+            writes: Intervals::first_match(Decision::of(default_write), writes),
+            unknown: self.unknown.clone(),
+            invalid: self.invalid.clone(),
+        })
+    }
+
+    /// What a read and a write get that no rule decides.
+    pub(crate) fn default_actions(&self) -> (ReadAction, WriteAction) {
+        match self.default {
+            Verdict::Allow => (ReadAction::Allow, WriteAction::Allow),
+            Verdict::Deny => (ReadAction::Deny, WriteAction::Deny),
+        }
+    }
+
+    /// The rules that hold for a guest, with their numbers.
+    pub(crate) fn rules_for(&self, cpuid: Option<&Cpuid>) -> Result<Vec<(u32, &Rule)>, Diagnostic> {
+        if self.asks_cpuid() && cpuid.is_none() {
+            let conditional = self.rules.iter().find(|rule| !rule.when.is_always());
+            let message = "the policy depends on the guest's CPUID, and none was given";
+            let diagnostic = match conditional {
+                Some(rule) => Diagnostic::at(Code::CpuidNeeded, rule.place.clone(), message),
+                None => Diagnostic::whole(Code::CpuidNeeded, message),
+            };
+            return Err(diagnostic
+                .help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest"));
+        }
+        let holds = |rule: &Rule| rule.when.is_always() || cpuid.is_some_and(|cpuid| rule.when.holds(cpuid));
+        Ok((0..).zip(&self.rules).filter(|(_, rule)| holds(rule)).collect())
+    }
+
+    /// The MSRs that `valid = "cpu-model"` denies.
+    pub(crate) fn lacking(&self, cpuid: Option<&Cpuid>) -> Vec<MsrRange> {
+        match (self.valid, cpuid) {
+            (Validity::CpuModel, Some(cpuid)) => database::all()
+                .iter()
+                .filter(|entry| entry.exists_on(cpuid) == Some(false))
+                .map(|entry| MsrRange::single(entry.msr))
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Rule {
+    /// What the kernel answers makes no exit, so nothing of it can be logged.
+    pub(crate) fn log_of(&self, kernel_answers: bool) -> Log {
+        if kernel_answers { Log::None } else { self.log }
+    }
+}
+
+fn decisions<'a, A: Clone>(
+    rule: &'a Rule,
+    action: Option<&'a A>,
+    index: u32,
+    log: Log,
+) -> impl Iterator<Item = (MsrRange, Decision<A>)> + use<'a, A> {
+    action.into_iter().flat_map(move |action| {
+        rule.ranges().into_iter().map(move |range| {
+            (
+                range,
+                Decision {
+                    action: action.clone(),
+                    rule: Some(index),
+                    log,
+                },
+            )
+        })
+    })
+}
+
+/// Equal in what they say, wherever it was read from.
+impl PartialEq for Policy {
+    fn eq(&self, other: &Policy) -> bool {
+        let said = |rule: &Rule| {
+            let Rule {
+                msrs,
+                read,
+                write,
+                when,
+                log,
+                why,
+                place: _,
+            } = rule.clone();
+            (msrs, read, write, when, log, why)
+        };
+        self.name == other.name
+            && self.default == other.default
+            && self.unknown == other.unknown
+            && self.invalid == other.invalid
+            && self.valid == other.valid
+            && self.rules.len() == other.rules.len()
+            && self.rules.iter().zip(&other.rules).all(|(a, b)| said(a) == said(b))
+    }
+}

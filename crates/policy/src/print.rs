@@ -1,0 +1,141 @@
+//! Policy to text.
+
+use std::fmt;
+
+use msrgate_core::{Log, Otherwise, ReadAction, Verdict, WriteAction};
+use toml::Value;
+use toml::map::Map;
+
+use crate::policy::When;
+use crate::{Policy, Rule, Validity};
+
+/// As a file that reads back as an equal policy, with what it extends written out.
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "version = 1")?;
+        writeln!(f, "name = {}", text(&self.name))?;
+        let default = match self.default {
+            Verdict::Allow => "allow",
+            Verdict::Deny => "deny",
+        };
+        writeln!(f, "default = {}", text(default))?;
+        if self.valid == Validity::CpuModel {
+            writeln!(f, "valid = {}", text("cpu-model"))?;
+        }
+        for (key, (read, write)) in [("unknown", &self.unknown), ("invalid", &self.invalid)] {
+            if (read, write) != (&ReadAction::Deny, &WriteAction::Deny) {
+                writeln!(
+                    f,
+                    "{key} = {{ read = {}, write = {} }}",
+                    read_action(read),
+                    write_action(write)
+                )?;
+            }
+        }
+        self.rules.iter().try_for_each(|rule| rule.fmt(f))
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n[[rule]]")?;
+        match self.msrs.as_slice() {
+            [one] => writeln!(f, "msr = {}", text(&one.to_string()))?,
+            several => writeln!(f, "msr = {}", list(several.iter().map(|msr| text(&msr.to_string()))))?,
+        }
+        if let Some(read) = &self.read {
+            writeln!(f, "read = {}", read_action(read))?;
+        }
+        if let Some(write) = &self.write {
+            writeln!(f, "write = {}", write_action(write))?;
+        }
+        if !self.when.is_always() {
+            writeln!(f, "when = {}", when(&self.when))?;
+        }
+        match self.log {
+            Log::None => {}
+            Log::All => writeln!(f, "log = {}", text("all"))?,
+            Log::First => writeln!(f, "log = {}", text("first"))?,
+            Log::PerSecond(n) => writeln!(f, "log = {{ per_second = {n} }}")?,
+        }
+        if let Some(why) = &self.why {
+            writeln!(f, "why = {}", text(why))?;
+        }
+        Ok(())
+    }
+}
+
+fn text(text: &str) -> Value {
+    Value::String(text.to_owned())
+}
+
+/// A value of 64 bits, which TOML's integers may not hold.
+fn value(value: u64) -> Value {
+    text(&format!("{value:#x}"))
+}
+
+fn list(items: impl Iterator<Item = Value>) -> Value {
+    Value::Array(items.collect())
+}
+
+fn table(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    Value::Table(
+        entries
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect::<Map<_, _>>(),
+    )
+}
+
+fn read_action(action: &ReadAction) -> Value {
+    match action {
+        ReadAction::Value(fixed) if *fixed != 0 => table([("value", value(*fixed))]),
+        ReadAction::Shadow(initial) => table([("shadow", value(*initial))]),
+        ReadAction::Mask { keep, set } => table([("mask", table([("keep", value(*keep)), ("set", value(*set))]))]),
+        ReadAction::Handler(name) => table([("handler", text(name))]),
+        word => text(word.name()),
+    }
+}
+
+fn write_action(action: &WriteAction) -> Value {
+    match action {
+        WriteAction::Mask { may_change, otherwise } => {
+            let otherwise = match otherwise {
+                Otherwise::Deny => "deny",
+                Otherwise::Drop => "drop",
+            };
+            table([(
+                "mask",
+                table([("may_change", value(*may_change)), ("otherwise", text(otherwise))]),
+            )])
+        }
+        WriteAction::Only(values) => table([("only", list(values.iter().map(|allowed| value(*allowed))))]),
+        WriteAction::Once => table([("once", Value::Boolean(true))]),
+        WriteAction::Handler(name) => table([("handler", text(name))]),
+        word => text(word.name()),
+    }
+}
+
+fn when(when: &When) -> Value {
+    let ranges = |ranges: &[(u32, u32)]| {
+        list(
+            ranges
+                .iter()
+                .map(|(first, last)| text(&format!("{first:#x}..={last:#x}"))),
+        )
+    };
+    let entries = [
+        (
+            "vendor",
+            list(when.vendor.iter().map(|vendor| text(&vendor.to_string()))),
+        ),
+        ("family", ranges(&when.family)),
+        ("model", ranges(&when.model)),
+        ("features", list(when.features.iter().map(|feature| text(feature)))),
+    ];
+    table(
+        entries
+            .into_iter()
+            .filter(|(_, values)| values.as_array().is_some_and(|values| !values.is_empty())),
+    )
+}

@@ -1,0 +1,471 @@
+//! The text of traces: JSON Lines, a header and then one event a line.
+//!
+//! ```
+//! use msrgate_policy::trace::{Header, Line, Lines};
+//!
+//! let text = "{\"msrgate_trace\":1,\"guest\":\"Linux\"}\n\
+//!             {\"t\":5,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\"}\n";
+//! let mut lines = Lines::new(text.as_bytes())?;
+//! assert_eq!(lines.header().guest.as_deref(), Some("Linux"));
+//! let event = lines.next().expect("an event")?;
+//! assert_eq!((event.msr.0, event.value), (0x8b, 1));
+//! # Ok::<(), msrgate_policy::trace::TraceError>(())
+//! ```
+//!
+//! [`Lines`] holds one line at a time, whatever the trace's length.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{self, BufRead, Write};
+
+use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
+use serde::{Deserialize, Serialize};
+
+use crate::cpuid::Cpuid;
+use crate::number;
+
+/// The version of the format that is read and written here.
+pub const VERSION: u64 = 1;
+
+/// The longest line that is read: an event takes some 200 bytes, a header with a CPUID some 10,000.
+const LONGEST: u64 = 1 << 20;
+
+/// What a trace says of itself in its first line. All but the version may be missing.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct Header {
+    /// [`VERSION`].
+    pub msrgate_trace: u64,
+    /// Kernel and CPU that the guest ran on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// The host's kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
+    /// What the guest was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<String>,
+    /// What ran the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm: Option<String>,
+    /// How the accesses were seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// The guest's CPU model, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
+    /// The guest's CPUID as `cpuid -r -1` prints it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpuid: Option<String>,
+    /// The hash of the policy that the guest ran under.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+}
+
+impl Header {
+    /// The guest's CPUID, where the header carries one.
+    pub fn parse_cpuid(&self) -> Option<Result<Cpuid, TraceError>> {
+        let text = self.cpuid.as_deref()?;
+        Some(Cpuid::parse_raw(text).map_err(|error| TraceError::at(1, format!("its CPUID is malformed: {error}"))))
+    }
+
+    /// Writes the first line of a trace.
+    pub fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        serde_json::to_writer(&mut *to, self)?;
+        to.write_all(b"\n")
+    }
+}
+
+/// A number that stands as a text (`"0x8b"`) or as itself.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Number<'a> {
+    #[serde(borrow)]
+    Text(Cow<'a, str>),
+    Number(u64),
+}
+
+impl Number<'_> {
+    fn get(&self, key: &str) -> Result<u64, String> {
+        match self {
+            Number::Number(number) => Ok(*number),
+            Number::Text(text) => number::parse(text).map_err(|_| format!("`{key}` is not a 64-bit number: `{text}`")),
+        }
+    }
+}
+
+/// An event as its line spells it.
+#[derive(Deserialize)]
+struct Line<'a> {
+    #[serde(default)]
+    t: u64,
+    #[serde(default)]
+    vm: u32,
+    #[serde(default)]
+    vcpu: u32,
+    #[serde(borrow)]
+    op: Cow<'a, str>,
+    #[serde(borrow)]
+    msr: Number<'a>,
+    #[serde(borrow, default)]
+    value: Option<Number<'a>>,
+    #[serde(borrow, default)]
+    reason: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    did: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    why: Option<Cow<'a, str>>,
+    #[serde(default)]
+    rule: Option<u32>,
+    #[serde(borrow, default)]
+    rip: Option<Number<'a>>,
+}
+
+impl Line<'_> {
+    fn event(&self) -> Result<Event, String> {
+        let op = match self.op.as_ref() {
+            "rdmsr" => Op::Read,
+            "wrmsr" => Op::Write,
+            other => return Err(format!("`op` is `{other}`, neither `rdmsr` nor `wrmsr`")),
+        };
+        let index = self.msr.get("msr")?;
+        let msr = u32::try_from(index).map_err(|_| format!("`msr` is {index:#x}, and an index has 32 bits"))?;
+        let value = match (&self.value, op) {
+            (Some(value), _) => value.get("value")?,
+            (None, Op::Read) => 0,
+            (None, Op::Write) => return Err("a `wrmsr` has no `value`".to_owned()),
+        };
+        let word = |text: &Option<Cow<'_, str>>, key: &str| match text {
+            Some(text) => Err(format!("`{key}` is `{text}`, which is not known here")),
+            None => Ok(()),
+        };
+        let reason = match &self.reason {
+            Some(text) => Reason::ALL.into_iter().find(|reason| reason.name() == text.as_ref()),
+            None => None,
+        };
+        if reason.is_none() {
+            word(&self.reason, "reason")?;
+        }
+        let did = self.did.as_ref().and_then(|did| Did::from_name(did));
+        if did.is_none() {
+            word(&self.did, "did")?;
+        }
+        let why = self.why.as_ref().and_then(|why| Why::from_name(why));
+        if why.is_none() {
+            word(&self.why, "why")?;
+        }
+        let rip = self.rip.as_ref().map(|rip| rip.get("rip")).transpose()?;
+        Ok(Event {
+            t: self.t,
+            vm: self.vm,
+            vcpu: self.vcpu,
+            op,
+            msr: Msr(msr),
+            value,
+            reason,
+            did: did.unwrap_or(Did::Allow),
+            why,
+            rule: self.rule,
+            rip,
+        })
+    }
+}
+
+/// Writes one event as a line.
+pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
+    let Event {
+        t,
+        vm,
+        vcpu,
+        op,
+        msr,
+        value,
+        reason,
+        did,
+        why,
+        rule,
+        rip,
+    } = event;
+    write!(
+        to,
+        "{{\"t\":{t},\"vm\":{vm},\"vcpu\":{vcpu},\"op\":\"{op}\",\"msr\":\"{msr}\",\"value\":\"{value:#x}\""
+    )?;
+    if let Some(reason) = reason {
+        write!(to, ",\"reason\":\"{reason}\"")?;
+    }
+    write!(to, ",\"did\":\"{did}\"")?;
+    if let Some(why) = why {
+        write!(to, ",\"why\":\"{why}\"")?;
+    }
+    if let Some(rule) = rule {
+        write!(to, ",\"rule\":{rule}")?;
+    }
+    if let Some(rip) = rip {
+        write!(to, ",\"rip\":\"{rip:#x}\"")?;
+    }
+    to.write_all(b"}\n")
+}
+
+/// The events of a trace, one line at a time. After the first error there are no more.
+#[derive(Debug)]
+pub struct Lines<R> {
+    from: R,
+    header: Header,
+    line: Vec<u8>,
+    number: u64,
+    bytes: u64,
+    ended: bool,
+}
+
+impl<R: BufRead> Lines<R> {
+    /// Reads the header.
+    pub fn new(from: R) -> Result<Lines<R>, TraceError> {
+        let mut lines = Lines {
+            from,
+            header: Header::default(),
+            line: Vec::new(),
+            number: 0,
+            bytes: 0,
+            ended: false,
+        };
+        if !lines.advance()? {
+            return Err(TraceError::at(
+                1,
+                "the trace is empty; its first line should be a header: `{\"msrgate_trace\":1}`",
+            ));
+        }
+        #[derive(Deserialize)]
+        struct Version {
+            msrgate_trace: serde_json::Value,
+        }
+        let version: Version = serde_json::from_slice(&lines.line).map_err(|error| {
+            TraceError::at(
+                1,
+                format!(
+                    "this is no trace's header, `{{\"msrgate_trace\":1,…}}`: {}",
+                    plain(&error)
+                ),
+            )
+        })?;
+        if version.msrgate_trace.as_u64() != Some(VERSION) {
+            let message = format!(
+                "version {} of the format is not known here; {VERSION} is",
+                version.msrgate_trace
+            );
+            return Err(TraceError::at(1, message));
+        }
+        lines.header = serde_json::from_slice(&lines.line)
+            .map_err(|error| TraceError::at(1, format!("the header is malformed: {}", plain(&error))))?;
+        Ok(lines)
+    }
+
+    /// What the trace says of itself.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// How many bytes have been read, for showing progress.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Reads the next line that is not blank; false at the end.
+    fn advance(&mut self) -> Result<bool, TraceError> {
+        loop {
+            self.line.clear();
+            self.number += 1;
+            let mut limited = io::Read::take(&mut self.from, LONGEST);
+            let read = limited.read_until(b'\n', &mut self.line).map_err(|error| TraceError {
+                line: self.number,
+                message: format!("cannot be read: {error}"),
+                source: Some(error),
+            })?;
+            if read == 0 {
+                return Ok(false);
+            }
+            self.bytes += read as u64;
+            if read as u64 == LONGEST {
+                return Err(TraceError::at(
+                    self.number,
+                    format!("the line is longer than {LONGEST} bytes"),
+                ));
+            }
+            if !self.line.trim_ascii().is_empty() {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn event(&self) -> Result<Event, TraceError> {
+        let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
+        match parsed {
+            Ok(line) => line.event().map_err(|message| TraceError::at(self.number, message)),
+            Err(error) if error.is_eof() && !self.line.ends_with(b"\n") => Err(TraceError::at(
+                self.number,
+                "the line breaks off: the trace was cut short",
+            )),
+            Err(error) => Err(TraceError::at(
+                self.number,
+                format!("this is no event: {}", plain(&error)),
+            )),
+        }
+    }
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = Result<Event, TraceError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = match self.advance() {
+            Ok(true) => Some(self.event()),
+            Ok(false) => None,
+            Err(error) => Some(Err(error)),
+        };
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// A JSON error's text without its own line number, which would be 1 for every line.
+fn plain(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    match text.rsplit_once(" at line ") {
+        Some((what, _)) => format!("{what} (column {})", error.column()),
+        None => text,
+    }
+}
+
+/// A trace that cannot be read on.
+#[derive(Debug)]
+pub struct TraceError {
+    /// The line, from 1.
+    pub line: u64,
+    message: String,
+    source: Option<io::Error>,
+}
+
+impl TraceError {
+    fn at(line: u64, message: impl Into<String>) -> TraceError {
+        TraceError {
+            line,
+            message: message.into(),
+            source: None,
+        }
+    }
+}
+
+impl fmt::Display for TraceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.message)
+    }
+}
+
+impl std::error::Error for TraceError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|error| error as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &str = "{\"msrgate_trace\":1}\n";
+
+    fn read(text: &str) -> (Vec<Event>, Option<TraceError>) {
+        let mut lines = match Lines::new(text.as_bytes()) {
+            Ok(lines) => lines,
+            Err(error) => return (Vec::new(), Some(error)),
+        };
+        let mut events = Vec::new();
+        for event in &mut lines {
+            match event {
+                Ok(event) => events.push(event),
+                Err(error) => return (events, Some(error)),
+            }
+        }
+        (events, None)
+    }
+
+    fn event() -> Event {
+        Event {
+            t: 7,
+            vm: 1,
+            vcpu: 2,
+            op: Op::Write,
+            msr: Msr(0xc000_0082),
+            value: u64::MAX,
+            reason: Some(Reason::Filter),
+            did: Did::Fault,
+            why: Some(Why::AlreadyWritten),
+            rule: Some(3),
+            rip: Some(0xffff_ffff_8100_0000),
+        }
+    }
+
+    #[test]
+    fn events_read_back_as_they_were_written() {
+        let bare = Event {
+            reason: None,
+            why: None,
+            rule: None,
+            rip: None,
+            did: Did::Allow,
+            ..event()
+        };
+        let mut text = HEADER.as_bytes().to_vec();
+        for event in [event(), bare] {
+            write_event(&event, &mut text).unwrap();
+        }
+        let (events, error) = read(std::str::from_utf8(&text).unwrap());
+        assert!(error.is_none());
+        assert_eq!(events, [event(), bare]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_line_and_what_came_before_is_kept() {
+        let good = "{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n";
+        for (bad, what) in [
+            ("{\"op\":\"rdmsr\",\"msr\":\"0x1", "breaks off"),
+            ("{\"op\":\"rdmsr\",\"msr\":\"0x1\n", "no event"),
+            ("garbage\n", "no event"),
+            ("\u{0}\u{1}\n", "no event"),
+            ("[]\n", "no event"),
+            ("{\"op\":\"rdtsc\",\"msr\":\"0x10\"}\n", "neither"),
+            ("{\"op\":\"rdmsr\",\"msr\":\"0x1_0000_0000\"}\n", "32 bits"),
+            ("{\"op\":\"rdmsr\",\"msr\":\"TSC\"}\n", "not a 64-bit number"),
+            ("{\"op\":\"wrmsr\",\"msr\":\"0x10\"}\n", "no `value`"),
+            ("{\"op\":\"rdmsr\",\"msr\":16,\"did\":\"slept\"}\n", "not known"),
+            ("{\"op\":\"rdmsr\",\"msr\":16,\"reason\":\"mood\"}\n", "not known"),
+        ] {
+            let after = if bad.ends_with('\n') { good } else { "" };
+            let (events, error) = read(&format!("{HEADER}{good}\n{good}{bad}{after}"));
+            let error = error.unwrap_or_else(|| panic!("{bad:?} was read"));
+            assert!(error.to_string().contains(what), "{bad:?}: {error}");
+            assert_eq!((error.line, events.len()), (5, 2), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_trace_begins_with_a_header_of_a_known_version() {
+        for (text, what) in [
+            ("", "empty"),
+            ("{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n", "no trace's header"),
+            ("{\"msrgate_trace\":2}\n", "version 2"),
+            ("{\"msrgate_trace\":\"new\"}\n", "version \"new\""),
+            ("{\"msrgate_trace\":1,\"guest\":5}\n", "malformed"),
+        ] {
+            let error = read(text).1.unwrap();
+            assert_eq!(error.line, 1);
+            assert!(error.to_string().contains(what), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_endless_line_is_an_error_and_not_a_full_memory() {
+        let text = format!("{HEADER}{}", "x".repeat(LONGEST as usize + 1));
+        assert!(read(&text).1.unwrap().to_string().contains("longer than"));
+    }
+}
