@@ -42,4 +42,4 @@ pub use diagnostic::{Code, Diagnostic, Files, Place, Severity, Source};
 pub use explain::{Explanation, explain};
 pub use parse::Rejected;
 pub use pattern::{Pattern, PatternError};
-pub use policy::{Policy, Rule, Validity, When};
+pub use policy::{CpuidNeeded, Policy, Rule, Validity, When};

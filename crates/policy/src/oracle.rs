@@ -3,13 +3,14 @@
 use msrgate_core::{Msr, ReadAction, WriteAction};
 
 use crate::cpuid::Cpuid;
-use crate::{Diagnostic, Policy, Validity, database};
+use crate::policy::CpuidNeeded;
+use crate::{Policy, Validity, database};
 
 impl Policy {
     /// What a read gets and the number of the rule that says so.
     ///
     /// Slow and obvious: this is the definition that [`Policy::decision_map`] and every plan are held against.
-    pub fn read(&self, msr: Msr, cpuid: Option<&Cpuid>) -> Result<(ReadAction, Option<u32>), Diagnostic> {
+    pub fn read(&self, msr: Msr, cpuid: Option<&Cpuid>) -> Result<(ReadAction, Option<u32>), CpuidNeeded> {
         let rules = self.rules_for(cpuid)?;
         if self.lacks(msr, cpuid) {
             return Ok((ReadAction::Deny, None));
@@ -25,7 +26,7 @@ impl Policy {
     }
 
     /// What a write gets and the number of the rule that says so; see [`Policy::read`].
-    pub fn write(&self, msr: Msr, cpuid: Option<&Cpuid>) -> Result<(WriteAction, Option<u32>), Diagnostic> {
+    pub fn write(&self, msr: Msr, cpuid: Option<&Cpuid>) -> Result<(WriteAction, Option<u32>), CpuidNeeded> {
         let rules = self.rules_for(cpuid)?;
         if self.lacks(msr, cpuid) {
             return Ok((WriteAction::Deny, None));

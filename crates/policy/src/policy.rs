@@ -1,5 +1,6 @@
 //! A policy: ordered rules over a default.
 
+use std::fmt;
 use std::path::Path;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
@@ -114,7 +115,7 @@ impl Policy {
     /// What each of the 2^32 MSRs gets from this policy, in a guest with this CPUID.
     ///
     /// Fails only where the policy depends on the guest's CPUID and none is given.
-    pub fn decision_map(&self, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Diagnostic> {
+    pub fn decision_map(&self, cpuid: Option<&Cpuid>) -> Result<DecisionMap, CpuidNeeded> {
         let rules = self.rules_for(cpuid)?;
         let invalid = self.lacking(cpuid);
         let (default_read, default_write) = self.default_actions();
@@ -157,16 +158,12 @@ impl Policy {
     }
 
     /// The rules that hold for a guest, with their numbers.
-    pub(crate) fn rules_for(&self, cpuid: Option<&Cpuid>) -> Result<Vec<(u32, &Rule)>, Diagnostic> {
+    pub(crate) fn rules_for(&self, cpuid: Option<&Cpuid>) -> Result<Vec<(u32, &Rule)>, CpuidNeeded> {
         if self.asks_cpuid() && cpuid.is_none() {
             let conditional = self.rules.iter().find(|rule| !rule.when.is_always());
-            let message = "the policy depends on the guest's CPUID, and none was given";
-            let diagnostic = match conditional {
-                Some(rule) => Diagnostic::at(Code::CpuidNeeded, rule.place.clone(), message),
-                None => Diagnostic::whole(Code::CpuidNeeded, message),
-            };
-            return Err(diagnostic
-                .help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest"));
+            return Err(CpuidNeeded {
+                place: conditional.map(|rule| rule.place.clone()),
+            });
         }
         let holds = |rule: &Rule| rule.when.is_always() || cpuid.is_some_and(|cpuid| rule.when.holds(cpuid));
         Ok((0..).zip(&self.rules).filter(|(_, rule)| holds(rule)).collect())
@@ -211,6 +208,31 @@ fn decisions<'a, A: Clone>(
         })
     })
 }
+
+/// The policy depends on the guest's CPUID, and none was given.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CpuidNeeded {
+    place: Option<Place>,
+}
+
+impl CpuidNeeded {
+    /// As a finding, at the first rule that asks.
+    pub fn diagnostic(&self) -> Diagnostic {
+        let diagnostic = match &self.place {
+            Some(place) => Diagnostic::at(Code::CpuidNeeded, place.clone(), self.to_string()),
+            None => Diagnostic::whole(Code::CpuidNeeded, self.to_string()),
+        };
+        diagnostic.help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest")
+    }
+}
+
+impl fmt::Display for CpuidNeeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the policy depends on the guest's CPUID, and none was given")
+    }
+}
+
+impl std::error::Error for CpuidNeeded {}
 
 /// Equal in what they say, wherever it was read from.
 impl PartialEq for Policy {

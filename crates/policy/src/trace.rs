@@ -1,7 +1,7 @@
 //! The text of traces: JSON Lines, a header and then one event a line.
 //!
 //! ```
-//! use msrgate_policy::trace::{Header, Line, Lines};
+//! use msrgate_policy::trace::Lines;
 //!
 //! let text = "{\"msrgate_trace\":1,\"guest\":\"Linux\"}\n\
 //!             {\"t\":5,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\"}\n";

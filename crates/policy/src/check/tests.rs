@@ -93,7 +93,7 @@ fn a_policy_that_asks_the_cpu_needs_its_cpuid() {
         "default = \"allow\"\nvalid = \"cpu-model\"\n[[rule]]\nmsr = 0x8b\nread = \"zero\"\nwhen = { vendor = \"intel\" }\n",
     );
     let needed = policy.decision_map(None).unwrap_err();
-    assert_eq!(needed.code, Code::CpuidNeeded);
+    assert_eq!(needed.diagnostic().code, Code::CpuidNeeded);
     let amd = Cpuid::parse_raw(AMD).unwrap();
     let map = policy.decision_map(Some(&amd)).unwrap();
     // The rule is for Intel; MTRRs are there by CPUID, machine check banks are not.

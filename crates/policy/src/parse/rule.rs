@@ -244,7 +244,8 @@ fn code(error: &PatternError) -> Code {
 
 /// Reports rules of one file that say again what an earlier one decides: the same MSRs, guests and direction.
 pub(super) fn twice(rules: &[Rule], reader: &mut Reader) {
-    let mut seen: HashMap<(Vec<(u32, u32)>, String, Op), &Rule> = HashMap::new();
+    type Decided = (Vec<(u32, u32)>, String, Op);
+    let mut seen: HashMap<Decided, &Rule> = HashMap::new();
     for rule in rules {
         let mut ranges: Vec<(u32, u32)> = rule
             .ranges()
