@@ -38,7 +38,6 @@ if [ "$ROOT" = 9p ]; then
     [ -d /add ] && $B cp -a /add/. /new/
     set -- $B chroot /new /bin/sh
 else
-    $B mount -t tmpfs none /tmp
     DEV=/dev
     set -- $B sh
 fi

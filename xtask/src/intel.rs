@@ -7,8 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::job::Job;
 use crate::kernel::Kernel;
-use crate::lane::{Job, KERNEL_ARGUMENTS};
+use crate::lane::KERNEL_ARGUMENTS;
 use crate::package::Need;
 use crate::process;
 

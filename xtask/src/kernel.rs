@@ -147,8 +147,8 @@ fn load_order(tree: &Path, version: &str, names: &[&str]) -> Result<Vec<PathBuf>
     Ok(order)
 }
 
-/// Writes a module without compression and without debug information. What is stripped has no
-/// signature left, which the kernel would spend seconds to check in an emulator.
+/// Writes a module without compression and without what loading does not need. What is stripped has
+/// no signature left either, which the kernel would spend seconds to check in an emulator.
 fn plain_module(module: &Path, to: &Path) -> Result<(), String> {
     let name = file_name(module);
     if name.ends_with(".xz") {
@@ -158,7 +158,9 @@ fn plain_module(module: &Path, to: &Path) -> Result<(), String> {
     } else {
         fs::copy(module, to).map_err(|error| format!("cannot copy {}: {error}", module.display()))?;
     }
-    process::output(Command::new("objcopy").arg("--strip-debug").arg(to)).map(drop)
+    let mut strip = Command::new("objcopy");
+    strip.args(["--strip-unneeded", "--remove-section=.BTF"]).arg(to);
+    process::output(&mut strip).map(drop)
 }
 
 /// Takes the ELF image out of a bzImage ("The Linux/x86 Boot Protocol": `setup_sects`,

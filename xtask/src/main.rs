@@ -11,6 +11,7 @@ mod test;
 mod binary;
 mod no_std;
 
+mod job;
 mod lane;
 
 mod intel;
@@ -36,11 +37,14 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Chore {
     /// Run every check and test; the last line counts them
+    #[command(after_help = test::HELP)]
     Test(test::Arguments),
     /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
-    Nested(lane::NestedArguments),
+    #[command(after_help = job::HELP)]
+    Nested(job::NestedArguments),
     /// Run a command on a Debian kernel with kvm_intel, inside Bochs
-    Intel(lane::IntelArguments),
+    #[command(after_help = job::HELP)]
+    Intel(job::IntelArguments),
 }
 
 fn main() -> ExitCode {

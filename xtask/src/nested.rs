@@ -2,8 +2,9 @@
 
 use std::process::Command;
 
+use crate::job::{Job, Root};
 use crate::kernel::Kernel;
-use crate::lane::{Job, KERNEL_ARGUMENTS, Root};
+use crate::lane::KERNEL_ARGUMENTS;
 use crate::package::Need;
 use crate::process;
 

@@ -10,8 +10,18 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 
 use crate::binary::{self, Binary, Count, SCOPE};
-use crate::lane::{self, Failure, Job, Lane, Root, Series, quoted};
+use crate::job::{Job, Root, Series, quoted};
+use crate::lane::{self, Failure, Lane};
 use crate::{no_std, process};
+
+/// What the help ends with.
+pub(crate) const HELP: &str = "\
+MSRGATE_REQUIRE=host,nested,intel names lanes that fail where they would be skipped.
+
+Integration tests whose names start with `live` run in the lanes only, one at a time. They see
+MSRGATE_LANE (host, nested or intel), MSRGATE_LANE_KERNEL, MSRGATE_LANE_REQUIRE=1 (a KVM that does
+not open is a failure), MSRGATE_BIN (the released msrgate) and what `cargo xtask nested --help`
+names. A test that prints a line `skipped: REASON` counts as skipped.";
 
 #[derive(Args)]
 pub(crate) struct Arguments {
@@ -321,13 +331,13 @@ fn host() -> Result<Ending, String> {
         return Ok(Ending::Skipped(format!("/dev/kvm does not open: {error}")));
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let modules = fs::read_to_string("/proc/modules").unwrap_or_default();
-    let modules = modules.lines().filter_map(|line| line.split_whitespace().next());
+    // Modules that are built in are listed there too, where they have parameters.
+    let modules = fs::read_dir("/sys/module").map_err(|error| format!("cannot read /sys/module: {error}"))?;
+    let modules = modules.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let vendor = modules
         .filter(|name| name.starts_with("kvm_"))
         .collect::<Vec<_>>()
         .join(" ");
-    let vendor = if vendor.is_empty() { "KVM built in" } else { &vendor };
     let note = format!("Linux {}, {vendor}", release.trim());
     let Some(work) = Work::find()? else {
         return Ok(no_live_tests());
