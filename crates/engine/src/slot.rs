@@ -68,6 +68,7 @@ impl Slot {
                     return Seen { generation, filter };
                 }
             }
+            sync::spin_loop();
         }
     }
 
@@ -79,6 +80,7 @@ impl Slot {
 
 #[cfg(not(loom))]
 mod sync {
+    pub(super) use core::hint::spin_loop;
     pub(super) use core::sync::atomic::{AtomicU64, Ordering};
     pub(super) use spin::RwLock;
     use spin::{RwLockReadGuard, RwLockWriteGuard};
@@ -95,6 +97,7 @@ mod sync {
 /// The same under the model checker, which has no poisoning: a panic ends the model.
 #[cfg(loom)]
 mod sync {
+    pub(super) use loom::hint::spin_loop;
     pub(super) use loom::sync::RwLock;
     pub(super) use loom::sync::atomic::{AtomicU64, Ordering};
     use loom::sync::{RwLockReadGuard, RwLockWriteGuard};
