@@ -1,4 +1,85 @@
 //! Puts a plan in force on a Linux KVM guest, and answers the MSR accesses that the kernel hands back.
+//!
+//! ```text
+//! /dev/kvm ─probe→ Probed ─install(VM, plan, handlers)→ Gate ─vcpu→ VcpuGate, one for each vCPU
+//!                    ↑                          replace ↺  │
+//!                    └───────────── remove ────────────────┘
+//!
+//! KVM_RUN ─exit 29, 30→ VcpuGate::dispatch ─answer in kvm_run→ KVM_RUN
+//! ```
+//!
+//! Three calls put it into a VMM. This one uses the kvm-ioctls crate; one that does not passes its descriptors to the
+//! same calls, and its mapped `kvm_run` to [`VcpuGate::dispatch`] (in C: to [`VcpuGate::dispatch_raw`]).
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use kvm_ioctls::{Kvm, VcpuExit};
+//! # use msrgate_core::{Access, Log, Msr, MsrRange, ReadAction};
+//! # use msrgate_guest::{Guest, Mode, Options};
+//! # use msrgate_kvm::Handlers;
+//! # use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let Ok(kvm) = Kvm::new() else {
+//! #     println!("skipped: /dev/kvm does not open");
+//! #     return Ok(());
+//! # };
+//! # let microcode = Decision { action: ReadAction::Value(0x1234), rule: Some(0), log: Log::None };
+//! # let plan = Arc::new(Plan::compile(&DecisionMap {
+//! #     reads: Intervals::first_match(Decision::of(ReadAction::Allow), [(MsrRange::single(Msr(0x8b)), microcode)]),
+//! #     ..DecisionMap::allow_all()
+//! # })?);
+//! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
+//! # // It keeps its list, so the loop below runs it once more.
+//! # guest.run(0, &[Access::Read { msr: Msr(0x8b) }], &mut |_| {})?;
+//! # let vm = guest.vm();
+//! let gate = msrgate_kvm::probe(&kvm)?.install(vm, plan, Handlers::new())?;
+//! # let vcpu = guest.vcpu(0)?.fd_mut();
+//! let vcpu_gate = gate.vcpu(vcpu, 0)?;
+//! loop {
+//!     match vcpu.run() {
+//!         Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => {
+//!             let _ = vcpu_gate.dispatch_vcpu(vcpu);
+//!         }
+//!         Ok(_) => break, // The VMM's own exits.
+//!         Err(error) if error.errno() == libc::EINTR => continue, // Nothing to look at.
+//!         Err(error) => return Err(error.into()),
+//!     }
+//! }
+//! # assert_eq!(vcpu.get_regs()?.rax, 0x1234);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Words
+//! The *mask* is the set of reasons for which the kernel hands an access that fails to user space
+//! (`KVM_CAP_X86_USER_SPACE_MSR`); the *filter* says which accesses fail (`KVM_X86_SET_MSR_FILTER`). An *exit* is an
+//! access that was handed over. Its answer is carried out by the next KVM_RUN: until then it is *pending*, and the
+//! vCPU's registers are those of before the access.
+//!
+//! # EINTR, and saving a vCPU
+//! - Dispatch after a KVM_RUN that succeeded, and only then. One that gave EINTR has completed the pending access and
+//!   says nothing new, but the kernel leaves the old `exit_reason` beside it. An exit that was dispatched no longer
+//!   looks like one, so that a VMM which looks all the same does not answer twice.
+//! - Before registers are saved or shown, [`VcpuGate::drain`]: no ioctl saves a pending access.
+//! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install them anew.
+//!
+//! # Fails closed
+//! The fault stands ready in `kvm_run` before a table or a handler is asked, and stays unless there is an answer. A
+//! reason that is not known here, an MSR that no rule names, a register that cannot be read, a handler's panic (where
+//! the program unwinds) all fault the guest; [`Answered`] says why. The answer path does not lock, allocate or panic,
+//! apart from handlers and from the first exit of each vCPU after [`Gate::replace`].
+//!
+//! # Limits
+//! - The kernel cannot be asked what filter or mask a VM holds. Whoever sets another behind the gate's back wins, and
+//!   accesses that it then hands over fault.
+//! - When [`Gate::replace`] returns, no access is decided by the old filter any more; but another CPU may run the guest
+//!   with old hardware bits for as long as an interrupt to it takes, so an MSR that was passed through can slip by once.
+//! - [`Gate`] and [`VcpuGate`] hold duplicates of the descriptors that they are given: KVM frees a VM when they are gone
+//!   too.
+//! - x86-64 only. KVM's calls work in the process that made the VM alone.
+//!
+//! # Features
+//! `kvm-ioctls` (on): calls that take that crate's `VcpuFd`.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod error;

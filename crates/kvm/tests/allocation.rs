@@ -1,0 +1,120 @@
+//! The answer path does not allocate. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
+
+#![expect(unsafe_code, reason = "an allocator")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use msrgate_core::{Access, Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_guest::{Guest, Mode, Options};
+use msrgate_kvm::{Fault, Handler, Handlers, probe};
+use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Counts what each thread allocates.
+struct Counting;
+
+// SAFETY: every call goes on to the system's allocator as it came; the counter neither allocates nor has a destructor.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on, and `memory` came from the system's allocator.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct Zero;
+
+impl Handler for Zero {
+    fn read(&self, _vcpu: u32, _msr: Msr) -> Result<u64, Fault> {
+        Ok(0)
+    }
+
+    fn write(&self, _vcpu: u32, _msr: Msr, _value: u64) -> Result<(), Fault> {
+        Err(Fault)
+    }
+}
+
+fn rules<A: Clone + Eq>(allow: A, actions: &[A]) -> Intervals<Decision<A>> {
+    let rules = actions.iter().zip(0x174..);
+    Intervals::first_match(
+        Decision::of(allow),
+        rules.map(|(action, msr)| {
+            let decision = Decision {
+                action: action.clone(),
+                rule: Some(0),
+                log: Log::All,
+            };
+            (MsrRange::single(Msr(msr)), decision)
+        }),
+    )
+}
+
+#[test]
+fn no_action_allocates_when_it_answers() {
+    let Ok(kvm) = Kvm::new() else {
+        let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
+        assert!(!required, "/dev/kvm does not open");
+        println!("skipped: /dev/kvm does not open");
+        return;
+    };
+    let reads = [
+        ReadAction::Deny,
+        ReadAction::Value(1),
+        ReadAction::Mask { keep: 1, set: 2 },
+        ReadAction::Shadow(3),
+        ReadAction::Handler("zero".into()),
+    ];
+    let writes = [
+        WriteAction::Once,
+        WriteAction::Only([1].into()),
+        WriteAction::Mask {
+            may_change: 1,
+            otherwise: Otherwise::Drop,
+        },
+        WriteAction::Shadow,
+        WriteAction::Handler("zero".into()),
+        WriteAction::Ignore,
+        WriteAction::Deny,
+    ];
+    let map = DecisionMap {
+        reads: rules(ReadAction::Allow, &reads),
+        writes: rules(WriteAction::Allow, &writes),
+        unknown: (ReadAction::Shadow(0), WriteAction::Shadow),
+        ..DecisionMap::allow_all()
+    };
+    let plan = Arc::new(Plan::compile(&map).unwrap());
+    let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+    let handlers = Handlers::new().with("zero", Zero);
+    let gate = probe(&kvm).unwrap().install(guest.vm(), plan, handlers).unwrap();
+    let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
+    let named = (0x174..0x17b).map(Msr);
+    let accesses: Vec<Access> = named
+        .chain([Msr(0xdead_beef)])
+        .flat_map(|msr| [Access::Read { msr }, Access::Write { msr, value: 1 }])
+        .collect();
+    let mut answered = 0;
+    guest
+        .run(0, &accesses.repeat(3), &mut |pending| {
+            let before = ALLOCATIONS.get();
+            pending.dispatch(&vcpu).unwrap();
+            assert_eq!(ALLOCATIONS.get(), before, "{:?}", pending.access());
+            answered += 1;
+        })
+        .unwrap();
+    // All but the reads of 0x179 and 0x17a, which are the kernel's.
+    assert!(answered >= 3 * 14, "{answered}");
+}
