@@ -1,0 +1,173 @@
+//! The policies that come with msrgate: each is used here as its own comment says.
+
+mod agreement;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use msrgate_core::abi::MAX_RANGES;
+use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_plan::{DecisionMap, Plan};
+use msrgate_policy::trace::Lines;
+use msrgate_policy::{Files, Policy, check};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The files of the disk.
+struct Disk;
+
+impl Files for Disk {
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
+        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
+        read().map_err(|error: std::io::Error| error.to_string())
+    }
+}
+
+/// A policy, and over it the fragments that it is to be tried with.
+struct Extended<'a>(&'a str);
+
+impl Files for Extended<'_> {
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
+        if path == Path::new("policy.toml") {
+            Ok((path.to_path_buf(), self.0.to_owned()))
+        } else {
+            Disk.read(path)
+        }
+    }
+}
+
+fn toml_files(folder: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(root().join(folder)).expect(folder);
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    paths.sort();
+    paths
+}
+
+fn load(path: &Path) -> Policy {
+    Policy::load(path, &Disk).unwrap_or_else(|rejected| panic!("{}: {:#?}", path.display(), rejected.diagnostics))
+}
+
+fn map(policy: &Policy) -> DecisionMap {
+    policy.decision_map(None).expect("needs no CPUID")
+}
+
+#[test]
+fn each_policy_is_without_findings_and_its_plan_is_what_its_rules_say() {
+    let paths = toml_files("policies");
+    assert!(paths.len() >= 10, "{paths:?}");
+    for path in paths {
+        let policy = load(&path);
+        let map = map(&policy);
+        assert_eq!(check(&policy, &map, None), [], "{}", path.display());
+        let plan = Plan::compile(&map).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(plan.filter().ranges().len() <= MAX_RANGES, "{}", path.display());
+        agreement::assert_agreement(&policy, None, &map, Some(&plan));
+    }
+}
+
+#[test]
+fn each_policy_reads_back_as_it_is_printed() {
+    for path in toml_files("policies") {
+        let policy = load(&path);
+        let printed = policy.to_string();
+        let again = Policy::parse("printed.toml", &printed)
+            .unwrap_or_else(|rejected| panic!("{}: {:#?}\n{printed}", path.display(), rejected.diagnostics));
+        assert_eq!(policy, again, "{}", path.display());
+        assert_eq!(map(&policy).hash(), map(&again).hash(), "{}", path.display());
+    }
+}
+
+#[test]
+fn each_policy_says_what_it_is_for_how_to_use_it_and_why_each_rule_is_there() {
+    for path in toml_files("policies") {
+        let policy = load(&path);
+        let stem = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        assert_eq!(policy.name, stem);
+        let text = fs::read_to_string(&path).expect("readable");
+        let usage = format!("msrgate check policies/{stem}.toml\n");
+        for wanted in ["# What it does: ", "# Limits: ", &usage] {
+            assert!(text.contains(wanted), "{}: {wanted:?}", path.display());
+        }
+        for rule in &policy.rules {
+            assert!(rule.why.is_some(), "{}: a rule without a `why`: {rule}", path.display());
+        }
+    }
+}
+
+#[test]
+fn each_fragment_works_by_itself_under_a_policy_that_extends_it() {
+    let paths = toml_files("policies/base");
+    assert!(!paths.is_empty());
+    for path in paths {
+        let text = format!(
+            "version = 1\ndefault = \"deny\"\nextends = {:?}\n",
+            path.display().to_string()
+        );
+        let policy = Policy::load(Path::new("policy.toml"), &Extended(&text))
+            .unwrap_or_else(|rejected| panic!("{}: {:#?}", path.display(), rejected.diagnostics));
+        let map = map(&policy);
+        let all: BTreeSet<u32> = (0..).take(policy.rules.len()).collect();
+        let deciding = map.reads.iter().filter_map(|(_, decision)| decision.rule);
+        let deciding: BTreeSet<u32> = deciding
+            .chain(map.writes.iter().filter_map(|(_, decision)| decision.rule))
+            .collect();
+        assert_eq!(all, deciding, "{}: rules that never count", path.display());
+        assert_eq!(check(&policy, &map, None), [], "{}", path.display());
+        Plan::compile(&map).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let own = fs::read_to_string(&path).expect("readable");
+        assert!(own.contains("extends = "), "{}: how to use it", path.display());
+        assert!(policy.rules.iter().all(|rule| rule.why.is_some()), "{}", path.display());
+    }
+}
+
+/// Each access of a trace, once.
+fn accesses(trace: &str) -> BTreeSet<(Msr, Op)> {
+    let file = File::open(root().join("traces").join(trace)).expect(trace);
+    let lines = Lines::new(BufReader::new(file)).expect("a trace");
+    let seen: BTreeSet<(Msr, Op)> = lines
+        .map(|event| event.expect("an event"))
+        .map(|event| (event.msr, event.op))
+        .collect();
+    assert!(seen.len() > 100, "{trace}");
+    seen
+}
+
+#[test]
+fn linux_finds_every_access_of_its_boot_allowed() {
+    for (policy, traces) in [
+        ("linux-microvm", &["linux-6.1-microvm.jsonl"][..]),
+        ("linux-pc", &["linux-6.1-pc-smp2.jsonl", "linux-6.1-microvm.jsonl"]),
+    ] {
+        let map = map(&load(&root().join("policies").join(format!("{policy}.toml"))));
+        for trace in traces {
+            let denied: Vec<(Msr, Op)> = accesses(trace)
+                .into_iter()
+                .filter(|(msr, op)| !map.allows(*msr, *op))
+                .collect();
+            assert_eq!(denied, [], "{policy}, {trace}");
+        }
+    }
+}
+
+#[test]
+fn linux_gets_nothing_that_tells_of_the_host_or_changes_it() {
+    let map = map(&load(&root().join("policies/linux-pc.toml")));
+    for name in [
+        "MSR_PKG_ENERGY_STATUS",
+        "PKG_ENERGY_STAT",
+        "IA32_PPIN",
+        "IA32_THERM_STATUS",
+        "IA32_APERF",
+        "IA32_PERF_CTL",
+        "VM_CR",
+    ] {
+        let msr = msrgate_policy::database::by_name(name).expect(name).msr;
+        assert_eq!(map.reads.get(msr).action, ReadAction::Deny, "{name}");
+        assert_eq!(map.writes.get(msr).action, WriteAction::Deny, "{name}");
+    }
+}

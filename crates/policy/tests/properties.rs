@@ -1,0 +1,471 @@
+//! What holds for every policy and every trace, tried on random ones.
+
+mod agreement;
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use msrgate_core::{Did, Event, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction};
+use msrgate_plan::{DecisionMap, Intervals, Plan};
+use msrgate_policy::cpuid::{CpuVendor, Cpuid};
+use msrgate_policy::trace::{Header, Lines, write_event};
+use msrgate_policy::{Code, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::{Index, select};
+
+fn pattern() -> impl Strategy<Value = Pattern> {
+    let named = select(vec![
+        "IA32_TSC",
+        "ia32_efer",
+        "MSR_IA32_UCODE_REV",
+        "IA32_SYSENTER_CS..=IA32_SYSENTER_EIP",
+        "IA32_SYSENTER_*",
+        "IA32_MC?_CTL",
+        "*MTRR*",
+        "@syscall",
+        "@Mtrr",
+        "@rapl",
+        "@kvm",
+        "@x2apic",
+        "0..=0xffffffff",
+        "4294967295",
+    ])
+    .prop_map(|text| Pattern::parse(text).expect(text));
+    // Near each other, so that they overlap, and near the places where filters behave in their own way.
+    let bases = vec![
+        0,
+        0x10,
+        0x170,
+        0x7f8,
+        0x8f8,
+        0x3000,
+        0xc000_0080,
+        0xc001_0000,
+        0xffff_ffe0,
+    ];
+    let long = prop_oneof![8 => 0..40_u32, 1 => 12_200..12_400_u32];
+    let range = (select(bases), 0..32_u32, long).prop_map(|(base, offset, length)| {
+        let first = base + offset;
+        let last = first.saturating_add(length);
+        Pattern::Range(MsrRange::new(Msr(first), Msr(last)).expect("in order"))
+    });
+    prop_oneof![1 => named, 2 => range]
+}
+
+fn value() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0), Just(u64::MAX), any::<u64>()]
+}
+
+fn handler() -> impl Strategy<Value = Arc<str>> {
+    "[a-z0-9_.-]{1,8}".prop_map(Arc::from)
+}
+
+/// What needs no answer of the kernel, which is what `unknown` and `invalid` may say.
+fn own_read_action() -> impl Strategy<Value = ReadAction> {
+    prop_oneof![
+        Just(ReadAction::Deny),
+        value().prop_map(ReadAction::Value),
+        value().prop_map(ReadAction::Shadow),
+        Just(ReadAction::Host),
+        handler().prop_map(ReadAction::Handler),
+    ]
+}
+
+fn own_write_action() -> impl Strategy<Value = WriteAction> {
+    prop_oneof![
+        Just(WriteAction::Deny),
+        Just(WriteAction::Ignore),
+        Just(WriteAction::Shadow),
+        handler().prop_map(WriteAction::Handler),
+    ]
+}
+
+fn read_action() -> impl Strategy<Value = ReadAction> {
+    prop_oneof![
+        3 => Just(ReadAction::Allow),
+        4 => own_read_action(),
+        1 => (value(), value()).prop_map(|(keep, set)| ReadAction::Mask { keep, set }),
+    ]
+}
+
+fn write_action() -> impl Strategy<Value = WriteAction> {
+    let otherwise = select(vec![Otherwise::Deny, Otherwise::Drop]);
+    prop_oneof![
+        3 => Just(WriteAction::Allow),
+        4 => own_write_action(),
+        1 => (value(), otherwise).prop_map(|(may_change, otherwise)| WriteAction::Mask { may_change, otherwise }),
+        1 => vec(value(), 1..4).prop_map(|values| WriteAction::Only(values.into())),
+        1 => Just(WriteAction::Once),
+    ]
+}
+
+fn when() -> impl Strategy<Value = When> {
+    let vendors = select(vec![CpuVendor::Intel, CpuVendor::Amd, CpuVendor::Hygon]);
+    let ranges = || {
+        vec(
+            (0..40_u32, 0..200_u32).prop_map(|(first, length)| (first, first + length)),
+            0..3,
+        )
+    };
+    let features = select(vec!["mtrr", "x2apic", "arch_capabilities"]).prop_map(str::to_owned);
+    let some = (vec(vendors, 0..3), ranges(), ranges(), vec(features, 0..2));
+    let some = some.prop_map(|(vendor, family, model, features)| When {
+        vendor,
+        family,
+        model,
+        features,
+    });
+    prop_oneof![3 => Just(When::default()), 1 => some]
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    let log = prop_oneof![
+        Just(Log::None),
+        Just(Log::All),
+        Just(Log::First),
+        (1..=u32::MAX).prop_map(Log::PerSecond)
+    ];
+    let actions = (option::of(read_action()), option::of(write_action()));
+    let parts = (vec(pattern(), 1..4), actions, when(), log, option::of(any::<String>()));
+    parts.prop_map(|(msrs, (read, write), when, log, why)| Rule {
+        msrs,
+        read,
+        write,
+        when,
+        log,
+        why,
+        place: Place { source: 0, span: 0..0 },
+    })
+}
+
+/// Any policy that one file can hold.
+fn policy() -> impl Strategy<Value = Policy> {
+    let default = select(vec![Verdict::Allow, Verdict::Deny]);
+    let valid = prop_oneof![4 => Just(Validity::Any), 1 => Just(Validity::CpuModel)];
+    let fallback = || {
+        prop_oneof![
+            1 => Just((ReadAction::Deny, WriteAction::Deny)),
+            1 => (own_read_action(), own_write_action()),
+        ]
+    };
+    let parts = (
+        any::<String>(),
+        default,
+        fallback(),
+        fallback(),
+        valid,
+        vec(rule(), 0..10),
+    );
+    parts.prop_map(|(name, default, unknown, invalid, valid, rules)| Policy {
+        name,
+        default,
+        unknown,
+        invalid,
+        valid,
+        rules: without_repetition(rules),
+        sources: Vec::new(),
+    })
+}
+
+/// Rules as the language takes them: none lists MSRs twice, or says again what one before it says.
+fn without_repetition(mut rules: Vec<Rule>) -> Vec<Rule> {
+    let mut decided = HashSet::new();
+    for rule in &mut rules {
+        let mut listed = HashSet::new();
+        rule.msrs.retain(|pattern| listed.insert(pattern.ranges()));
+        let mut ranges = rule.ranges();
+        ranges.sort_unstable();
+        let mut first = |op: Op| decided.insert((ranges.clone(), format!("{:?}", rule.when), op));
+        if rule.read.is_some() && !first(Op::Read) {
+            rule.read = None;
+        }
+        if rule.write.is_some() && !first(Op::Write) {
+            rule.write = None;
+        }
+    }
+    rules.retain(|rule| rule.read.is_some() || rule.write.is_some());
+    rules
+}
+
+fn cpuid() -> impl Strategy<Value = Cpuid> {
+    let intel = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
+    let amd = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
+    (
+        select(vec![intel, amd]),
+        any::<u32>(),
+        any::<[u32; 3]>(),
+        any::<[u32; 4]>(),
+    )
+        .prop_map(|([ebx, ecx, edx], version, [b, c, d], leaf_7)| {
+            Cpuid::from_entries([
+                (0, 0, [0x16, ebx, ecx, edx]),
+                (1, 0, [version, b, c, d]),
+                (7, 0, leaf_7),
+                (0x8000_0001, 0, [0, 0, c, d]),
+            ])
+        })
+}
+
+/// What each access gets, without the numbers of the rules that say so.
+#[expect(clippy::type_complexity, reason = "two maps of the same shape")]
+fn meaning(map: &DecisionMap) -> (Intervals<(ReadAction, Log)>, Intervals<(WriteAction, Log)>) {
+    (
+        map.reads.map(|decision| (decision.action.clone(), decision.log)),
+        map.writes.map(|decision| (decision.action.clone(), decision.log)),
+    )
+}
+
+fn normalised<V: Clone + Eq>(map: &Intervals<V>) -> Intervals<V> {
+    let somewhere = map.get(Msr(0x1234)).clone();
+    Intervals::first_match(somewhere, map.iter().map(|(range, value)| (range, value.clone())))
+}
+
+/// That a refusal names errors, and places that are there.
+fn assert_well_formed(rejected: &Rejected) {
+    assert!(!rejected.diagnostics.is_empty());
+    for found in &rejected.diagnostics {
+        assert_eq!(found.severity(), Severity::Error, "{found:?}");
+        let second = found.second.as_ref().map(|(place, _)| place);
+        for place in found.place.iter().chain(second) {
+            let text = &rejected.sources[place.source].text;
+            assert!(text.get(place.span.clone()).is_some(), "{found:?} in {text:?}");
+        }
+    }
+}
+
+/// That a text is a policy which reads back as printed, or is refused for reasons; a panic is neither.
+fn assert_read_or_refused(text: &str) {
+    match Policy::load(Path::new("p.toml"), &("p.toml", text)) {
+        Ok(policy) => {
+            let printed = policy.to_string();
+            let again = Policy::parse("printed.toml", &printed);
+            assert_eq!(again.as_ref().ok(), Some(&policy), "{text}\n→\n{printed}\n{again:?}");
+        }
+        Err(rejected) => assert_well_formed(&rejected),
+    }
+}
+
+/// The words of the language, in no order.
+fn babble() -> impl Strategy<Value = String> {
+    let words = select(vec![
+        "version",
+        "default",
+        "unknown",
+        "invalid",
+        "valid",
+        "extends",
+        "name",
+        "[[rule]]",
+        "[rule]",
+        "rule",
+        "msr",
+        "read",
+        "write",
+        "when",
+        "log",
+        "why",
+        "mask",
+        "keep",
+        "set",
+        "may_change",
+        "otherwise",
+        "only",
+        "once",
+        "value",
+        "shadow",
+        "handler",
+        "per_second",
+        "vendor",
+        "family",
+        "model",
+        "features",
+        "=",
+        "=",
+        "=",
+        "=",
+        ".",
+        ",",
+        "{",
+        "}",
+        "[",
+        "]",
+        "\n",
+        "\n",
+        "\n",
+        "\"",
+        "\"\"\"",
+        "'",
+        "#",
+        "1",
+        "-1",
+        "0x10",
+        "1.5",
+        "true",
+        "1979-05-27",
+        "\"allow\"",
+        "\"deny\"",
+        "\"zero\"",
+        "\"@pmu\"",
+        "\"IA32_TSC\"",
+        "\"0x10..=0x5\"",
+        "\"0x10..\"",
+        "\"..=\"",
+        "\"*\"",
+        "\"?\"",
+        "\"@\"",
+        "\"p.toml\"",
+        "\"é\"",
+        "\u{0}",
+        "\"\\ud800\"",
+    ]);
+    vec(words, 0..60).prop_map(|words| words.join(" "))
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let dids = [
+        "allow", "deny", "zero", "value", "shadow", "mask", "host", "handler", "ignore", "only", "once", "pass",
+        "fault",
+    ];
+    let dids = dids.map(|name| Did::from_name(name).expect(name));
+    let whys = [
+        "no-rule",
+        "unknown-reason",
+        "kernel-refused",
+        "host-unreadable",
+        "bits-locked",
+        "value-not-listed",
+    ];
+    let whys = whys.map(|name| Why::from_name(name).expect(name));
+    let access = (select(Op::ALL.to_vec()), any::<u32>(), value());
+    let answer = (
+        select(dids.to_vec()),
+        option::of(select(whys.to_vec())),
+        option::of(any::<u32>()),
+    );
+    let from = (any::<u64>(), any::<u32>(), any::<u32>(), option::of(any::<u64>()));
+    (access, answer, from, option::of(select(Reason::ALL.to_vec()))).prop_map(
+        |((op, msr, value), (did, why, rule), (t, vm, vcpu, rip), reason)| Event {
+            t,
+            vm,
+            vcpu,
+            op,
+            msr: Msr(msr),
+            value,
+            reason,
+            did,
+            why,
+            rule,
+            rip,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_map_is_what_the_rules_say_and_a_plan_is_what_the_map_says(policy in policy(), cpuid in cpuid()) {
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        let plan = Plan::compile(&map).ok();
+        agreement::assert_agreement(&policy, Some(&cpuid), &map, plan.as_ref());
+    }
+
+    #[test]
+    fn a_policy_reads_back_as_it_is_printed(policy in policy(), cpuid in cpuid()) {
+        let printed = policy.to_string();
+        let again = Policy::parse("printed.toml", &printed);
+        prop_assert_eq!(again.as_ref().ok(), Some(&policy), "{}\n{:?}", printed, again);
+        let hash = |policy: &Policy| policy.decision_map(Some(&cpuid)).expect("a CPUID is there").hash();
+        prop_assert_eq!(again.as_ref().map(&hash).ok(), Some(hash(&policy)));
+    }
+
+    #[test]
+    fn a_map_made_from_a_map_is_that_map(policy in policy(), cpuid in cpuid()) {
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        prop_assert_eq!(&normalised(&map.reads), &map.reads);
+        prop_assert_eq!(&normalised(&map.writes), &map.writes);
+    }
+
+    #[test]
+    fn rules_that_are_reported_as_unreachable_can_go(policy in policy(), cpuid in cpuid()) {
+        let mut policy = Policy::parse("p.toml", &policy.to_string()).expect("reads back");
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        let findings = check(&policy, &map, Some(&cpuid));
+        let unreachable = findings.iter().filter(|found| found.code == Code::Unreachable);
+        let unreachable: Vec<Place> = unreachable.filter_map(|found| found.place.clone()).collect();
+        policy.rules.retain(|rule| !unreachable.contains(&rule.place));
+        let without = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        prop_assert_eq!(meaning(&map), meaning(&without));
+        // And those that stay do count.
+        let counting = |map: &DecisionMap| {
+            let reads = map.reads.iter().filter_map(|(_, decision)| decision.rule);
+            reads.chain(map.writes.iter().filter_map(|(_, decision)| decision.rule)).collect::<HashSet<u32>>()
+        };
+        let holding = policy.rules.iter().filter(|rule| rule.when.holds(&cpuid)).count();
+        prop_assert_eq!(counting(&without).len(), holding);
+    }
+
+    #[test]
+    fn no_text_makes_the_parser_panic(text in any::<String>()) {
+        assert_read_or_refused(&text);
+    }
+
+    #[test]
+    fn no_order_of_the_languages_words_makes_the_parser_panic(text in babble(), header in any::<bool>()) {
+        let header = if header { "version = 1\ndefault = \"deny\"\n" } else { "" };
+        assert_read_or_refused(&format!("{header}{text}"));
+    }
+
+    #[test]
+    fn a_damaged_policy_is_read_or_refused(
+        policy in policy(),
+        damage in vec((any::<Index>(), 0..6_usize, prop_oneof![Just(String::new()), babble(), ".{0,3}"]), 1..4),
+    ) {
+        let mut text: Vec<char> = policy.to_string().chars().collect();
+        for (place, removed, added) in damage {
+            let from = place.index(text.len() + 1);
+            let to = (from + removed).min(text.len());
+            text.splice(from..to, added.chars());
+        }
+        assert_read_or_refused(&text.into_iter().collect::<String>());
+    }
+
+    #[test]
+    fn a_trace_reads_back_as_it_was_written(
+        events in vec(event(), 0..20),
+        guest in option::of(any::<String>()),
+        policy in option::of("[0-9a-f]{64}"),
+    ) {
+        let header = Header { msrgate_trace: 1, guest, policy, ..Header::default() };
+        let mut text = Vec::new();
+        header.write(&mut text).expect("memory");
+        for event in &events {
+            write_event(event, &mut text).expect("memory");
+        }
+        let lines = Lines::new(text.as_slice()).expect("a header");
+        prop_assert_eq!(lines.header(), &header);
+        let again: Result<Vec<Event>, _> = lines.collect();
+        prop_assert_eq!(again.expect("events"), events);
+    }
+
+    #[test]
+    fn a_damaged_trace_ends_in_an_error_or_in_other_events(
+        events in vec(event(), 1..4),
+        damage in vec((any::<Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut text = b"{\"msrgate_trace\":1}\n".to_vec();
+        for event in &events {
+            write_event(event, &mut text).expect("memory");
+        }
+        for (place, byte) in damage {
+            let place = place.index(text.len());
+            text[place] = byte;
+        }
+        if let Ok(lines) = Lines::new(text.as_slice()) {
+            prop_assert!(lines.count() <= text.len());
+        }
+    }
+}
