@@ -1,2 +1,48 @@
-//! stub
-fn main() {}
+//! `msrgate`: an MSR firewall for KVM guests, on the command line.
+//!
+//! One file a subcommand. This crate is the only one that prints.
+#![forbid(unsafe_code)]
+
+mod args;
+mod check;
+mod exit;
+mod explain;
+mod load;
+mod manual;
+mod msr;
+mod plan;
+mod render;
+mod replay;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+use crate::exit::{Exit, Failure};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match &args.command {
+        Command::Check(check) => check::run(check),
+        Command::Plan(plan) => plan::run(plan),
+        Command::Explain(explain) => explain::run(explain),
+        Command::Replay(replay) => replay::run(replay),
+        Command::Msr(msr) => msr::run(msr),
+        Command::Completions(completions) => manual::completions(completions),
+        Command::Man(man) => manual::man(man),
+    };
+    let exit = result.unwrap_or_else(|failure| {
+        match failure {
+            // Whoever read our output went away, as `head` does: nothing is wrong.
+            Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Yes,
+            failure => {
+                // Where even this cannot be printed, the exit code still tells.
+                let _ = writeln!(io::stderr(), "msrgate: {failure}");
+                failure.exit()
+            }
+        }
+    });
+    exit.into()
+}

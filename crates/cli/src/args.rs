@@ -1,0 +1,175 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use msrgate_core::Op;
+
+const AFTER: &str = "\
+Exit codes: 0 yes or done; 1 no: findings, a difference, a guest that would break; 2 wrong usage or unreadable input;
+3 this machine cannot: no KVM, no permission; 4 the guest or the VMM failed.
+
+A policy in short:
+  version = 1
+  default = \"allow\"                    # or \"deny\"
+
+  [[rule]]
+  msr   = \"IA32_BIOS_SIGN_ID\"          # a name, a glob, a class (@pmu), a number, a range, or a list of these
+  read  = { value = \"0x100000000\" }    # allow, deny, zero, host, { value }, { shadow }, { mask }, { handler }
+  write = \"ignore\"                     # allow, deny, ignore, shadow, { mask }, { only }, { once }, { handler }";
+
+/// An MSR firewall for KVM guests: says what each model-specific register of a guest gets, and proves it.
+#[derive(Parser)]
+#[command(name = "msrgate", version, after_help = AFTER, max_term_width = 120)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Parse policies, look for mistakes, compile them and prove the result
+    Check(CheckArgs),
+    /// Show what a policy compiles to: filter ranges, exit reasons, what user space answers
+    Plan(PlanArgs),
+    /// Say what an access gets and why: rule, range, bit, what the guest sees
+    Explain(ExplainArgs),
+    /// Run a recorded guest's accesses as a real guest under a policy, on KVM or on the engine
+    Replay(ReplayArgs),
+    /// Look MSRs up by name, index, class or text
+    Msr(MsrArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Print a man page, in roff: `msrgate man | man -l -`
+    Man(ManArgs),
+}
+
+/// The guest's CPUID, for policies that depend on it.
+#[derive(ClapArgs)]
+pub(crate) struct CpuidArgs {
+    /// The guest's CPUID: `host` for what KVM on this machine offers a guest, or a file with what `cpuid -r -1` printed
+    #[arg(long, value_name = "FILE|host")]
+    pub(crate) cpuid: Option<PathBuf>,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct CheckArgs {
+    /// Policy files
+    #[arg(required = true, value_name = "POLICY")]
+    pub(crate) policies: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct PlanArgs {
+    /// Policy file
+    pub(crate) policy: PathBuf,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long, conflicts_with = "emit")]
+    pub(crate) json: bool,
+    /// Print the filter as source, to build into a VMM
+    #[arg(long, value_enum)]
+    pub(crate) emit: Option<Emit>,
+}
+
+/// What `plan` prints for programs.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Emit {
+    /// The same as --json
+    Json,
+    /// A C header: bitmaps and a `struct kvm_msr_filter`
+    C,
+    /// Rust: bitmaps and ranges for the `kvm-ioctls` crate
+    Rust,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct ExplainArgs {
+    /// Policy file
+    pub(crate) policy: PathBuf,
+    /// The MSR: a name or an index
+    pub(crate) msr: String,
+    /// The direction; both where it is left out
+    #[arg(value_enum)]
+    pub(crate) op: Option<OpArg>,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OpArg {
+    #[value(alias = "rdmsr")]
+    Read,
+    #[value(alias = "wrmsr")]
+    Write,
+}
+
+impl From<OpArg> for Op {
+    fn from(op: OpArg) -> Op {
+        match op {
+            OpArg::Read => Op::Read,
+            OpArg::Write => Op::Write,
+        }
+    }
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct ReplayArgs {
+    /// Policy file
+    #[arg(short, long, value_name = "POLICY")]
+    pub(crate) policy: PathBuf,
+    /// Traces: JSON Lines, `-` for standard input
+    #[arg(required = true, value_name = "TRACE")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// Where the guest runs
+    #[arg(long, value_enum, default_value_t = BackendArg::Auto)]
+    pub(crate) backend: BackendArg,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where a replayed guest runs.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// On KVM where /dev/kvm opens, else on the engine
+    Auto,
+    /// A real guest on this machine's KVM
+    Kvm,
+    /// The engine, with MSRs that answer as the trace says
+    Engine,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct MsrArgs {
+    /// A name, a part of one, a glob, an index, or a class as `@pmu`; all where it is left out
+    pub(crate) what: Option<String>,
+    /// Print one JSON array
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    pub(crate) shell: Shell,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct ManArgs {
+    /// The page of this subcommand; that of msrgate where it is left out
+    pub(crate) subcommand: Option<String>,
+}

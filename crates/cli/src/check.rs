@@ -1,0 +1,148 @@
+//! `msrgate check`: is a policy right, and does it fit?
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use msrgate_policy::cpuid::Cpuid;
+use msrgate_policy::{Diagnostic, Severity, Source};
+use serde_json::{Value, json};
+
+use crate::args::CheckArgs;
+use crate::exit::{Exit, Failure};
+use crate::load::{self, Loaded};
+use crate::render;
+
+pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
+    let cpuid = load::cpuid(&args.cpuid)?;
+    let mut exit = Exit::Yes;
+    let mut objects = Vec::new();
+    for path in &args.policies {
+        let checked = check(path, cpuid.as_ref());
+        // Unreadable input weighs more than findings.
+        if checked.exit as u8 > exit as u8 {
+            exit = checked.exit;
+        }
+        if args.json {
+            objects.push(checked.json(path));
+        } else {
+            checked.print(path)?;
+        }
+    }
+    if args.json {
+        let object = match objects.as_slice() {
+            [one] => one.clone(),
+            several => json!({ "ok": exit == Exit::Yes, "policies": several }),
+        };
+        writeln!(io::stdout(), "{object:#}")?;
+    }
+    Ok(exit)
+}
+
+/// What was found about one policy.
+struct Checked {
+    exit: Exit,
+    sources: Vec<Source>,
+    findings: Vec<Diagnostic>,
+    loaded: Option<Loaded>,
+}
+
+fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
+    match load::policy(path, cpuid) {
+        Ok(loaded) => {
+            let findings = msrgate_policy::check(&loaded.policy, &loaded.map, cpuid);
+            let exit = if findings.is_empty() { Exit::Yes } else { Exit::No };
+            Checked {
+                exit,
+                sources: loaded.policy.sources.clone(),
+                findings,
+                loaded: Some(loaded),
+            }
+        }
+        Err(refused) => Checked {
+            exit: refused.exit,
+            sources: refused.sources,
+            findings: refused.diagnostics,
+            loaded: None,
+        },
+    }
+}
+
+impl Checked {
+    fn json(&self, path: &Path) -> Value {
+        let findings = self.findings.iter().map(|found| {
+            let place = found
+                .place
+                .as_ref()
+                .and_then(|place| Some((place, self.sources.get(place.source)?)));
+            let (line, column) = place.map_or((None, None), |(place, source)| {
+                let (line, column) = source.line_column(place.span.start);
+                (Some(line), Some(column))
+            });
+            json!({
+                "code": found.code.code(),
+                "severity": found.severity().name(),
+                "message": found.message,
+                "file": place.map(|(_, source)| source.path.display().to_string()),
+                "line": line,
+                "column": column,
+                "help": found.help,
+            })
+        });
+        let mut findings: Vec<Value> = findings.collect();
+        if let Some(loaded) = &self.loaded {
+            findings.extend(loaded.plan.notes().iter().map(|note| {
+                json!({
+                    "code": note.code.code(),
+                    "severity": Severity::Note.name(),
+                    "message": note.message,
+                    "file": path.display().to_string(),
+                    "line": null,
+                    "column": null,
+                    "help": null,
+                })
+            }));
+        }
+        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
+        let hash = self.loaded.as_ref().map(|loaded| load::hex(&loaded.plan.hash()));
+        json!({
+            "ok": self.exit == Exit::Yes,
+            "policy": { "name": name, "hash": hash },
+            "findings": findings,
+        })
+    }
+
+    fn print(&self, path: &Path) -> Result<(), Failure> {
+        let mut stderr = io::stderr().lock();
+        for found in &self.findings {
+            writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources))?;
+        }
+        let path = path.display();
+        let mut out = io::stdout().lock();
+        let Some(loaded) = &self.loaded else {
+            let s = if self.findings.len() == 1 { "" } else { "s" };
+            writeln!(out, "{path}: refused, {} error{s}", self.findings.len())?;
+            return Ok(());
+        };
+        let verdict = match self.findings.len() {
+            0 => "ok".to_owned(),
+            1 => "1 finding".to_owned(),
+            n => format!("{n} findings"),
+        };
+        let ranges = loaded.plan.filter().ranges();
+        let bytes: usize = ranges.iter().map(|range| range.bitmap().len() * 8).sum();
+        writeln!(
+            out,
+            "{path}: {verdict}; {}, {} of 16 ranges, {bytes} bytes of bitmaps, proven equal to the policy",
+            match loaded.policy.rules.len() {
+                1 => "1 rule".to_owned(),
+                n => format!("{n} rules"),
+            },
+            ranges.len(),
+        )?;
+        for note in loaded.plan.notes() {
+            writeln!(out, "  note {}: {}", note.code, note.message)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! `msrgate explain`: from an access back to the rule that decides it.
+
+use std::io::{self, Write};
+
+use msrgate_core::{Decider, Msr, Op};
+use msrgate_policy::{Explanation, Policy, database, explain, number};
+use serde_json::{Value, json};
+
+use crate::args::ExplainArgs;
+use crate::exit::{Exit, Failure};
+use crate::load;
+use crate::plan::word;
+
+pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
+    let msr = msr(&args.msr)?;
+    let cpuid = load::cpuid(&args.cpuid)?;
+    let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+    let explained = |op| explain(&loaded.policy, &loaded.map, &loaded.plan, msr, op);
+    let mut out = io::stdout().lock();
+    match (args.op, args.json) {
+        (Some(op), true) => writeln!(out, "{:#}", json(&loaded.policy, &explained(op.into())))?,
+        (None, true) => {
+            let both = json!({
+                "msr": msr.to_string(),
+                "name": name(msr),
+                "read": json(&loaded.policy, &explained(Op::Read)),
+                "write": json(&loaded.policy, &explained(Op::Write)),
+            });
+            writeln!(out, "{both:#}")?;
+        }
+        (op, false) => {
+            for op in Op::ALL
+                .into_iter()
+                .filter(|each| op.is_none_or(|op| Op::from(op) == *each))
+            {
+                print(&mut out, &loaded.policy, &explained(op))?;
+            }
+        }
+    }
+    Ok(Exit::Yes)
+}
+
+fn msr(text: &str) -> Result<Msr, Failure> {
+    if let Ok(index) = number::parse(text) {
+        return u32::try_from(index)
+            .map(Msr)
+            .map_err(|_| Failure::input(format!("`{text}` is too large for an MSR index, which has 32 bits")));
+    }
+    database::by_name(text).map(|entry| entry.msr).ok_or_else(|| {
+        let near = database::nearest(text)
+            .map(|near| format!("; did you mean `{near}`?"))
+            .unwrap_or_default();
+        Failure::input(format!("no MSR is named `{text}`{near}"))
+    })
+}
+
+/// The name of an MSR, where it has one.
+pub(crate) fn name(msr: Msr) -> Option<&'static str> {
+    database::by_msr(msr).map(|entry| entry.name)
+}
+
+fn json(policy: &Policy, explanation: &Explanation<'_>) -> Value {
+    let rule = explanation.rule.map(|(index, rule)| {
+        let source = policy.sources.get(rule.place.source);
+        json!({
+            "index": index,
+            "file": source.map(|source| source.path.display().to_string()),
+            "line": source.map(|source| source.line_column(rule.place.span.start).0),
+            "why": rule.why,
+        })
+    });
+    let range = match explanation.decider {
+        Decider::Range { slot, bit } => json!({ "slot": slot, "bit": bit }),
+        Decider::X2apic | Decider::Default => Value::Null,
+    };
+    json!({
+        "msr": explanation.msr.to_string(),
+        "name": name(explanation.msr),
+        "op": explanation.op.name(),
+        "action": explanation.action,
+        "rule": rule,
+        "verdict": word(explanation.verdict),
+        "range": range,
+        "sees": explanation.sees,
+        "exits": explanation.exits,
+    })
+}
+
+fn print(out: &mut impl Write, policy: &Policy, explanation: &Explanation<'_>) -> io::Result<()> {
+    let name = name(explanation.msr).map(|name| format!(" {name}")).unwrap_or_default();
+    writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
+    match explanation.rule {
+        Some((index, rule)) => {
+            let place = policy.rule_place(index).unwrap_or_default();
+            writeln!(out, "  rule     {index}, {place}")?;
+            if let Some(why) = &rule.why {
+                writeln!(out, "  why      {why}")?;
+            }
+        }
+        None => writeln!(out, "  rule     none; the default decides")?,
+    }
+    writeln!(out, "  action   {}", explanation.action_text)?;
+    let decider = match explanation.decider {
+        Decider::X2apic => "before any range: x2APIC is never filtered".to_owned(),
+        Decider::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),
+        Decider::Default => "no range; the filter's default".to_owned(),
+    };
+    writeln!(out, "  filter   {}: {decider}", word(explanation.verdict))?;
+    writeln!(out, "  sees     {}", explanation.sees)?;
+    let exits = if explanation.exits {
+        "leaves the kernel: user space answers, which costs some microseconds"
+    } else {
+        "stays in the kernel"
+    };
+    writeln!(out, "  cost     {exits}")
+}

@@ -1,0 +1,115 @@
+//! `msrgate msr`: the database.
+
+use std::io::{self, Write};
+
+use msrgate_core::{Msr, MsrRange};
+use msrgate_policy::database::{self, Entry};
+use msrgate_policy::number;
+use serde_json::{Value, json};
+
+use crate::args::MsrArgs;
+use crate::exit::{Exit, Failure};
+use crate::render;
+
+pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
+    let what = args.what.as_deref().unwrap_or("*");
+    let found = search(what)?;
+    let mut out = io::stdout().lock();
+    if args.json {
+        let array: Value = found.iter().map(|entry| json(entry)).collect();
+        writeln!(out, "{array:#}")?;
+    } else if let [entry] = found.as_slice() {
+        one(&mut out, entry)?;
+    } else if !found.is_empty() {
+        let mut table = render::table(&["MSR", "name", "classes", "vendors", "also"]);
+        for entry in &found {
+            table.add_row([
+                entry.msr.to_string(),
+                entry.name.to_owned(),
+                join(entry.classes.iter()),
+                join(entry.vendors.iter()),
+                entry.aliases.join(", "),
+            ]);
+        }
+        write!(out, "{}", render::text(&table))?;
+    }
+    if found.is_empty() {
+        let near = database::nearest(what)
+            .map(|near| format!("; did you mean `{near}`?"))
+            .unwrap_or_default();
+        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{near}")?;
+        return Ok(Exit::No);
+    }
+    Ok(Exit::Yes)
+}
+
+fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
+    if let Some(name) = what.strip_prefix('@') {
+        return match database::class(name) {
+            Some(entries) => Ok(entries.collect()),
+            None => {
+                let classes: Vec<&str> = database::classes().collect();
+                Err(Failure::input(format!(
+                    "there is no class `@{name}`; the classes are {}",
+                    classes.join(", ")
+                )))
+            }
+        };
+    }
+    match number::parse(what) {
+        Ok(index) => match u32::try_from(index) {
+            Ok(index) => Ok(database::by_msr(Msr(index)).into_iter().collect()),
+            Err(_) => Err(Failure::input(format!(
+                "`{what}` is too large for an MSR index, which has 32 bits"
+            ))),
+        },
+        Err(_) => Ok(database::search(what)),
+    }
+}
+
+/// Whether a KVM filter can stop every access to it.
+fn filterable(msr: Msr) -> bool {
+    // AMD's hardware never intercepts reads of SEV_STATUS.
+    !MsrRange::X2APIC.contains(msr) && msr != Msr::MAX && msr != Msr(0xc001_0131)
+}
+
+fn join<T: ToString>(items: impl Iterator<Item = T>) -> String {
+    items.map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn json(entry: &Entry) -> Value {
+    json!({
+        "msr": entry.msr.to_string(),
+        "name": entry.name,
+        "aliases": entry.aliases,
+        "classes": entry.classes.iter().map(|class| class.to_string()).collect::<Vec<_>>(),
+        "vendors": entry.vendors.iter().map(|vendor| vendor.to_string()).collect::<Vec<_>>(),
+        "feature": entry.exists.to_string(),
+        "access": entry.access.to_string(),
+        "filterable": filterable(entry.msr),
+        "source": entry.source,
+    })
+}
+
+fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
+    writeln!(out, "{} {}", entry.msr, entry.name)?;
+    let filterable = if filterable(entry.msr) {
+        "yes"
+    } else {
+        "no: no KVM filter can stop it"
+    };
+    for (key, value) in [
+        ("also", entry.aliases.join(", ")),
+        ("classes", join(entry.classes.iter())),
+        ("vendors", join(entry.vendors.iter())),
+        ("feature", entry.exists.to_string()),
+        ("access", entry.access.to_string()),
+        ("filterable", filterable.to_owned()),
+        ("source", entry.source.to_owned()),
+    ] {
+        if !value.is_empty() {
+            writeln!(out, "  {key:<11}{value}")?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,253 @@
+//! `msrgate plan`: what a policy compiles to.
+
+mod emit;
+
+use std::io::{self, Write};
+
+use msrgate_core::{Entry, FilterRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_plan::Plan;
+use msrgate_policy::database;
+use serde_json::{Map, Value, json};
+
+use crate::args::{Emit, PlanArgs};
+use crate::exit::{Exit, Failure};
+use crate::load::{self, Loaded};
+use crate::render;
+
+pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
+    let cpuid = load::cpuid(&args.cpuid)?;
+    let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+    let mut out = io::stdout().lock();
+    match args.emit {
+        Some(Emit::C) => emit::c(&mut out, &loaded)?,
+        Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
+        Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded.plan))?,
+        None if args.json => writeln!(out, "{:#}", json(&loaded.plan))?,
+        None => print(&mut out, &loaded)?,
+    }
+    Ok(Exit::Yes)
+}
+
+/// The words of the JSON and of people for a verdict.
+pub(crate) fn word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Allow => "allow",
+        Verdict::Deny => "deny",
+    }
+}
+
+fn json(plan: &Plan) -> Value {
+    let ranges = plan.filter().ranges().iter().map(|range| {
+        json!({
+            "base": format!("{:#x}", range.base()),
+            "nmsrs": range.nmsrs(),
+            "read": range.ops().contains(Op::Read),
+            "write": range.ops().contains(Op::Write),
+            "bitmap": load::hex(&range.bitmap_bytes()),
+        })
+    });
+    let mut actions: Vec<(u32, Op, Value)> = Vec::new();
+    for entry in plan.table().reads() {
+        actions.push((
+            entry.range.first().0,
+            Op::Read,
+            action(entry, Op::Read, entry.action.name(), read_arguments(&entry.action)),
+        ));
+    }
+    for entry in plan.table().writes() {
+        let arguments = write_arguments(&entry.action);
+        actions.push((
+            entry.range.first().0,
+            Op::Write,
+            action(entry, Op::Write, entry.action.name(), arguments),
+        ));
+    }
+    actions.sort_by_key(|(first, op, _)| (*first, *op));
+    let fallback = |(read, write): &(ReadAction, WriteAction)| json!({ "read": read.name(), "write": write.name() });
+    let minimum = plan.minimum();
+    json!({
+        "default": word(plan.filter().default_verdict()),
+        "ranges": ranges.collect::<Vec<_>>(),
+        "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
+        "presets": plan.presets().iter().map(|preset| json!({
+            "msr": preset.msr.to_string(),
+            "value": format!("{:#x}", preset.value),
+        })).collect::<Vec<_>>(),
+        "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
+        "unknown": fallback(plan.table().unknown()),
+        "invalid": fallback(plan.table().invalid()),
+        "notes": plan.notes().iter().map(|note| json!({
+            "code": note.code.code(),
+            "message": note.message,
+        })).collect::<Vec<_>>(),
+        "minimum": {
+            "ranges": minimum.ranges,
+            "proved": minimum.proved,
+            "separate": minimum.separate,
+        },
+        "hash": load::hex(&plan.hash()),
+    })
+}
+
+fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>) -> Value {
+    let mut object = Map::new();
+    object.insert("first".to_owned(), entry.range.first().to_string().into());
+    object.insert("last".to_owned(), entry.range.last().to_string().into());
+    object.insert("op".to_owned(), op.name().into());
+    object.insert("action".to_owned(), name.into());
+    object.insert("rule".to_owned(), entry.rule.into());
+    object.extend(arguments);
+    Value::Object(object)
+}
+
+/// What an action is given, under the keys of the policy language.
+fn arguments<const N: usize>(entries: [(&str, Value); N]) -> Map<String, Value> {
+    entries
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
+}
+
+fn number(value: u64) -> Value {
+    format!("{value:#x}").into()
+}
+
+fn read_arguments(action: &ReadAction) -> Map<String, Value> {
+    match action {
+        ReadAction::Value(value) => arguments([("value", number(*value))]),
+        ReadAction::Shadow(initial) => arguments([("initial", number(*initial))]),
+        ReadAction::Mask { keep, set } => arguments([("keep", number(*keep)), ("set", number(*set))]),
+        ReadAction::Handler(name) => arguments([("handler", (**name).into())]),
+        ReadAction::Allow | ReadAction::Deny | ReadAction::Host => Map::new(),
+    }
+}
+
+fn write_arguments(action: &WriteAction) -> Map<String, Value> {
+    match action {
+        WriteAction::Mask { may_change, otherwise } => {
+            let otherwise = match otherwise {
+                Otherwise::Deny => "deny",
+                Otherwise::Drop => "drop",
+            };
+            arguments([("may_change", number(*may_change)), ("otherwise", otherwise.into())])
+        }
+        WriteAction::Only(values) => arguments([("values", values.iter().map(|value| number(*value)).collect())]),
+        WriteAction::Handler(name) => arguments([("handler", (**name).into())]),
+        WriteAction::Allow | WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow | WriteAction::Once => {
+            Map::new()
+        }
+    }
+}
+
+fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
+    let plan = &loaded.plan;
+    let filter = plan.filter();
+    let bytes: usize = filter.ranges().iter().map(|range| range.bitmap().len() * 8).sum();
+    writeln!(out, "policy   {}, hash {}", loaded.policy.name, load::hex(&plan.hash()))?;
+    writeln!(out, "default  {}", word(filter.default_verdict()))?;
+    let minimum = plan.minimum();
+    let proved = if minimum.proved {
+        "no fewer are possible"
+    } else {
+        "fewer may be possible"
+    };
+    writeln!(
+        out,
+        "ranges   {} of 16, {bytes} bytes; {proved}; {} if reads and writes were planned apart",
+        filter.ranges().len(),
+        minimum.separate,
+    )?;
+    if minimum.ranges == 0 && !filter.ranges().is_empty() {
+        writeln!(
+            out,
+            "         the one range denies what the default denies: the kernel refuses to deny all without one"
+        )?;
+    }
+    let reasons: Vec<&str> = plan.reasons().iter().map(|reason| reason.name()).collect();
+    let reasons = if reasons.is_empty() {
+        "none: no access leaves the kernel".to_owned()
+    } else {
+        reasons.join(", ")
+    };
+    writeln!(out, "reasons  {reasons}\n")?;
+    if !filter.ranges().is_empty() {
+        let mut table = render::table(&["slot", "first", "last", "for", "allows", "denies", "bytes"]);
+        for (slot, range) in filter.ranges().iter().enumerate() {
+            table.add_row(range_row(slot, range));
+        }
+        writeln!(out, "{}", render::text(&table))?;
+    }
+    let mut table = render::table(&["first", "last", "op", "action", "rule", "names"]);
+    for entry in plan.table().reads() {
+        table.add_row(action_row(loaded, entry, Op::Read, entry.action.to_string()));
+    }
+    for entry in plan.table().writes() {
+        table.add_row(action_row(loaded, entry, Op::Write, entry.action.to_string()));
+    }
+    if table.row_count() > 0 {
+        writeln!(out, "what is not left to the kernel:\n{}", render::text(&table))?;
+    }
+    for (when, (read, write)) in [
+        ("does not know", plan.table().unknown()),
+        ("refuses", plan.table().invalid()),
+    ] {
+        if (read, write) != (&ReadAction::Deny, &WriteAction::Deny) {
+            writeln!(out, "what the kernel {when}: rdmsr {read}, wrmsr {write}\n")?;
+        }
+    }
+    for note in plan.notes() {
+        writeln!(out, "note {}: {}", note.code, note.message)?;
+    }
+    Ok(())
+}
+
+fn range_row(slot: usize, range: &FilterRange) -> [String; 7] {
+    let set: u32 = range.bitmap().iter().map(|word| word.count_ones()).sum();
+    let span = range
+        .span()
+        .map(|span| (span.first().to_string(), span.last().to_string()));
+    let (first, last) = span.unwrap_or_default();
+    let ops: Vec<&str> = Op::ALL
+        .into_iter()
+        .filter(|op| range.ops().contains(*op))
+        .map(Op::name)
+        .collect();
+    [
+        slot.to_string(),
+        first,
+        last,
+        ops.join(" "),
+        set.to_string(),
+        (range.nmsrs() - set).to_string(),
+        (range.bitmap().len() * 8).to_string(),
+    ]
+}
+
+fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [String; 6] {
+    let rule = entry
+        .rule
+        .and_then(|rule| loaded.policy.rule_place(rule))
+        .unwrap_or_else(|| "default".to_owned());
+    [
+        entry.range.first().to_string(),
+        entry.range.last().to_string(),
+        op.to_string(),
+        action,
+        rule,
+        names(entry),
+    ]
+}
+
+/// The first names of a range, for orientation.
+fn names<A>(entry: &Entry<A>) -> String {
+    let all = database::all();
+    let from = all.partition_point(|known| known.msr < entry.range.first());
+    let to = all.partition_point(|known| known.msr <= entry.range.last());
+    let known = all.get(from..to).unwrap_or_default();
+    match known {
+        [] => String::new(),
+        [one] => one.name.to_owned(),
+        [one, two] => format!("{}, {}", one.name, two.name),
+        [first, .., last] => format!("{} … {} ({})", first.name, last.name, known.len()),
+    }
+}

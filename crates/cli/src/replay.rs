@@ -1,0 +1,306 @@
+//! `msrgate replay`: a recorded guest's accesses, run as a real guest under a policy.
+//!
+//! The same accesses run three times in step: twice without the policy, since what differs between these two differs
+//! by itself (clocks, counters), and once under it.
+
+mod compare;
+mod engine;
+mod kvm;
+mod log;
+mod print;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use msrgate_core::{Answer, Event, Outcome};
+use msrgate_plan::Plan;
+use msrgate_policy::cpuid::Cpuid;
+use msrgate_policy::trace::{Lines, TraceError};
+
+use crate::args::{BackendArg, ReplayArgs};
+use crate::exit::{Exit, Failure};
+use crate::load;
+use compare::Comparison;
+
+/// How many accesses run between two looks at what they got.
+const BATCH: usize = 4096;
+
+/// How many vCPUs, of all VMs together, one trace may name.
+const MOST_VCPUS: usize = 64;
+
+/// What an access got in one of the runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Got {
+    pub(crate) outcome: Outcome,
+    /// What user space answered; `None` where the access did not leave the kernel.
+    pub(crate) answer: Option<Answer>,
+}
+
+/// Where a replay runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Backend {
+    Kvm,
+    Engine,
+}
+
+impl Backend {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Backend::Kvm => "kvm",
+            Backend::Engine => "engine",
+        }
+    }
+}
+
+/// One vCPU of one of the runs.
+pub(crate) trait Machine {
+    /// Lets the guest make the accesses of these events in order.
+    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure>;
+}
+
+/// The three runs of one vCPU.
+struct Trio {
+    /// Without the policy, twice.
+    plain: [Box<dyn Machine>; 2],
+    /// Under the policy.
+    ruled: Box<dyn Machine>,
+}
+
+pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
+    let given = load::cpuid(&args.cpuid)?;
+    let (backend, fallback) = choose(args.backend)?;
+    if let Some(why) = &fallback
+        && !args.json
+    {
+        writeln!(io::stderr(), "msrgate: running on the engine, since {why}")?;
+    }
+    let mut comparison: Option<Comparison> = None;
+    let mut broken: Option<(String, TraceError)> = None;
+    for path in &args.traces {
+        let name = path.display().to_string();
+        let mut lines = match open(path) {
+            Ok(lines) => lines,
+            Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
+            Err(Opened::Malformed(error)) => {
+                broken = Some((name, error));
+                break;
+            }
+        };
+        let header = lines.header();
+        let cpuid = match (&given, header.parse_cpuid()) {
+            (Some(given), _) => Some(given.clone()),
+            (None, Some(Ok(cpuid))) => Some(cpuid),
+            (None, Some(Err(error))) => {
+                broken = Some((name, error));
+                break;
+            }
+            (None, None) => None,
+        };
+        let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+        let plan = Arc::new(loaded.plan);
+        if comparison.is_none() {
+            let handlers: Vec<&str> = plan.table().handlers().collect();
+            if !handlers.is_empty() {
+                let names = handlers.join(", ");
+                writeln!(
+                    io::stderr(),
+                    "msrgate: no code answers for the handlers {names} here, so what they decide faults"
+                )?;
+            }
+        }
+        let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
+        seen.next_trace(loaded.map);
+        let maker = Maker {
+            backend,
+            plan,
+            cpuid: cpuid.as_ref(),
+        };
+        if let Err(error) = replay(&mut lines, &maker, seen, args.json)? {
+            broken = Some((name, error));
+            break;
+        }
+    }
+    if let Some((name, error)) = &broken {
+        let before = if comparison.as_ref().is_some_and(|seen| seen.accesses() > 0) {
+            "; what came before is reported"
+        } else {
+            ""
+        };
+        writeln!(io::stderr(), "msrgate: {name}: {error}{before}")?;
+    }
+    // A trace without a single event is reported like any other; one whose header is broken has nothing to report on.
+    if let Some(seen) = &comparison {
+        let mut out = io::stdout().lock();
+        if args.json {
+            writeln!(
+                out,
+                "{:#}",
+                print::json(seen, fallback.as_deref(), broken.as_ref().map(|(_, error)| error))
+            )?;
+        } else {
+            print::text(&mut out, seen)?;
+        }
+    }
+    Ok(match (&broken, &comparison) {
+        (Some(_), _) => Exit::Input,
+        (None, Some(seen)) if seen.changed() > 0 => Exit::No,
+        _ => Exit::Yes,
+    })
+}
+
+/// The backend, and why it is not KVM where that would have been taken.
+fn choose(asked: BackendArg) -> Result<(Backend, Option<String>), Failure> {
+    let usable = || -> Result<(), String> {
+        let kvm = msrgate_kvm::open().map_err(|error| with_source(&error))?;
+        msrgate_kvm::probe(&kvm).map_err(|error| with_source(&error))?;
+        Ok(())
+    };
+    match asked {
+        BackendArg::Engine => Ok((Backend::Engine, None)),
+        BackendArg::Kvm => match usable() {
+            Ok(()) => Ok((Backend::Kvm, None)),
+            Err(why) => Err(Failure::Line(
+                Exit::Machine,
+                format!("{why}; `--backend engine` works without KVM"),
+            )),
+        },
+        BackendArg::Auto => Ok(match usable() {
+            Ok(()) => (Backend::Kvm, None),
+            Err(why) => (Backend::Engine, Some(why)),
+        }),
+    }
+}
+
+/// An error with what caused it.
+pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+enum Opened {
+    Unreadable(String),
+    Malformed(TraceError),
+}
+
+type Trace = Lines<Box<dyn BufRead>>;
+
+fn open(path: &Path) -> Result<Trace, Opened> {
+    let from: Box<dyn BufRead> = if path == Path::new("-") {
+        Box::new(BufReader::new(io::stdin()))
+    } else {
+        let unreadable = |error: io::Error| Opened::Unreadable(format!("cannot read `{}`: {error}", path.display()));
+        let file = File::open(path).map_err(unreadable)?;
+        let length = file.metadata().map_err(unreadable)?.len();
+        Box::new(BufReader::with_capacity(1 << 16, progress(length).wrap_read(file)))
+    };
+    Lines::new(from).map_err(Opened::Malformed)
+}
+
+/// A bar for a file that takes a while, on a terminal.
+fn progress(length: u64) -> ProgressBar {
+    const LONG: u64 = 4 << 20;
+    if length < LONG || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(length);
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Makes the three runs of a vCPU.
+struct Maker<'a> {
+    backend: Backend,
+    plan: Arc<Plan>,
+    cpuid: Option<&'a Cpuid>,
+}
+
+impl Maker<'_> {
+    fn trio(&self) -> Result<Trio, Failure> {
+        Ok(Trio {
+            plain: [self.machine(None)?, self.machine(None)?],
+            ruled: self.machine(Some(&self.plan))?,
+        })
+    }
+
+    fn machine(&self, plan: Option<&Arc<Plan>>) -> Result<Box<dyn Machine>, Failure> {
+        Ok(match self.backend {
+            Backend::Kvm => Box::new(kvm::Guest::new(plan, self.cpuid)?),
+            Backend::Engine => Box::new(engine::Guest::new(plan)),
+        })
+    }
+}
+
+/// Replays one trace; the inner error is the trace's, and what came before it has been compared.
+fn replay(
+    lines: &mut Trace,
+    maker: &Maker<'_>,
+    seen: &mut Comparison,
+    quiet: bool,
+) -> Result<Result<(), TraceError>, Failure> {
+    let mut trios: HashMap<(u32, u32), Trio> = HashMap::new();
+    let mut batch: Vec<Event> = Vec::with_capacity(BATCH);
+    let mut logged = log::Logged::new(quiet);
+    loop {
+        let next = lines.next().transpose();
+        let event = match next {
+            Ok(event) => event,
+            Err(error) => {
+                flush(&mut batch, &mut trios, maker, seen, &mut logged)?;
+                return Ok(Err(error));
+            }
+        };
+        let vcpu = |event: &Event| (event.vm, event.vcpu);
+        let full = batch.len() == BATCH;
+        let other = batch.last().map(vcpu) != event.as_ref().map(vcpu);
+        if full || other {
+            flush(&mut batch, &mut trios, maker, seen, &mut logged)?;
+        }
+        match event {
+            Some(event) => batch.push(event),
+            None => return Ok(Ok(())),
+        }
+    }
+}
+
+/// Runs a batch of one vCPU's accesses three times and compares.
+fn flush(
+    batch: &mut Vec<Event>,
+    trios: &mut HashMap<(u32, u32), Trio>,
+    maker: &Maker<'_>,
+    seen: &mut Comparison,
+    logged: &mut log::Logged,
+) -> Result<(), Failure> {
+    let Some(first) = batch.first() else {
+        return Ok(());
+    };
+    let key = (first.vm, first.vcpu);
+    if !trios.contains_key(&key) {
+        if trios.len() == MOST_VCPUS {
+            return Err(Failure::input(format!("the trace names more than {MOST_VCPUS} vCPUs")));
+        }
+        trios.insert(key, maker.trio()?);
+    }
+    let Some(trio) = trios.get_mut(&key) else {
+        return Ok(());
+    };
+    let mut got = [Vec::new(), Vec::new(), Vec::new()];
+    let [once, twice, ruled] = &mut got;
+    let [first_plain, second_plain] = &mut trio.plain;
+    first_plain.run(batch, once)?;
+    second_plain.run(batch, twice)?;
+    trio.ruled.run(batch, ruled)?;
+    for (((event, once), twice), ruled) in batch.iter().zip(&*once).zip(&*twice).zip(&*ruled) {
+        seen.add(event, [once.outcome, twice.outcome], ruled);
+        logged.see(event, ruled, seen)?;
+    }
+    batch.clear();
+    Ok(())
+}

@@ -1,0 +1,210 @@
+//! A replayed guest on the engine, with MSRs that answer as the trace says.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use msrgate_core::{Backing, Event, Msr, Op, Outcome, Reason, VcpuState, Why};
+use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm, Written};
+use msrgate_plan::Plan;
+
+use super::{Got, Machine};
+use crate::exit::{Exit, Failure};
+
+/// One vCPU of the engine.
+pub(crate) struct Guest {
+    vcpu: Vcpu,
+    ruled: Option<(Arc<Plan>, VcpuState)>,
+    kernel: Recorded,
+}
+
+impl Guest {
+    pub(crate) fn new(plan: Option<&Arc<Plan>>) -> Guest {
+        let vm = Arc::new(Vm::new());
+        if let Some(plan) = plan {
+            vm.set_reasons(plan.reasons());
+            vm.install(plan.filter().clone());
+        }
+        Guest {
+            vcpu: Vcpu::new(vm, Intercepts::all()),
+            ruled: plan.map(|plan| (Arc::clone(plan), plan.table().vcpu_state())),
+            kernel: Recorded::default(),
+        }
+    }
+
+    fn access(&mut self, event: &Event) -> Result<Got, Failure> {
+        self.kernel.now = Some(*event);
+        let rcx = u64::from(event.msr.0);
+        let instruction = match event.op {
+            Op::Read => Instruction::Rdmsr { rcx },
+            Op::Write => Instruction::Wrmsr {
+                rcx,
+                rax: event.value & 0xffff_ffff,
+                rdx: event.value >> 32,
+            },
+        };
+        let impossible = |what: &str| Failure::Line(Exit::Guest, format!("the engine's guest is stuck: {what}"));
+        let step = self
+            .vcpu
+            .execute(instruction, Path::VmExit, &mut self.kernel)
+            .map_err(|pending| impossible(&pending.to_string()))?;
+        let (completion, answer) = match step {
+            Step::Complete(completion) => (completion, None),
+            Step::Exit(exit) => {
+                let answer = match &mut self.ruled {
+                    Some((plan, state)) => plan.table().answer(exit, state, &mut self.kernel),
+                    None => return Err(impossible("an exit without a policy")),
+                };
+                let completion = self
+                    .vcpu
+                    .answer(answer.outcome)
+                    .ok_or_else(|| impossible("nothing is pending"))?;
+                (completion, Some(answer))
+            }
+            Step::Failed(errno) | Step::EmulationFailed(errno) => return Err(impossible(&format!("{errno:?}"))),
+        };
+        let outcome = match completion {
+            Completion::Fault => Outcome::Fault,
+            Completion::Done {
+                written: Written::RaxRdx { rax, rdx },
+                ..
+            } => Outcome::Value(rdx << 32 | rax),
+            Completion::Done {
+                written: Written::Register { value, .. },
+                ..
+            } => Outcome::Value(value),
+            Completion::Done {
+                written: Written::Nothing,
+                ..
+            } => Outcome::Done,
+        };
+        Ok(Got { outcome, answer })
+    }
+}
+
+impl Machine for Guest {
+    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure> {
+        for event in events {
+            got.push(self.access(event)?);
+        }
+        Ok(())
+    }
+}
+
+/// A kernel that answers each access as the trace says that it was answered.
+#[derive(Default)]
+struct Recorded {
+    now: Option<Event>,
+    /// What each MSR held last: the host's view, for actions that ask for it.
+    held: HashMap<Msr, u64>,
+}
+
+impl Recorded {
+    fn answer(&mut self, msr: Msr) -> Result<u64, Refusal> {
+        let Some(event) = self.now.filter(|event| event.msr == msr) else {
+            return Err(Refusal::Unknown);
+        };
+        if event.did.is_fault() {
+            return Err(match event.reason {
+                Some(Reason::Invalid) => Refusal::Invalid,
+                _ => Refusal::Unknown,
+            });
+        }
+        self.held.insert(msr, event.value);
+        Ok(event.value)
+    }
+}
+
+impl Msrs for Recorded {
+    fn read(&mut self, msr: Msr) -> Result<u64, Refusal> {
+        self.answer(msr)
+    }
+
+    fn write(&mut self, msr: Msr, _: u64) -> Result<(), Refusal> {
+        self.answer(msr).map(|_| ())
+    }
+}
+
+impl Backing for Recorded {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+        match self.now {
+            // A write says nothing of what was there before.
+            Some(Event { op: Op::Write, .. }) => Ok(self.held.get(&msr).copied().unwrap_or(0)),
+            _ => self.answer(msr).map_err(|_| Why::KernelRefused),
+        }
+    }
+
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+        self.answer(msr).map_err(|_| Why::KernelRefused)?;
+        self.held.insert(msr, value);
+        Ok(())
+    }
+
+    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::HostUnreadable)
+    }
+
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::NoHandler)
+    }
+
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::NoHandler)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use msrgate_core::Did;
+    use msrgate_policy::Policy;
+
+    use super::*;
+
+    fn event(op: Op, msr: u32, value: u64, did: Did) -> Event {
+        Event {
+            t: 0,
+            vm: 0,
+            vcpu: 0,
+            op,
+            msr: Msr(msr),
+            value,
+            reason: None,
+            did,
+            why: None,
+            rule: None,
+            rip: None,
+        }
+    }
+
+    #[test]
+    fn without_a_policy_the_guest_gets_what_the_trace_says() {
+        let events = [
+            event(Op::Read, 0x10, 7, Did::Pass),
+            event(Op::Read, 0x11, 0, Did::Fault),
+            event(Op::Write, 0x10, 8, Did::Pass),
+        ];
+        let mut got = Vec::new();
+        Guest::new(None).run(&events, &mut got).unwrap();
+        let outcomes: Vec<Outcome> = got.iter().map(|got| got.outcome).collect();
+        assert_eq!(outcomes, [Outcome::Value(7), Outcome::Fault, Outcome::Done]);
+    }
+
+    #[test]
+    fn under_a_policy_the_table_answers_what_the_filter_denies() {
+        let policy = Policy::parse(
+            "p.toml",
+            "version = 1\ndefault = \"allow\"\nunknown = \"ignore\"\n[[rule]]\nmsr = 0x10\nread = { mask = { keep = 0xf } }\nwrite = \"deny\"\n",
+        )
+        .unwrap();
+        let plan = Arc::new(Plan::compile(&policy.decision_map(None).unwrap()).unwrap());
+        let events = [
+            event(Op::Read, 0x10, 0x77, Did::Pass),
+            event(Op::Write, 0x10, 1, Did::Pass),
+            event(Op::Read, 0x11, 0, Did::Fault),
+        ];
+        let mut got = Vec::new();
+        Guest::new(Some(&plan)).run(&events, &mut got).unwrap();
+        let outcomes: Vec<Outcome> = got.iter().map(|got| got.outcome).collect();
+        assert_eq!(outcomes, [Outcome::Value(7), Outcome::Fault, Outcome::Value(0)]);
+        assert_eq!(got[2].answer.unwrap().did, Did::Zero);
+    }
+}

@@ -1,0 +1,88 @@
+//! What a replay found, for people and programs.
+
+use std::io::{self, Write};
+
+use msrgate_policy::trace::TraceError;
+use serde_json::{Value, json};
+
+use super::Backend;
+use super::compare::{Comparison, Row};
+use crate::explain;
+use crate::render;
+
+pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
+    let rows = seen.rows().map(|(msr, op, row)| {
+        json!({
+            "msr": msr.to_string(),
+            "name": explain::name(msr),
+            "op": op.name(),
+            "count": row.count,
+            "action": row.action,
+            "sees": row.sees.text(),
+            "recorded": row.recorded.text(),
+            "changed": row.changed,
+            "host_differs": row.host_differs,
+        })
+    });
+    let mut object = json!({
+        "backend": seen.backend.name(),
+        "accesses": seen.accesses(),
+        "changed": seen.changed(),
+        "faults": seen.faults(),
+        "by_msr": rows.collect::<Vec<_>>(),
+    });
+    if let Some(why) = fallback {
+        object["backend_reason"] = why.into();
+    }
+    if let Some(error) = broken {
+        object["error"] = json!({ "line": error.line, "message": error.to_string() });
+    }
+    object
+}
+
+pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
+    let mut table = render::table(&["MSR", "name", "op", "count", "policy", "guest saw", "in the trace", ""]);
+    for (msr, op, row) in seen.rows() {
+        table.add_row([
+            msr.to_string(),
+            explain::name(msr).unwrap_or_default().to_owned(),
+            op.to_string(),
+            row.count.to_string(),
+            row.action.to_owned(),
+            row.sees.text(),
+            row.recorded.text(),
+            remark(row),
+        ]);
+    }
+    writeln!(out, "{}", render::text(&table))?;
+    let host: u64 = seen.rows().map(|(_, _, row)| row.host_differs).sum();
+    let backend = match seen.backend {
+        Backend::Kvm => "a real guest on this machine's KVM",
+        Backend::Engine => "a guest on the engine, whose MSRs answer as the trace says",
+    };
+    writeln!(
+        out,
+        "{} accesses by {backend}; {} faulted",
+        seen.accesses(),
+        seen.faults()
+    )?;
+    if host > 0 {
+        writeln!(
+            out,
+            "{host} got another answer from this host than in the trace, which is not the policy's doing"
+        )?;
+    }
+    match seen.changed() {
+        0 => writeln!(out, "the policy changed nothing for the guest"),
+        n => writeln!(out, "the policy changed {n} of them"),
+    }
+}
+
+fn remark(row: &Row) -> String {
+    match (row.changed, row.host_differs) {
+        (0, 0) => String::new(),
+        (0, _) => "host differs".to_owned(),
+        (n, _) if n == row.count => "changed".to_owned(),
+        (n, _) => format!("{n} changed"),
+    }
+}
