@@ -3,7 +3,7 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events,
+    KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_mp_state, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use msrgate_core::{Access, Answer, Msr, Op, Outcome};
@@ -246,16 +246,16 @@ impl Vcpu {
     ) -> Result<(), Broke> {
         let mut done = 0;
         loop {
-            let (op, msr, value, reason_bits) = match self.fd.run() {
+            let (op, msr, value) = match self.fd.run() {
                 Ok(VcpuExit::IoOut(PORT_DONE, _)) => return Ok(()),
                 Ok(VcpuExit::IoOut(PORT_EXCEPTION, _)) => return Err(Broke::Exception),
                 Ok(VcpuExit::X86Rdmsr(exit)) => {
                     *exit.error = 1;
-                    (Op::Read, exit.index, 0, exit.reason.bits())
+                    (Op::Read, exit.index, 0)
                 }
                 Ok(VcpuExit::X86Wrmsr(exit)) => {
                     *exit.error = 1;
-                    (Op::Write, exit.index, exit.data, exit.reason.bits())
+                    (Op::Write, exit.index, exit.data)
                 }
                 Ok(VcpuExit::Shutdown) => return Err(Broke::Shutdown),
                 Ok(VcpuExit::FailEntry(reason, _)) => return Err(Broke::FailEntry { reason }),
@@ -277,6 +277,7 @@ impl Vcpu {
                 done += 1;
             }
             let msr = Msr(msr);
+            let reason_bits = reason_bits(self.fd.get_kvm_run());
             let mut pending = Pending {
                 fd: &mut self.fd,
                 position: first + done,
@@ -312,6 +313,13 @@ impl Vcpu {
         }
         batch.len()
     }
+}
+
+/// All of the kernel's number, of which kvm-ioctls leaves out what it does not know.
+#[expect(unsafe_code, reason = "the exit is a union")]
+fn reason_bits(run: &kvm_run) -> u32 {
+    // SAFETY: made of integers alone, for which all bits are values.
+    unsafe { run.__bindgen_anon_1.msr }.reason
 }
 
 fn entry(access: Access) -> Entry {

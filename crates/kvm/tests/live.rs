@@ -128,6 +128,22 @@ fn a_plan_of_pure_deny_faults_in_the_kernel_without_an_exit() {
 }
 
 #[test]
+fn a_default_of_deny_leaves_what_a_rule_allows() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let map = DecisionMap {
+        reads: by_rule(ReadAction::Deny, &[(APIC_BASE, ReadAction::Allow)]),
+        writes: by_rule(WriteAction::Deny, &[]),
+        ..DecisionMap::allow_all()
+    };
+    let plan = Arc::new(Plan::compile(&map).unwrap());
+    let (mut guest, _gate, vcpu) = gated(&kvm, probed, Mode::Long, plan, Handlers::new());
+    let accesses = [read(APIC_BASE), read(SYSENTER_CS), write(SYSENTER_CS, 0)];
+    let seen = run(&mut guest, &vcpu, &accesses);
+    assert_eq!(outcomes(&seen), [APIC_BASE_VALUE, Outcome::Fault, Outcome::Fault]);
+    assert!(seen.iter().all(|seen| seen.exit.is_none()));
+}
+
+#[test]
 fn a_denial_beside_an_answer_exits_and_faults() {
     check(
         &[(SYSENTER_CS, ReadAction::Deny), (MICROCODE, ReadAction::Value(0))],
