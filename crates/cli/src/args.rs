@@ -39,6 +39,8 @@ pub(crate) enum Command {
     Replay(ReplayArgs),
     /// Look MSRs up by name, index, class or text
     Msr(MsrArgs),
+    /// Print the JSON Schema of policy files, for editors
+    Schema,
     /// Print completions for a shell
     Completions(CompletionsArgs),
     /// Print a man page, in roff: `msrgate man | man -l -`

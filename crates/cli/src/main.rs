@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Command::Explain(explain) => explain::run(explain),
         Command::Replay(replay) => replay::run(replay),
         Command::Msr(msr) => msr::run(msr),
+        Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),
         Command::Man(man) => manual::man(man),
     };

@@ -1,4 +1,4 @@
-//! `msrgate completions` and `msrgate man`: both made from the description of the command line.
+//! `msrgate completions`, `msrgate man` and `msrgate schema`: what editors, shells and people read about msrgate.
 
 use std::io::{self, Write};
 
@@ -31,5 +31,11 @@ pub(crate) fn man(args: &ManArgs) -> Result<Exit, Failure> {
         },
     };
     clap_mangen::Man::new(page).render(&mut out)?;
+    Ok(Exit::Yes)
+}
+
+pub(crate) fn schema() -> Result<Exit, Failure> {
+    let schema = serde_json::Value::from(msrgate_policy::schema());
+    writeln!(io::stdout(), "{schema:#}")?;
     Ok(Exit::Yes)
 }

@@ -35,6 +35,7 @@ mod parse;
 mod pattern;
 mod policy;
 mod print;
+mod schema;
 pub mod trace;
 
 pub use check::check;
@@ -43,3 +44,4 @@ pub use explain::{Explanation, explain};
 pub use parse::Rejected;
 pub use pattern::{Pattern, PatternError};
 pub use policy::{CpuidNeeded, Policy, Rule, Validity, When};
+pub use schema::schema;

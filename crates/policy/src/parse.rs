@@ -3,6 +3,9 @@
 mod reader;
 mod rule;
 
+#[cfg(test)]
+pub(crate) use rule::{KEYS as RULE_KEYS, WHEN_KEYS};
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +25,7 @@ pub struct Rejected {
 }
 
 /// The keys of a policy.
-const KEYS: [&str; 8] = [
+pub(crate) const KEYS: [&str; 8] = [
     "version", "name", "default", "unknown", "invalid", "valid", "extends", "rule",
 ];
 
@@ -183,8 +186,9 @@ impl Loading<'_> {
                 .place
                 .as_ref()
                 .is_some_and(|place| broken_lines.contains(&line(place)));
+            let made_up = found.place.as_ref().is_some_and(|place| place.span.is_empty());
             let missing = matches!(found.code, Code::MissingKey | Code::Version | Code::DecidesNothing);
-            !(broken && (on_broken || missing))
+            !(broken && (on_broken || made_up || missing))
         });
         let meant: Vec<Diagnostic> = meant.collect();
         self.diagnostics.extend(syntax);

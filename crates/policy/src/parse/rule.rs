@@ -14,7 +14,11 @@ use crate::pattern::PatternError;
 use crate::policy::When;
 use crate::{Code, Diagnostic, Pattern, Place, Rule};
 
-const KEYS: [&str; 6] = ["msr", "read", "write", "when", "log", "why"];
+/// The keys of a rule.
+pub(crate) const KEYS: [&str; 6] = ["msr", "read", "write", "when", "log", "why"];
+
+/// The keys of `when`.
+pub(crate) const WHEN_KEYS: [&str; 4] = ["vendor", "family", "model", "features"];
 
 impl Reader {
     /// A rule; `None` where it is not one, which has been reported.
@@ -103,7 +107,7 @@ impl Reader {
         let DeValue::Table(table) = value.get_ref() else {
             return self.wrong_type(value, "a table such as { vendor = \"intel\" }");
         };
-        self.known_keys(table, &["vendor", "family", "model", "features"], "`when`");
+        self.known_keys(table, &WHEN_KEYS, "`when`");
         let before = self.diagnostics.len();
         let mut when = When::default();
         for vendor in table
