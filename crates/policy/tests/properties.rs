@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use msrgate_core::{Did, Event, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction};
-use msrgate_plan::{DecisionMap, Intervals, Plan};
+use msrgate_plan::{DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::trace::{Header, Lines, write_event};
 use msrgate_policy::{Code, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check};
@@ -369,7 +369,11 @@ proptest! {
     #[test]
     fn a_map_is_what_the_rules_say_and_a_plan_is_what_the_map_says(policy in policy(), cpuid in cpuid()) {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
-        let plan = Plan::compile(&map).ok();
+        let plan = match Plan::compile(&map) {
+            Ok(plan) => Some(plan),
+            Err(PlanError::TooManyRanges { .. } | PlanError::Table(_)) => None,
+            Err(error) => panic!("{error}"),
+        };
         agreement::assert_agreement(&policy, Some(&cpuid), &map, plan.as_ref());
     }
 
