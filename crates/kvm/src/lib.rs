@@ -88,6 +88,7 @@ mod gate;
 mod handler;
 mod ioctl;
 mod probe;
+pub mod raw;
 mod registers;
 mod vcpu;
 
