@@ -46,7 +46,7 @@ pub(crate) fn emulator(job: &Job, kernel: &Kernel, folder: &Path) -> Result<Comm
     let failed = |error| format!("cannot write to {}: {error}", folder.display());
     let boot = folder.join("cd/boot");
     fs::create_dir_all(boot.join("grub")).map_err(failed)?;
-    fs::rename(folder.join("initrd"), boot.join("initrd")).map_err(failed)?;
+    fs::copy(folder.join("initrd"), boot.join("initrd")).map_err(failed)?;
     fs::copy(kernel.folder.join("vmlinuz"), boot.join("vmlinuz")).map_err(failed)?;
     // Linux 6.12 stops in its machine check setup, and Bochs takes no microcode.
     let menu = format!("linux /boot/vmlinuz {KERNEL_ARGUMENTS} mce=off dis_ucode_ldr\ninitrd /boot/initrd\nboot\n");

@@ -5,7 +5,6 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -79,23 +78,28 @@ pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
     let cache = crate::root().join("target/lanes");
     let kernel = prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?;
     sweep(&cache);
-    let once = || {
-        let folder = RunFolder::create(&cache).map_err(Failure::Broken)?;
-        attempt(lane, job, &kernel, &folder.0).map_err(Failure::Broken)
-    };
-    once().or_else(|failure| {
-        if let Failure::Broken(why) = &failure {
+    let folder = RunFolder::create(&cache).map_err(Failure::Unavailable)?;
+    let folder = &folder.0;
+    initrd(lane, job, &kernel, folder)
+        .and_then(|bytes| fs::write(folder.join("initrd"), bytes).map_err(|error| unusable(folder, &error)))
+        .map_err(Failure::Unavailable)?;
+    attempt(lane, job, &kernel, folder)
+        .or_else(|why| {
             eprintln!("{}: trying once more: {why}", lane.name());
-        }
-        once()
-    })
+            attempt(lane, job, &kernel, folder)
+        })
+        .map_err(Failure::Broken)
+}
+
+fn unusable(folder: &Path, error: &io::Error) -> String {
+    format!("cannot use {}: {error}", folder.display())
 }
 
 /// Brings what the lane needs and its kernel.
 ///
 /// # Errors
 /// What cannot be had, and why.
-pub(crate) fn prepare(lane: Lane, series: Series, cache: &Path) -> Result<Kernel, String> {
+fn prepare(lane: Lane, series: Series, cache: &Path) -> Result<Kernel, String> {
     package::require(kernel::NEEDS)?;
     package::require(&[("/bin/busybox", "busybox-static")])?;
     package::require(lane.needs())?;
@@ -172,9 +176,8 @@ pub(crate) const KERNEL_ARGUMENTS: &str = "console=ttyS0,115200 8250.nr_uarts=4 
 
 /// One boot. What fails here is the lane.
 fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done, String> {
-    let failed = |error: io::Error| format!("cannot use {}: {error}", folder.display());
+    let failed = |error: io::Error| unusable(folder, &error);
     let began = Instant::now();
-    fs::write(folder.join("initrd"), initrd(lane, job, kernel, folder)?).map_err(failed)?;
     for port in ["console", "output", "marks"] {
         File::create(folder.join(port)).map_err(failed)?;
     }
@@ -349,15 +352,13 @@ impl Drop for Emulator {
     }
 }
 
-/// A folder for one boot, named for this process and removed at the end.
+/// A folder for one run, named for this process and removed at the end.
 struct RunFolder(PathBuf);
 
 impl RunFolder {
     fn create(cache: &Path) -> Result<Self, String> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let folder = cache.join(format!("run-{}-{count}", std::process::id()));
-        fs::create_dir_all(&folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        let folder = cache.join(format!("run-{}", std::process::id()));
+        fs::create_dir_all(&folder).map_err(|error| unusable(&folder, &error))?;
         Ok(Self(folder))
     }
 }
@@ -373,7 +374,7 @@ fn sweep(cache: &Path) {
     let Ok(entries) = fs::read_dir(cache) else { return };
     for entry in entries.filter_map(Result::ok) {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let process = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
+        let process = name.strip_prefix("run-");
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
             let _ = fs::remove_dir_all(entry.path());
         }

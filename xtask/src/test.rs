@@ -465,7 +465,8 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
     };
     let text = String::from_utf8_lossy(&done.output);
     io::Write::write_all(&mut io::stdout(), text.as_bytes()).map_err(|error| error.to_string())?;
-    let mut note = format!("Linux {}, {}", done.version, lane.vendor_module());
+    let (version, module) = (&done.version, lane.vendor_module());
+    let mut note = format!("Linux {version}, {module}, up after {:.1} s", done.boot.as_secs_f64());
     if done.status.is_none() {
         note.push_str(&format!(", out of time after {} s", job.timeout.as_secs()));
     }
