@@ -1,0 +1,120 @@
+//! The filter of `msrgate-core`.
+
+use msrgate_core::{Filter, FilterRange, Ops, Verdict};
+
+use crate::compiled::compile;
+use crate::{
+    AccessStep, Call, Case, Descriptor, Gives, Implementation, Place, Process, RawFilter, RawRange, Seen, Step, Stop,
+    Subject, Target, perform,
+};
+
+/// What a plan's filter says, or one that is built from a raw one's numbers. Has no memory and no errno: a call that
+/// fails for where its arguments lie it cannot make.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreFilter;
+
+impl Implementation for CoreFilter {
+    fn name(&self) -> &str {
+        "filter"
+    }
+
+    fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
+        Ok(Box::new(Held::start(case)?))
+    }
+}
+
+/// The filter that is in force.
+pub(crate) struct Held {
+    pub(crate) filter: Filter,
+    cpuid: Option<msrgate_policy::cpuid::Cpuid>,
+}
+
+impl Held {
+    pub(crate) fn start(case: &Case) -> Result<Held, Stop> {
+        let cpuid = crate::compiled::cpuid(case)?;
+        let filter = match &case.policy {
+            Some(policy) => compile(policy, cpuid.as_ref())?.plan.filter().clone(),
+            None => Filter::allow_all(),
+        };
+        if case.steps.iter().any(|step| matches!(step, Step::Kill)) {
+            return Err(Stop::skip("it has no VM that could die"));
+        }
+        Ok(Held { filter, cpuid })
+    }
+
+    pub(crate) fn set(&mut self, call: &Call) -> Result<Gives, Stop> {
+        let Target::SetMsrFilter(raw) = &call.target else {
+            return Err(Stop::skip("a filter has no exit reasons"));
+        };
+        match build(call, raw)? {
+            Some(filter) => {
+                self.filter = filter;
+                Ok(Gives::OK)
+            }
+            None => Ok(Gives::EINVAL),
+        }
+    }
+
+    pub(crate) fn replace(&mut self, policy: &str) -> Result<(), Stop> {
+        self.filter = compile(policy, self.cpuid.as_ref())?.plan.filter().clone();
+        Ok(())
+    }
+}
+
+impl Subject for Held {
+    fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
+        let verdict = self.filter.verdict(step.msr(), step.op());
+        for call in &step.meanwhile {
+            perform(call, |call| self.set(call))?;
+        }
+        Ok(Seen {
+            verdict: Some(verdict),
+            ..Seen::default()
+        })
+    }
+
+    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
+        if matches!(call.target, Target::EnableCap { .. }) {
+            // Changes no verdict.
+            return call.gives.ok_or(Stop::skip("a filter has no exit reasons"));
+        }
+        self.set(call)
+    }
+
+    fn replace(&mut self, policy: &str) -> Result<(), Stop> {
+        Held::replace(self, policy)
+    }
+}
+
+/// The filter that the raw one's numbers make; `None` where they make none.
+fn build(call: &Call, raw: &RawFilter) -> Result<Option<Filter>, Stop> {
+    let readable = |place: Place| matches!(place, Place::Mapped | Place::Unaligned);
+    let used: Vec<&RawRange> = raw.ranges.iter().filter(|range| range.nmsrs != 0).collect();
+    if call.on != Descriptor::Vm || !readable(call.argp) || !used.iter().all(|range| readable(range.at)) {
+        return Err(Stop::skip(
+            "a filter is built from numbers, not from a process's memory",
+        ));
+    }
+    if raw.layout.is_some() {
+        return Err(Stop::skip("a filter has no binary layout"));
+    }
+    let default = match raw.flags {
+        0 => Verdict::Allow,
+        1 => Verdict::Deny,
+        _ => return Err(Stop::skip("a filter has no flags but its default")),
+    };
+    let ranges: Option<Vec<FilterRange>> = used
+        .into_iter()
+        .map(|range| {
+            let ops = Ops::from_bits(range.flags)?;
+            // Longer than any range may be, so that a huge one is not allocated.
+            let words = range.nmsrs.div_ceil(64).min(0x1000);
+            let bytes = range.bitmap.iter().copied().chain(std::iter::repeat(0));
+            let bytes: Vec<u8> = bytes.take(words as usize * 8).collect();
+            let (words, _) = bytes.as_chunks();
+            let bitmap: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+            FilterRange::new(range.base, range.nmsrs, ops, bitmap).ok()
+        })
+        .collect();
+    Ok(ranges.and_then(|ranges| Filter::new(default, ranges).ok()))
+}

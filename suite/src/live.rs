@@ -1,0 +1,318 @@
+//! The live kernel: plans through `msrgate-kvm`, raw calls by `ioctl` itself, accesses by a guest of `msrgate-guest`.
+
+#![expect(unsafe_code, reason = "system calls, and memory that they may not read")]
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr;
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
+use msrgate_guest::{Guest, Mode, Options};
+use msrgate_kvm::{Fault, Gate, Handler, Handlers, InstallError, Probed, VcpuGate};
+use msrgate_policy::cpuid::Cpuid;
+
+use crate::compiled::{compile, cpuid};
+use crate::memory::{NON_CANONICAL, PAGE, offset};
+use crate::plan::action;
+use crate::{
+    AccessStep, Call, Case, Descriptor, Gives, Implementation, Machine, Place, Process, RawFilter, Seen, Stop, Subject,
+    Target, perform,
+};
+
+/// Whether the kernel hides MSRs that it does not know.
+const IGNORE_MSRS: &str = "/sys/module/kvm/parameters/ignore_msrs";
+
+/// This machine's KVM.
+pub struct Live {
+    kvm: Kvm,
+    probed: Probed,
+    mode: Mode,
+    name: &'static str,
+}
+
+impl Live {
+    /// Opens KVM, or says why the cases cannot be run on it.
+    pub fn open(mode: Mode) -> Result<Live, String> {
+        let file = msrgate_kvm::open().map_err(|error| error.to_string())?;
+        let probed = msrgate_kvm::probe(&file).map_err(|error| error.to_string())?;
+        let kvm = Kvm::new().map_err(|error| error.to_string())?;
+        if fs::read_to_string(IGNORE_MSRS).is_ok_and(|value| value.starts_with(['Y', '1'])) {
+            return Err(format!("{IGNORE_MSRS} is on"));
+        }
+        Ok(Live {
+            kvm,
+            probed,
+            mode,
+            name: match mode {
+                Mode::Real => "live kernel, real mode",
+                Mode::Long => "live kernel, 64-bit mode",
+            },
+        })
+    }
+}
+
+impl Implementation for Live {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn start(&self, case: &Case, process: Process) -> Result<Box<dyn Subject + '_>, Stop> {
+        if process == Process::Compat {
+            return Err(Stop::skip(
+                "this process is 64-bit, and the kernel gives it ENOTTY for the compat number",
+            ));
+        }
+        if case.ignore_msrs {
+            return Err(Stop::skip("kvm.ignore_msrs is the whole host's"));
+        }
+        let mut guest = Guest::new(&self.kvm, self.mode, &Options::default()).map_err(Stop::fail)?;
+        let calls = Calls {
+            system: self.kvm.as_raw_fd(),
+            vm: guest.vm().as_raw_fd(),
+            vcpu: guest.vcpu(0).map_err(Stop::fail)?.fd().as_raw_fd(),
+        };
+        let mut running = Running {
+            probed: self.probed,
+            cpuid: cpuid(case)?,
+            guest,
+            calls,
+            reasons: Reasons::NONE,
+            gate: None,
+        };
+        if let Some(policy) = &case.policy {
+            running.replace(policy)?;
+        }
+        Ok(Box::new(running))
+    }
+}
+
+/// A VM, and what is in force on it.
+struct Running {
+    probed: Probed,
+    cpuid: Option<Cpuid>,
+    guest: Guest,
+    calls: Calls,
+    reasons: Reasons,
+    gate: Option<(Gate, VcpuGate)>,
+}
+
+struct Suite;
+
+impl Handler for Suite {
+    fn read(&self, _: u32, msr: Msr) -> Result<u64, Fault> {
+        match Machine::handler(Access::Read { msr }) {
+            Outcome::Value(value) => Ok(value),
+            _ => Err(Fault),
+        }
+    }
+
+    fn write(&self, _: u32, msr: Msr, value: u64) -> Result<(), Fault> {
+        match Machine::handler(Access::Write { msr, value }) {
+            Outcome::Done => Ok(()),
+            _ => Err(Fault),
+        }
+    }
+}
+
+impl Subject for Running {
+    fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
+        let Running { guest, calls, gate, .. } = self;
+        let mut wrong: Option<Stop> = None;
+        let seen = guest
+            .run(0, &[step.access], &mut |pending| {
+                if pending.access() != step.access {
+                    wrong = Some(Stop::fail(format!("it exits with {:?}", pending.access())));
+                }
+                for call in &step.meanwhile {
+                    wrong = wrong.take().or(perform(call, |call| calls.make(call)).err());
+                }
+                match gate {
+                    Some((_, gate)) if pending.dispatch(gate).is_some() => {}
+                    Some(_) => wrong = Some(Stop::fail("the gate takes no notice of the exit")),
+                    None => pending.answer(step.answer),
+                }
+            })
+            .map_err(Stop::fail)?;
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        let seen = *seen.first().ok_or(Stop::fail("the guest made no access"))?;
+        let exit = match seen.exit {
+            None => None,
+            Some(exit) => match Reason::from_bits(exit.reason_bits) {
+                Some(reason) => Some(reason),
+                None => return Err(Stop::fail(format!("it exits for reason {:#x}", exit.reason_bits))),
+            },
+        };
+        let verdict = if exit == Some(Reason::Filter) {
+            Verdict::Deny
+        } else {
+            Verdict::Allow
+        };
+        let action = |(gate, _): &(Gate, VcpuGate)| action(&gate.plan(), step.msr(), step.op());
+        Ok(Seen {
+            action: self.gate.as_ref().map(action),
+            // Without the reason a denial looks like any other fault.
+            verdict: self.reasons.contains(Reason::Filter).then_some(verdict),
+            exit: Some(exit),
+            sees: Some(seen.outcome),
+        })
+    }
+
+    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
+        let gives = self.calls.make(call)?;
+        if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, gives) {
+            self.reasons = Reasons::from_bits(*mask).unwrap_or(Reasons::NONE);
+        }
+        Ok(gives)
+    }
+
+    fn replace(&mut self, policy: &str) -> Result<(), Stop> {
+        let plan = Arc::new(compile(policy, self.cpuid.as_ref())?.plan);
+        self.reasons = plan.reasons();
+        let stop = |error: InstallError| match error {
+            InstallError::HostMsrs { .. } => Stop::skip(error),
+            _ => Stop::fail(error),
+        };
+        match &self.gate {
+            Some((gate, _)) => gate.replace(plan).map_err(stop),
+            None => {
+                let handlers = Handlers::new().with(Machine::HANDLER, Suite);
+                let gate = self.probed.install(self.guest.vm(), plan, handlers).map_err(stop)?;
+                let vcpu = self.guest.vcpu(0).map_err(Stop::fail)?;
+                let vcpu = gate.vcpu(vcpu.fd(), 0).map_err(stop)?;
+                self.gate = Some((gate, vcpu));
+                Ok(())
+            }
+        }
+    }
+
+    fn kill(&mut self) -> Result<(), Stop> {
+        Err(Stop::skip("nothing kills a VM of this kernel on purpose"))
+    }
+}
+
+/// The descriptors that calls are made on.
+#[derive(Clone, Copy)]
+struct Calls {
+    system: RawFd,
+    vm: RawFd,
+    vcpu: RawFd,
+}
+
+impl Calls {
+    fn make(&self, call: &Call) -> Result<Gives, Stop> {
+        let fd = match call.on {
+            Descriptor::Vm | Descriptor::AnotherProcess => self.vm,
+            Descriptor::Vcpu => self.vcpu,
+            Descriptor::System => self.system,
+        };
+        let mut bitmaps = Vec::new();
+        if let Target::SetMsrFilter(RawFilter { ranges, .. }) = &call.target {
+            for range in ranges {
+                bitmaps.push(Pages::place(&range.bitmap, range.at).map_err(Stop::fail)?);
+            }
+        }
+        let addresses: Vec<u64> = bitmaps.iter().map(|(_, address)| *address).collect();
+        let layout = call.layout(Process::Native).layout();
+        let (_argument, argp) = Pages::place(&call.argument(layout, &addresses), call.argp).map_err(Stop::fail)?;
+        let request = call.request(Process::Native);
+        let gives = match call.on {
+            Descriptor::AnotherProcess => ioctl_of_child(fd, request, argp).map_err(Stop::fail)?,
+            _ => ioctl(fd, request, argp),
+        };
+        if matches!(&call.target, Target::SetMsrFilter(filter) if filter.edited) {
+            for (pages, _) in &mut bitmaps {
+                pages.bytes().iter_mut().for_each(|byte| *byte = !*byte);
+            }
+        }
+        Ok(gives)
+    }
+}
+
+fn ioctl(fd: RawFd, request: u32, argp: u64) -> Gives {
+    // SAFETY: KVM_X86_SET_MSR_FILTER and KVM_ENABLE_CAP, in either layout, only read from `argp` and, for the first,
+    // from the bitmaps that it names; the kernel checks each such address and gives EFAULT. None of this memory is
+    // written meanwhile, since the mappings belong to the caller.
+    let result = unsafe { libc::ioctl(fd, libc::c_ulong::from(request), argp as libc::c_ulong) };
+    match result {
+        0 => Gives::OK,
+        _ => Gives(io::Error::last_os_error().raw_os_error().unwrap_or(-1)),
+    }
+}
+
+/// The call from a process with another address space, where the same bytes lie at the same addresses.
+fn ioctl_of_child(fd: RawFd, request: u32, argp: u64) -> io::Result<Gives> {
+    // SAFETY: the child makes two system calls and ends, without allocating, taking a lock or unwinding, so it does not
+    // matter what other threads held when it was made.
+    let child = unsafe { libc::fork() };
+    match child {
+        0 => {
+            let Gives(number) = ioctl(fd, request, argp);
+            // SAFETY: ends the child at once, without what the parent registered to be run at exit.
+            unsafe { libc::_exit(number) }
+        }
+        child if child > 0 => {
+            let mut status = 0;
+            // SAFETY: `status` may be written and lives over the call.
+            if unsafe { libc::waitpid(child, &raw mut status, 0) } != child {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Gives(libc::WEXITSTATUS(status)))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A page that can be read and written, and one behind it that can be neither.
+///
+/// The second stays mapped, without a right to it: a hole could be filled by another thread's mapping.
+struct Pages(*mut u8);
+
+impl Pages {
+    /// Puts bytes at a place, and says at which address that is.
+    fn place(bytes: &[u8], place: Place) -> io::Result<(Pages, u64)> {
+        let mut pages = Pages::new()?;
+        let Some(offset) = offset(place, bytes.len()) else {
+            let address = if place == Place::Null { 0 } else { NON_CANONICAL };
+            return Ok((pages, address));
+        };
+        for (byte, value) in pages.bytes().iter_mut().skip(offset).zip(bytes) {
+            *byte = *value;
+        }
+        let address = pages.0 as u64 + offset as u64;
+        Ok((pages, address))
+    }
+
+    fn new() -> io::Result<Pages> {
+        let (rights, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping where the kernel likes; it replaces none.
+        let start = unsafe { libc::mmap(ptr::null_mut(), 2 * PAGE, rights, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let pages = Pages(start.cast());
+        // SAFETY: the first page of the mapping that was just made.
+        if unsafe { libc::mprotect(start, PAGE, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(pages)
+    }
+
+    /// The page that can be used.
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: `new` made the page readable and writable, it is zeroed by the kernel, it is unmapped only by `drop`,
+        // and the borrow of `self` keeps any second reference away.
+        unsafe { std::slice::from_raw_parts_mut(self.0, PAGE) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the two pages that `new` mapped; no reference to them outlives `self`.
+        unsafe { libc::munmap(self.0.cast(), 2 * PAGE) };
+    }
+}
