@@ -1,0 +1,222 @@
+//! The command as a user runs it, and the files that users have.
+#![allow(dead_code, reason = "each test uses a part of this")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::Value;
+
+/// Compiled in, since some lanes have no files but the test itself.
+macro_rules! embedded {
+    ($folder:literal: $($name:literal),+ $(,)?) => {
+        &[$(($name, include_str!(concat!("../../../../", $folder, "/", $name)))),+]
+    };
+}
+
+/// The policies that come with msrgate; their names within `policies/` and their text.
+pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
+    "bhyve-amd.toml",
+    "bhyve-intel.toml",
+    "crosvm-itmt.toml",
+    "fixed-microcode.toml",
+    "hvmi-guard.toml",
+    "ignore-unknown.toml",
+    "linux-microvm.toml",
+    "linux-pc.toml",
+    "monitoring.toml",
+    "msr-safe.toml",
+    "openvmm-stubs.toml",
+    "qemu-rapl.toml",
+    "qemu.toml",
+    "sandbox.toml",
+];
+
+/// What those policies extend. They have no default, so they are no policies by themselves.
+pub(crate) const FRAGMENTS: &[(&str, &str)] = embedded!["policies":
+    "base/kvm-guest.toml",
+    "base/linux-amd.toml",
+    "base/linux-intel.toml",
+    "base/pmu.toml",
+    "base/x86-64.toml",
+];
+
+/// What real guests did.
+pub(crate) const TRACES: &[(&str, &str)] = embedded!["traces":
+    "linux-6.1-microvm.jsonl",
+    "linux-6.1-pc-smp2.jsonl",
+];
+
+/// The program under test. Lanes bring it along.
+pub(crate) fn program() -> PathBuf {
+    std::env::var_os("MSRGATE_BIN").map_or_else(|| env!("CARGO_BIN_EXE_msrgate").into(), PathBuf::from)
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Ran {
+    /// The run of a command that is ready to go.
+    pub(crate) fn of(command: &mut Command) -> Ran {
+        let output = command.output().expect("the program starts");
+        Ran {
+            code: output.status.code(),
+            out: String::from_utf8(output.stdout).expect("UTF-8 on stdout"),
+            err: String::from_utf8(output.stderr).expect("UTF-8 on stderr"),
+        }
+    }
+
+    /// Itself, if it ended with this exit code.
+    #[track_caller]
+    pub(crate) fn code(self, code: i32) -> Ran {
+        assert_eq!(self.code, Some(code), "stdout:\n{}\nstderr:\n{}", self.out, self.err);
+        self
+    }
+
+    /// The one JSON value on stdout.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}:\n{}\n{}", self.out, self.err))
+    }
+
+    /// Itself, if stderr says each of these.
+    #[track_caller]
+    pub(crate) fn says(self, what: &[&str]) -> Ran {
+        for text in what {
+            assert!(self.err.contains(text), "stderr does not say `{text}`:\n{}", self.err);
+        }
+        self
+    }
+
+    /// Itself, if stdout shows each of these.
+    #[track_caller]
+    pub(crate) fn shows(self, what: &[&str]) -> Ran {
+        for text in what {
+            assert!(self.out.contains(text), "stdout does not show `{text}`:\n{}", self.out);
+        }
+        self
+    }
+}
+
+/// A folder of its own for a test, gone at the end of it.
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    pub(crate) fn new() -> Folder {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("msrgate-test-{}-{number}", std::process::id()));
+        fs::create_dir_all(&path).expect("a folder");
+        Folder(path)
+    }
+
+    /// With all policies and traces in `policies/` and `traces/`.
+    pub(crate) fn furnished() -> Folder {
+        let folder = Folder::new();
+        for (name, text) in POLICIES.iter().chain(FRAGMENTS) {
+            folder.write(&format!("policies/{name}"), text);
+        }
+        for (name, text) in TRACES {
+            folder.write(&format!("traces/{name}"), text);
+        }
+        folder
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+        let path = self.0.join(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+        fs::write(path, text).expect("a file");
+    }
+
+    /// The command, to be run in this folder.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.args(arguments).current_dir(&self.0).stdin(Stdio::null());
+        // What a developer's shell sets is no part of the test.
+        for name in ["NO_COLOR", "CLICOLOR_FORCE", "CLICOLOR"] {
+            command.env_remove(name);
+        }
+        command
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ran {
+        Ran::of(&mut self.command(arguments))
+    }
+
+    /// With `input` on standard input.
+    pub(crate) fn run_with(&self, arguments: &[&str], input: &str) -> Ran {
+        let mut command = self.command(arguments);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        // A program that ends before it has read all is not what is tested here.
+        let _ = child.stdin.take().expect("a pipe").write_all(input.as_bytes());
+        let output = child.wait_with_output().expect("an end");
+        Ran {
+            code: output.status.code(),
+            out: String::from_utf8(output.stdout).expect("UTF-8 on stdout"),
+            err: String::from_utf8(output.stderr).expect("UTF-8 on stderr"),
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Where a program is on the search path.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(OsStr::new(program)))
+        .find(|file| file.is_file())
+}
+
+/// The text of a JSON string.
+#[track_caller]
+pub(crate) fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key]
+        .as_str()
+        .unwrap_or_else(|| panic!("`{key}` is no text in {value:#}"))
+}
+
+/// A number that JSON carries as a text in hexadecimal.
+#[track_caller]
+pub(crate) fn hex(value: &Value, key: &str) -> u64 {
+    let text = text(value, key);
+    let digits = text.strip_prefix("0x").unwrap_or_else(|| panic!("`{key}` is {text}"));
+    u64::from_str_radix(digits, 16).unwrap_or_else(|error| panic!("`{key}` is {text}: {error}"))
+}
+
+/// A count.
+#[track_caller]
+pub(crate) fn count(value: &Value, key: &str) -> u64 {
+    value[key]
+        .as_u64()
+        .unwrap_or_else(|| panic!("`{key}` is no count in {value:#}"))
+}
+
+/// A list.
+#[track_caller]
+pub(crate) fn list<'a>(value: &'a Value, key: &str) -> &'a [Value] {
+    value[key]
+        .as_array()
+        .unwrap_or_else(|| panic!("`{key}` is no list in {value:#}"))
+}
