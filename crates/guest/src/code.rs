@@ -5,7 +5,7 @@
 //! | offset | size | before | after |
 //! | --- | --- | --- | --- |
 //! | 0 | 4 | the MSR | the same |
-//! | 4 | 2 | 0 to read, 1 to write | the same |
+//! | 4 | 2 | 0 to read, [`WRITE`] to write | the same |
 //! | 6 | 2 | [`NOT_DONE`] | what offset 4 holds, and [`FAULTED`] where #GP came |
 //! | 8 | 4 | EAX | EAX |
 //! | 12 | 4 | EDX | EDX |
@@ -18,6 +18,9 @@
 
 use std::arch::global_asm;
 
+/// Offset 4 of an entry that writes. In long mode it is part of the upper half of RCX, of which QEMU's emulation of SVM
+/// lets the lowest two bits into its look into the permission map (`cpu_svm_check_intercept_param`): they stay clear.
+pub(crate) const WRITE: u16 = 0x80;
 /// Offset 6 of an entry that the guest has not finished.
 pub(crate) const NOT_DONE: u16 = 0xffff;
 /// Set at offset 6 where the access faulted.
@@ -40,7 +43,7 @@ global_asm!(
     "    mov bx, word ptr [si + 4]",
     "    mov eax, dword ptr [si + 8]",
     "    mov edx, dword ptr [si + 12]",
-    "    test bl, 1",
+    "    test bl, {write}",
     "    jnz 3f",
     "    rdmsr",
     "    jmp 4f",
@@ -80,7 +83,7 @@ global_asm!(
     "    mov ebx, dword ptr [rsi + 4]",
     "    mov rax, qword ptr [rsi + 8]",
     "    mov edx, dword ptr [rsi + 12]",
-    "    test bl, 1",
+    "    test bl, {write}",
     "    jnz 3f",
     "    rdmsr",
     "    jmp 4f",
@@ -106,6 +109,7 @@ global_asm!(
     "    jmp msrgate_guest_long_exception",
     "msrgate_guest_long_end:",
     ".popsection",
+    write = const WRITE,
     done = const PORT_DONE,
     exception = const PORT_EXCEPTION,
 );

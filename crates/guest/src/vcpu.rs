@@ -9,7 +9,7 @@ use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 use msrgate_core::{Access, Answer, Msr, Op, Outcome};
 use msrgate_kvm::{Answered, Dispatch, VcpuGate};
 
-use crate::code::{FAULTED, NOT_DONE, PORT_DONE, PORT_EXCEPTION};
+use crate::code::{FAULTED, NOT_DONE, PORT_DONE, PORT_EXCEPTION, WRITE};
 use crate::error::{Broke, GuestError};
 use crate::guest::Mode;
 use crate::memory::{self, Entry, MAX_ENTRIES, Table};
@@ -326,7 +326,7 @@ fn entry(access: Access) -> Entry {
     // A read that leaves EAX and EDX alone shows.
     let (op, value) = match access {
         Access::Read { .. } => (0, 0x5a5a_5a5a_a5a5_a5a5),
-        Access::Write { value, .. } => (1, value),
+        Access::Write { value, .. } => (WRITE, value),
     };
     Entry {
         msr: access.msr().0,
@@ -339,7 +339,9 @@ fn entry(access: Access) -> Entry {
 
 fn real_mode(sregs: &mut kvm_sregs, vcpu: usize) {
     sregs.cr0 = 0x6000_0010;
-    sregs.cr4 = 0;
+    // Physical address extension, which does nothing without paging. QEMU's emulation of SVM needs it to leave a guest
+    // that has set EFER.LME (`cpu_x86_update_cr0`).
+    sregs.cr4 = 0x20;
     sregs.efer = 0;
     let segment = |base, selector, type_| kvm_segment {
         base,
