@@ -51,7 +51,14 @@ impl Implementation for Engine {
             false => UnknownMsrs::Refused,
         };
         let vm = Arc::new(Vm::new().with_unknown_msrs(unknown));
-        let candidates = [Candidate::new(MsrRange::ALL, Ops::BOTH)];
+        let candidates: Vec<Candidate> = case
+            .steps
+            .iter()
+            .filter_map(|step| match step {
+                crate::Step::Access(step) => Some(Candidate::new(MsrRange::single(step.msr()), Ops::of(step.op()))),
+                _ => None,
+            })
+            .collect();
         let intercepts = match process {
             Process::Native => Intercepts::vmx(candidates),
             Process::Compat => Intercepts::svm(candidates),
