@@ -28,12 +28,13 @@
 
 extern crate alloc;
 
-mod cover;
 mod intervals;
 mod map;
-mod note;
+mod cover;
 mod plan;
 mod proof;
+mod note;
+mod compose;
 
 pub use cover::{Covering, Direction};
 pub use intervals::Intervals;

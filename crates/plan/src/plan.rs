@@ -39,7 +39,7 @@ pub struct Minimum {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plan {
     filter: Filter,
-    reasons: Reasons,
+    pub(crate) reasons: Reasons,
     table: ActionTable,
     presets: Vec<Preset>,
     notes: Vec<Note>,

@@ -1,8 +1,6 @@
 //! The proof that a plan does what its map says, for every MSR and direction.
 
-use alloc::vec::Vec;
-
-use msrgate_core::{Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
+use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
 
 use crate::{DecisionMap, Intervals, Plan};
 
@@ -27,8 +25,8 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
             .iter()
             .map(|entry| (entry.range, Some((&entry.action, entry.rule, entry.log)))),
     );
-    let read_verdicts = verdicts(plan.filter(), Op::Read);
-    let write_verdicts = verdicts(plan.filter(), Op::Write);
+    let read_verdicts = Intervals::of_filter(plan.filter(), Op::Read);
+    let write_verdicts = Intervals::of_filter(plan.filter(), Op::Write);
 
     let read_right = map.reads.zip(&reads, |decision, entry| match entry {
         None => (decision.action == ReadAction::Allow).then_some(Verdict::Allow),
@@ -60,30 +58,4 @@ fn differs(right: &Intervals<Option<Verdict>>, verdicts: &Intervals<Verdict>) ->
     let excepted = Intervals::first_match(false, [(MsrRange::X2APIC, true), (MsrRange::single(Msr::MAX), true)]);
     let fine = equal.zip(&excepted, |equal, excepted| *equal || *excepted);
     fine.iter().find(|(_, fine)| !**fine).map(|(range, _)| range.first())
-}
-
-/// The filter's verdicts in one direction, from its ranges and bits rather than from how the planner chose them.
-fn verdicts(filter: &Filter, op: Op) -> Intervals<Verdict> {
-    let mut parts: Vec<(MsrRange, Verdict)> = Vec::from([(MsrRange::X2APIC, Verdict::Allow)]);
-    for range in filter.ranges().iter().filter(|range| range.ops().contains(op)) {
-        let Some(span) = range.span() else {
-            continue;
-        };
-        let bits = range
-            .bitmap()
-            .iter()
-            .flat_map(|word| (0..64).map(move |bit| word >> bit & 1 == 1));
-        for (msr, bit) in span.iter().zip(bits) {
-            let verdict = if bit { Verdict::Allow } else { Verdict::Deny };
-            match parts.last_mut() {
-                Some((run, last))
-                    if *last == verdict && run.last().0.checked_add(1) == Some(msr.0) && msr != span.first() =>
-                {
-                    *run = MsrRange::new(run.first(), msr).unwrap_or(*run);
-                }
-                _ => parts.push((MsrRange::single(msr), verdict)),
-            }
-        }
-    }
-    Intervals::first_match(filter.default_verdict(), parts)
 }
