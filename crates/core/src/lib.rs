@@ -26,15 +26,15 @@
 
 extern crate alloc;
 
-pub mod abi;
-mod access;
-mod action;
-mod bitmap;
-mod event;
-mod exit;
-mod filter;
 mod msr;
+mod access;
+mod filter;
+mod bitmap;
+mod exit;
+mod action;
 mod table;
+mod event;
+pub mod abi;
 
 pub use access::{Access, Op, Ops};
 pub use action::{Otherwise, ReadAction, WriteAction};

@@ -58,17 +58,17 @@
 
 extern crate alloc;
 
-mod errno;
-mod instruction;
-mod intercepts;
-mod ioctl;
-mod msrs;
-mod profile;
-mod slot;
-mod user_filter;
-mod user_memory;
-mod vcpu;
 mod vm;
+mod ioctl;
+mod user_memory;
+mod user_filter;
+mod slot;
+mod vcpu;
+mod instruction;
+mod msrs;
+mod intercepts;
+mod profile;
+mod errno;
 
 pub use errno::Errno;
 pub use instruction::{Advance, Completion, Instruction, KvmRunMsr, Path, Step, Written};

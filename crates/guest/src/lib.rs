@@ -49,12 +49,12 @@
 //!   lies from 0xd0000000 on. An access that points KVM there, or moves the local APIC there, breaks the guest.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod code;
-mod error;
 mod guest;
+mod vcpu;
+mod code;
 mod memory;
 mod stats;
-mod vcpu;
+mod error;
 
 pub use error::{Broke, GuestError};
 pub use guest::{Guest, Mode, Options};

@@ -82,15 +82,15 @@
 //! `kvm-ioctls` (on): calls that take that crate's `VcpuFd`.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod error;
-mod exit;
-mod gate;
-mod handler;
-mod ioctl;
 mod probe;
-pub mod raw;
-mod registers;
+mod gate;
 mod vcpu;
+mod exit;
+mod handler;
+mod registers;
+mod ioctl;
+pub mod raw;
+mod error;
 
 pub use error::{InstallError, Step};
 pub use gate::Gate;

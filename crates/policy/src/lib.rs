@@ -24,18 +24,18 @@
 //! [`cpuid::Cpuid`], and traces line by line.
 #![forbid(unsafe_code)]
 
-mod check;
-pub mod cpuid;
-pub mod database;
-mod diagnostic;
-mod explain;
 pub mod number;
-mod oracle;
-mod parse;
+mod diagnostic;
+pub mod database;
+pub mod cpuid;
 mod pattern;
 mod policy;
-mod print;
+mod parse;
 mod schema;
+mod oracle;
+mod print;
+mod check;
+mod explain;
 pub mod trace;
 
 pub use check::check;
