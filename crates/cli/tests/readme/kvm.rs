@@ -1,0 +1,22 @@
+use std::error::Error;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use msrgate_kvm::{Handlers, probe};
+use msrgate_plan::Plan;
+use msrgate_policy::Policy;
+
+/// Runs a vCPU of `vm` under a policy until it makes an exit that is not of an MSR.
+pub fn run(kvm: &Kvm, vm: &impl AsRawFd, vcpu: &mut VcpuFd, policy: &str) -> Result<(), Box<dyn Error>> {
+    let policy = Policy::parse("policy.toml", policy).map_err(|rejected| format!("{rejected:#?}"))?;
+    let plan = Arc::new(Plan::compile(&policy.decision_map(None)?)?);
+    let gate = probe(kvm)?.install(vm, plan, Handlers::new())?;
+    let vcpu_gate = gate.vcpu(vcpu, 0)?;
+    loop {
+        match vcpu.run()? {
+            VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_) => _ = vcpu_gate.dispatch_vcpu(vcpu),
+            _ => return Ok(()), // the VMM's own exits
+        }
+    }
+}
