@@ -5,9 +5,9 @@
 
 use alloc::vec::Vec;
 
-use msrgate_core::{Filter, Log, MsrRange, Op, ReadAction, Reasons, Verdict, WriteAction};
+use msrgate_core::{Filter, Log, MsrRange, Op, ReadAction, Verdict, WriteAction};
 
-use crate::{Decision, DecisionMap, Intervals, Plan};
+use crate::{Decision, DecisionMap, Intervals};
 
 impl Intervals<Verdict> {
     /// The verdicts of a filter in one direction, over all MSRs.
@@ -77,17 +77,6 @@ impl DecisionMap {
     }
 }
 
-impl Plan {
-    /// The plan with accesses handed to user space for `reasons` too: those that another owner asked for.
-    #[must_use]
-    pub fn handing_over(self, reasons: Reasons) -> Plan {
-        Plan {
-            reasons: self.reasons.union(reasons),
-            ..self
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use alloc::vec;
@@ -95,6 +84,7 @@ mod tests {
     use msrgate_core::{FilterRange, Msr, Ops};
 
     use super::*;
+    use crate::Plan;
 
     fn vmm() -> Filter {
         // As QEMU's: everything but reads of 0x35; and a range that wraps, one of x2APIC and an overlap for good measure.

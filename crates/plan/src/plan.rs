@@ -39,7 +39,7 @@ pub struct Minimum {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plan {
     filter: Filter,
-    pub(crate) reasons: Reasons,
+    reasons: Reasons,
     table: ActionTable,
     presets: Vec<Preset>,
     notes: Vec<Note>,
@@ -86,6 +86,15 @@ impl Plan {
         match proof::first_difference(map, &plan) {
             None => Ok(plan),
             Some((msr, op)) => Err(PlanError::NotProven { msr, op }),
+        }
+    }
+
+    /// The plan with accesses handed to user space for `reasons` too: those that another owner of the VM asked for.
+    #[must_use]
+    pub fn handing_over(self, reasons: Reasons) -> Plan {
+        Plan {
+            reasons: self.reasons.union(reasons),
+            ..self
         }
     }
 

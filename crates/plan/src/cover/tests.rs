@@ -54,12 +54,8 @@ fn brute_force(cells: &[(bool, bool)], default: bool, length: u64) -> u64 {
             }
         }
     }
-    fn search(
-        all: &[(Direction, u64, u64)],
-        picked: &mut Vec<(Direction, u64, u64)>,
-        left: usize,
-        ok: &dyn Fn(&[(Direction, u64, u64)]) -> bool,
-    ) -> bool {
+    type Range = (Direction, u64, u64);
+    fn search(all: &[Range], picked: &mut Vec<Range>, left: usize, ok: &dyn Fn(&[Range]) -> bool) -> bool {
         if ok(picked) {
             return true;
         }
