@@ -35,8 +35,10 @@ mod plan;
 mod proof;
 mod note;
 mod compose;
+mod encode;
 
 pub use cover::{Covering, Direction};
+pub use encode::DecodeError;
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
 pub use note::{Note, NoteCode};
