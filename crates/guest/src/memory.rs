@@ -7,7 +7,7 @@
 //! | [`SYSTEM`] | descriptor tables, page tables, the 64-bit program |
 //! | [`WINDOWS`] | for each vCPU its table of accesses and its stack |
 //!
-//! Real-mode code must lie where a segment's base can, which is below 0x10fff0; the rest is where no recorded guest keeps
+//! Real-mode code must lie where a segment reaches that a selector can name, which is below 0x10fff0; the rest is where no recorded guest keeps
 //! its data.
 
 #![expect(unsafe_code, reason = "maps memory and hands it to KVM")]
@@ -21,8 +21,9 @@ use kvm_ioctls::VmFd;
 
 use crate::code::Program;
 
-/// The largest selector: its segment starts at 0xffff0.
-pub(crate) const REAL_SELECTOR: u16 = 0xffff;
+/// The largest selector whose lowest four bits are clear: its segment starts at 0xfff00. Bochs refuses to enter a guest
+/// in real mode whose code selector has a privilege level other than 0 in them.
+pub(crate) const REAL_SELECTOR: u16 = 0xfff0;
 const REAL_BASE: u64 = (REAL_SELECTOR as u64) << 4;
 /// The page of the real-mode program.
 const REAL_CODE: u64 = 0x10_f000;
