@@ -29,6 +29,17 @@ pub enum NoteCode {
 }
 
 impl NoteCode {
+    /// All of them, for documentation.
+    pub const ALL: [NoteCode; 7] = [
+        NoteCode::X2apic,
+        NoteCode::TscDeadline,
+        NoteCode::LastMsr,
+        NoteCode::SevEsGhcb,
+        NoteCode::SevStatus,
+        NoteCode::OtherWays,
+        NoteCode::HostView,
+    ];
+
     /// The code that documents and programs use.
     pub const fn code(self) -> &'static str {
         match self {

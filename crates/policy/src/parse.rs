@@ -49,6 +49,17 @@ impl File {
         self.invalid = self.invalid.take().or(base.invalid);
         self.valid = self.valid.or(base.valid);
         self.rules.extend(base.rules);
+        // A rule that this policy replaces by one for the same MSRs is gone, so that what is printed reads back.
+        let replaced: HashSet<usize> = rule::repeated(&self.rules)
+            .into_iter()
+            .map(|(again, _)| again)
+            .collect();
+        let mut position = 0..;
+        self.rules.retain(|_| {
+            position
+                .next()
+                .is_none_or(|position: usize| !replaced.contains(&position))
+        });
     }
 }
 

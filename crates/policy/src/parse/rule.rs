@@ -1,6 +1,7 @@
 //! One `[[rule]]`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use msrgate_core::{Log, Op};
 use toml::Spanned;
@@ -246,34 +247,51 @@ fn code(error: &PatternError) -> Code {
     }
 }
 
-/// Reports rules of one file that say again what an earlier one decides: the same MSRs, guests and direction.
-pub(super) fn twice(rules: &[Rule], reader: &mut Reader) {
+/// Rules that never count, since earlier ones decide the same MSRs for the same guests in every direction that they say:
+/// position, and that of the first such rule.
+pub(super) fn repeated(rules: &[Rule]) -> Vec<(usize, usize)> {
     type Decided = (Vec<(u32, u32)>, String, Op);
-    let mut seen: HashMap<Decided, &Rule> = HashMap::new();
-    for rule in rules {
+    let mut seen: HashMap<Decided, usize> = HashMap::new();
+    let mut repeated = Vec::new();
+    for (position, rule) in rules.iter().enumerate() {
         let mut ranges: Vec<(u32, u32)> = rule
             .ranges()
             .iter()
             .map(|range| (range.first().0, range.last().0))
             .collect();
         ranges.sort_unstable();
-        for op in [
-            rule.read.as_ref().map(|_| Op::Read),
-            rule.write.as_ref().map(|_| Op::Write),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            let key = (ranges.clone(), format!("{:?}", rule.when), op);
-            if let Some(first) = seen.get(&key) {
-                let message = "a rule before this one decides the same MSRs, so this one never counts";
-                let again = Diagnostic::at(Code::Duplicate, rule.place.clone(), message)
-                    .second(first.place.clone(), "first decided here")
-                    .help("leave one of them out, or join them");
-                reader.found(again);
-                break;
+        let when = format!("{:?}", rule.when);
+        let says = [(rule.read.is_some(), Op::Read), (rule.write.is_some(), Op::Write)];
+        let mut first = None;
+        let mut counts = false;
+        for (_, op) in says.into_iter().filter(|(says, _)| *says) {
+            match seen.entry((ranges.clone(), when.clone(), op)) {
+                Entry::Occupied(earlier) => first = first.or(Some(*earlier.get())),
+                Entry::Vacant(vacant) => {
+                    vacant.insert(position);
+                    counts = true;
+                }
             }
-            seen.insert(key, rule);
+        }
+        if let Some(first) = first
+            && !counts
+        {
+            repeated.push((position, first));
+        }
+    }
+    repeated
+}
+
+/// Reports the rules of one file that never count because it says the same before.
+pub(super) fn twice(rules: &[Rule], reader: &mut Reader) {
+    for (again, first) in repeated(rules) {
+        if let (Some(again), Some(first)) = (rules.get(again), rules.get(first)) {
+            let message = "a rule before this one decides the same MSRs, so this one never counts";
+            reader.found(
+                Diagnostic::at(Code::Duplicate, again.place.clone(), message)
+                    .second(first.place.clone(), "first decided here")
+                    .help("leave one of them out, or join them"),
+            );
         }
     }
 }

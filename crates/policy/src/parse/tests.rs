@@ -208,6 +208,7 @@ fn a_second_rule_for_the_same_msrs_never_counts_and_is_refused() {
     let again = "[[rule]]\nmsr = 0x8b\nread = \"deny\"\n[[rule]]\nmsr = \"IA32_BIOS_SIGN_ID\"\nread = \"zero\"\n";
     assert_eq!(wrong(again), ["E012"]);
     policy("[[rule]]\nmsr = 0x8b\nread = \"deny\"\n[[rule]]\nmsr = 0x8b\nwrite = \"deny\"\n");
+    policy("[[rule]]\nmsr = 0x8b\nread = \"deny\"\n[[rule]]\nmsr = 0x8b\nread = \"zero\"\nwrite = \"deny\"\n");
     policy(
         "[[rule]]\nmsr = 0x8b\nread = \"deny\"\nwhen = { vendor = \"amd\" }\n[[rule]]\nmsr = 0x8b\nread = \"zero\"\n",
     );
@@ -288,6 +289,25 @@ fn extended_rules_stand_behind_and_the_own_settings_go_first() {
     assert_eq!((policy.default, policy.name.as_str()), (Verdict::Allow, "p"));
     assert_eq!(policy.unknown, (ReadAction::Value(0), WriteAction::Ignore));
     assert_eq!(policy.sources.len(), 4);
+}
+
+#[test]
+fn a_rule_that_the_policy_replaces_is_gone_and_what_is_printed_reads_back() {
+    let folder = Folder::of(&[
+        (
+            "p.toml",
+            "version = 1\ndefault = \"deny\"\nextends = \"base.toml\"\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"zero\"",
+        ),
+        (
+            "base.toml",
+            "version = 1\n[[rule]]\nmsr = 0x10\nread = \"allow\"\n[[rule]]\nmsr = 0x10\nwrite = \"allow\"\n\
+             [[rule]]\nmsr = 0x11\nread = \"allow\"",
+        ),
+    ]);
+    let policy = Policy::load(Path::new("p.toml"), &folder).unwrap_or_else(|r| panic!("{:#?}", r.diagnostics));
+    assert_eq!(policy.rules.len(), 3);
+    let again = Policy::parse("p.toml", &policy.to_string()).unwrap_or_else(|r| panic!("{:#?}", r.diagnostics));
+    assert_eq!(again, policy);
 }
 
 #[test]
