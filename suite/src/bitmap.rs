@@ -3,7 +3,7 @@
 use msrgate_core::{Candidate, Filter, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
 
 use crate::filter::Held;
-use crate::{AccessStep, Call, Case, Gives, Implementation, Process, Seen, Stop, Subject, Target, perform};
+use crate::{AccessStep, Call, Case, Gives, Implementation, Process, Seen, Stop, Subject, perform};
 
 /// A VMX bitmap.
 #[derive(Clone, Copy, Debug)]
@@ -88,15 +88,9 @@ impl Subject for Derived {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
-        match call.target {
-            // Changes no verdict.
-            Target::EnableCap { .. } => call.gives.ok_or(Stop::skip("a bitmap has no exit reasons")),
-            Target::SetMsrFilter(_) => {
-                self.derived = None;
-                self.held.set(call)
-            }
-        }
+    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+        self.derived = None;
+        self.held.set(call)
     }
 
     fn replace(&mut self, policy: &str) -> Result<(), Stop> {

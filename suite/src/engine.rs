@@ -128,7 +128,7 @@ impl Subject for Guest {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
         make(&self.vm, self.process, call)
     }
 
@@ -220,7 +220,7 @@ fn instruction(access: Access) -> Instruction {
     }
 }
 
-fn make(vm: &Vm, process: Process, call: &Call) -> Result<Gives, Stop> {
+fn make(vm: &Vm, process: Process, call: &Call) -> Result<Option<Gives>, Stop> {
     let descriptor = match call.on {
         Descriptor::Vm => msrgate_engine::Descriptor::Vm,
         Descriptor::Vcpu => msrgate_engine::Descriptor::Vcpu,
@@ -249,8 +249,8 @@ fn make(vm: &Vm, process: Process, call: &Call) -> Result<Gives, Stop> {
     if matches!(&call.target, Target::SetMsrFilter(filter) if filter.edited) {
         memory.invert();
     }
-    Ok(match result {
+    Ok(Some(match result {
         Ok(_) => Gives::OK,
         Err(errno) => Gives(errno as i32),
-    })
+    }))
 }

@@ -42,16 +42,17 @@ impl Held {
         Ok(Held { filter, cpuid })
     }
 
-    pub(crate) fn set(&mut self, call: &Call) -> Result<Gives, Stop> {
+    pub(crate) fn set(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
         let Target::SetMsrFilter(raw) = &call.target else {
-            return Err(Stop::skip("a filter has no exit reasons"));
+            // Exit reasons change no verdict.
+            return Ok(None);
         };
         match build(call, raw)? {
             Some(filter) => {
                 self.filter = filter;
-                Ok(Gives::OK)
+                Ok(Some(Gives::OK))
             }
-            None => Ok(Gives::EINVAL),
+            None => Ok(Some(Gives::EINVAL)),
         }
     }
 
@@ -73,11 +74,7 @@ impl Subject for Held {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
-        if matches!(call.target, Target::EnableCap { .. }) {
-            // Changes no verdict.
-            return call.gives.ok_or(Stop::skip("a filter has no exit reasons"));
-        }
+    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
         self.set(call)
     }
 

@@ -127,7 +127,7 @@ impl Subject for Running {
                     wrong = Some(Stop::fail(format!("it exits with {:?}", pending.access())));
                 }
                 for call in &step.meanwhile {
-                    wrong = wrong.take().or(perform(call, |call| calls.make(call)).err());
+                    wrong = wrong.take().or(perform(call, |call| calls.make(call).map(Some)).err());
                 }
                 match gate {
                     Some((_, gate)) if pending.dispatch(gate).is_some() => {}
@@ -162,12 +162,12 @@ impl Subject for Running {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Gives, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
         let gives = self.calls.make(call)?;
         if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, gives) {
             self.reasons = Reasons::from_bits(*mask).unwrap_or(Reasons::NONE);
         }
-        Ok(gives)
+        Ok(Some(gives))
     }
 
     fn replace(&mut self, policy: &str) -> Result<(), Stop> {
@@ -260,6 +260,9 @@ fn ioctl_of_child(fd: RawFd, request: u32, argp: u64) -> io::Result<Gives> {
             // SAFETY: `status` may be written and lives over the call.
             if unsafe { libc::waitpid(child, &raw mut status, 0) } != child {
                 return Err(io::Error::last_os_error());
+            }
+            if !libc::WIFEXITED(status) {
+                return Err(io::Error::other("the child was killed"));
             }
             Ok(Gives(libc::WEXITSTATUS(status)))
         }
