@@ -418,6 +418,10 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
     let Some(work) = Work::find()? else {
         return Ok(no_live_tests());
     };
+    // The nested lane sees all files of this machine as they are; the other has what it is given.
+    let bare = lane == Lane::Intel;
+    // Seconds for one binary, so that one which hangs does not take the others' time.
+    let patience = if bare { 600 } else { 300 };
     let mut script = String::from("export MSRGATE_LANE_REQUIRE=1\n");
     script.push_str(&format!(
         "export MSRGATE_BIN={}\n",
@@ -428,14 +432,12 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
         let executable = quoted(&binary.executable.to_string_lossy());
         script.push_str(&format!(
             "cd {package}; export CARGO_MANIFEST_DIR={package}; echo '{BEGIN}{}'\n\
-             {executable} --test-threads=1 --show-output; echo \"{END}$?\"\n",
+             timeout -s KILL {patience} {executable} --test-threads=1 --show-output; echo \"{END}$?\"\n",
             binary.name
         ));
     }
     let root = crate::root();
     let data = ["testdata", "policies", "traces"].map(|name| root.join(name));
-    // The nested lane sees all files of this machine as they are; the other has what it is given.
-    let bare = lane == Lane::Intel;
     let mut programs: Vec<_> = work.live.iter().map(|binary| binary.executable.clone()).collect();
     programs.extend(work.beside);
     programs.push(work.program);
@@ -446,7 +448,7 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
         script,
         cpus: if bare { 1 } else { 2 },
         mebibytes: if bare { 512 } else { 1536 },
-        timeout: Duration::from_secs(if bare { 1200 } else { 900 }),
+        timeout: Duration::from_secs(if bare { 1800 } else { 1200 }),
         root: if bare { Root::Initramfs } else { Root::Host },
         add: if bare {
             add.map(|path| (path.clone(), path)).collect()
