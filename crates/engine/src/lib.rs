@@ -41,14 +41,15 @@
 //!
 //! # Replacing a filter under running vCPUs
 //! Every access is decided by one whole filter. Once [`Vm::set_msr_filter`] has returned, every access that starts later is
-//! decided by that filter or a later one; an access never sees an older filter than one that ended before it saw. A vCPU
+//! decided by that filter or a later one, and no access is decided by an older filter than an access that ended before it. A vCPU
 //! never waits for a writer, writers wait for each other. What the hardware does by itself follows when the vCPU next
 //! picks the filter up, so the caller kicks vCPUs that are in the guest. Changing the exit reasons needs no kick.
 //!
 //! # What it does not do
 //! It runs no guest, decodes no instruction, checks no privilege level, and merges no bitmap for L2. It knows no MSR by
 //! itself and no other capability. TSC_DEADLINE is filtered unless the profile says otherwise, x2APIC never is.
-//! Nothing on the access path allocates, waits or panics; what is given in is freed by a later writer.
+//!
+//! Nothing on the access path allocates, frees, waits or panics: a filter that was replaced is freed by a later writer.
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(

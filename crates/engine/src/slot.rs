@@ -44,6 +44,7 @@ impl Slot {
         let current = self.generation.load(Ordering::Relaxed);
         let next = current.wrapping_add(1);
         let before_last = sync::write(self.half(next)).replace(filter);
+        // Release: who sees the generation takes the half's lock after this writer let it go.
         self.generation.store(next, Ordering::Release);
         retired.extend(before_last);
         retired.retain(|filter| Arc::strong_count(filter) > 1);
@@ -109,5 +110,39 @@ mod sync {
 
     pub(super) fn try_read<T>(lock: &RwLock<T>) -> Option<RwLockReadGuard<'_, T>> {
         lock.try_read().ok()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn slot(filters: usize) -> Slot {
+        let slot = Slot::empty();
+        (0..filters).for_each(|_| slot.publish(Filter::allow_all()));
+        slot
+    }
+
+    #[test]
+    fn a_reader_does_not_wait_for_writers_that_stand_still() {
+        for published in 0..4 {
+            let slot = slot(published);
+            let _first = sync::write(&slot.retired);
+            let _writing = sync::write(slot.half(published as u64 + 1));
+            assert_eq!(slot.look().filter.is_some(), published > 0);
+        }
+    }
+
+    #[test]
+    fn a_filter_that_a_reader_holds_is_freed_by_a_later_writer() {
+        let slot = slot(1);
+        let seen = slot.look();
+        let filter = Arc::downgrade(seen.filter.as_ref().unwrap());
+        (0..5).for_each(|_| slot.publish(Filter::allow_all()));
+        drop(seen);
+        assert!(filter.upgrade().is_some(), "not by the reader");
+        slot.publish(Filter::allow_all());
+        assert!(filter.upgrade().is_none());
+        assert!(sync::write(&slot.retired).is_empty(), "nothing piles up");
     }
 }

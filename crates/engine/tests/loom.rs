@@ -83,23 +83,21 @@ fn no_access_sees_an_older_filter_than_an_access_that_ended_before() {
     model.preemption_bound = Some(3);
     model.check(|| {
         let vm = vm();
+        let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
         let seen = Arc::new(AtomicU32::new(0));
         let writer = {
             let vm = vm.clone();
             thread::spawn(move || (1..=2).for_each(|n| vm.install(filter(n))))
         };
         let other = {
-            let (vm, seen) = (vm.clone(), seen.clone());
+            let seen = seen.clone();
             thread::spawn(move || {
                 let filter = held(&mut Vcpu::new(vm, Intercepts::all()));
                 seen.store(filter, Ordering::Release);
             })
         };
         let floor = seen.load(Ordering::Acquire);
-        assert!(
-            held(&mut Vcpu::new(vm, Intercepts::all())) >= floor,
-            "older than {floor}"
-        );
+        assert!(held(&mut vcpu) >= floor, "older than {floor}");
         writer.join().unwrap();
         other.join().unwrap();
     });

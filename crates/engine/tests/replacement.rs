@@ -90,7 +90,7 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
                     // Every filter from `from`, which was in place before the access, to `to`, which was perhaps
                     // begun before it ended, may have decided it.
                     let from = ended.load(Ordering::SeqCst);
-                    let msr = (from + rounds as u32 % 3) % COUNT;
+                    let msr = (from + COUNT - 2 + rounds as u32 % 5) % COUNT;
                     let answer = allowed(&mut vcpu, FIRST + msr, &mut machine);
                     let to = begun.load(Ordering::SeqCst);
                     let window = from..=to;
