@@ -461,3 +461,14 @@ fn msr_is_a_list_of_what_is_known() {
     let none = folder.run(&["msr", "--json", "0xdeadbeef"]).code(1);
     assert_eq!(none.json(), serde_json::json!([]));
 }
+
+#[test]
+fn schema_is_a_json_schema_that_knows_the_languages_keys() {
+    let schema = Folder::new().run(&["schema"]).code(0).json();
+    assert!(text(&schema, "$schema").contains("json-schema.org"));
+    for key in [
+        "version", "name", "default", "unknown", "invalid", "valid", "extends", "rule",
+    ] {
+        assert!(schema["properties"][key].is_object(), "{key}");
+    }
+}

@@ -155,6 +155,20 @@ impl Folder {
         Ran::of(&mut self.command(arguments))
     }
 
+    /// The subcommands that the help lists.
+    pub(crate) fn subcommands(&self) -> Vec<String> {
+        let help = self.run(&["--help"]).code(0).out;
+        let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+        let listed = listed.take_while(|line| !line.is_empty());
+        // A description that goes on in the next line stands further in.
+        let names = listed.filter(|line| !line.starts_with("   "));
+        names
+            .filter_map(|line| line.split_whitespace().next())
+            .filter(|name| *name != "help")
+            .map(str::to_owned)
+            .collect()
+    }
+
     /// With `input` on standard input.
     pub(crate) fn run_with(&self, arguments: &[&str], input: &str) -> Ran {
         let mut command = self.command(arguments);
