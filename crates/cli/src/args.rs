@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use msrgate_core::Op;
 
@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Run a recorded guest's accesses as a real guest under a policy, on KVM or on the engine
     Replay(ReplayArgs),
+    /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
+    Verify(VerifyArgs),
     /// Look MSRs up by name, index, class or text
     Msr(MsrArgs),
     /// Print the JSON Schema of policy files, for editors
@@ -152,6 +154,69 @@ pub(crate) enum BackendArg {
     Kvm,
     /// The engine, with MSRs that answer as the trace says
     Engine,
+}
+
+#[derive(ClapArgs)]
+#[command(group = ArgGroup::new("what").required(true))]
+pub(crate) struct VerifyArgs {
+    /// Policy files: each is put in force and every boundary in it is tried
+    #[arg(value_name = "POLICY", group = "what")]
+    pub(crate) policies: Vec<PathBuf>,
+    /// Make this many random calls, most of them wrong, and compare what they give and what they do
+    #[arg(long, value_name = "N", group = "what")]
+    pub(crate) random: Option<u64>,
+    /// Count which MSRs the hardware passes through before, under and after a filter
+    #[arg(long, group = "what")]
+    pub(crate) interception: bool,
+    /// Replace a filter under running vCPUs for this many seconds
+    #[arg(long, value_name = "SECONDS", group = "what")]
+    pub(crate) swap: Option<u64>,
+    /// Try every MSR of the ranges, not their boundaries alone
+    #[arg(long, requires = "policies")]
+    pub(crate) full: bool,
+    /// What the random calls follow from; one that is printed where it is left out
+    #[arg(long, value_name = "S", requires = "random")]
+    pub(crate) seed: Option<u64>,
+    /// Accesses under each random filter that is accepted
+    #[arg(long, value_name = "K", requires = "random", default_value_t = 24)]
+    pub(crate) accesses: usize,
+    /// The kernel that the engine takes after; that of this machine's version where it is left out
+    #[arg(long, value_enum)]
+    pub(crate) profile: Option<ProfileArg>,
+    /// What the guest runs in
+    #[arg(long, value_enum, default_value_t = ModeArg::Real)]
+    pub(crate) mode: ModeArg,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A kernel whose behaviour the engine has.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProfileArg {
+    #[value(name = "5.10")]
+    V5_10,
+    #[value(name = "5.19")]
+    V5_19,
+    #[value(name = "6.1")]
+    V6_1,
+    #[value(name = "6.12")]
+    V6_12,
+    #[value(name = "6.18")]
+    V6_18,
+    /// The newest, without its known gap at IA32_TSC_DEADLINE
+    Newest,
+}
+
+/// What a guest runs in.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// Real mode
+    Real,
+    /// 64-bit mode
+    Long,
 }
 
 #[derive(ClapArgs)]

@@ -4,15 +4,16 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod check;
-mod exit;
-mod explain;
 mod load;
-mod manual;
-mod msr;
+mod check;
 mod plan;
-mod render;
+mod explain;
 mod replay;
+mod verify;
+mod msr;
+mod manual;
+mod render;
+mod exit;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         Command::Plan(plan) => plan::run(plan),
         Command::Explain(explain) => explain::run(explain),
         Command::Replay(replay) => replay::run(replay),
+        Command::Verify(verify) => verify::run(verify),
         Command::Msr(msr) => msr::run(msr),
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),

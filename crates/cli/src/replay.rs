@@ -5,7 +5,7 @@
 
 mod compare;
 mod engine;
-mod kvm;
+pub(crate) mod kvm;
 mod log;
 mod print;
 

@@ -115,7 +115,8 @@ impl Handler for Nobody {
     }
 }
 
-fn to_kvm(cpuid: &Cpuid) -> Result<CpuId, Failure> {
+/// A CPUID as KVM_SET_CPUID2 takes it.
+pub(crate) fn to_kvm(cpuid: &Cpuid) -> Result<CpuId, Failure> {
     /// The subleaf counts.
     const SIGNIFICANT_INDEX: u32 = 1;
     let several = |leaf: u32| cpuid.entries().filter(|(other, ..)| *other == leaf).count() > 1;

@@ -1,0 +1,84 @@
+//! The engine's VM, beside the live one.
+
+use std::sync::Arc;
+
+use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
+use msrgate_engine::{Completion, Instruction, Intercepts, Path, Profile, Step, Vcpu, Vm, Written};
+
+use super::live::Got;
+use super::twin::Twin;
+
+/// What user space answers to an exit, and what a plan's table did, where one was asked.
+pub(super) type Answered = (Outcome, Option<Did>);
+
+/// A VM of the engine with one vCPU.
+pub(super) struct Engine {
+    pub(super) vm: Arc<Vm>,
+    vcpu: Vcpu,
+}
+
+impl Engine {
+    pub(super) fn new(profile: Profile) -> Engine {
+        let vm = Arc::new(Vm::new().with_profile(profile));
+        Engine {
+            vcpu: Vcpu::new(Arc::clone(&vm), Intercepts::all()),
+            vm,
+        }
+    }
+
+    /// Whether the filter lets the kernel see the access.
+    pub(super) fn allows(&mut self, msr: Msr, op: Op) -> bool {
+        self.vcpu.verdict(msr, op) == Verdict::Allow
+    }
+
+    /// What the access comes to; `None` where the MSRs behind the filter do what the engine has no word for.
+    pub(super) fn access(
+        &mut self,
+        access: Access,
+        path: Path,
+        twin: &mut Twin,
+        answer: &mut dyn FnMut(Exit, &mut Twin) -> Answered,
+    ) -> Option<Got> {
+        twin.take_unsayable();
+        // The upper halves do not count.
+        let rcx = 0xdead_beef << 32 | u64::from(access.msr().0);
+        let instruction = match access {
+            Access::Read { .. } => Instruction::Rdmsr { rcx },
+            Access::Write { value, .. } => Instruction::Wrmsr {
+                rcx,
+                rax: value & 0xffff_ffff,
+                rdx: value >> 32,
+            },
+        };
+        let step = self.vcpu.execute(instruction, path, twin).ok()?;
+        if twin.take_unsayable() {
+            self.vcpu.complete(1, 0);
+            return None;
+        }
+        let (reason, did, completion) = match step {
+            Step::Complete(completion) => (0, None, completion),
+            Step::Exit(exit) => {
+                let (outcome, did) = answer(exit, twin);
+                (exit.reason as u32, did, self.vcpu.answer(outcome)?)
+            }
+            Step::Failed(_) | Step::EmulationFailed(_) => return None,
+        };
+        Some(Got {
+            reason,
+            sees: outcome(completion),
+            did,
+            odd: None,
+        })
+    }
+}
+
+fn outcome(completion: Completion) -> Outcome {
+    match completion {
+        Completion::Fault => Outcome::Fault,
+        Completion::Done { written, .. } => match written {
+            Written::Nothing => Outcome::Done,
+            Written::RaxRdx { rax, rdx } => Outcome::Value(rdx << 32 | rax),
+            Written::Register { value, .. } => Outcome::Value(value),
+        },
+    }
+}

@@ -1,0 +1,260 @@
+//! A filter that is replaced again and again under running vCPUs.
+//!
+//! Each MSR is denied by both filters, by neither, or by one of them. An access to the first two kinds must come out the
+//! same every time; one to the third must come out as one of the two filters says, and as nothing else.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use msrgate_core::{Access, Msr, Outcome, Reason};
+use msrgate_guest::{GuestError, Vcpu};
+use msrgate_kvm::raw::{Arena, Caller};
+use serde_json::{Value, json};
+
+use super::call::{Call, PAGES, Place, RawFilter, RawRange};
+use super::guest_failed;
+use super::live::Machine;
+use super::progress;
+use super::report::{Disagreement, Report};
+use crate::exit::{Exit, Failure};
+
+/// What both filters say of an MSR: whether the first denies it, and the second.
+type Treatment = (bool, bool);
+
+/// MSRs of every treatment: some that hardware passes through, some that the kernel answers, some that it does not know.
+const MSRS: [(u32, Treatment); 12] = [
+    (0x174, (true, true)),
+    (0xc000_0100, (true, true)),
+    (0xdead_0000, (true, true)),
+    (0x175, (false, false)),
+    (0xc000_0101, (false, false)),
+    (0x277, (false, false)),
+    (0x176, (true, false)),
+    (0xc000_0102, (true, false)),
+    (0xdead_0001, (true, false)),
+    (0xc000_0081, (false, true)),
+    (0x1b, (false, true)),
+    (0xdead_0002, (false, true)),
+];
+
+/// How often each MSR is read between two looks.
+const ROUNDS: usize = 200;
+const VCPUS: usize = 2;
+/// What a denied read gets.
+const ANSWER: u64 = 0x6d73_7267_6174_6521;
+
+/// What reads of one MSR came to.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Tally {
+    denied: u64,
+    allowed: u64,
+    /// Neither: another value, another reason.
+    other: u64,
+}
+
+pub(super) fn run(machine: &Machine, report: &mut Report, time: Duration) -> Result<(), Failure> {
+    let failed = |error: io::Error| Failure::Line(Exit::Machine, format!("setting a VM up failed: {error}"));
+    let mut guest = machine.guest(VCPUS)?;
+    let vm = Caller::of(guest.vm()).map_err(failed)?;
+    let mut arenas = [Arena::new(PAGES).map_err(failed)?, Arena::new(PAGES).map_err(failed)?];
+    let [first, second] = &mut arenas;
+    // Unknown MSRs are handed over too, and tell themselves from denied ones.
+    let mask = Call::mask(7, Place::Mapped);
+    let (request, argp) = mask.place(first);
+    vm.call(request, argp).map_err(failed)?;
+    let calls = [
+        filter(|(denied, _)| denied).place(first),
+        filter(|(_, denied)| denied).place(second),
+    ];
+    // What the kernel itself answers, before there is a filter.
+    let plain = guest.vcpus().iter_mut().map(plain).collect::<Result<Vec<_>, _>>()?;
+    let [(request, argp), _] = calls;
+    vm.call(request, argp).map_err(failed)?;
+
+    let stop = AtomicBool::new(false);
+    let bar = progress(time.as_secs());
+    let (tallies, swaps) = std::thread::scope(|scope| {
+        let stop = &stop;
+        let threads: Vec<_> = guest
+            .vcpus()
+            .iter_mut()
+            .zip(&plain)
+            .map(|(vcpu, plain)| scope.spawn(move || loop_of(vcpu, plain, stop)))
+            .collect();
+        let start = Instant::now();
+        let mut swaps = 0u64;
+        let mut result = Ok(());
+        while start.elapsed() < time && result.is_ok() {
+            for (request, argp) in [calls[1], calls[0]] {
+                result = result.and(vm.call(request, argp));
+                swaps += 1;
+            }
+            bar.set_position(start.elapsed().as_secs());
+        }
+        stop.store(true, Ordering::Relaxed);
+        let joined = threads.into_iter().map(|thread| {
+            let panicked = || Failure::Line(Exit::Guest, "a vCPU's thread panicked".into());
+            thread.join().unwrap_or_else(|_| Err(panicked()))
+        });
+        let tallies = joined.collect::<Result<Vec<_>, Failure>>();
+        (tallies, result.map(|()| swaps))
+    });
+    bar.finish_and_clear();
+    let swaps = swaps.map_err(failed)?;
+    let mut all: BTreeMap<u32, Tally> = BTreeMap::new();
+    for tally in tallies? {
+        for (msr, one) in tally {
+            let sum = all.entry(msr).or_default();
+            sum.denied += one.denied;
+            sum.allowed += one.allowed;
+            sum.other += one.other;
+        }
+    }
+    judge(&all, report);
+    report.filters += swaps + 1;
+    report.more.push(("swaps", swaps.into()));
+    Ok(())
+}
+
+fn judge(all: &BTreeMap<u32, Tally>, report: &mut Report) {
+    let mut rows: Vec<Value> = Vec::new();
+    for (msr, treatment) in MSRS {
+        let tally = all.get(&msr).copied().unwrap_or_default();
+        report.accesses += tally.denied + tally.allowed + tally.other;
+        let (may_deny, may_allow) = match treatment {
+            (true, true) => (true, false),
+            (false, false) => (false, true),
+            _ => (true, true),
+        };
+        let wrong = tally.other > 0 || tally.denied > 0 && !may_deny || tally.allowed > 0 && !may_allow;
+        let word = |denied: bool| if denied { "deny" } else { "allow" };
+        let filters = format!("{}, {}", word(treatment.0), word(treatment.1));
+        if wrong {
+            report.disagreements.push(Disagreement {
+                what: format!("rdmsr {} while filters change: {filters}", Msr(msr)),
+                live: format!(
+                    "denied {}, allowed {}, neither {}",
+                    tally.denied, tally.allowed, tally.other
+                ),
+                engine: "what one of the two filters says".into(),
+                candidate: None,
+                case: None,
+            });
+        }
+        rows.push(json!({
+            "msr": Msr(msr).to_string(),
+            "filters": filters,
+            "denied": tally.denied,
+            "allowed": tally.allowed,
+            "neither": tally.other,
+        }));
+    }
+    report.more.push(("swapped", Value::Array(rows)));
+}
+
+/// Reads all MSRs until it is told to stop.
+fn loop_of(vcpu: &mut Vcpu, plain: &BTreeMap<u32, Plain>, stop: &AtomicBool) -> Result<BTreeMap<u32, Tally>, Failure> {
+    let round = MSRS.map(|(msr, _)| Access::Read { msr: Msr(msr) });
+    let accesses = round.repeat(ROUNDS);
+    let mut tallies: BTreeMap<u32, Tally> = BTreeMap::new();
+    while !stop.load(Ordering::Relaxed) {
+        let ran = vcpu.run(&accesses, &mut |pending| {
+            if Reason::from_bits(pending.reason_bits()) == Some(Reason::Filter) {
+                pending.answer(Outcome::Value(ANSWER));
+            }
+        });
+        let seen = ran.map_err(|error: GuestError| guest_failed(&error))?;
+        for (access, seen) in accesses.iter().zip(seen) {
+            let msr = access.msr().0;
+            let got = (seen.exit.map(|exit| exit.reason_bits), seen.outcome);
+            let tally = tallies.entry(msr).or_default();
+            if got == (Some(Reason::Filter as u32), Outcome::Value(ANSWER)) {
+                tally.denied += 1;
+            } else if plain.get(&msr) == Some(&got) {
+                tally.allowed += 1;
+            } else {
+                tally.other += 1;
+            }
+        }
+    }
+    Ok(tallies)
+}
+
+/// Reason and outcome.
+type Plain = (Option<u32>, Outcome);
+
+/// What each MSR gives on a vCPU that has no filter.
+fn plain(vcpu: &mut Vcpu) -> Result<BTreeMap<u32, Plain>, Failure> {
+    let accesses = MSRS.map(|(msr, _)| Access::Read { msr: Msr(msr) });
+    let seen = vcpu.run(&accesses, &mut |_| {}).map_err(|error| guest_failed(&error))?;
+    let plain = seen
+        .iter()
+        .map(|seen| (seen.exit.map(|exit| exit.reason_bits), seen.outcome));
+    Ok(MSRS.into_iter().map(|(msr, _)| msr).zip(plain).collect())
+}
+
+/// Allows everything but the MSRs for which `denies` holds.
+fn filter(denies: impl Fn(Treatment) -> bool) -> Call {
+    let denied = MSRS.into_iter().filter(|(_, treatment)| denies(*treatment));
+    let ranges = denied.zip(0..).map(|((msr, _), slot)| RawRange {
+        slot,
+        flags: 3,
+        nmsrs: 1,
+        base: msr,
+        bitmap: vec![0; 8],
+        at: Place::Mapped,
+    });
+    Call::filter(RawFilter {
+        flags: 0,
+        pad: 0,
+        compat: false,
+        ranges: ranges.collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(change: impl Fn(&mut BTreeMap<u32, Tally>)) -> usize {
+        let mut all: BTreeMap<u32, Tally> = MSRS
+            .into_iter()
+            .map(|(msr, treatment)| {
+                let tally = match treatment {
+                    (true, true) => Tally {
+                        denied: 9,
+                        ..Tally::default()
+                    },
+                    (false, false) => Tally {
+                        allowed: 9,
+                        ..Tally::default()
+                    },
+                    _ => Tally {
+                        denied: 4,
+                        allowed: 5,
+                        other: 0,
+                    },
+                };
+                (msr, tally)
+            })
+            .collect();
+        change(&mut all);
+        let mut report = Report::new(&super::super::host::Host::look(None), crate::args::ModeArg::Real);
+        judge(&all, &mut report);
+        report.disagreements.len()
+    }
+
+    #[test]
+    fn an_msr_that_both_filters_treat_alike_must_never_show_another_treatment() {
+        assert_eq!(judged(|_| {}), 0);
+        assert_eq!(judged(|all| all.entry(0x174).or_default().allowed = 1), 1);
+        assert_eq!(judged(|all| all.entry(0x277).or_default().denied = 1), 1);
+    }
+
+    #[test]
+    fn an_msr_that_they_treat_differently_must_show_one_of_the_two() {
+        assert_eq!(judged(|all| all.entry(0x176).or_default().other = 1), 1);
+    }
+}

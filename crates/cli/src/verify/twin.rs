@@ -1,0 +1,147 @@
+//! A live VM without a filter: the MSRs behind the engine's filter.
+
+use std::collections::HashSet;
+
+use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
+use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
+use msrgate_engine::{Errno, Msrs, Refusal};
+use msrgate_guest::Guest;
+use msrgate_kvm::raw::{Arena, Caller, Request};
+
+use super::call::{Call, Place};
+use super::live::Machine;
+use crate::exit::{Exit, Failure};
+
+/// A live VM without a filter, and with a mask that tells unknown MSRs from refused accesses.
+pub(super) struct Twin {
+    guest: Guest,
+    /// MSRs that were seen to change by themselves.
+    moving: HashSet<Msr>,
+    /// Whether an access since the last look got what the engine has no word for.
+    unsayable: bool,
+}
+
+impl Twin {
+    pub(super) fn new(machine: &Machine) -> Result<Twin, Failure> {
+        let guest = machine.guest(1)?;
+        let failed = |error: std::io::Error| Failure::Line(Exit::Machine, format!("KVM_ENABLE_CAP failed: {error}"));
+        let mut arena = Arena::new(1).map_err(failed)?;
+        let reasons = Reasons::of(Reason::Unknown).union(Reasons::of(Reason::Invalid));
+        let call = Call::mask(reasons.bits().into(), Place::Mapped);
+        let (_, argp) = call.place(&mut arena);
+        Caller::of(guest.vm())
+            .and_then(|vm| vm.call(Request::EnableCap, argp))
+            .map_err(failed)?;
+        Ok(Twin {
+            guest,
+            moving: HashSet::new(),
+            unsayable: false,
+        })
+    }
+
+    /// What the kernel gives to an access that no filter looks at.
+    fn access(&mut self, access: Access) -> Result<Outcome, Refusal> {
+        let mut reason = None;
+        let ran = self
+            .guest
+            .run(0, &[access], &mut |pending| reason = Some(pending.reason_bits()));
+        let outcome = ran.ok().and_then(|seen| seen.first()).map(|seen| seen.outcome);
+        match (outcome, reason.map(Reason::from_bits)) {
+            (Some(Outcome::Fault), Some(Some(Reason::Unknown))) => Err(Refusal::Unknown),
+            (Some(Outcome::Fault), Some(Some(Reason::Invalid))) => Err(Refusal::Invalid),
+            (Some(outcome @ (Outcome::Value(_) | Outcome::Done)), None) => Ok(outcome),
+            // It broke the guest, or the processor faulted it without asking the kernel.
+            _ => {
+                self.unsayable = true;
+                Err(Refusal::Error(Errno::Eio))
+            }
+        }
+    }
+
+    /// Whether there was an access whose result the engine cannot be told. Starts anew.
+    pub(super) fn take_unsayable(&mut self) -> bool {
+        std::mem::take(&mut self.unsayable)
+    }
+
+    /// What the MSR holds, to write it back; 0 where it cannot be read.
+    pub(super) fn value(&mut self, msr: Msr) -> u64 {
+        let result = self.access(Access::Read { msr });
+        self.unsayable = false;
+        match result {
+            Ok(Outcome::Value(value)) => value,
+            _ => 0,
+        }
+    }
+
+    /// Whether the MSR changes by itself, as clocks and counters do.
+    pub(super) fn moves(&mut self, msr: Msr) -> bool {
+        if !self.moving.contains(&msr) && self.value(msr) != self.value(msr) {
+            self.moving.insert(msr);
+        }
+        self.moving.contains(&msr)
+    }
+}
+
+impl Msrs for Twin {
+    fn read(&mut self, msr: Msr) -> Result<u64, Refusal> {
+        match self.access(Access::Read { msr })? {
+            Outcome::Value(value) => Ok(value),
+            _ => Err(Refusal::Invalid),
+        }
+    }
+
+    fn write(&mut self, msr: Msr, value: u64) -> Result<(), Refusal> {
+        self.access(Access::Write { msr, value }).map(|_| ())
+    }
+}
+
+fn list(msr: Msr, data: u64) -> Result<MsrList, Why> {
+    let entry = kvm_msr_entry {
+        index: msr.0,
+        data,
+        ..Default::default()
+    };
+    MsrList::from_entries(&[entry]).map_err(|_| Why::KernelRefused)
+}
+
+/// The host's view, for a plan's actions.
+impl Backing for Twin {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+        let mut list = list(msr, 0)?;
+        let vcpu = self.guest.vcpu(0).map_err(|_| Why::KernelRefused)?;
+        match vcpu.fd().get_msrs(&mut list) {
+            Ok(1) => list
+                .as_slice()
+                .first()
+                .map(|entry| entry.data)
+                .ok_or(Why::KernelRefused),
+            _ => Err(Why::KernelRefused),
+        }
+    }
+
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+        let list = list(msr, value)?;
+        let vcpu = self.guest.vcpu(0).map_err(|_| Why::KernelRefused)?;
+        match vcpu.fd().set_msrs(&list) {
+            Ok(1) => Ok(()),
+            _ => Err(Why::KernelRefused),
+        }
+    }
+
+    fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = [0; 8];
+        let read =
+            std::fs::File::open("/dev/cpu/0/msr").and_then(|file| file.read_exact_at(&mut bytes, u64::from(msr.0)));
+        read.map(|()| u64::from_le_bytes(bytes))
+            .map_err(|_| Why::HostUnreadable)
+    }
+
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::HandlerFault)
+    }
+
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::HandlerFault)
+    }
+}
