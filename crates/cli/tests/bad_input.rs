@@ -149,21 +149,23 @@ fn no_command_goes_on_with_a_part_of_a_policy() {
 }
 
 #[test]
-fn a_key_or_a_rule_said_twice_is_an_error_that_shows_the_line() {
+fn text_that_is_no_toml_is_told_by_line_with_help() {
     let folder = Folder::new();
-    folder.write("key.toml", "version = 1\ndefault = \"deny\"\ndefault = \"allow\"\n");
-    let ran = folder.run(&["check", "--json", "key.toml"]).code(2);
-    assert_eq!(findings(&ran)[0]["code"], "E012");
-    assert_eq!(findings(&ran)[0]["line"], 3);
-}
-
-#[test]
-fn text_that_is_no_toml_is_told_by_line() {
-    let folder = Folder::new();
-    folder.write("bad.toml", "version = 1\ndefault = \"deny\"\n[[rule]\nmsr = 5\n");
-    let ran = folder.run(&["check", "--json", "bad.toml"]).code(2);
-    assert_eq!(findings(&ran)[0]["code"], "E001");
-    assert_eq!(findings(&ran)[0]["line"], 3);
+    for (code, line, policy) in [
+        ("E012", 3, "version = 1\ndefault = \"deny\"\ndefault = \"allow\"\n"),
+        ("E001", 3, "version = 1\ndefault = \"deny\"\n[[rule]\nmsr = 5\n"),
+        ("E001", 2, "version = 1\ndefault = deny\n"),
+    ] {
+        folder.write("bad.toml", policy);
+        let ran = folder.run(&["check", "--json", "bad.toml"]).code(2);
+        let finding = &findings(&ran)[0];
+        assert_eq!(
+            (text(finding, "code"), count(finding, "line")),
+            (code, line),
+            "{policy}"
+        );
+        assert!(!text(finding, "help").is_empty(), "{policy}");
+    }
 }
 
 #[test]

@@ -177,8 +177,15 @@ impl Loading<'_> {
         for error in errors {
             let span = error.span().unwrap_or(0..0);
             let duplicate = error.message().starts_with("duplicate key");
-            let code = if duplicate { Code::Duplicate } else { Code::Syntax };
-            syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()));
+            let (code, help) = if duplicate {
+                (Code::Duplicate, "a key is said once: leave one of them out")
+            } else {
+                (
+                    Code::Syntax,
+                    "a line is `key = value`, a text stands in quotes, and `[[rule]]` begins a rule",
+                )
+            };
+            syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()).help(help));
         }
         let mut reader = Reader::new(source);
         let file = read_file(document.get_ref(), &mut reader);
