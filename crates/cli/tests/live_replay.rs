@@ -2,6 +2,10 @@
 
 mod command;
 mod live;
+#[rustfmt::skip]
+#[path = "emitted/filter.rs"]
+#[allow(missing_docs, unreachable_pub, dead_code, reason = "made by the command")]
+mod emitted;
 #[path = "readme/kvm.rs"]
 #[allow(missing_docs, unreachable_pub, reason = "as the README shows it")]
 mod readme;
@@ -336,6 +340,17 @@ fn the_readmes_program_runs_a_guest_under_a_policy() {
     let policy = "version = 1\ndefault = \"allow\"\n[[rule]]\nmsr = 0x8b\nread = { value = 0x1234 }\n";
     readme::run(&kvm, &vm, vcpu, policy).expect("an end");
     assert_eq!(vcpu.get_regs().expect("registers").rax, 0x1234);
+}
+
+#[test]
+fn the_kernel_takes_the_filter_that_plan_prints_as_rust() {
+    if !kvm_opens() {
+        return;
+    }
+    let kvm = kvm_ioctls::Kvm::new().expect("it opens");
+    let vm = kvm.create_vm().expect("a VM");
+    vm.set_msr_filter(emitted::EMITTED_DEFAULT, &emitted::emitted_ranges())
+        .expect("KVM_X86_SET_MSR_FILTER");
 }
 
 #[test]
