@@ -40,10 +40,10 @@
 //! guest reach in hardware where the filter allows it. A *profile* says after which kernel a VM takes.
 //!
 //! # Replacing a filter under running vCPUs
-//! Every access is decided by one whole filter. Once [`Vm::set_msr_filter`] has returned, every access that starts later is
-//! decided by that filter or a later one, and no access is decided by an older filter than an access that ended before it. A vCPU
-//! never waits for a writer, writers wait for each other. What the hardware does by itself follows when the vCPU next
-//! picks the filter up, so the caller kicks vCPUs that are in the guest. Changing the exit reasons needs no kick.
+//! Every access is decided by one whole filter. Once [`Vm::set_msr_filter`] has returned, every access that starts later
+//! is decided by that filter or a later one, and no access is decided by an older filter than an access that ended before
+//! it. A vCPU never waits for a writer; writers wait for each other. What the hardware does by itself follows when the
+//! vCPU next picks the filter up, so the caller kicks vCPUs that are in the guest. Changing the exit reasons needs no kick.
 //!
 //! # What it does not do
 //! It runs no guest, decodes no instruction, checks no privilege level, and merges no bitmap for L2. It knows no MSR by
