@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -39,6 +40,9 @@ pub(crate) enum Command {
     Replay(ReplayArgs),
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
     Verify(VerifyArgs),
+    /// Start a VMM that knows nothing of msrgate, its guests under a policy
+    #[command(after_help = RUN_AFTER)]
+    Run(RunArgs),
     /// Look MSRs up by name, index, class or text
     Msr(MsrArgs),
     /// Print the JSON Schema of policy files, for editors
@@ -217,6 +221,29 @@ pub(crate) enum ModeArg {
     Real,
     /// 64-bit mode
     Long,
+}
+
+const RUN_AFTER: &str = "\
+The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it.
+VMMs that make system calls without the C library (static programs, Go) are refused: nothing can be put between
+them and the kernel in this way.
+
+The library that is loaded into the VMM, libmsrgate_preload.so, is looked for in MSRGATE_PRELOAD (its path), beside
+this program, in deps/ beside it, and in ../lib/msrgate/.";
+
+#[derive(ClapArgs)]
+pub(crate) struct RunArgs {
+    /// Policy file
+    #[arg(short, long, value_name = "POLICY", required_unless_present = "ignore_unknown")]
+    pub(crate) policy: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// MSRs that KVM does not know read as zero and ignore writes, for this VMM's guests alone
+    #[arg(long)]
+    pub(crate) ignore_unknown: bool,
+    /// The VMM and its arguments
+    #[arg(required = true, last = true, value_name = "VMM")]
+    pub(crate) command: Vec<OsString>,
 }
 
 #[derive(ClapArgs)]

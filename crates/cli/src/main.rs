@@ -10,6 +10,7 @@ mod plan;
 mod explain;
 mod replay;
 mod verify;
+mod run;
 mod msr;
 mod manual;
 mod render;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Explain(explain) => explain::run(explain),
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
+        Command::Run(run) => run::run(run),
         Command::Msr(msr) => msr::run(msr),
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),

@@ -1,0 +1,430 @@
+//! What becomes of each call.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use libc::{EACCES, EBADF, EINTR, EINVAL, c_int, c_uint, c_ulong};
+use msrgate_core::{Filter, Reasons, abi};
+use msrgate_plan::{DecisionMap, Plan};
+
+use crate::descriptor::{Beyond, Descriptors, Object};
+use crate::kernel::{Gate, Kernel, Vcpu, errno, set_errno};
+use crate::turn::{Inside, Turn};
+use crate::user_filter::{self, word};
+use crate::vcpu::{Body, Slots};
+use crate::vm::{Owner, Policy, Vm, is_weaker};
+
+const KVM_CREATE_VM: u32 = 0xae01;
+const KVM_CREATE_VCPU: u32 = 0xae41;
+const KVM_RUN: u32 = 0xae80;
+/// Bytes of `struct kvm_enable_cap`.
+const ENABLE_CAP_SIZE: usize = 104;
+
+type BodyOf<K> = Body<<K as Kernel>::Gate, <<K as Kernel>::Gate as Gate>::Vcpu>;
+
+/// One process's VMs, and what becomes of its calls. Every method is what the libc function of its name does, errno
+/// included.
+pub struct Hook<K: Kernel> {
+    kernel: K,
+    descriptors: Descriptors,
+    vcpus: Slots<BodyOf<K>>,
+    /// Held over every change of `objects`.
+    turn: Turn,
+    objects: Mutex<Objects<K::Gate>>,
+    read_policy: Box<dyn Fn() -> Result<DecisionMap, String> + Send + Sync>,
+}
+
+/// What descriptors stand for, by number.
+struct Objects<G> {
+    /// Read when the first VM is made.
+    policy: Option<Arc<Policy>>,
+    vms: Vec<Option<VmObject<G>>>,
+    /// How many descriptors a vCPU's slot has.
+    vcpu_descriptors: Vec<u32>,
+}
+
+struct VmObject<G> {
+    vm: Arc<Vm<G>>,
+    descriptors: u32,
+    /// The VMM's own filter.
+    filter: Option<Filter>,
+    told: bool,
+}
+
+impl<K: Kernel> Hook<K> {
+    /// vCPUs that one process may have at a time.
+    pub const VCPUS: usize = 1 << 14;
+
+    /// `policy` is asked at the first VM; its error is one line for people.
+    pub fn new(kernel: K, policy: impl Fn() -> Result<DecisionMap, String> + Send + Sync + 'static) -> Hook<K> {
+        Hook {
+            kernel,
+            descriptors: Descriptors::new(),
+            vcpus: Slots::new(Self::VCPUS),
+            turn: Turn::new(),
+            objects: Mutex::new(Objects {
+                policy: None,
+                vms: Vec::new(),
+                vcpu_descriptors: Vec::new(),
+            }),
+            read_policy: Box::new(policy),
+        }
+    }
+
+    /// Whether this request may make a VM: until one did, there is nothing to keep track of.
+    pub fn begins(request: c_ulong) -> bool {
+        request as u32 == KVM_CREATE_VM
+    }
+
+    /// `ioctl(2)`.
+    pub fn ioctl(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        // The kernel takes 32 bits of it; callers that have an int extend its sign.
+        match request as u32 {
+            KVM_RUN => self.run(fd, request, argument),
+            KVM_CREATE_VM => self.managed(fd, request, argument, Self::create_vm),
+            KVM_CREATE_VCPU => self.managed(fd, request, argument, Self::create_vcpu),
+            abi::SET_MSR_FILTER => self.managed(fd, request, argument, Self::set_msr_filter),
+            abi::ENABLE_CAP => self.managed(fd, request, argument, Self::enable_cap),
+            _ => self.kernel.ioctl(fd, request, argument),
+        }
+    }
+
+    /// KVM_RUN until something is the VMM's.
+    fn run(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let object = self.descriptors.object(fd);
+        let Some(Object::Vcpu(slot)) = object else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        let entered = self.vcpus.enter(slot);
+        let body = entered.as_ref().and_then(|entered| entered.body());
+        let Some(body) = body.filter(|_| self.descriptors.object(fd) == object) else {
+            // Another thread runs this vCPU. The kernel would let this one wait; it may as well be interrupted.
+            set_errno(EINTR);
+            return -1;
+        };
+        let before = errno();
+        loop {
+            let result = self.kernel.ioctl(fd, request, argument);
+            if result < 0 {
+                // EINTR among others: the exit that is in `kvm_run` was answered before.
+                return result;
+            }
+            let Some(exit) = body.vcpu.exit() else {
+                return result;
+            };
+            if body.vm.owner(&exit) == Owner::Vmm {
+                return result;
+            }
+            if body.vcpu.dispatch().is_none() {
+                return result;
+            }
+            set_errno(before);
+        }
+    }
+
+    /// A call that changes what is known: one at a time, and what it calls itself is not looked at.
+    fn managed(
+        &self,
+        fd: c_int,
+        request: c_ulong,
+        argument: usize,
+        call: fn(&Self, c_int, c_ulong, usize) -> c_int,
+    ) -> c_int {
+        let Some(_inside) = Inside::enter() else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        call(self, fd, request, argument)
+    }
+
+    fn create_vm(&self, kvm: c_int, request: c_ulong, argument: usize) -> c_int {
+        if !self.kernel.is_kvm(kvm) {
+            return self.kernel.ioctl(kvm, request, argument);
+        }
+        let vm = self.kernel.ioctl(kvm, request, argument);
+        if vm < 0 {
+            return vm;
+        }
+        let before = errno();
+        match self.adopt_vm(kvm, vm) {
+            Ok(()) => {
+                set_errno(before);
+                vm
+            }
+            Err(line) => self.refuse(vm, &format!("no VM is made: {line}")),
+        }
+    }
+
+    /// Takes back a descriptor that nothing can be put in force on.
+    fn refuse(&self, fd: c_int, line: &str) -> c_int {
+        self.kernel.say(line);
+        self.kernel.close(fd);
+        set_errno(EACCES);
+        -1
+    }
+
+    fn adopt_vm(&self, kvm: c_int, fd: c_int) -> Result<(), String> {
+        self.with_objects(|objects| {
+            let policy = match &objects.policy {
+                Some(policy) => Arc::clone(policy),
+                None => {
+                    let map = (self.read_policy)()?;
+                    let plan = Arc::new(Plan::compile(&map).map_err(|error| error.to_string())?);
+                    Arc::clone(objects.policy.insert(Arc::new(Policy { map, plan })))
+                }
+            };
+            let gate = self.kernel.install(kvm, fd, Arc::clone(&policy.plan))?;
+            let number = objects.vms.iter().position(Option::is_none);
+            let number = number.unwrap_or_else(|| {
+                objects.vms.push(None);
+                objects.vms.len() - 1
+            });
+            if let Some(place) = objects.vms.get_mut(number) {
+                *place = Some(VmObject {
+                    vm: Arc::new(Vm::new(gate, policy)),
+                    descriptors: 0,
+                    filter: None,
+                    told: false,
+                });
+            }
+            let number = u32::try_from(number).map_err(|_| "too many VMs")?;
+            self.track(objects, fd, Some(Object::Vm(number)))
+                .map_err(|Beyond| beyond(fd))
+        })
+    }
+
+    fn create_vcpu(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let Some(Object::Vm(number)) = self.descriptors.object(fd) else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        let vcpu = self.kernel.ioctl(fd, request, argument);
+        if vcpu < 0 {
+            return vcpu;
+        }
+        let before = errno();
+        // The kernel refuses an id that does not fit.
+        let id = u32::try_from(argument).unwrap_or(u32::MAX);
+        match self.adopt_vcpu(number, vcpu, id) {
+            Ok(()) => {
+                set_errno(before);
+                vcpu
+            }
+            Err(line) => self.refuse(vcpu, &format!("vCPU {id} is not made: {line}")),
+        }
+    }
+
+    fn adopt_vcpu(&self, number: u32, fd: c_int, id: u32) -> Result<(), String> {
+        self.with_objects(|objects| {
+            let object = objects.vm(number).ok_or("its VM was closed")?;
+            let vm = Arc::clone(&object.vm);
+            let vcpu = vm.gate.vcpu(fd, id)?;
+            let slot = self.vcpus.put(Body { vm, vcpu });
+            let slot = slot.ok_or_else(|| format!("one process may have {} vCPUs", Self::VCPUS))?;
+            self.track(objects, fd, Some(Object::Vcpu(slot))).map_err(|Beyond| {
+                self.vcpus.close(slot);
+                beyond(fd)
+            })
+        })
+    }
+
+    fn set_msr_filter(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let Some(Object::Vm(number)) = self.descriptors.object(fd) else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        let mut read = |address: u64, to: &mut [u8]| self.kernel.read(address, to);
+        let filter = match user_filter::copy(argument as u64, &mut read) {
+            Ok(filter) => filter,
+            Err(error) => return failed(error),
+        };
+        self.change(number, |object| {
+            self.compose(object, Some(&filter), object.vm.mask())?;
+            let weaker = object.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
+            if weaker && !object.told {
+                object.told = true;
+                self.kernel
+                    .say("the VMM allows MSRs that its own filter denied before; the policy stays in force");
+            }
+            object.filter = Some(filter);
+            Ok(())
+        })
+    }
+
+    fn enable_cap(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let object = self.descriptors.object(fd);
+        let mut bytes = [0; ENABLE_CAP_SIZE];
+        let (Some(Object::Vm(number)), true) = (object, self.kernel.read(argument as u64, &mut bytes)) else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        if word(&bytes, 0) != Ok(abi::CAP_X86_USER_SPACE_MSR) {
+            return self.kernel.ioctl(fd, request, argument);
+        }
+        // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
+        let (flags, low, high) = (word(&bytes, 4), word(&bytes, 8), word(&bytes, 12));
+        let mask = match (flags, low, high) {
+            (Ok(0), Ok(low), Ok(high)) => Reasons::from_bits(u64::from(high) << 32 | u64::from(low)),
+            _ => None,
+        };
+        let Some(mask) = mask else {
+            return failed(EINVAL);
+        };
+        self.change(number, |object| {
+            self.compose(object, object.filter.as_ref(), mask)?;
+            object.vm.set_mask(mask);
+            Ok(())
+        })
+    }
+
+    /// Puts in force what policy and VMM say together; on an error what was in force still is.
+    fn compose(&self, object: &VmObject<K::Gate>, filter: Option<&Filter>, mask: Reasons) -> Result<(), c_int> {
+        let plan = object.vm.policy.composed(filter, mask).map_err(|error| {
+            self.kernel.say(&format!(
+                "the VMM's own MSR filter is refused: together with it {error}"
+            ));
+            libc::E2BIG
+        })?;
+        object.vm.gate.replace(Arc::new(plan))
+    }
+
+    fn change(&self, number: u32, change: impl FnOnce(&mut VmObject<K::Gate>) -> Result<(), c_int>) -> c_int {
+        let before = errno();
+        let result = self.with_objects(|objects| change(objects.vm(number).ok_or(EBADF)?));
+        match result {
+            Ok(()) => {
+                set_errno(before);
+                0
+            }
+            Err(error) => failed(error),
+        }
+    }
+
+    /// `close(2)` is about to close `fd`.
+    pub fn closing(&self, fd: c_int) {
+        if self.descriptors.object(fd).is_none() {
+            return;
+        }
+        let Some(_inside) = Inside::enter() else { return };
+        let before = errno();
+        // A number that is kept track of is one that can be.
+        let _ = self.with_objects(|objects| self.track(objects, fd, None));
+        set_errno(before);
+    }
+
+    /// `close_range(2)` without CLOSE_RANGE_CLOEXEC is about to close these.
+    pub fn closing_range(&self, first: c_uint, last: c_uint) {
+        let end = last.min(Descriptors::CAPACITY as c_uint - 1);
+        for fd in first..=end {
+            if let Ok(fd) = c_int::try_from(fd) {
+                self.closing(fd);
+            }
+        }
+    }
+
+    /// `dup(2)` or one of its like gave `new` for `old`, or an error; what `new` was before is closed. Gives what the
+    /// call is to give: -1 where `new` cannot be kept track of.
+    pub fn duplicated(&self, old: c_int, new: c_int) -> c_int {
+        let object = self.descriptors.object(old);
+        if new < 0 || old == new || object == self.descriptors.object(new) {
+            return new;
+        }
+        let Some(_inside) = Inside::enter() else { return new };
+        let before = errno();
+        let tracked = self.with_objects(|objects| self.track(objects, new, object));
+        if tracked.is_err() {
+            return self.refuse(new, &beyond(new));
+        }
+        set_errno(before);
+        new
+    }
+
+    /// Before a fork, in the parent.
+    pub fn forking(&self) {
+        self.turn.take();
+    }
+
+    /// After a fork, in the parent.
+    pub fn forked_parent(&self) {
+        self.turn.leave();
+    }
+
+    /// After a fork, in the child: the VMs are the parent's, and the kernel answers EIO for them.
+    pub fn forked_child(&self) {
+        self.descriptors.clear();
+        self.vcpus.forget();
+        if let Ok(mut objects) = self.objects.try_lock() {
+            std::mem::forget(std::mem::take(&mut objects.vms));
+            objects.vcpu_descriptors.clear();
+        }
+        self.turn.leave();
+    }
+
+    fn with_objects<T>(&self, change: impl FnOnce(&mut Objects<K::Gate>) -> T) -> T {
+        self.turn.take();
+        let result = change(&mut self.objects.lock().unwrap_or_else(PoisonError::into_inner));
+        self.turn.leave();
+        result
+    }
+
+    /// Says what `fd` is from now on, and lets go of what it was.
+    fn track(&self, objects: &mut Objects<K::Gate>, fd: c_int, object: Option<Object>) -> Result<(), Beyond> {
+        objects.count(object, 1);
+        let old = match self.descriptors.set(fd, object) {
+            Ok(old) => old,
+            Err(Beyond) => {
+                self.let_go(objects, object);
+                return Err(Beyond);
+            }
+        };
+        self.let_go(objects, old);
+        Ok(())
+    }
+
+    fn let_go(&self, objects: &mut Objects<K::Gate>, object: Option<Object>) {
+        if objects.count(object, -1) != 0 {
+            return;
+        }
+        match object {
+            Some(Object::Vcpu(slot)) => self.vcpus.close(slot),
+            Some(Object::Vm(number)) => {
+                if let Some(slot) = objects.vms.get_mut(number as usize) {
+                    *slot = None;
+                }
+            }
+            None => {}
+        }
+    }
+}
+
+impl<G> Objects<G> {
+    fn vm(&mut self, number: u32) -> Option<&mut VmObject<G>> {
+        self.vms.get_mut(number as usize)?.as_mut()
+    }
+
+    /// Adds to an object's count of descriptors, and gives it.
+    fn count(&mut self, object: Option<Object>, by: i32) -> u32 {
+        let count = match object {
+            None => return 0,
+            Some(Object::Vm(number)) => self.vm(number).map(|vm| &mut vm.descriptors),
+            Some(Object::Vcpu(slot)) => {
+                let slot = slot as usize;
+                if self.vcpu_descriptors.len() <= slot {
+                    self.vcpu_descriptors.resize(slot + 1, 0);
+                }
+                self.vcpu_descriptors.get_mut(slot)
+            }
+        };
+        count.map_or(0, |count| {
+            *count = count.saturating_add_signed(by);
+            *count
+        })
+    }
+}
+
+fn failed(error: c_int) -> c_int {
+    set_errno(error);
+    -1
+}
+
+fn beyond(fd: c_int) -> String {
+    format!(
+        "descriptor {fd} is too high: {} are kept track of",
+        Descriptors::CAPACITY
+    )
+}

@@ -1,0 +1,41 @@
+//! Keeps a policy in force inside a VMM that knows nothing of it.
+//!
+//! A VMM's calls of libc come through a [`Hook`]. It puts the policy in force where the VMM makes a VM, answers the
+//! exits that are the policy's, and composes the VMM's own filter and mask with the policy's.
+//!
+//! ```text
+//! KVM_CREATE_VM ──────────→ install the plan, or no VM
+//! KVM_CREATE_VCPU ────────→ a slot for the vCPU
+//! KVM_RUN ─exit 29, 30──┬─→ the policy's: answer, run again
+//!                       └─→ the VMM's: as it came
+//! KVM_X86_SET_MSR_FILTER ─→ VMM ∩ policy, planned anew
+//! KVM_ENABLE_CAP 188 ─────→ VMM ∪ policy
+//! dup, close, fork ───────→ which descriptor is which
+//! ```
+//!
+//! The calls themselves are behind [`Kernel`], so that all of this is tested without a VMM and without KVM.
+//! `libmsrgate_preload.so` forwards libc's functions to it.
+//!
+//! # On a vCPU's thread
+//! Between two KVM_RUNs nothing locks, allocates or makes a system call, apart from what actions themselves ask of the
+//! kernel (`mask`, `only`, `once`: KVM_GET_MSRS, KVM_SET_MSRS; `host`: a read of an open device) and from the first
+//! exit of each vCPU after the VMM has replaced its own filter or mask.
+//!
+//! # Limits
+//! Descriptors from [`Descriptors::CAPACITY`] on, and more vCPUs than [`Hook::VCPUS`] in one process, are refused. A
+//! VMM that makes system calls by itself, not through libc, is not seen at all.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod hook;
+mod vm;
+mod vcpu;
+mod descriptor;
+mod user_filter;
+mod kernel;
+mod turn;
+mod handover;
+
+pub use descriptor::Descriptors;
+pub use handover::{Handover, HandoverError, VARIABLE};
+pub use hook::Hook;
+pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};

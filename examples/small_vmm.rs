@@ -1,0 +1,226 @@
+//! A small VMM of its own make, which knows nothing of msrgate: real-mode guests that access MSRs, on kvm-ioctls.
+//!
+//! ```text
+//! small_vmm [--filter] [--vcpus N] ACCESS…
+//! msrgate run -p policies/fixed-microcode.toml -- small_vmm r:0x8b w:0x174=8 r:0x174
+//! ```
+//!
+//! An access is `r:INDEX` or `w:INDEX=VALUE`. What each one got is printed, a line each: `rdmsr 0x8b 0x1`,
+//! `wrmsr 0x174 done`, `rdmsr 0xdead fault`.
+//!
+//! `--filter` gives the VM a filter of this VMM's own, and handlers for what it denies: a read of 0x35 (cores and
+//! threads) gets 0x20004, as some VMMs do it. An exit that it has no handler for ends this VMM with a panic, as it
+//! ends others.
+
+#![expect(unsafe_code, reason = "guest memory is mapped by hand")]
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
+
+/// Guest memory of one vCPU, in bytes.
+const MEMORY: usize = 0x1_0000;
+const HANDLER: usize = 0x500;
+const CODE: usize = 0x8000;
+/// Where the guest reports EAX, EDX and whether it faulted.
+const PORTS: [u16; 3] = [0x21, 0x22, 0x23];
+/// IA32_CORE_THREAD_COUNT.
+const CORE_THREAD_COUNT: u32 = 0x35;
+
+#[derive(Clone, Copy)]
+enum Access {
+    Read(u32),
+    Write(u32, u64),
+}
+
+/// What the command line asks for.
+#[derive(Default)]
+struct Options {
+    filter: bool,
+    vcpus: usize,
+    accesses: Vec<Access>,
+}
+
+/// Runs the guests that `arguments` ask for, and prints what they saw.
+pub fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), Box<dyn Error>> {
+    let options = parse(arguments)?;
+    let kvm = Kvm::new()?;
+    let vm = kvm.create_vm()?;
+    if options.filter {
+        own_filter(&vm)?;
+    }
+    let threads: Vec<_> = (0..options.vcpus.max(1))
+        .map(|id| {
+            let vcpu = new_vcpu(&vm, id, &options.accesses)?;
+            let accesses = options.accesses.clone();
+            Ok(std::thread::spawn(move || run(vcpu, &accesses)))
+        })
+        .collect::<Result<_, Box<dyn Error>>>()?;
+    for thread in threads {
+        let lines = thread.join().map_err(|_| "a vCPU's thread panicked")??;
+        print!("{lines}");
+    }
+    Ok(())
+}
+
+#[allow(dead_code, reason = "a test starts it otherwise")]
+fn main() -> ExitCode {
+    match main_with(std::env::args().skip(1)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("small_vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, Box<dyn Error>> {
+    let mut options = Options::default();
+    while let Some(argument) = arguments.next() {
+        match argument.split_once(':') {
+            None if argument == "--filter" => options.filter = true,
+            None if argument == "--vcpus" => {
+                options.vcpus = arguments.next().ok_or("--vcpus takes a number")?.parse()?
+            }
+            Some(("r", msr)) => options.accesses.push(Access::Read(u32::try_from(number(msr)?)?)),
+            Some(("w", access)) => {
+                let (msr, value) = access.split_once('=').ok_or("a write is w:INDEX=VALUE")?;
+                let access = Access::Write(u32::try_from(number(msr)?)?, number(value)?);
+                options.accesses.push(access);
+            }
+            _ => return Err(format!("`{argument}` is no access").into()),
+        }
+    }
+    Ok(options)
+}
+
+fn number(text: &str) -> Result<u64, Box<dyn Error>> {
+    Ok(match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16)?,
+        None => text.parse()?,
+    })
+}
+
+/// Everything but reads of one MSR, which this VMM answers itself.
+fn own_filter(vm: &VmFd) -> Result<(), Box<dyn Error>> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_X86_USER_SPACE_MSR,
+        args: [u64::from(KVM_MSR_EXIT_REASON_FILTER), 0, 0, 0],
+        ..Default::default()
+    })?;
+    let denied = MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ,
+        base: CORE_THREAD_COUNT,
+        msr_count: 1,
+        // The kernel reads whole words.
+        bitmap: &[0; 8],
+    };
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[denied])?;
+    Ok(())
+}
+
+fn new_vcpu(vm: &VmFd, id: usize, accesses: &[Access]) -> Result<VcpuFd, Box<dyn Error>> {
+    let program = program(accesses);
+    let base = id * MEMORY;
+    let (rights, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a new mapping where the kernel likes; it replaces none.
+    let memory = unsafe { libc::mmap(std::ptr::null_mut(), MEMORY, rights, flags, -1, 0) };
+    if memory == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: the mapping is this long, zeroed and writable, and nothing else refers to it yet.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(memory.cast::<u8>(), MEMORY) };
+    // #GP: notes it in BL, steps over the two bytes of RDMSR or WRMSR.
+    let handler = [0x55, 0x89, 0xe5, 0x83, 0x46, 0x02, 0x02, 0x5d, 0xb3, 0x01, 0xcf];
+    bytes[HANDLER..HANDLER + handler.len()].copy_from_slice(&handler);
+    bytes[CODE..CODE + program.len()].copy_from_slice(&program);
+    // The interrupt table is at address 0, where the first vCPU's memory is; all share its handler.
+    bytes[13 * 4..13 * 4 + 2].copy_from_slice(&(HANDLER as u16).to_le_bytes());
+    let region = kvm_userspace_memory_region {
+        slot: u32::try_from(id)?,
+        guest_phys_addr: base as u64,
+        memory_size: MEMORY as u64,
+        userspace_addr: memory as u64,
+        flags: 0,
+    };
+    // SAFETY: the mapping is that long and is never unmapped.
+    unsafe { vm.set_user_memory_region(region)? };
+
+    let vcpu = vm.create_vcpu(id as u64)?;
+    let mut special = vcpu.get_sregs()?;
+    special.cs.base = base as u64;
+    special.cs.selector = u16::try_from(base / 16)?;
+    special.ss.base = base as u64;
+    special.ss.selector = special.cs.selector;
+    vcpu.set_sregs(&special)?;
+    let mut registers = vcpu.get_regs()?;
+    registers.rip = CODE as u64;
+    registers.rsp = 0x4000;
+    registers.rflags = 2;
+    vcpu.set_regs(&registers)?;
+    Ok(vcpu)
+}
+
+/// Real-mode code that makes the accesses and reports each.
+fn program(accesses: &[Access]) -> Vec<u8> {
+    let mut code = Vec::new();
+    let load = |code: &mut Vec<u8>, register: u8, value: u32| {
+        code.extend([0x66, register]);
+        code.extend(value.to_le_bytes());
+    };
+    for access in accesses {
+        let (msr, value, instruction) = match *access {
+            Access::Read(msr) => (msr, 0, 0x32),
+            Access::Write(msr, value) => (msr, value, 0x30),
+        };
+        load(&mut code, 0xb9, msr);
+        load(&mut code, 0xb8, value as u32);
+        load(&mut code, 0xba, (value >> 32) as u32);
+        code.extend([0x31, 0xdb, 0x0f, instruction]);
+        code.extend([0x66, 0xe7, 0x21, 0x66, 0x89, 0xd0, 0x66, 0xe7, 0x22]);
+        code.extend([0x88, 0xd8, 0xe6, 0x23]);
+    }
+    code.push(0xf4);
+    code
+}
+
+fn run(mut vcpu: VcpuFd, accesses: &[Access]) -> Result<String, String> {
+    let mut lines = String::new();
+    let mut reported = [0; 2];
+    let mut accesses = accesses.iter();
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) if PORTS[..2].contains(&port) => {
+                let value = data.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+                reported[usize::from(port - PORTS[0])] = value;
+            }
+            Ok(VcpuExit::IoOut(_, data)) => {
+                let faulted = data.first() == Some(&1);
+                let value = u64::from(reported[1]) << 32 | u64::from(reported[0]);
+                let line = match accesses.next() {
+                    Some(Access::Read(msr)) if faulted => format!("rdmsr {msr:#x} fault\n"),
+                    Some(Access::Read(msr)) => format!("rdmsr {msr:#x} {value:#x}\n"),
+                    Some(Access::Write(msr, _)) if faulted => format!("wrmsr {msr:#x} fault\n"),
+                    Some(Access::Write(msr, _)) => format!("wrmsr {msr:#x} done\n"),
+                    None => return Err("the guest reports more than it was asked".to_owned()),
+                };
+                lines.push_str(&line);
+            }
+            Ok(VcpuExit::X86Rdmsr(exit)) if exit.index == CORE_THREAD_COUNT => {
+                *exit.data = 0x2_0004;
+                *exit.error = 0;
+            }
+            Ok(VcpuExit::Hlt) => return Ok(lines),
+            Ok(exit) => panic!("no handler for {exit:?}"),
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(format!("KVM_RUN: {error}")),
+        }
+    }
+}
