@@ -84,6 +84,10 @@ fn json(plan: &Plan) -> Value {
             "ranges": minimum.ranges,
             "proved": minimum.proved,
             "separate": minimum.separate,
+            "witness": minimum.witness.as_ref().map(|accesses| accesses.iter().map(|(msr, op)| json!({
+                "msr": msr.to_string(),
+                "op": op.name(),
+            })).collect::<Vec<_>>()),
         },
         "hash": load::hex(&plan.hash()),
     })

@@ -13,7 +13,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use msrgate_core::{Msr, MsrRange, Ops};
+use msrgate_core::{Msr, MsrRange, Op, Ops};
 
 use crate::Intervals;
 
@@ -72,6 +72,10 @@ pub struct Covering {
     pub ranges: Vec<(Direction, MsrRange)>,
     /// What covering reads and writes apart would take.
     pub separate: u64,
+    /// As many accesses as there are ranges, all to be served and each too far from the others for one range to serve
+    /// two of them: whoever sees it need not trust the search. `None` where it is not distance that asks for so many
+    /// ranges, but reads and writes that differ.
+    pub witness: Option<Vec<(Msr, Op)>>,
 }
 
 /// Why there is no covering within the limit.
@@ -152,10 +156,12 @@ pub(crate) fn cover(
         length,
     };
     let best = search.run(&segments);
-    let chosen = search.chosen(best);
+    let ranges = trim(&search.chosen(best), &segments);
+    let witness = Some(far_apart(&segments, length)).filter(|witness| witness.len() == ranges.len());
     Ok(Covering {
-        ranges: trim(&chosen, &segments),
+        ranges,
         separate,
+        witness,
     })
 }
 
@@ -190,6 +196,24 @@ fn alone(segments: &[Segment], length: u64, needs: impl Fn(&Segment) -> bool) ->
         }
     }
     ranges
+}
+
+/// Accesses to be served, each the first that a range which serves the one before it cannot reach.
+fn far_apart(segments: &[Segment], length: u64) -> Vec<(Msr, Op)> {
+    let mut accesses = Vec::new();
+    let mut reach = 0;
+    for segment in segments.iter().filter(|segment| segment.needs()) {
+        let mut from = segment.first.max(reach);
+        while from < segment.end
+            && let Ok(msr) = u32::try_from(from)
+        {
+            let op = if segment.need_read { Op::Read } else { Op::Write };
+            accesses.push((Msr(msr), op));
+            reach = from + length;
+            from = reach;
+        }
+    }
+    accesses
 }
 
 struct Search {

@@ -23,7 +23,7 @@ pub struct Preset {
 }
 
 /// How many ranges the map needs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Minimum {
     /// Ranges of the smallest filter.
     pub ranges: u64,
@@ -31,6 +31,10 @@ pub struct Minimum {
     pub proved: bool,
     /// What planning reads and writes apart would take.
     pub separate: u64,
+    /// As many accesses as `ranges`, each 12288 MSRs or more from the others, that all differ from the filter's default:
+    /// no range can serve two of them, so there can be no fewer. `None` where the search, which leaves no filter out,
+    /// is what says so.
+    pub witness: Option<Vec<(Msr, Op)>>,
 }
 
 /// A filter, the reasons for which the kernel hands accesses to user space, and what user space answers then.
@@ -63,6 +67,7 @@ impl Plan {
             ranges: ranges.len() as u64,
             proved: true,
             separate: covering.separate,
+            witness: covering.witness.clone(),
         };
         let filter = match default {
             Verdict::Deny if ranges.is_empty() => deny_all()?,
@@ -124,8 +129,8 @@ impl Plan {
     }
 
     /// How many ranges the map needs.
-    pub fn minimum(&self) -> Minimum {
-        self.minimum
+    pub fn minimum(&self) -> &Minimum {
+        &self.minimum
     }
 
     /// The name of what the plan means: [`DecisionMap::hash`].

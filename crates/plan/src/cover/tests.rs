@@ -98,6 +98,16 @@ fn check(cells: &[(bool, bool)], default: bool, length: u64) {
     let fewest = brute_force(cells, default, length);
     assert_eq!(ranges.len() as u64, fewest, "{ranges:?} for {cells:?}, limit {length}");
     assert!(fewest <= covering.separate);
+    if let Some(witness) = covering.witness {
+        assert_eq!(witness.len() as u64, fewest);
+        let far = |a: Msr, b: Msr| u64::from(a.0.abs_diff(b.0)) >= length;
+        assert!(witness.windows(2).all(|pair| far(pair[0].0, pair[1].0)), "{witness:?}");
+        let differs = |(msr, op): &(Msr, Op)| match op {
+            Op::Read => cells[msr.0 as usize].0 != default,
+            Op::Write => cells[msr.0 as usize].1 != default,
+        };
+        assert!(witness.iter().all(differs), "{witness:?}");
+    }
 }
 
 #[test]
@@ -173,4 +183,16 @@ fn reads_and_writes_share_ranges_where_they_agree() {
     let covering = cover(&map, false, &[], 12288).unwrap();
     assert_eq!(covering.ranges.len(), 2);
     assert_eq!(covering.separate, 2);
+    // It is not distance that asks for two ranges.
+    assert_eq!(covering.witness, None);
+}
+
+#[test]
+fn msrs_too_far_apart_for_one_range_are_the_witness() {
+    let deny = |msr: u32| (MsrRange::single(Msr(msr)), (true, false));
+    let map = Intervals::first_match((true, true), [deny(0), deny(12287), deny(12288), deny(0x10000)]);
+    let covering = cover(&map, true, &[], 12288).unwrap();
+    let witness = [0, 12288, 0x10000].map(|msr| (Msr(msr), Op::Write));
+    assert_eq!(covering.witness.as_deref(), Some(&witness[..]));
+    assert_eq!(covering.ranges.len(), 3);
 }
