@@ -428,3 +428,6 @@ fn beyond(fd: c_int) -> String {
         Descriptors::CAPACITY
     )
 }
+
+#[cfg(test)]
+mod tests;

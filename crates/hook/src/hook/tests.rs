@@ -1,0 +1,655 @@
+use std::collections::{HashMap, VecDeque};
+use std::sync::Mutex;
+
+use libc::{EBUSY, EFAULT, ENOTTY};
+use msrgate_core::{
+    Access, Answer, Backing, Exit, FilterRange, Log, Msr, MsrRange, Op, Ops, Outcome, ReadAction, Reason, Verdict, Why,
+    WriteAction,
+};
+use msrgate_plan::{Decision, Intervals};
+
+use super::*;
+use crate::kernel::RawExit;
+
+const KVM: c_int = 3;
+const OTHER: u32 = 0x5401;
+const MICROCODE: u32 = 0x8b;
+const CORES: u32 = 0x35;
+
+/// What the kernel does at one KVM_RUN.
+#[derive(Clone, Copy)]
+enum Ran {
+    Msr(Access, Reason),
+    /// An exit of the VMM's own.
+    Other,
+    Failed(c_int),
+}
+
+/// The kernel of a test: hands out descriptors, follows scripts, and notes what it was told.
+#[derive(Default)]
+struct World {
+    next: c_int,
+    scripts: HashMap<c_int, VecDeque<Ran>>,
+    pages: HashMap<c_int, Arc<Mutex<Option<RawExit>>>>,
+    answers: Vec<Outcome>,
+    closed: Vec<c_int>,
+    said: Vec<String>,
+    plans: Vec<Arc<Plan>>,
+    dropped: u32,
+    refuse: bool,
+    memory: Vec<u8>,
+}
+
+#[derive(Clone, Default)]
+struct Fake(Arc<Mutex<World>>);
+
+impl Fake {
+    fn world(&self) -> std::sync::MutexGuard<'_, World> {
+        self.0.lock().unwrap()
+    }
+}
+
+fn fail(error: c_int) -> c_int {
+    set_errno(error);
+    -1
+}
+
+impl Kernel for Fake {
+    type Gate = FakeGate;
+
+    fn ioctl(&self, fd: c_int, request: c_ulong, _: usize) -> c_int {
+        let mut world = self.world();
+        match request as u32 {
+            KVM_CREATE_VM | KVM_CREATE_VCPU => {
+                world.next += 1;
+                100 + world.next
+            }
+            KVM_RUN => match world.scripts.get_mut(&fd).and_then(VecDeque::pop_front) {
+                Some(Ran::Msr(access, reason)) => {
+                    let reason = reason as u32;
+                    *world.pages.get(&fd).unwrap().lock().unwrap() = Some(RawExit { access, reason });
+                    // What a successful call leaves in errno is nobody's business.
+                    set_errno(ENOTTY);
+                    0
+                }
+                Some(Ran::Other) => {
+                    *world.pages.get(&fd).unwrap().lock().unwrap() = None;
+                    0
+                }
+                Some(Ran::Failed(error)) => fail(error),
+                None => fail(EBADF),
+            },
+            OTHER => 7,
+            _ => fail(ENOTTY),
+        }
+    }
+
+    fn close(&self, fd: c_int) -> c_int {
+        self.world().closed.push(fd);
+        set_errno(ENOTTY);
+        0
+    }
+
+    fn is_kvm(&self, fd: c_int) -> bool {
+        fd == KVM
+    }
+
+    fn install(&self, _: c_int, _: c_int, plan: Arc<Plan>) -> Result<FakeGate, String> {
+        let mut world = self.world();
+        if world.refuse {
+            return Err("the kernel does not".to_owned());
+        }
+        world.plans.push(plan);
+        Ok(FakeGate(self.clone()))
+    }
+
+    fn read(&self, address: u64, to: &mut [u8]) -> bool {
+        let world = self.world();
+        let from = usize::try_from(address)
+            .ok()
+            .and_then(|at| world.memory.get(at..)?.get(..to.len()));
+        from.inspect(|from| to.copy_from_slice(from)).is_some()
+    }
+
+    fn say(&self, line: &str) {
+        self.world().said.push(line.to_owned());
+    }
+}
+
+struct FakeGate(Fake);
+
+impl Gate for FakeGate {
+    type Vcpu = FakeVcpu;
+
+    fn vcpu(&self, fd: c_int, _: u32) -> Result<FakeVcpu, String> {
+        let page = Arc::default();
+        self.0.world().pages.insert(fd, Arc::clone(&page));
+        Ok(FakeVcpu {
+            kernel: self.0.clone(),
+            page,
+        })
+    }
+
+    fn replace(&self, plan: Arc<Plan>) -> Result<(), c_int> {
+        let mut world = self.0.world();
+        if world.refuse {
+            return Err(EBUSY);
+        }
+        world.plans.push(plan);
+        Ok(())
+    }
+}
+
+impl Drop for FakeGate {
+    fn drop(&mut self) {
+        self.0.world().dropped += 1;
+    }
+}
+
+struct FakeVcpu {
+    kernel: Fake,
+    page: Arc<Mutex<Option<RawExit>>>,
+}
+
+/// What no action of these tests asks.
+struct Nothing;
+
+impl Backing for Nothing {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::KernelRefused)
+    }
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::KernelRefused)
+    }
+    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::HostUnreadable)
+    }
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::NoHandler)
+    }
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::NoHandler)
+    }
+}
+
+impl Vcpu for FakeVcpu {
+    fn exit(&self) -> Option<RawExit> {
+        *self.page.lock().unwrap()
+    }
+
+    fn dispatch(&self) -> Option<Answer> {
+        let exit = self.page.lock().unwrap().take()?;
+        let mut world = self.kernel.world();
+        let plan = Arc::clone(world.plans.last().unwrap());
+        let reason = Reason::from_bits(exit.reason)?;
+        let access = exit.access;
+        let mut state = plan.table().vcpu_state();
+        let answer = plan.table().answer(Exit { access, reason }, &mut state, &mut Nothing);
+        world.answers.push(answer.outcome);
+        Some(answer)
+    }
+}
+
+/// The microcode revision is fixed.
+fn policy() -> DecisionMap {
+    let fixed = Decision {
+        action: ReadAction::Value(5),
+        rule: Some(0),
+        log: Log::None,
+    };
+    DecisionMap {
+        reads: Intervals::first_match(
+            Decision::of(ReadAction::Allow),
+            [(MsrRange::single(Msr(MICROCODE)), fixed)],
+        ),
+        ..DecisionMap::allow_all()
+    }
+}
+
+fn hook(map: DecisionMap) -> (Hook<Fake>, Fake) {
+    let fake = Fake::default();
+    (Hook::new(fake.clone(), move || Ok(map.clone())), fake)
+}
+
+fn ioctl(hook: &Hook<Fake>, fd: c_int, request: u32, argument: usize) -> c_int {
+    hook.ioctl(fd, c_ulong::from(request), argument)
+}
+
+fn vm(hook: &Hook<Fake>) -> c_int {
+    let vm = ioctl(hook, KVM, KVM_CREATE_VM, 0);
+    assert!(vm > 0);
+    vm
+}
+
+fn vcpu(hook: &Hook<Fake>, vm: c_int, fake: &Fake, script: &[Ran]) -> c_int {
+    let vcpu = ioctl(hook, vm, KVM_CREATE_VCPU, 0);
+    assert!(vcpu > 0);
+    fake.world().scripts.insert(vcpu, script.iter().copied().collect());
+    vcpu
+}
+
+fn read(msr: u32) -> Access {
+    Access::Read { msr: Msr(msr) }
+}
+
+/// The bytes of KVM_X86_SET_MSR_FILTER, with bitmaps behind them, for memory that starts at address 0.
+fn raw_filter(flags: u32, ranges: &[(u32, u32, u32, &[u8])]) -> Vec<u8> {
+    let mut bytes = flags.to_le_bytes().to_vec();
+    bytes.resize(abi::Layout::NATIVE.filter_size, 0);
+    for (at, (ops, base, nmsrs, bitmap)) in (8..).step_by(24).zip(ranges) {
+        let address = bytes.len() as u64;
+        bytes[at..at + 4].copy_from_slice(&ops.to_le_bytes());
+        bytes[at + 4..at + 8].copy_from_slice(&nmsrs.to_le_bytes());
+        bytes[at + 8..at + 12].copy_from_slice(&base.to_le_bytes());
+        bytes[at + 16..at + 24].copy_from_slice(&address.to_le_bytes());
+        bytes.extend(*bitmap);
+    }
+    bytes
+}
+
+/// As QEMU's: reads of one MSR are its own.
+fn cores_denied() -> Vec<u8> {
+    raw_filter(0, &[(1, CORES, 1, &[0; 8])])
+}
+
+fn set_filter(hook: &Hook<Fake>, fake: &Fake, vm: c_int, memory: Vec<u8>) -> c_int {
+    fake.world().memory = memory;
+    ioctl(hook, vm, abi::SET_MSR_FILTER, 0)
+}
+
+fn set_mask(hook: &Hook<Fake>, fake: &Fake, vm: c_int, mask: u64) -> c_int {
+    let mut bytes = abi::CAP_X86_USER_SPACE_MSR.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(mask.to_le_bytes());
+    bytes.resize(ENABLE_CAP_SIZE, 0);
+    fake.world().memory = bytes;
+    ioctl(hook, vm, abi::ENABLE_CAP, 0)
+}
+
+/// What one KVM_RUN gives, and what the VMM finds in `kvm_run` then, after these.
+fn run(hook: &Hook<Fake>, fake: &Fake, fd: c_int, script: &[Ran]) -> (c_int, Option<RawExit>) {
+    let script = script.iter().copied().collect();
+    fake.world().scripts.insert(fd, script);
+    let result = ioctl(hook, fd, KVM_RUN, 0);
+    let page = Arc::clone(&fake.world().pages[&fd]);
+    let left = *page.lock().unwrap();
+    (result, left)
+}
+
+#[test]
+fn the_plan_is_in_force_when_the_vmm_gets_its_vm() {
+    let (hook, fake) = hook(policy());
+    vm(&hook);
+    let plan = Arc::clone(&fake.world().plans[0]);
+    assert_eq!(plan.filter().verdict(Msr(MICROCODE), Op::Read), Verdict::Deny);
+}
+
+#[test]
+fn without_a_plan_there_is_no_vm() {
+    let (hook, fake) = hook(policy());
+    fake.world().refuse = true;
+    assert_eq!((ioctl(&hook, KVM, KVM_CREATE_VM, 0), errno()), (-1, EACCES));
+    assert_eq!(fake.world().closed, [101]);
+    assert!(fake.world().said[0].contains("the kernel does not"));
+
+    let broken = Hook::new(fake.clone(), || Err("no policy".to_owned()));
+    fake.world().refuse = false;
+    assert_eq!((ioctl(&broken, KVM, KVM_CREATE_VM, 0), errno()), (-1, EACCES));
+    assert_eq!(fake.world().closed, [101, 102]);
+}
+
+#[test]
+fn other_descriptors_and_requests_go_on_to_the_kernel() {
+    let (hook, fake) = hook(policy());
+    assert_eq!(ioctl(&hook, 9, KVM_CREATE_VM, 0), 101, "a device with the same number");
+    assert!(fake.world().plans.is_empty());
+    let vm = vm(&hook);
+    assert_eq!(ioctl(&hook, vm, OTHER, 0), 7);
+    assert_eq!((ioctl(&hook, 9, KVM_RUN, 0), errno()), (-1, EBADF));
+    assert_eq!((ioctl(&hook, 9, abi::SET_MSR_FILTER, 0), errno()), (-1, ENOTTY));
+}
+
+#[test]
+fn an_access_of_the_policy_is_answered_and_the_guest_goes_on() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+    set_errno(EBUSY);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, exit, Ran::Other]), (0, None));
+    assert_eq!(errno(), EBUSY, "a call that succeeds leaves errno alone");
+    assert_eq!(fake.world().answers, [Outcome::Value(5); 2]);
+}
+
+#[test]
+fn a_request_with_an_extended_sign_is_the_same_request() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(
+        &hook,
+        vm,
+        &fake,
+        &[Ran::Msr(read(MICROCODE), Reason::Filter), Ran::Other],
+    );
+    assert_eq!(hook.ioctl(vcpu, c_ulong::MAX << 32 | c_ulong::from(KVM_RUN), 0), 0);
+    assert_eq!(fake.world().answers.len(), 1);
+}
+
+#[test]
+fn what_interrupts_the_vcpu_is_passed_on() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Failed(EINTR)]), (-1, None));
+    assert_eq!(errno(), EINTR);
+    assert_eq!(run(&hook, &fake, vcpu, &[Ran::Failed(EFAULT)]).0, -1);
+    assert_eq!(errno(), EFAULT);
+}
+
+#[test]
+fn what_a_vmm_did_not_ask_for_never_reaches_it() {
+    let (hook, fake) = hook(DecisionMap {
+        unknown: (ReadAction::Value(0), WriteAction::Deny),
+        ..policy()
+    });
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let write = Access::Write { msr: Msr(1), value: 2 };
+    let script = [
+        Ran::Msr(read(7), Reason::Filter),
+        Ran::Msr(read(7), Reason::Invalid),
+        Ran::Msr(read(7), Reason::Unknown),
+        Ran::Msr(write, Reason::Unknown),
+        Ran::Other,
+    ];
+    assert_eq!(run(&hook, &fake, vcpu, &script), (0, None));
+    let zero = Outcome::Value(0);
+    let answers = [Outcome::Fault, Outcome::Fault, zero, Outcome::Fault];
+    assert_eq!(fake.world().answers, answers);
+}
+
+#[test]
+fn what_the_vmm_denies_is_its_own_where_it_asked_and_faults_where_it_did_not() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    assert_eq!(set_filter(&hook, &fake, vm, cores_denied()), 0);
+    let exit = Ran::Msr(read(CORES), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Fault]);
+
+    assert_eq!(set_mask(&hook, &fake, vm, 4), 0);
+    let left = RawExit {
+        access: read(CORES),
+        reason: 4,
+    };
+    assert_eq!(run(&hook, &fake, vcpu, &[exit]), (0, Some(left)));
+    // Only what it asked for, and never what the policy decides.
+    let others = [
+        Ran::Msr(read(CORES), Reason::Unknown),
+        Ran::Msr(read(MICROCODE), Reason::Filter),
+    ];
+    assert_eq!(run(&hook, &fake, vcpu, &[others[0], others[1], Ran::Other]), (0, None));
+    assert_eq!(
+        fake.world().answers,
+        [Outcome::Fault, Outcome::Fault, Outcome::Value(5)]
+    );
+}
+
+#[test]
+fn filters_and_masks_of_both_are_in_force_together() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    assert_eq!(set_mask(&hook, &fake, vm, 3), 0);
+    assert_eq!(set_filter(&hook, &fake, vm, cores_denied()), 0);
+    let plan = Arc::clone(fake.world().plans.last().unwrap());
+    assert_eq!(plan.reasons(), Reasons::ALL);
+    for (msr, verdict) in [(MICROCODE, Verdict::Deny), (CORES, Verdict::Deny), (7, Verdict::Allow)] {
+        assert_eq!(plan.filter().verdict(Msr(msr), Op::Read), verdict, "{msr:#x}");
+    }
+    // Taking them away leaves the policy.
+    assert_eq!(set_mask(&hook, &fake, vm, 0), 0);
+    assert_eq!(set_filter(&hook, &fake, vm, raw_filter(0, &[])), 0);
+    let plan = Arc::clone(fake.world().plans.last().unwrap());
+    assert_eq!(plan.reasons(), Reasons::of(Reason::Filter));
+    assert_eq!(plan.filter().verdict(Msr(MICROCODE), Op::Read), Verdict::Deny);
+    assert_eq!(plan.filter().verdict(Msr(CORES), Op::Read), Verdict::Allow);
+    let weaker = "the VMM allows MSRs that its own filter denied before; the policy stays in force";
+    assert_eq!(fake.world().said, [weaker]);
+    set_filter(&hook, &fake, vm, cores_denied());
+    set_filter(&hook, &fake, vm, raw_filter(0, &[]));
+    assert_eq!(fake.world().said.len(), 1, "it is said once");
+}
+
+#[test]
+fn a_call_that_the_kernel_would_refuse_is_refused_and_changes_nothing() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let mut flags = cores_denied();
+    flags[0] = 2;
+    for (memory, error) in [
+        (raw_filter(1, &[]), EINVAL),
+        (raw_filter(0, &[(4, 0, 1, &[0; 8])]), EINVAL),
+        (raw_filter(0, &[(0, 0, 1, &[0; 8])]), EINVAL),
+        (raw_filter(0, &[(1, 0, 12289, &[0; 8])]), EINVAL),
+        (raw_filter(0, &[(1, 0, 65, &[0; 8])]), EFAULT),
+        (vec![0; 391], EFAULT),
+        (flags, EINVAL),
+    ] {
+        assert_eq!((set_filter(&hook, &fake, vm, memory), errno()), (-1, error));
+    }
+    for mask in [8, 1 << 32, u64::MAX] {
+        assert_eq!((set_mask(&hook, &fake, vm, mask), errno()), (-1, EINVAL));
+    }
+    fake.world().refuse = true;
+    assert_eq!((set_filter(&hook, &fake, vm, cores_denied()), errno()), (-1, EBUSY));
+    assert_eq!((set_mask(&hook, &fake, vm, 4), errno()), (-1, EBUSY));
+    assert_eq!(fake.world().plans.len(), 1);
+}
+
+#[test]
+fn another_capability_is_the_kernels() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    fake.world().memory = vec![0; ENABLE_CAP_SIZE];
+    assert_eq!((ioctl(&hook, vm, abi::ENABLE_CAP, 0), errno()), (-1, ENOTTY));
+}
+
+#[test]
+fn a_filter_that_does_not_fit_beside_the_policy_is_refused_and_the_old_one_stays() {
+    let rules = (0..16).map(|slot: u32| {
+        let fixed = Decision {
+            action: ReadAction::Value(u64::from(slot)),
+            rule: Some(slot),
+            log: Log::None,
+        };
+        (MsrRange::single(Msr(slot << 20)), fixed)
+    });
+    let (hook, fake) = hook(DecisionMap {
+        reads: Intervals::first_match(Decision::of(ReadAction::Allow), rules),
+        ..DecisionMap::allow_all()
+    });
+    let vm = vm(&hook);
+    let apart = raw_filter(0, &[(1, 0xc100_0000, 1, &[0; 8])]);
+    assert_eq!((set_filter(&hook, &fake, vm, apart), errno()), (-1, libc::E2BIG));
+    assert_eq!(fake.world().plans.len(), 1);
+    assert!(
+        fake.world().said[0].contains("17 filter ranges"),
+        "{:?}",
+        fake.world().said
+    );
+    let beside = raw_filter(0, &[(1, 1, 1, &[0; 8])]);
+    assert_eq!(set_filter(&hook, &fake, vm, beside), 0, "what fits is taken");
+}
+
+#[test]
+fn duplicates_are_followed_and_the_last_close_lets_go() {
+    let (hook, fake) = hook(policy());
+    let first = vm(&hook);
+    let one = vcpu(
+        &hook,
+        first,
+        &fake,
+        &[Ran::Msr(read(MICROCODE), Reason::Filter), Ran::Other],
+    );
+    assert_eq!(hook.duplicated(first, 50), 50);
+    assert_eq!(hook.duplicated(one, 51), 51);
+    hook.closing(first);
+    hook.closing(one);
+    assert_eq!(ioctl(&hook, 50, KVM_CREATE_VCPU, 1), 103);
+    let script = fake.world().scripts.remove(&one).unwrap();
+    fake.world().scripts.insert(51, script);
+    // The fake keeps pages by the first descriptor.
+    let page = Arc::clone(&fake.world().pages[&one]);
+    fake.world().pages.insert(51, page);
+    assert_eq!(ioctl(&hook, 51, KVM_RUN, 0), 0);
+    assert_eq!(fake.world().answers.len(), 1);
+
+    hook.closing_range(50, 60);
+    assert_eq!(fake.world().dropped, 0, "a vCPU still has the VM");
+    hook.closing(103);
+    assert_eq!(fake.world().dropped, 1);
+    assert_eq!(
+        (ioctl(&hook, 50, KVM_CREATE_VCPU, 0), hook.descriptors.object(51)),
+        (104, None)
+    );
+}
+
+#[test]
+fn a_descriptor_that_is_replaced_is_no_longer_what_it_was() {
+    let (hook, fake) = hook(policy());
+    let (first, second) = (vm(&hook), vm(&hook));
+    assert_eq!(hook.duplicated(second, first), first);
+    assert_eq!(fake.world().dropped, 1);
+    assert_eq!(hook.duplicated(9, first), first, "something that is no VM");
+    assert_eq!((hook.descriptors.object(first), fake.world().dropped), (None, 1));
+    hook.closing(second);
+    assert_eq!(fake.world().dropped, 2);
+    let third = vm(&hook);
+    assert_eq!(
+        hook.descriptors.object(third),
+        Some(Object::Vm(0)),
+        "numbers are used again"
+    );
+}
+
+#[test]
+fn a_descriptor_that_cannot_be_kept_track_of_is_taken_back() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let beyond = Descriptors::CAPACITY as c_int;
+    assert_eq!((hook.duplicated(vm, beyond), errno()), (-1, EACCES));
+    assert_eq!(fake.world().closed, [beyond]);
+    hook.closing(vm);
+    assert_eq!(fake.world().dropped, 1, "the count is right");
+}
+
+#[test]
+fn the_child_of_a_fork_starts_with_nothing() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    hook.forking();
+    hook.forked_child();
+    assert_eq!(
+        (hook.descriptors.object(vm), hook.descriptors.object(vcpu)),
+        (None, None)
+    );
+    assert_eq!(
+        fake.world().dropped,
+        0,
+        "what a thread may have been changing is not touched"
+    );
+    let own = super::tests::vm(&hook);
+    assert_eq!(hook.descriptors.object(own), Some(Object::Vm(0)));
+}
+
+#[test]
+fn many_threads_run_make_and_close_vcpus_at_once() {
+    let (hook, fake) = hook(policy());
+    let hook = &hook;
+    let vm = vm(hook);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            let fake = fake.clone();
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+                    let fd = vcpu(hook, vm, &fake, &[exit, exit, Ran::Other]);
+                    assert_eq!(ioctl(hook, fd, KVM_RUN, 0), 0);
+                    hook.closing(fd);
+                }
+            });
+        }
+    });
+    assert_eq!(fake.world().answers, vec![Outcome::Value(5); 800]);
+    hook.closing(vm);
+    assert_eq!(fake.world().dropped, 1);
+}
+
+/// Differs from the engine's reading of the same bytes in nothing.
+mod beside_the_engine {
+    use msrgate_engine::{Fault, Origin};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_filter_is_read_as_the_engine_reads_it(
+            flags in prop_oneof![9 => 0..2_u32, 1 => any::<u32>()],
+            ranges in prop::collection::vec((
+                prop_oneof![9 => 1..4_u32, 1 => any::<u32>()],
+                prop_oneof![0..0x100_u32, any::<u32>()],
+                prop_oneof![8 => 0..200_u32, 1 => 12280..12300_u32, 1 => any::<u32>()],
+                prop::collection::vec(any::<u8>(), 0..40),
+            ), 0..5),
+            probes in prop::collection::vec(0..0x180_u32, 20),
+            cut in prop_oneof![4 => Just(0_usize), 1 => 0..400_usize],
+        ) {
+            let ranges: Vec<(u32, u32, u32, &[u8])> = ranges
+                .iter()
+                .map(|(ops, base, nmsrs, bitmap)| (*ops, *base, *nmsrs, bitmap.as_slice()))
+                .collect();
+            let mut memory = raw_filter(flags, &ranges);
+            memory.truncate(memory.len().saturating_sub(cut));
+            let copy = |at: u64, to: &mut [u8]| {
+                let from = memory.get(at as usize..).and_then(|rest| rest.get(..to.len()));
+                from.inspect(|from| to.copy_from_slice(from)).is_some()
+            };
+            let ours = user_filter::copy(0, &mut { copy });
+            let engine = msrgate_engine::Vm::new();
+            let theirs = engine.set_msr_filter(0, abi::Layout::NATIVE, &|at, to: &mut [u8]| {
+                if copy(at, to) { Ok(()) } else { Err(Fault) }
+            });
+            match (ours, theirs) {
+                (Ok(filter), Ok(())) => {
+                    let bases = ranges.iter().map(|range| range.1);
+                    for msr in probes.into_iter().chain(bases).map(Msr) {
+                        for op in Op::ALL {
+                            let theirs = engine.allows(Origin::Instruction, msr, op);
+                            prop_assert_eq!(filter.verdict(msr, op), theirs, "{} {}", op, msr);
+                        }
+                    }
+                }
+                (Err(ours), Err(theirs)) => prop_assert_eq!(ours, theirs as c_int),
+                (ours, theirs) => prop_assert!(false, "{ours:?} {theirs:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_weaker_filter_is_one_that_allows_more() {
+    let filter = |bit| {
+        Filter::new(
+            Verdict::Allow,
+            vec![FilterRange::new(7, 2, Ops::WRITE, vec![bit]).unwrap()],
+        )
+        .unwrap()
+    };
+    assert!(is_weaker(&filter(0), &filter(2)));
+    assert!(!is_weaker(&filter(2), &filter(0)));
+    assert!(is_weaker(&filter(1), &filter(2)), "elsewhere it is stronger");
+}
