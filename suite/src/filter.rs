@@ -1,6 +1,6 @@
 //! The filter of `msrgate-core`.
 
-use msrgate_core::{Filter, FilterRange, Ops, Verdict};
+use msrgate_core::{Filter, FilterRange, Lookup, Ops, Verdict};
 
 use crate::compiled::compile;
 use crate::{
@@ -20,6 +20,41 @@ impl Implementation for CoreFilter {
 
     fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
         Ok(Box::new(Held::start(case)?))
+    }
+}
+
+/// The same, flattened for who asks often.
+#[derive(Clone, Copy, Debug)]
+pub struct Flat;
+
+impl Implementation for Flat {
+    fn name(&self) -> &str {
+        "flat filter"
+    }
+
+    fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
+        Ok(Box::new(Flattened(Held::start(case)?)))
+    }
+}
+
+struct Flattened(Held);
+
+impl Subject for Flattened {
+    fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
+        let verdict = Lookup::new(&self.0.filter).verdict(step.msr(), step.op());
+        let seen = self.0.access(step)?;
+        Ok(Seen {
+            verdict: Some(verdict),
+            ..seen
+        })
+    }
+
+    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+        self.0.set(call)
+    }
+
+    fn replace(&mut self, policy: &str) -> Result<(), Stop> {
+        self.0.replace(policy)
     }
 }
 

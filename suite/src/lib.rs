@@ -28,7 +28,7 @@ pub use case::{AccessStep, Call, Case, Descriptor, Gives, Place, Process, RawFil
 pub use check::{Checked, Implementation, Stop, Subject, Tally, check, check_all, perform, run};
 pub use engine::Engine;
 pub use files::cases;
-pub use filter::CoreFilter;
+pub use filter::{CoreFilter, Flat};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub use live::Live;
 pub use machine::Machine;

@@ -1,6 +1,6 @@
 //! The cases on every implementation that needs no KVM.
 
-use msrgate_suite::{CoreFilter, Engine, Implementation, Map, Oracle, Planned, Svm, Vmx, cases, check_all};
+use msrgate_suite::{CoreFilter, Engine, Flat, Implementation, Map, Oracle, Planned, Svm, Vmx, cases, check_all};
 
 /// All cases pass or are skipped, with their reasons printed.
 fn check(implementation: &dyn Implementation) {
@@ -36,6 +36,11 @@ fn the_plan_does_what_the_cases_say() {
 #[test]
 fn the_filter_does_what_the_cases_say() {
     check(&CoreFilter);
+}
+
+#[test]
+fn the_flat_filter_does_what_the_cases_say() {
+    check(&Flat);
 }
 
 #[test]

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use msrgate_core::{Access, Candidate, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 use msrgate_suite::{
-    Call, Case, CoreFilter, Engine, Gives, Implementation, Map, Oracle, Place, Planned, Process, RawFilter, RawRange,
-    Seen, Step, Stop, run,
+    Call, Case, CoreFilter, Engine, Flat, Gives, Implementation, Map, Oracle, Place, Planned, Process, RawFilter,
+    RawRange, Seen, Step, Stop, run,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -222,7 +222,7 @@ proptest! {
         let case = case(filter.clone(), Gives::OK, &accesses);
         let expected: Vec<Verdict> =
             accesses.iter().map(|access| plain_verdict(&filter, access.msr().0, access.op())).collect();
-        let mut all: Vec<(&dyn Implementation, Process)> = vec![(&CoreFilter, Process::Native)];
+        let mut all: Vec<(&dyn Implementation, Process)> = vec![(&CoreFilter, Process::Native), (&Flat, Process::Native)];
         all.extend(ENGINES.iter().map(|(engine, process)| (engine as &dyn Implementation, *process)));
         for (implementation, process) in all {
             let seen = seen(&case, process, implementation)?;
