@@ -1,0 +1,43 @@
+//! The text of traces.
+
+use msrgate_core::Event;
+use msrgate_policy::trace::{Header, Lines, write_event};
+
+pub(crate) fn check(bytes: &[u8]) {
+    let Ok(mut lines) = Lines::new(bytes) else { return };
+    let header = lines.header().clone();
+    if let Some(Err(error)) = header.parse_cpuid() {
+        assert_eq!(error.line, 1, "{error}");
+    }
+    let mut events = Vec::new();
+    let mut ended = false;
+    for line in &mut lines {
+        assert!(!ended, "a trace goes on behind an error");
+        match line {
+            Ok(event) => events.push(event),
+            Err(_) => ended = true,
+        }
+    }
+    assert!(lines.bytes() <= bytes.len() as u64, "more was read than is there");
+    let (header_again, events_again) = read(&written(&header, &events));
+    assert_eq!(header_again, header);
+    assert_eq!(events_again, events);
+}
+
+fn written(header: &Header, events: &[Event]) -> Vec<u8> {
+    let mut text = Vec::new();
+    header.write(&mut text).expect("memory");
+    for event in events {
+        write_event(event, &mut text).expect("memory");
+    }
+    text
+}
+
+fn read(text: &[u8]) -> (Header, Vec<Event>) {
+    let lines = Lines::new(text).expect("a header that was written");
+    let header = lines.header().clone();
+    (
+        header,
+        lines.map(|event| event.expect("an event that was written")).collect(),
+    )
+}
