@@ -316,16 +316,14 @@ impl Search {
             change(&mut state, Change::StopBoth);
             state.reach[BOTH] = 0;
         }
-        for (kind, direction) in [Direction::Read, Direction::Write, Direction::Both]
-            .into_iter()
-            .enumerate()
-        {
-            if starts[kind] {
-                change(&mut state, Change::Start(direction));
-                // No range reaches the last MSR of all: its end would wrap.
-                state.reach[kind] = (at + self.length).min(u64::from(u32::MAX));
-                state.cost += 1;
-            }
+        let directions = [Direction::Read, Direction::Write, Direction::Both];
+        for (direction, _) in directions.into_iter().zip(starts).filter(|(_, start)| *start) {
+            change(&mut state, Change::Start(direction));
+            state.cost += 1;
+        }
+        for (reach, _) in state.reach.iter_mut().zip(starts).filter(|(_, start)| *start) {
+            // No range reaches the last MSR of all: its end would wrap.
+            *reach = (at + self.length).min(u64::from(u32::MAX));
         }
         state
     }

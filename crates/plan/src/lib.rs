@@ -25,6 +25,10 @@
 //! Knows nothing of text. What no filter can stop is named in [`Plan::notes`].
 #![no_std]
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
 
 extern crate alloc;
 

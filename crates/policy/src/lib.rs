@@ -23,6 +23,10 @@
 //! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), the guest's
 //! [`cpuid::Cpuid`], and traces line by line.
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
 
 pub mod number;
 mod diagnostic;
