@@ -16,9 +16,12 @@ A policy in short:
   default = \"allow\"                    # or \"deny\"
 
   [[rule]]
-  msr   = \"IA32_BIOS_SIGN_ID\"          # a name, a glob, a class (@pmu), a number, a range, or a list of these
-  read  = { value = \"0x100000000\" }    # allow, deny, zero, host, { value }, { shadow }, { mask }, { handler }
-  write = \"ignore\"                     # allow, deny, ignore, shadow, { mask }, { only }, { once }, { handler }";
+  # a name, a glob, a class (@pmu), a number, a range, or a list of these
+  msr   = \"IA32_BIOS_SIGN_ID\"
+  # allow, deny, zero, host, { value }, { shadow }, { mask }, { handler }
+  read  = { value = \"0x100000000\" }
+  # allow, deny, ignore, shadow, { mask }, { only }, { once }, { handler }
+  write = \"ignore\"";
 
 /// An MSR firewall for KVM guests: says what each model-specific register of a guest gets, and proves it.
 #[derive(Parser)]

@@ -156,7 +156,13 @@ impl Policy {
             1..=4 => format!("rules at {}", rules.join(", ")),
             n => format!("{n} rules, the first at {}", rules.first().map_or("?", |place| place)),
         };
-        format!("{direction} of {}: {} accesses, {rules}", group.range, group.accesses)
+        {
+            let accesses = match group.accesses {
+                1 => "1 access".to_owned(),
+                n => format!("{n} accesses"),
+            };
+            format!("{direction} of {}: {accesses}, {rules}", group.range)
+        }
     }
 
     /// File and line of a rule, by its number.

@@ -81,7 +81,7 @@ fn too_many_ranges_are_told_with_groups_and_places() {
     assert!(
         diagnostic
             .message
-            .contains("reads of 0x20000: 1 accesses, rules at p.toml:9"),
+            .contains("reads of 0x20000: 1 access, rules at p.toml:9"),
         "{}",
         diagnostic.message
     );
