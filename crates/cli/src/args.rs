@@ -227,7 +227,8 @@ pub(crate) enum ModeArg {
 }
 
 const RUN_AFTER: &str = "\
-The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it.
+The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it, but for SIGUSR1, which
+prints the summary so far on standard error; it is printed at the end too.
 VMMs that make system calls without the C library (static programs, Go) are refused: nothing can be put between
 them and the kernel in this way.
 
@@ -244,6 +245,15 @@ pub(crate) struct RunArgs {
     /// MSRs that KVM does not know read as zero and ignore writes, for this VMM's guests alone
     #[arg(long)]
     pub(crate) ignore_unknown: bool,
+    /// Write down each access that the policy decides: JSON Lines, or for people on standard error with `-`
+    #[arg(long, value_name = "FILE|-")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Have the guest's instruction pointer in the trace, which costs a system call for each access
+    #[arg(long, requires = "trace")]
+    pub(crate) rip: bool,
+    /// Print the summary as one JSON object, the last line of standard error
+    #[arg(long)]
+    pub(crate) json: bool,
     /// The VMM and its arguments
     #[arg(required = true, last = true, value_name = "VMM")]
     pub(crate) command: Vec<OsString>,

@@ -1,21 +1,31 @@
 //! `run`: an unmodified VMM under a policy.
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
+use std::{fs, io};
 
-use msrgate_core::{ReadAction, WriteAction};
-use msrgate_hook::{Handover, VARIABLE};
+use msrgate_core::{Log, ReadAction, WriteAction};
+use msrgate_hook::{Handover, VARIABLE, Wanted};
 use msrgate_plan::{DecisionMap, Plan};
+use msrgate_policy::trace::{self, Header};
 
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::run::record::{Record, Trace};
 
 mod child;
 mod library;
 mod program;
+mod record;
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
+
+/// How often events are taken from the vCPUs' rings: a ring holds what a vCPU can do in some 40 ms.
+const DRAIN: Duration = Duration::from_millis(10);
 
 pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let map = policy(args)?;
@@ -25,18 +35,52 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let program = program::find(name)?;
     program::check(&program)?;
     let library = library::find()?;
-    machine(&map)?;
+    let plan = plan(&map)?;
 
-    let machine =
-        |error: std::io::Error| Failure::Line(Exit::Machine, format!("the policy cannot be handed over: {error}"));
-    let handover = Handover::new(&map).map_err(machine)?;
+    let machine = |error: io::Error| {
+        let line = format!("the policy cannot be handed over: {error}");
+        Failure::Line(Exit::Machine, line)
+    };
+    let wanted = Wanted {
+        events: args.trace.is_some(),
+        rip: args.rip,
+    };
+    let handover = Handover::new(&map, wanted).map_err(machine)?;
+    let trace = Trace::new(args.trace.as_deref(), &header(&program, &plan))?;
+    let mut record = Record::new(handover.board(), trace, args.json);
     let mut command = Command::new(&program);
-    child::named(&mut command, name);
     command
+        .arg0(name)
         .args(arguments)
         .env(VARIABLE, handover.variable().map_err(machine)?)
         .env(LD_PRELOAD, preloaded(library.into_os_string()));
-    child::run(command, &program)
+    let every = (wanted.events || logs(&plan)).then_some(DRAIN);
+    let status = child::run(command, &program, every, &mut record)?;
+    record.drain();
+    record.summary();
+    child::end(status)
+}
+
+/// What a trace says of itself.
+fn header(vmm: &Path, plan: &Plan) -> Header {
+    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
+    let kernel = read("/proc/sys/kernel/osrelease");
+    Header {
+        msrgate_trace: trace::VERSION,
+        kernel: kernel.map(|release| format!("Linux {release}")),
+        vmm: Some(vmm.display().to_string()),
+        mode: Some("what the policy decides; what it leaves to the kernel makes no event".to_owned()),
+        policy: Some(load::hex(&plan.hash())),
+        ..Header::default()
+    }
+}
+
+/// Whether some rule wants its accesses told.
+fn logs(plan: &Plan) -> bool {
+    let table = plan.table();
+    let mut logs = table.reads().iter().map(|entry| entry.log);
+    let mut writes = table.writes().iter().map(|entry| entry.log);
+    logs.any(|log| log != Log::None) || writes.any(|log| log != Log::None)
 }
 
 /// What each access of a guest gets.
@@ -54,16 +98,16 @@ fn policy(args: &RunArgs) -> Result<DecisionMap, Failure> {
     Ok(map)
 }
 
-/// What can be known to fail before the VMM starts. A machine without KVM is none of it: the VMM may not need it.
-fn machine(map: &DecisionMap) -> Result<(), Failure> {
+/// The plan, if `run` can carry it out. Whether there is KVM is not asked: the VMM may not need it.
+fn plan(map: &DecisionMap) -> Result<Plan, Failure> {
     let plan = Plan::compile(map).map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
     if let Some(name) = plan.table().handlers().next() {
         return Err(Failure::input(format!(
-            "the policy names the handler `{name}`, which is code of a VMM: a VMM that links msrgate can have it, `run` \
+            "the policy names the handler `{name}`, which is code of a VMM: one that links msrgate can have it, `run` \
              cannot; give the rule another action"
         )));
     }
-    Ok(())
+    Ok(plan)
 }
 
 /// Ahead of what is preloaded already.

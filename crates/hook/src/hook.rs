@@ -3,11 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{EACCES, EBADF, EINTR, EINVAL, c_int, c_uint, c_ulong};
-use msrgate_core::{Filter, Reasons, abi};
+use msrgate_core::{Access, Answer, Event, Filter, Log, Outcome, Reason, Reasons, abi};
 use msrgate_plan::{DecisionMap, Plan};
 
+use crate::board::Board;
+use crate::clock::ticks;
 use crate::descriptor::{Beyond, Descriptors, Object};
-use crate::kernel::{Gate, Kernel, Vcpu, errno, set_errno};
+use crate::kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};
 use crate::turn::{Inside, Turn};
 use crate::user_filter::{self, word};
 use crate::vcpu::{Body, Slots};
@@ -16,6 +18,8 @@ use crate::vm::{Owner, Policy, Vm, is_weaker};
 const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
+const KVM_GET_REGS: u32 = 0x8090_ae81;
 /// Bytes of `struct kvm_enable_cap`.
 const ENABLE_CAP_SIZE: usize = 104;
 
@@ -30,7 +34,16 @@ pub struct Hook<K: Kernel> {
     /// Held over every change of `objects`.
     turn: Turn,
     objects: Mutex<Objects<K::Gate>>,
-    read_policy: Box<dyn Fn() -> Result<DecisionMap, String> + Send + Sync>,
+    setup: Box<dyn Fn() -> Result<Setup, String> + Send + Sync>,
+}
+
+/// What a hook works by.
+#[derive(Debug)]
+pub struct Setup {
+    /// The policy.
+    pub map: DecisionMap,
+    /// Where accesses are written down.
+    pub board: Option<Board>,
 }
 
 /// What descriptors stand for, by number.
@@ -54,8 +67,8 @@ impl<K: Kernel> Hook<K> {
     /// vCPUs that one process may have at a time.
     pub const VCPUS: usize = 1 << 14;
 
-    /// `policy` is asked at the first VM; its error is one line for people.
-    pub fn new(kernel: K, policy: impl Fn() -> Result<DecisionMap, String> + Send + Sync + 'static) -> Hook<K> {
+    /// `setup` is asked at the first VM; its error is one line for people.
+    pub fn new(kernel: K, setup: impl Fn() -> Result<Setup, String> + Send + Sync + 'static) -> Hook<K> {
         Hook {
             kernel,
             descriptors: Descriptors::new(),
@@ -66,7 +79,7 @@ impl<K: Kernel> Hook<K> {
                 vms: Vec::new(),
                 vcpu_descriptors: Vec::new(),
             }),
-            read_policy: Box::new(policy),
+            setup: Box::new(setup),
         }
     }
 
@@ -114,11 +127,50 @@ impl<K: Kernel> Hook<K> {
             if body.vm.owner(&exit) == Owner::Vmm {
                 return result;
             }
-            if body.vcpu.dispatch().is_none() {
+            let Some(answer) = body.vcpu.dispatch() else {
                 return result;
-            }
+            };
+            self.write_down(fd, body, &exit, &answer);
             set_errno(before);
         }
+    }
+
+    /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted.
+    fn write_down(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, answer: &Answer) {
+        let Some(slate) = &body.slate else {
+            body.vm.policy.board.as_ref().inspect(|board| board.without_slate());
+            return;
+        };
+        let wanted = body.wanted.events || answer.log != Log::None;
+        let event = Event {
+            t: if wanted { ticks() } else { 0 },
+            vm: body.vm.number,
+            vcpu: body.id,
+            op: exit.access.op(),
+            msr: exit.access.msr(),
+            value: match (exit.access, answer.outcome) {
+                (Access::Write { value, .. }, _) | (_, Outcome::Value(value)) => value,
+                _ => 0,
+            },
+            reason: Reason::from_bits(exit.reason),
+            did: answer.did,
+            why: answer.why,
+            rule: answer.rule,
+            rip: if wanted && body.wanted.rip { self.rip(fd) } else { None },
+        };
+        slate.count(&event);
+        if wanted {
+            slate.push(&event, answer.log);
+        }
+    }
+
+    /// Where the guest is: at the instruction, until KVM_RUN completes it.
+    fn rip(&self, vcpu: c_int) -> Option<u64> {
+        // `struct kvm_regs`: sixteen general registers, RIP, RFLAGS.
+        let mut registers = [0_u64; 18];
+        let address = registers.as_mut_ptr().expose_provenance();
+        let result = self.kernel.ioctl(vcpu, c_ulong::from(KVM_GET_REGS), address);
+        (result == 0).then_some(registers[16])
     }
 
     /// A call that changes what is known: one at a time, and what it calls itself is not looked at.
@@ -157,6 +209,10 @@ impl<K: Kernel> Hook<K> {
     fn refuse(&self, fd: c_int, line: &str) -> c_int {
         self.kernel.say(line);
         self.kernel.close(fd);
+        self.with_objects(|objects| {
+            let board = objects.policy.as_ref().and_then(|policy| policy.board.as_ref());
+            board.inspect(|board| board.refused());
+        });
         set_errno(EACCES);
         -1
     }
@@ -166,9 +222,9 @@ impl<K: Kernel> Hook<K> {
             let policy = match &objects.policy {
                 Some(policy) => Arc::clone(policy),
                 None => {
-                    let map = (self.read_policy)()?;
+                    let Setup { map, board } = (self.setup)()?;
                     let plan = Arc::new(Plan::compile(&map).map_err(|error| error.to_string())?);
-                    Arc::clone(objects.policy.insert(Arc::new(Policy { map, plan })))
+                    Arc::clone(objects.policy.insert(Arc::new(Policy { map, plan, board })))
                 }
             };
             let gate = self.kernel.install(kvm, fd, Arc::clone(&policy.plan))?;
@@ -216,7 +272,16 @@ impl<K: Kernel> Hook<K> {
             let object = objects.vm(number).ok_or("its VM was closed")?;
             let vm = Arc::clone(&object.vm);
             let vcpu = vm.gate.vcpu(fd, id)?;
-            let slot = self.vcpus.put(Body { vm, vcpu });
+            let board = vm.policy.board.as_ref();
+            let slate = board.and_then(Board::slate);
+            let wanted = board.map(Board::wanted).unwrap_or_default();
+            let slot = self.vcpus.put(Body {
+                vm,
+                vcpu,
+                id,
+                slate,
+                wanted,
+            });
             let slot = slot.ok_or_else(|| format!("one process may have {} vCPUs", Self::VCPUS))?;
             self.track(objects, fd, Some(Object::Vcpu(slot))).map_err(|Beyond| {
                 self.vcpus.close(slot);

@@ -34,8 +34,13 @@ mod user_filter;
 mod kernel;
 mod turn;
 mod handover;
+mod board;
+mod mapping;
+mod clock;
 
+pub use board::{Board, Missing, Reader, SLATES, Tally, Wanted};
+pub use clock::Clock;
 pub use descriptor::Descriptors;
-pub use handover::{Handover, HandoverError, VARIABLE};
-pub use hook::Hook;
+pub use handover::{Handover, HandoverError, Received, VARIABLE};
+pub use hook::{Hook, Setup};
 pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};

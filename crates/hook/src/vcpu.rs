@@ -6,6 +6,7 @@ use std::cell::UnsafeCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
+use crate::board::{Slate, Wanted};
 use crate::vm::Vm;
 
 /// What a vCPU's thread needs.
@@ -13,6 +14,10 @@ use crate::vm::Vm;
 pub(crate) struct Body<G, V> {
     pub(crate) vm: Arc<Vm<G>>,
     pub(crate) vcpu: V,
+    pub(crate) id: u32,
+    /// Where its accesses are written down.
+    pub(crate) slate: Option<Slate>,
+    pub(crate) wanted: Wanted,
 }
 
 /// Nobody's.

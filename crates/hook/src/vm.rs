@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use msrgate_core::{ActionTable, Entry, Filter, Msr, Op, ReadAction, Reason, Reasons, Verdict, WriteAction};
 use msrgate_plan::{DecisionMap, Intervals, Plan, PlanError};
 
+use crate::board::Board;
 use crate::kernel::RawExit;
 
 /// A policy as every VM of the process gets it.
@@ -13,6 +14,8 @@ use crate::kernel::RawExit;
 pub(crate) struct Policy {
     pub(crate) map: DecisionMap,
     pub(crate) plan: Arc<Plan>,
+    /// Where accesses are written down.
+    pub(crate) board: Option<Board>,
 }
 
 impl Policy {
@@ -40,15 +43,19 @@ pub(crate) enum Owner {
 pub(crate) struct Vm<G> {
     pub(crate) gate: G,
     pub(crate) policy: Arc<Policy>,
+    /// What events call it.
+    pub(crate) number: u32,
     /// The VMM's own mask, as [`Reasons::bits`].
     mask: AtomicU32,
 }
 
 impl<G> Vm<G> {
     pub(crate) fn new(gate: G, policy: Arc<Policy>) -> Vm<G> {
+        let number = policy.board.as_ref().map_or(0, Board::new_vm);
         Vm {
             gate,
             policy,
+            number,
             mask: AtomicU32::new(0),
         }
     }

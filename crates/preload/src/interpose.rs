@@ -7,8 +7,7 @@
 use std::sync::OnceLock;
 
 use libc::{c_int, c_long, c_uint, c_ulong};
-use msrgate_hook::{Handover, Hook, VARIABLE};
-use msrgate_plan::DecisionMap;
+use msrgate_hook::{Hook, Received, Setup, VARIABLE};
 
 use crate::libc_calls;
 use crate::live::Live;
@@ -17,7 +16,7 @@ use crate::live::Live;
 static HOOK: OnceLock<Hook<Live>> = OnceLock::new();
 
 /// What `msrgate run` handed over, taken before the program can close the descriptor.
-static POLICY: OnceLock<Result<Vec<u8>, String>> = OnceLock::new();
+static RECEIVED: OnceLock<Result<Received, String>> = OnceLock::new();
 
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -25,23 +24,34 @@ static CONSTRUCTOR: extern "C" fn() = constructor;
 
 extern "C" fn constructor() {
     let received = match std::env::var(VARIABLE) {
-        Ok(variable) => Handover::receive(&variable).map_err(|error| error.to_string()),
+        Ok(variable) => Received::from_variable(&variable).map_err(|error| error.to_string()),
         Err(_) => Err(format!("{VARIABLE} is not set: start the VMM by `msrgate run`")),
     };
+    if received
+        .as_ref()
+        .is_ok_and(|received| received.command() == std::os::unix::process::parent_id())
+    {
+        // Who kills the command means the VMM.
+        // SAFETY: takes numbers and touches no memory of ours.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    }
     // The constructor runs once.
-    let _ = POLICY.set(received);
+    let _ = RECEIVED.set(received);
 }
 
-fn policy() -> Result<DecisionMap, String> {
-    let bytes = POLICY.get().ok_or("the library was not initialised")?.as_ref()?;
-    DecisionMap::from_bytes(bytes).map_err(|error| error.to_string())
+fn setup() -> Result<Setup, String> {
+    let received = RECEIVED.get().ok_or("the library was not initialised")?.as_ref()?;
+    Ok(Setup {
+        map: received.map().map_err(|error| error.to_string())?,
+        board: Some(received.board().map_err(|error| error.to_string())?),
+    })
 }
 
 fn hook() -> &'static Hook<Live> {
     HOOK.get_or_init(|| {
         // SAFETY: three functions that live as long as this library, which is never unloaded.
         unsafe { libc::pthread_atfork(Some(forking), Some(forked_parent), Some(forked_child)) };
-        Hook::new(Live, policy)
+        Hook::new(Live, setup)
     })
 }
 

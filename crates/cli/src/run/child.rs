@@ -1,22 +1,24 @@
 //! The VMM as a child that nobody notices: its signals, its stops and its end are this process's own.
 
-use std::ffi::OsStr;
 use std::io;
-use std::os::unix::process::CommandExt;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
+use crate::run::record::Record;
 
-/// What is sent on. Those that cannot be caught act on this process alone; of these, SIGSTOP and SIGKILL, the first
-/// leaves the VMM running, the second takes it along (the library sees to that).
-const PASSED_ON: [Signal; 10] = [
+/// What is caught, and sent on but for SIGUSR1. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running,
+/// the second takes it along, to which the library sees.
+const CAUGHT: [Signal; 10] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,
@@ -32,19 +34,19 @@ const PASSED_ON: [Signal; 10] = [
 /// `si_code` of a signal that the kernel sent, such as a terminal's.
 const SI_KERNEL: i32 = 0x80;
 
-/// The name that the program sees as its own: the one that was typed.
-pub(crate) fn named(command: &mut Command, name: &OsStr) {
-    command.arg0(name);
-}
-
-/// Starts the VMM, waits for its end, and ends as it did.
-pub(crate) fn run(mut command: Command, program: &Path) -> Result<Exit, Failure> {
+/// Starts the VMM and waits for its end. The record is drained every so often; SIGUSR1 has it summed up.
+pub(crate) fn run(
+    mut command: Command,
+    program: &Path,
+    every: Option<Duration>,
+    record: &mut Record<'_>,
+) -> Result<WaitStatus, Failure> {
     let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
-    let mut signals: SigSet = PASSED_ON.into_iter().collect();
+    let mut signals: SigSet = CAUGHT.into_iter().collect();
     signals.add(Signal::SIGCHLD);
     // The child starts with none blocked.
     signals.thread_block().map_err(machine)?;
-    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).map_err(machine)?;
+    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(machine)?;
 
     let child = command.spawn().map_err(|error| {
         let exit = match error.kind() {
@@ -54,32 +56,38 @@ pub(crate) fn run(mut command: Command, program: &Path) -> Result<Exit, Failure>
         Failure::Line(exit, format!("`{}` cannot be started: {error}", program.display()))
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
-    let status = watch(child, &arrived).map_err(|error| {
-        Failure::Line(
-            Exit::Machine,
-            format!("`{}` cannot be waited for: {error}", program.display()),
-        )
-    })?;
-    end(status)
+    watch(child, &arrived, every, record).map_err(|error| {
+        let line = format!("`{}` cannot be waited for: {error}", program.display());
+        Failure::Line(Exit::Machine, line)
+    })
 }
 
 /// Passes signals on until the child has ended.
-fn watch(child: Pid, arrived: &SignalFd) -> Result<WaitStatus, Errno> {
+fn watch(
+    child: Pid,
+    arrived: &SignalFd,
+    every: Option<Duration>,
+    record: &mut Record<'_>,
+) -> Result<WaitStatus, Errno> {
+    let timeout = every.and_then(|every| PollTimeout::try_from(every).ok());
     loop {
-        let signal = match arrived.read_signal() {
-            Ok(Some(signal)) => signal,
-            Ok(None) | Err(Errno::EINTR) => continue,
+        let mut ready = [PollFd::new(arrived.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, timeout.unwrap_or(PollTimeout::NONE)) {
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error),
+        }
+        record.drain();
+        let Some(signal) = arrived.read_signal()? else {
+            continue;
         };
-        match i32::try_from(signal.ssi_signo)
-            .ok()
-            .and_then(|number| Signal::try_from(number).ok())
-        {
+        let number = i32::try_from(signal.ssi_signo).ok();
+        match number.and_then(|number| Signal::try_from(number).ok()) {
             Some(Signal::SIGCHLD) => {
                 if let Some(status) = changed(child)? {
                     return Ok(status);
                 }
             }
+            Some(Signal::SIGUSR1) => record.summary(),
             Some(which) if is_for(&signal, child) => {
                 // It may have ended meanwhile, which SIGCHLD tells.
                 let _ = signal::kill(child, which);
@@ -112,7 +120,7 @@ fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
 }
 
 /// Ends this process as the child ended.
-fn end(status: WaitStatus) -> Result<Exit, Failure> {
+pub(crate) fn end(status: WaitStatus) -> Result<Exit, Failure> {
     let code = match status {
         WaitStatus::Exited(_, code) => code,
         WaitStatus::Signaled(_, signal, _) => {

@@ -2,14 +2,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 
 use libc::{EBUSY, EFAULT, ENOTTY};
-use msrgate_core::{
-    Access, Answer, Backing, Exit, FilterRange, Log, Msr, MsrRange, Op, Ops, Outcome, ReadAction, Reason, Verdict, Why,
-    WriteAction,
-};
+use msrgate_core::{Backing, Exit, FilterRange, Msr, MsrRange, Op, Ops, ReadAction, Verdict, Why, WriteAction};
 use msrgate_plan::{Decision, Intervals};
 
 use super::*;
-use crate::kernel::RawExit;
 
 const KVM: c_int = 3;
 const OTHER: u32 = 0x5401;
@@ -208,7 +204,11 @@ fn policy() -> DecisionMap {
 
 fn hook(map: DecisionMap) -> (Hook<Fake>, Fake) {
     let fake = Fake::default();
-    (Hook::new(fake.clone(), move || Ok(map.clone())), fake)
+    let setup = move || {
+        let (map, board) = (map.clone(), None);
+        Ok(Setup { map, board })
+    };
+    (Hook::new(fake.clone(), setup), fake)
 }
 
 fn ioctl(hook: &Hook<Fake>, fd: c_int, request: u32, argument: usize) -> c_int {

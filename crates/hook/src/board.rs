@@ -1,0 +1,572 @@
+//! What a VMM's process writes down and the command reads, in memory that both have.
+//!
+//! ```text
+//! page 0    what is asked for, how many vCPUs there have been
+//! slate 0   of the first vCPU: counts by MSR and direction, and a ring of events
+//! slate 1   …
+//! ```
+//!
+//! A vCPU's thread is the only one that writes to its slate, and never waits: where the ring is full the event is
+//! counted as lost.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
+
+use crate::mapping::Mapping;
+
+const PAGE: usize = 4096;
+/// vCPUs of one run that have a slate; of further ones it is only counted how many accesses they made.
+pub const SLATES: usize = 512;
+
+/// Words of page 0.
+mod head {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const WANTED: usize = 1;
+    pub(super) const SLATES: usize = 2;
+    pub(super) const VMS: usize = 3;
+    pub(super) const REFUSED: usize = 4;
+    pub(super) const WITHOUT_SLATE: usize = 5;
+}
+
+const MAGIC: u64 = u64::from_le_bytes(*b"msrgateB");
+
+/// Words of a slate.
+mod slate {
+    pub(super) const WRITTEN: usize = 0;
+    pub(super) const READ: usize = 1;
+    pub(super) const LOST: usize = 2;
+    pub(super) const UNCOUNTED: usize = 3;
+    /// After a page, so that the words that both processes write are apart from the rest.
+    pub(super) const TALLIES: usize = super::PAGE / 8;
+    pub(super) const EVENTS: usize = TALLIES + super::TALLIES * super::TALLY;
+}
+
+/// MSRs and directions that a vCPU's accesses are counted for.
+const TALLIES: usize = 1024;
+/// Words of a tally: key, count, value, what was done.
+const TALLY: usize = 4;
+/// How far from its place a tally is looked for.
+const PROBES: usize = 32;
+/// Events that a ring holds.
+const EVENTS: usize = 4096;
+/// Words of an event.
+const EVENT: usize = 8;
+const SLATE_BYTES: usize = (slate::EVENTS + EVENTS * EVENT) * 8;
+const _: () = assert!(SLATE_BYTES.is_multiple_of(PAGE));
+
+/// A word of a list that is long enough by construction; a list that is not is written nowhere.
+fn word(words: &[AtomicU64], at: usize) -> &AtomicU64 {
+    static NOWHERE: AtomicU64 = AtomicU64::new(0);
+    words.get(at).unwrap_or(&NOWHERE)
+}
+
+fn get(words: &[AtomicU64], at: usize) -> u64 {
+    word(words, at).load(Ordering::Relaxed)
+}
+
+fn set(words: &[AtomicU64], at: usize, value: u64) {
+    word(words, at).store(value, Ordering::Relaxed);
+}
+
+/// What is to be written down beside the counts.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Wanted {
+    /// Every access, whatever its rule says of logging.
+    pub events: bool,
+    /// The guest's instruction pointer, which takes a system call for each access.
+    pub rip: bool,
+}
+
+impl Wanted {
+    fn bits(self) -> u64 {
+        u64::from(self.events) | u64::from(self.rip) << 1
+    }
+
+    fn from_bits(bits: u64) -> Wanted {
+        Wanted {
+            events: bits & 1 != 0,
+            rip: bits & 2 != 0,
+        }
+    }
+}
+
+/// The shared memory as a whole.
+#[derive(Debug)]
+pub struct Board {
+    file: File,
+    head: Mapping,
+}
+
+impl Board {
+    /// Bytes of the file.
+    pub(crate) const BYTES: u64 = (PAGE + SLATES * SLATE_BYTES) as u64;
+
+    /// On an empty file of [`Board::BYTES`] bytes.
+    pub(crate) fn new(file: File, wanted: Wanted) -> io::Result<Board> {
+        let board = Board::map(file)?;
+        set(board.head.words(), head::WANTED, wanted.bits());
+        set(board.head.words(), head::MAGIC, MAGIC);
+        Ok(board)
+    }
+
+    /// On a file that the command has made.
+    pub(crate) fn open(file: File) -> io::Result<Board> {
+        let board = Board::map(file)?;
+        if get(board.head.words(), head::MAGIC) != MAGIC {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(board)
+    }
+
+    fn map(file: File) -> io::Result<Board> {
+        let head = Mapping::new(&file, 0, PAGE)?;
+        Ok(Board { file, head })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn wanted(&self) -> Wanted {
+        Wanted::from_bits(get(self.head.words(), head::WANTED))
+    }
+
+    /// Counts a VM, and gives its number.
+    pub(crate) fn new_vm(&self) -> u32 {
+        word(self.head.words(), head::VMS).fetch_add(1, Ordering::Relaxed) as u32
+    }
+
+    /// Counts a VM or vCPU that the VMM did not get.
+    pub(crate) fn refused(&self) {
+        word(self.head.words(), head::REFUSED).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The slate of a new vCPU; `None` where there are no more.
+    pub(crate) fn slate(&self) -> Option<Slate> {
+        let number = word(self.head.words(), head::SLATES).fetch_add(1, Ordering::Relaxed);
+        let number = usize::try_from(number).ok().filter(|number| *number < SLATES)?;
+        let slate = Slate::map(&self.file, number).ok()?;
+        // Touched here, so that no access of the guest waits for the page.
+        set(slate.words(), slate::LOST, 0);
+        Some(slate)
+    }
+
+    /// Counts an access of a vCPU that has no slate.
+    pub(crate) fn without_slate(&self) {
+        word(self.head.words(), head::WITHOUT_SLATE).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many VMs a policy was put in force on.
+    pub fn vms(&self) -> u64 {
+        get(self.head.words(), head::VMS)
+    }
+
+    /// How many VMs and vCPUs the VMM did not get, since nothing could be put in force on them.
+    pub fn refusals(&self) -> u64 {
+        get(self.head.words(), head::REFUSED)
+    }
+
+    /// How many vCPUs there have been.
+    pub fn vcpus(&self) -> u64 {
+        get(self.head.words(), head::SLATES)
+    }
+
+    /// Reads what is on the slates.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader {
+            board: self,
+            slates: Vec::new(),
+        }
+    }
+}
+
+/// One vCPU's part.
+#[derive(Debug)]
+pub(crate) struct Slate(Mapping);
+
+impl Slate {
+    fn map(file: &File, number: usize) -> io::Result<Slate> {
+        Mapping::new(file, (PAGE + number * SLATE_BYTES) as u64, SLATE_BYTES).map(Slate)
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        self.0.words()
+    }
+
+    /// Counts an access. The one thread that has the vCPU calls it, so plain stores will do.
+    pub(crate) fn count(&self, event: &Event) {
+        let words = self.words();
+        let key = 1 << 63 | u64::from(event.msr.0) << 1 | (event.op == Op::Write) as u64;
+        let place = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize;
+        for probe in 0..PROBES {
+            let at = slate::TALLIES + (place + probe) % TALLIES * TALLY;
+            let found = get(words, at);
+            if found != key && found != 0 {
+                continue;
+            }
+            set(words, at + 1, get(words, at + 1).wrapping_add(1));
+            set(words, at + 2, event.value);
+            set(words, at + 3, encode_answer(event));
+            // Who sees the key sees the rest.
+            word(words, at).store(key, Ordering::Release);
+            return;
+        }
+        set(words, slate::UNCOUNTED, get(words, slate::UNCOUNTED).wrapping_add(1));
+    }
+
+    /// Puts an event into the ring. The same thread's.
+    pub(crate) fn push(&self, event: &Event, log: Log) {
+        let words = self.words();
+        let written = get(words, slate::WRITTEN);
+        let read = word(words, slate::READ).load(Ordering::Acquire);
+        if written.wrapping_sub(read) >= EVENTS as u64 {
+            set(words, slate::LOST, get(words, slate::LOST).wrapping_add(1));
+            return;
+        }
+        let at = slate::EVENTS + (written % EVENTS as u64) as usize * EVENT;
+        for (at, value) in (at..).zip(encode(event, log)) {
+            set(words, at, value);
+        }
+        word(words, slate::WRITTEN).store(written.wrapping_add(1), Ordering::Release);
+    }
+}
+
+const DIDS: [Did; 13] = [
+    Did::Allow,
+    Did::Deny,
+    Did::Zero,
+    Did::Value,
+    Did::Shadow,
+    Did::Mask,
+    Did::Host,
+    Did::Handler,
+    Did::Ignore,
+    Did::Only,
+    Did::Once,
+    Did::Pass,
+    Did::Fault,
+];
+
+const WHYS: [Why; 12] = [
+    Why::NoRule,
+    Why::UnknownReason,
+    Why::KernelRefused,
+    Why::HostUnreadable,
+    Why::BitsLocked,
+    Why::ValueNotListed,
+    Why::AlreadyWritten,
+    Why::NoHandler,
+    Why::HandlerFault,
+    Why::HandlerPanicked,
+    Why::ReEntered,
+    Why::ShadowFull,
+];
+
+/// What was done and why, as one word.
+fn encode_answer(event: &Event) -> u64 {
+    let why = event.why.map_or(0, |why| why as u64 + 1);
+    let reason = event.reason.map_or(0, |reason| reason as u64);
+    event.did as u64 | why << 8 | reason << 16
+}
+
+fn decode_answer(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
+    let did = DIDS.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
+    let why = (bits >> 8 & 0xff).checked_sub(1);
+    let why = why.and_then(|why| WHYS.get(why as usize).copied());
+    (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
+}
+
+fn encode(event: &Event, log: Log) -> [u64; EVENT] {
+    let (kind, per_second) = match log {
+        Log::None => (0, 0),
+        Log::All => (1, 0),
+        Log::First => (2, 0),
+        Log::PerSecond(n) => (3, n),
+    };
+    let op = (event.op == Op::Write) as u64;
+    let rip = u64::from(event.rip.is_some());
+    [
+        event.t,
+        event.value,
+        event.rip.unwrap_or(0),
+        u64::from(event.msr.0) | u64::from(event.vm) << 32,
+        u64::from(event.vcpu) | u64::from(event.rule.unwrap_or(u32::MAX)) << 32,
+        encode_answer(event) | op << 24 | rip << 32,
+        kind | u64::from(per_second) << 32,
+        0,
+    ]
+}
+
+/// Whatever the words are, they are some event.
+fn decode(words: [u64; EVENT]) -> (Event, Log) {
+    let [t, value, rip, msr_vm, vcpu_rule, bits, log, _] = words;
+    let high = |word: u64| (word >> 32) as u32;
+    let (did, why, reason) = decode_answer(bits);
+    let event = Event {
+        t,
+        vm: high(msr_vm),
+        vcpu: vcpu_rule as u32,
+        op: if bits >> 24 & 1 == 0 { Op::Read } else { Op::Write },
+        msr: Msr(msr_vm as u32),
+        value,
+        reason,
+        did,
+        why,
+        rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
+        rip: (bits >> 32 & 1 == 1).then_some(rip),
+    };
+    let log = match log & 3 {
+        0 => Log::None,
+        1 => Log::All,
+        2 => Log::First,
+        _ => Log::PerSecond(high(log)),
+    };
+    (event, log)
+}
+
+/// How often an MSR was accessed in one direction, and what the last access got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tally {
+    /// How often.
+    pub count: u64,
+    /// What the last read got or the last write gave.
+    pub value: u64,
+    /// What was done.
+    pub did: Did,
+    /// Why it faulted where the policy does not say `deny`.
+    pub why: Option<Why>,
+    /// Why the kernel handed it to user space.
+    pub reason: Option<Reason>,
+}
+
+/// What was not written down.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Missing {
+    /// Events that found their ring full.
+    pub events: u64,
+    /// Accesses that are in no tally.
+    pub accesses: u64,
+}
+
+/// The command's view. There is one for a board.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    board: &'a Board,
+    slates: Vec<Slate>,
+}
+
+impl Reader<'_> {
+    /// Maps the slates of vCPUs that are new.
+    fn refresh(&mut self) {
+        let count = usize::try_from(self.board.vcpus()).unwrap_or(SLATES).min(SLATES);
+        while self.slates.len() < count {
+            match Slate::map(&self.board.file, self.slates.len()) {
+                Ok(slate) => self.slates.push(slate),
+                // Next time, perhaps.
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Takes the events that are there, each vCPU's in their order, and gives how many there were.
+    pub fn drain(&mut self, take: &mut dyn FnMut(Event, Log)) -> usize {
+        self.refresh();
+        let mut count = 0;
+        for slate in &self.slates {
+            let words = slate.words();
+            let written = word(words, slate::WRITTEN).load(Ordering::Acquire);
+            let mut read = get(words, slate::READ);
+            // More than a ring holds is what no vCPU's thread wrote.
+            for _ in 0..written.wrapping_sub(read).min(EVENTS as u64) {
+                let at = slate::EVENTS + (read % EVENTS as u64) as usize * EVENT;
+                let (event, log) = decode(std::array::from_fn(|word| get(words, at + word)));
+                take(event, log);
+                count += 1;
+                read = read.wrapping_add(1);
+                word(words, slate::READ).store(read, Ordering::Release);
+            }
+        }
+        count
+    }
+
+    /// The counts by MSR and direction, of all vCPUs together.
+    pub fn tallies(&mut self) -> BTreeMap<(Msr, Op), Tally> {
+        self.refresh();
+        let mut tallies: BTreeMap<(Msr, Op), Tally> = BTreeMap::new();
+        for slate in &self.slates {
+            let words = slate.words();
+            for at in (slate::TALLIES..slate::EVENTS).step_by(TALLY) {
+                let key = word(words, at).load(Ordering::Acquire);
+                if key == 0 {
+                    continue;
+                }
+                let op = if key & 1 == 0 { Op::Read } else { Op::Write };
+                let (count, value) = (get(words, at + 1), get(words, at + 2));
+                let (did, why, reason) = decode_answer(get(words, at + 3));
+                tallies
+                    .entry((Msr((key >> 1) as u32), op))
+                    .and_modify(|tally| tally.count = tally.count.wrapping_add(count))
+                    .or_insert(Tally {
+                        count,
+                        value,
+                        did,
+                        why,
+                        reason,
+                    });
+            }
+        }
+        tallies
+    }
+
+    /// What was not written down.
+    pub fn missing(&mut self) -> Missing {
+        self.refresh();
+        let sum = |at| {
+            self.slates
+                .iter()
+                .map(|slate| get(slate.words(), at))
+                .fold(0, u64::wrapping_add)
+        };
+        Missing {
+            events: sum(slate::LOST),
+            accesses: sum(slate::UNCOUNTED).wrapping_add(get(self.board.head.words(), head::WITHOUT_SLATE)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn board(wanted: Wanted) -> Board {
+        Board::new(crate::handover::memfd(c"test", Board::BYTES).unwrap(), wanted).unwrap()
+    }
+
+    fn event(msr: u32) -> Event {
+        Event {
+            t: 1,
+            vm: 2,
+            vcpu: 3,
+            op: Op::Write,
+            msr: Msr(msr),
+            value: u64::MAX,
+            reason: Some(Reason::Invalid),
+            did: Did::Fault,
+            why: Some(Why::ShadowFull),
+            rule: Some(4),
+            rip: Some(5),
+        }
+    }
+
+    #[test]
+    fn words_of_what_was_done_are_the_numbers_of_the_types() {
+        for (number, did) in DIDS.iter().enumerate() {
+            assert_eq!(*did as usize, number);
+        }
+        for (number, why) in WHYS.iter().enumerate() {
+            assert_eq!(*why as usize, number);
+        }
+    }
+
+    #[test]
+    fn events_are_read_as_they_were_written() {
+        let bare = Event {
+            op: Op::Read,
+            reason: None,
+            why: None,
+            rule: None,
+            rip: None,
+            did: Did::Allow,
+            ..event(0xffff_ffff)
+        };
+        for log in [Log::None, Log::All, Log::First, Log::PerSecond(u32::MAX)] {
+            for event in [event(7), bare] {
+                assert_eq!(decode(encode(&event, log)), (event, log));
+            }
+        }
+        // What nobody wrote is still an event.
+        let _ = decode([u64::MAX; EVENT]);
+    }
+
+    #[test]
+    fn what_finds_the_ring_full_is_counted_and_the_rest_kept_in_order() {
+        let board = board(Wanted::default());
+        let slate = board.slate().unwrap();
+        let mut reader = board.reader();
+        let full = EVENTS as u32;
+        for round in 0..3 {
+            (0..full + 10).for_each(|msr| slate.push(&event(msr), Log::None));
+            let mut seen = Vec::new();
+            assert_eq!(reader.drain(&mut |event, _| seen.push(event.msr.0)), EVENTS);
+            assert_eq!(seen, (0..full).collect::<Vec<u32>>());
+            assert_eq!(reader.missing().events, 10 * (round + 1));
+        }
+        assert_eq!(reader.drain(&mut |_, _| ()), 0);
+    }
+
+    #[test]
+    fn accesses_are_counted_by_msr_and_direction_over_all_vcpus() {
+        let board = board(Wanted::default());
+        let slates = [board.slate().unwrap(), board.slate().unwrap()];
+        for slate in &slates {
+            slate.count(&event(0x8b));
+            slate.count(&Event {
+                op: Op::Read,
+                ..event(0x8b)
+            });
+            slate.count(&event(0x8b));
+        }
+        let tallies = board.reader().tallies();
+        let counts: Vec<_> = tallies.iter().map(|(key, tally)| (*key, tally.count)).collect();
+        assert_eq!(counts, [((Msr(0x8b), Op::Read), 2), ((Msr(0x8b), Op::Write), 4)]);
+        assert_eq!(tallies[&(Msr(0x8b), Op::Write)].why, Some(Why::ShadowFull));
+    }
+
+    #[test]
+    fn what_has_no_place_is_counted_as_such() {
+        let board = board(Wanted::default());
+        let slate = board.slate().unwrap();
+        (0..3000).for_each(|msr| slate.count(&event(msr)));
+        let mut reader = board.reader();
+        let counted: u64 = reader.tallies().values().map(|tally| tally.count).sum();
+        assert!(counted <= TALLIES as u64);
+        assert_eq!(counted + reader.missing().accesses, 3000);
+        for _ in 1..SLATES {
+            assert!(board.slate().is_some());
+        }
+        assert!(board.slate().is_none());
+        board.without_slate();
+        assert_eq!(counted + reader.missing().accesses, 3001);
+    }
+
+    #[test]
+    fn a_writer_and_a_reader_at_once_lose_nothing_that_is_not_counted() {
+        let board = board(Wanted::default());
+        let slate = board.slate().unwrap();
+        let total = 200_000;
+        let done = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                (0..total).for_each(|msr| slate.push(&event(msr), Log::All));
+                done.store(1, Ordering::Release);
+            });
+            let mut reader = board.reader();
+            let (mut seen, mut last) = (0, None);
+            loop {
+                let ended = done.load(Ordering::Acquire) == 1;
+                seen += reader.drain(&mut |event, _| {
+                    assert!(last < Some(event.msr.0), "{last:?} {}", event.msr);
+                    last = Some(event.msr.0);
+                });
+                if ended {
+                    break;
+                }
+            }
+            assert_eq!(seen as u64 + reader.missing().events, u64::from(total));
+        });
+    }
+}
