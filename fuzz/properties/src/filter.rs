@@ -81,7 +81,7 @@ fn make_call(call: u32, input: &mut Input<'_>, vm: &Vm, kernel: &mut Kernel, msr
     };
     let argp = match input.byte() {
         255 => 0,
-        254 => input.u64() | STEP * 32,
+        254 => input.u64().max(STEP * 32),
         253 => {
             structure.pop();
             ARGP
@@ -135,7 +135,7 @@ fn filter(input: &mut Input<'_>, compat: bool, memory: &mut Memory, msrs: &mut B
     }
     let mut near = 0x170;
     for slot in 1..=16 {
-        if input.byte() % 4 == 0 {
+        if input.byte() < 64 {
             // An empty slot, whose other words mean nothing.
             bytes.extend([padding; 4]);
             bytes.extend([0; 4]);

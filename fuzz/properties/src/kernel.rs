@@ -122,7 +122,7 @@ impl Kernel {
             if flags != 1 && flags != 2 && flags != 3 {
                 return Err(EINVAL);
             }
-            let longs = (nmsrs(i) + 63) / 64;
+            let longs = nmsrs(i).div_ceil(64);
             if longs * 8 > 1536 {
                 return Err(EINVAL);
             }
