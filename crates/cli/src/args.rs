@@ -179,13 +179,13 @@ pub(crate) struct VerifyArgs {
     #[arg(long, value_name = "SECONDS", group = "what")]
     pub(crate) swap: Option<u64>,
     /// Try every MSR of the ranges, not their boundaries alone
-    #[arg(long, requires = "policies")]
+    #[arg(long, conflicts_with_all = ["random", "interception", "swap"])]
     pub(crate) full: bool,
     /// What the random calls follow from; one that is printed where it is left out
-    #[arg(long, value_name = "S", requires = "random")]
+    #[arg(long, value_name = "S", conflicts_with_all = ["policies", "interception", "swap"])]
     pub(crate) seed: Option<u64>,
     /// Accesses under each random filter that is accepted
-    #[arg(long, value_name = "K", requires = "random", default_value_t = 24)]
+    #[arg(long, value_name = "K", conflicts_with_all = ["policies", "interception", "swap"], default_value_t = 24)]
     pub(crate) accesses: usize,
     /// The kernel that the engine takes after; that of this machine's version where it is left out
     #[arg(long, value_enum)]

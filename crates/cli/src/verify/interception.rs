@@ -1,20 +1,22 @@
 //! What the hardware passes through, against the engine's bitmaps.
 //!
-//! An access that does not leave the guest is not counted by the kernel's `exits` statistic.
+//! An access that does not leave the guest is not counted by the kernel's `exits` statistic. Each MSR is counted before
+//! there is a filter that denies it, under one, and after it.
 
 use std::io;
+use std::sync::Arc;
 
 use msrgate_core::{Access, Candidate, Filter, FilterRange, Msr, MsrRange, Op, Ops, Outcome, Verdict};
 use msrgate_engine::{Intercepts, Vcpu as EngineVcpu, Vendor, Vm};
 use msrgate_guest::{Guest, GuestError};
 use msrgate_kvm::raw::{Arena, Caller};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::call::{Call, PAGES, Place, RawFilter, RawRange};
 use super::guest_failed;
 use super::host::Host;
 use super::live::Machine;
-use super::report::{Disagreement, Report};
+use super::report::{Disagreement, Report, Table};
 use crate::exit::{Exit, Failure};
 
 /// Accesses of one count.
@@ -72,7 +74,11 @@ pub(super) fn run(machine: &Machine, host: &Host, report: &mut Report) -> Result
             row(&mut counter, vendor, report, &mut rows, (Msr(msr), op, name))?;
         }
     }
-    report.more.push(("interception", Value::Array(rows)));
+    report.table = Some(Table {
+        name: "interception",
+        columns: &["msr", "name", "op", "before", "under", "after", "user", "bitmap"],
+        rows,
+    });
     Ok(())
 }
 
@@ -91,18 +97,21 @@ fn row(
     counter: &mut Counter,
     vendor: Vendor,
     report: &mut Report,
-    rows: &mut Vec<Value>,
+    rows: &mut Vec<Vec<Value>>,
     (msr, op, name): (Msr, Op, &str),
 ) -> Result<(), Failure> {
-    let vm = std::sync::Arc::new(Vm::new());
+    let vm = Arc::new(Vm::new());
     let mut vcpu = EngineVcpu::new(
-        std::sync::Arc::clone(&vm),
+        Arc::clone(&vm),
         match vendor {
             Vendor::Intel => Intercepts::vmx(candidates(vendor)),
             Vendor::Amd => Intercepts::svm(candidates(vendor)),
         },
     );
-    let mut cells = Vec::new();
+    let mut exits: Vec<Value> = Vec::new();
+    let mut asked = 0;
+    let mut bitmap: Vec<&str> = Vec::new();
+    let word = |intercepted: bool| if intercepted { "intercepted" } else { "passed" };
     for when in [When::Before, When::Under, When::After] {
         match when {
             When::Before => {}
@@ -125,7 +134,6 @@ fn row(
         let left = count.exits >= TIMES;
         let expected_asked = if when == When::Under { TIMES } else { 0 };
         if left != intercepts || count.asked != expected_asked {
-            let word = |intercepted: bool| if intercepted { "intercepted" } else { "passed through" };
             report.disagreements.push(Disagreement {
                 what: format!("{op} {msr} {name}, {when:?} the filter"),
                 live: format!("{} exits, {} to user space, of {TIMES}", count.exits, count.asked),
@@ -134,12 +142,13 @@ fn row(
                 case: None,
             });
         }
-        cells.push(json!({ "exits": count.exits, "user": count.asked, "bitmap": intercepts }));
+        exits.push(count.exits.into());
+        asked += count.asked;
+        bitmap.push(word(intercepts));
     }
-    let mut row = json!({ "msr": msr.to_string(), "name": name, "op": op.name() });
-    for (key, cell) in ["before", "under", "after"].into_iter().zip(cells) {
-        row[key] = cell;
-    }
+    let mut row: Vec<Value> = vec![msr.to_string().into(), name.into(), op.name().into()];
+    row.extend(exits);
+    row.extend([asked.into(), bitmap.join(", ").into()]);
     rows.push(row);
     Ok(())
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::host::Host;
 use crate::args::ModeArg;
 use crate::exit::{Exit, Failure};
+use crate::render;
 
 /// A difference between the live kernel and the engine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -21,6 +22,15 @@ pub(super) struct Disagreement {
     pub(super) case: Option<String>,
 }
 
+/// Rows that one kind of run adds.
+#[derive(Debug)]
+pub(super) struct Table {
+    /// The key in JSON.
+    pub(super) name: &'static str,
+    pub(super) columns: &'static [&'static str],
+    pub(super) rows: Vec<Vec<Value>>,
+}
+
 /// What was run, and what was found.
 #[derive(Debug)]
 pub(super) struct Report {
@@ -29,6 +39,7 @@ pub(super) struct Report {
     profile: &'static str,
     mode: &'static str,
     pub(super) seed: Option<u64>,
+    /// Random calls that were made.
     pub(super) candidates: u64,
     /// Filters that were installed.
     pub(super) filters: u64,
@@ -39,8 +50,7 @@ pub(super) struct Report {
     pub(super) bypasses: u64,
     /// What could not be looked at, and why.
     pub(super) skipped: Vec<String>,
-    /// Lines that a kind of run adds: name and value.
-    pub(super) more: Vec<(&'static str, Value)>,
+    pub(super) table: Option<Table>,
     pub(super) disagreements: Vec<Disagreement>,
 }
 
@@ -60,7 +70,7 @@ impl Report {
             errnos: 0,
             bypasses: 0,
             skipped: Vec::new(),
-            more: Vec::new(),
+            table: None,
             disagreements: Vec::new(),
         }
     }
@@ -97,6 +107,7 @@ impl Report {
             "profile": self.profile,
             "mode": self.mode,
             "seed": self.seed,
+            "candidates": self.candidates,
             "filters": self.filters,
             "accesses": self.accesses,
             "errnos": self.errnos,
@@ -104,8 +115,16 @@ impl Report {
             "skipped": self.skipped,
             "disagreements": disagreements.collect::<Vec<_>>(),
         });
-        for (name, value) in &self.more {
-            object[*name] = value.clone();
+        if let Some(table) = &self.table {
+            let row = |row: &Vec<Value>| {
+                table
+                    .columns
+                    .iter()
+                    .map(|name| (*name).to_owned())
+                    .zip(row.clone())
+                    .collect()
+            };
+            object[table.name] = table.rows.iter().map(row).map(Value::Object).collect();
         }
         object
     }
@@ -126,20 +145,21 @@ impl Report {
         for line in &self.skipped {
             writeln!(out, "skipped: {line}")?;
         }
-        for (name, value) in &self.more {
-            match value {
-                Value::Array(rows) => {
-                    for row in rows {
-                        writeln!(out, "{name}: {}", row.as_str().map_or(row.to_string(), str::to_owned))?;
-                    }
-                }
-                value => writeln!(out, "{name}: {value}")?,
+        if let Some(table) = &self.table {
+            let mut text = render::table(table.columns);
+            for row in &table.rows {
+                text.add_row(
+                    row.iter()
+                        .map(|cell| cell.as_str().map_or(cell.to_string(), str::to_owned)),
+                );
             }
+            writeln!(out, "{}", render::text(&text))?;
         }
         if self.bypasses > 0 {
             writeln!(
                 out,
-                "known: {} writes of 0x6e0 (IA32_TSC_DEADLINE) passed the filter by: this kernel completes them ahead of it",
+                "known: writes of 0x6e0 (IA32_TSC_DEADLINE) pass the filter by, {} here: this kernel completes them ahead \
+                 of it",
                 self.bypasses
             )?;
         }

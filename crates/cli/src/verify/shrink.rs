@@ -159,10 +159,13 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
             });
         };
         push(&|range| range.at = Place::Mapped);
-        push(&|range| range.flags = 3);
         push(&|range| range.flags &= 3);
+        push(&|range| range.flags = 3);
+        // All alike, zeros rather than ones: never from zeros back to ones.
         push(&|range| range.bitmap.fill(0));
-        push(&|range| range.bitmap.fill(0xff));
+        if range.bitmap.iter().any(|byte| *byte != 0) {
+            push(&|range| range.bitmap.fill(0xff));
+        }
         // Halves, then single MSRs, from either end.
         for less in [range.nmsrs / 2, 64, 1] {
             if less == 0 || less >= range.nmsrs {
