@@ -3,9 +3,11 @@
 use msrgate_core::{Access, Msr, Op, Ops, Outcome};
 
 use crate::hypervisor::{
-    Came, FILTER, Hypervisor, INVALID, JUNK, KERNEL_GS_BASE, RunMsr, SYSENTER_CS, UNKNOWN, UNKNOWN_MSR, everywhere,
+    Came, FILTER, Hypervisor, INVALID, JUNK, RunMsr, SYSENTER_CS, UNKNOWN, UNKNOWN_MSR, X2APIC_ID, everywhere,
     on_the_kernel,
 };
+
+const PAT: Msr = Msr(0x277);
 
 #[test]
 fn every_mask_hands_over_the_reasons_that_it_has_and_the_others_fault() {
@@ -18,8 +20,8 @@ fn every_mask_hands_over_the_reasons_that_it_has_and_the_others_fault() {
                 (FILTER, vm.write(SYSENTER_CS, 5)),
                 (UNKNOWN_MSR, vm.read(UNKNOWN)),
                 (UNKNOWN_MSR, vm.write(UNKNOWN, 5)),
-                // Not canonical.
-                (INVALID, vm.write(KERNEL_GS_BASE, 1 << 63)),
+                (INVALID, vm.read(X2APIC_ID)),
+                (INVALID, vm.write(X2APIC_ID, 0)),
             ];
             for (reason, came) in failing {
                 match came {
@@ -37,10 +39,11 @@ fn every_mask_hands_over_the_reasons_that_it_has_and_the_others_fault() {
 fn denied_beats_unknown_and_invalid() {
     everywhere(|vm| {
         vm.mask(7).unwrap();
-        vm.deny(Ops::BOTH, &[UNKNOWN, KERNEL_GS_BASE]);
+        vm.deny(Ops::BOTH, &[UNKNOWN, PAT]);
         assert_eq!(vm.read(UNKNOWN).reason(), 4);
         assert_eq!(vm.write(UNKNOWN, 1).reason(), 4);
-        assert_eq!(vm.write(KERNEL_GS_BASE, 1 << 63).reason(), 4);
+        // No memory type has the number 2.
+        assert_eq!(vm.write(PAT, 2).reason(), 4);
     });
 }
 
@@ -164,6 +167,7 @@ fn ignore_msrs_hides_unknown_msrs_and_neither_denied_nor_invalid_ones() {
         assert!(matches!(vm.write(UNKNOWN, 1), Came::Done { .. }));
         assert_eq!(vm.read(Msr(UNKNOWN.0 + 1)).reason(), 4);
         assert_eq!(vm.read(SYSENTER_CS).reason(), 4);
-        assert_eq!(vm.write(KERNEL_GS_BASE, 1 << 63).reason(), 1);
+        assert_eq!(vm.read(X2APIC_ID).reason(), 1);
+        assert_eq!(vm.write(PAT, 2).reason(), 1);
     });
 }

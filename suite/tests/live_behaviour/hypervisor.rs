@@ -12,6 +12,8 @@ use crate::raw_filter::{Range, capability, filter, placed};
 
 /// No processor has it.
 pub(crate) const UNKNOWN: Msr = Msr(0xdead_beef);
+/// Of x2APIC, which the guest has not: KVM refuses it as invalid.
+pub(crate) const X2APIC_ID: Msr = Msr(0x802);
 /// Passed through where the hardware can.
 pub(crate) const SYSENTER_CS: Msr = Msr(0x174);
 /// Likewise.

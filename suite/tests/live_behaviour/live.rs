@@ -37,8 +37,10 @@ pub(crate) struct Live {
     pub(crate) guest: Guest,
     pub(crate) mode: Mode,
     options: Options,
+    /// Whether the guest stands elsewhere than behind a list of accesses.
+    astray: bool,
     /// The registers before the guest's RDMSR and before its WRMSR, for the last access of its list.
-    before: [kvm_regs; 2],
+    pub(crate) before: [kvm_regs; 2],
 }
 
 impl Live {
@@ -77,6 +79,7 @@ impl Live {
             guest,
             mode,
             options,
+            astray: false,
             before: before.try_into().unwrap(),
         }
     }
@@ -145,6 +148,7 @@ impl Live {
     pub(crate) fn restored(&self, saved: &Saved) -> Live {
         let mut live = Live::new(&self.kernel, self.mode, self.options.clone());
         saved.restore(live.fd());
+        live.astray = true;
         live
     }
 }
@@ -232,6 +236,7 @@ impl Hypervisor for Live {
             Op::Read => self.before[0],
             Op::Write => self.before[1],
         };
+        self.astray = true;
         let fd = self.fd();
         // What waits would be completed into the new registers.
         fd.set_kvm_immediate_exit(1);
@@ -395,7 +400,10 @@ impl Hypervisor for Live {
     fn batch(&mut self, accesses: &[Access], answer: &mut dyn FnMut(Access) -> Outcome) -> Batch {
         assert!(self.other.is_none());
         let vcpu = self.guest.vcpu(0).unwrap();
-        vcpu.reset().unwrap();
+        if self.astray {
+            vcpu.reset().unwrap();
+            self.astray = false;
+        }
         let seen = vcpu.run(accesses, &mut |pending| {
             let outcome = answer(pending.access());
             pending.answer(outcome);

@@ -18,3 +18,5 @@ mod coverage;
 mod deflection;
 mod completion;
 mod draining;
+mod concurrency;
+mod interception;
