@@ -1,6 +1,8 @@
 //! A live VM without a filter: the MSRs behind the engine's filter.
 
 use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
 use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
@@ -129,10 +131,8 @@ impl Backing for Twin {
     }
 
     fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
-        use std::os::unix::fs::FileExt;
         let mut bytes = [0; 8];
-        let read =
-            std::fs::File::open("/dev/cpu/0/msr").and_then(|file| file.read_exact_at(&mut bytes, u64::from(msr.0)));
+        let read = File::open("/dev/cpu/0/msr").and_then(|file| file.read_exact_at(&mut bytes, u64::from(msr.0)));
         read.map(|()| u64::from_le_bytes(bytes))
             .map_err(|_| Why::HostUnreadable)
     }

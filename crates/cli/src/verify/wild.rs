@@ -181,11 +181,9 @@ fn range(rng: &mut Rng, slot: usize, near: u32) -> RawRange {
         10 => rng.within(1, MAX_RANGE_MSRS),
         // Up to the last index, and to where the end is 0 or a little behind it.
         11..13 if base > u32::MAX - MAX_RANGE_MSRS => {
+            // 1 to 12288.
             let exact = base.wrapping_neg();
-            rng.within(
-                exact.saturating_sub(1).max(1),
-                exact.saturating_add(2).min(MAX_RANGE_MSRS).max(1),
-            )
+            rng.within((exact - 1).max(1), (exact + 2).min(MAX_RANGE_MSRS))
         }
         _ => rng.within(1, 4),
     };
