@@ -46,7 +46,7 @@ struct Options {
 }
 
 /// Runs the guests that `arguments` ask for, and prints what they saw.
-pub fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), Box<dyn Error>> {
+pub(crate) fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), Box<dyn Error>> {
     let options = parse(arguments)?;
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;

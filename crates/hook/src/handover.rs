@@ -100,11 +100,6 @@ impl Received {
         })
     }
 
-    /// The process that handed it over.
-    pub fn command(&self) -> u32 {
-        u32::try_from(self.board.command).unwrap_or(0)
-    }
-
     /// The policy.
     ///
     /// # Errors

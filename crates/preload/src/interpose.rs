@@ -27,14 +27,6 @@ extern "C" fn constructor() {
         Ok(variable) => Received::from_variable(&variable).map_err(|error| error.to_string()),
         Err(_) => Err(format!("{VARIABLE} is not set: start the VMM by `msrgate run`")),
     };
-    if received
-        .as_ref()
-        .is_ok_and(|received| received.command() == std::os::unix::process::parent_id())
-    {
-        // Who kills the command means the VMM.
-        // SAFETY: takes numbers and touches no memory of ours.
-        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    }
     // The constructor runs once.
     let _ = RECEIVED.set(received);
 }

@@ -17,7 +17,7 @@ use crate::exit::{Exit, Failure};
 use crate::run::record::Record;
 
 /// What is caught, and sent on but for SIGUSR1. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running,
-/// the second takes it along, to which the library sees.
+/// the second takes it along.
 const CAUGHT: [Signal; 10] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -44,7 +44,8 @@ pub(crate) fn run(
     let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
     let mut signals: SigSet = CAUGHT.into_iter().collect();
     signals.add(Signal::SIGCHLD);
-    // The child starts with none blocked.
+    // Before they are blocked: the child starts as this process did.
+    msrgate_hook::bind(&mut command).map_err(|error| Failure::Line(Exit::Machine, error.to_string()))?;
     signals.thread_block().map_err(machine)?;
     let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(machine)?;
 

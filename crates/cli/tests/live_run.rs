@@ -1,0 +1,326 @@
+//! `run` on this machine's KVM, with a VMM that knows nothing of msrgate. Skipped where /dev/kvm does not open, unless
+//! MSRGATE_LANE_REQUIRE is 1.
+
+mod command;
+mod live;
+#[path = "../../../examples/small_vmm.rs"]
+mod small_vmm;
+
+use std::fs;
+use std::process::Command;
+
+use command::{Folder, Ran, count, list, program, text};
+use live::kvm_opens;
+use serde_json::Value;
+
+/// Has this test's own program be the VMM: the value is the VMM's arguments.
+const VMM: &str = "MSRGATE_TEST_VMM";
+
+#[test]
+fn vmm() {
+    let Ok(arguments) = std::env::var(VMM) else { return };
+    let result = small_vmm::main_with(arguments.split(' ').map(str::to_owned));
+    if let Err(error) = result {
+        eprintln!("small_vmm: {error}");
+        std::process::exit(9);
+    }
+    std::process::exit(0);
+}
+
+fn ready() -> bool {
+    let beside = program().with_file_name("deps").join("libmsrgate_preload.so");
+    let named = std::env::var_os("MSRGATE_PRELOAD").is_some();
+    // A lane brings what it was told to.
+    if std::env::var_os("MSRGATE_LANE").is_some() && !named && !beside.exists() {
+        println!("skipped: the lane has no {}", beside.display());
+        return false;
+    }
+    kvm_opens()
+}
+
+/// The VMM by itself.
+fn bare(vmm: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "vmm", "--nocapture"]).env(VMM, vmm);
+    command
+}
+
+/// The VMM under `run`.
+fn under(folder: &Folder, options: &[&str], vmm: &str) -> Ran {
+    let mut command = folder.command(&["run"]);
+    let this = bare(vmm);
+    command
+        .args(options)
+        .arg("--")
+        .arg(this.get_program())
+        .args(this.get_args());
+    Ran::of(command.env(VMM, vmm))
+}
+
+/// What the guests saw.
+fn seen(ran: &Ran) -> Vec<&str> {
+    let lines = ran.out.lines();
+    lines
+        .filter(|line| line.starts_with("rdmsr") || line.starts_with("wrmsr"))
+        .collect()
+}
+
+fn with_policy(text: &str) -> Folder {
+    let folder = Folder::furnished();
+    folder.write("policy.toml", format!("version = 1\nname = \"test\"\n{text}"));
+    folder
+}
+
+/// The summary of `--json`.
+fn summary(ran: &Ran) -> Value {
+    let last = ran.err.lines().last().unwrap_or_default();
+    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {}", ran.err))
+}
+
+const MICROCODE: &[&str] = &["-p", "policies/fixed-microcode.toml"];
+
+#[test]
+fn a_guest_sees_what_the_policy_says_and_the_kernels_own_for_the_rest() {
+    if !ready() {
+        return;
+    }
+    let accesses = "r:0x8b w:0x8b=7 r:0x8b w:0x174=8 r:0x174 r:0xdeadbeef";
+    let without = Ran::of(&mut bare(accesses)).code(0);
+    assert_ne!(seen(&without)[0], "rdmsr 0x8b 0x100000000000000");
+    let ran = under(&Folder::furnished(), MICROCODE, accesses).code(0);
+    let expected = [
+        "rdmsr 0x8b 0x100000000000000",
+        "wrmsr 0x8b done",
+        "rdmsr 0x8b 0x100000000000000",
+        "wrmsr 0x174 done",
+        "rdmsr 0x174 0x8",
+        "rdmsr 0xdeadbeef fault",
+    ];
+    assert_eq!(seen(&ran), expected);
+}
+
+#[test]
+fn a_vmms_own_filter_and_handlers_go_on_and_no_other_exit_reaches_it() {
+    if !ready() {
+        return;
+    }
+    let options = ["-p", "policies/fixed-microcode.toml", "--ignore-unknown"];
+    // It would panic on an exit of another MSR or reason.
+    let ran = under(
+        &Folder::furnished(),
+        &options,
+        "--filter --vcpus 3 r:0x35 r:0x8b r:0xdeadbeef w:0xdeadbeef=1 w:0x10a=1",
+    )
+    .code(0);
+    let each = [
+        "rdmsr 0x35 0x20004",
+        "rdmsr 0x8b 0x100000000000000",
+        "rdmsr 0xdeadbeef 0x0",
+        "wrmsr 0xdeadbeef done",
+    ];
+    for vcpu in seen(&ran).chunks(5) {
+        assert_eq!(vcpu[..4], each);
+    }
+    assert_eq!(seen(&ran).len(), 15);
+}
+
+#[test]
+fn actions_with_a_memory_keep_it_for_each_vcpu() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(
+        r#"default = "deny"
+[[rule]]
+msr = "0x174"
+read = { shadow = "0x11" }
+write = "shadow"
+[[rule]]
+msr = "0x175"
+read = "allow"
+write = { once = true }
+[[rule]]
+msr = "0x176"
+read = { mask = { keep = "0xff", set = "0x100" } }
+write = { only = ["0x33"] }
+"#,
+    );
+    let accesses =
+        "--vcpus 2 r:0x174 w:0x174=5 r:0x174 w:0x175=6 w:0x175=7 r:0x175 w:0x176=0x33 w:0x176=0x34 r:0x176 r:0x10";
+    let ran = under(&folder, &["-p", "policy.toml"], accesses).code(0);
+    let each = [
+        "rdmsr 0x174 0x11",
+        "wrmsr 0x174 done",
+        "rdmsr 0x174 0x5",
+        "wrmsr 0x175 done",
+        "wrmsr 0x175 fault",
+        "rdmsr 0x175 0x6",
+        "wrmsr 0x176 done",
+        "wrmsr 0x176 fault",
+        "rdmsr 0x176 0x133",
+        "rdmsr 0x10 fault",
+    ];
+    assert_eq!(seen(&ran), [each, each].concat());
+}
+
+#[test]
+fn unknown_msrs_are_ignored_for_this_vm_alone_and_named_in_the_summary() {
+    if !ready() {
+        return;
+    }
+    let parameter = || fs::read_to_string("/sys/module/kvm/parameters/ignore_msrs").ok();
+    let before = parameter();
+    let accesses = "r:0xdeadbeef w:0xdeadbeef=1 r:0xdeadbeef r:0x10b0";
+    let without = Ran::of(&mut bare(accesses)).code(0);
+    if before.as_deref() != Some("Y\n") {
+        assert!(seen(&without).iter().all(|line| line.ends_with("fault")), "{without:?}");
+    }
+    let ran = under(&Folder::furnished(), &["--ignore-unknown", "--json"], accesses).code(0);
+    let expected = [
+        "rdmsr 0xdeadbeef 0x0",
+        "wrmsr 0xdeadbeef done",
+        "rdmsr 0xdeadbeef 0x0",
+        "rdmsr 0x10b0 0x0",
+    ];
+    assert_eq!(seen(&ran), expected);
+    assert_eq!(parameter(), before);
+    let summary = summary(&ran);
+    let rows: Vec<_> = list(&summary, "by_msr")
+        .iter()
+        .map(|row| {
+            (
+                text(row, "msr"),
+                text(row, "op"),
+                count(row, "count"),
+                text(row, "reason"),
+                text(row, "did"),
+            )
+        })
+        .collect();
+    let expected = [
+        ("0x10b0", "rdmsr", 1, "unknown", "zero"),
+        ("0xdeadbeef", "rdmsr", 2, "unknown", "zero"),
+        ("0xdeadbeef", "wrmsr", 1, "unknown", "ignore"),
+    ];
+    assert_eq!(rows, expected);
+    assert_eq!((count(&summary, "vms"), count(&summary, "vcpus")), (1, 1));
+}
+
+#[test]
+fn a_trace_has_each_access_that_the_policy_decides() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let options = ["-p", "policies/fixed-microcode.toml", "--trace", "trace.jsonl", "--rip"];
+    under(&folder, &options, "--vcpus 2 r:0x8b w:0x8b=7 r:0x174").code(0);
+    let file = fs::File::open(folder.path().join("trace.jsonl")).unwrap();
+    let lines = msrgate_policy::trace::Lines::new(std::io::BufReader::new(file)).unwrap();
+    assert!(lines.header().policy.is_some());
+    let events: Vec<_> = lines.map(Result::unwrap).collect();
+    for vcpu in 0..2 {
+        let mut events = events.iter().filter(|event| event.vcpu == vcpu);
+        let (read, write) = (events.next().unwrap(), events.next().unwrap());
+        assert_eq!((read.msr.0, read.value, read.did.name()), (0x8b, 1 << 56, "value"));
+        assert_eq!((write.msr.0, write.value, write.did.name()), (0x8b, 7, "ignore"));
+        assert!(
+            read.t <= write.t && read.rip < write.rip && read.rip.is_some(),
+            "{read:?} {write:?}"
+        );
+        assert!(events.next().is_none());
+    }
+}
+
+#[test]
+fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let accesses = vec!["r:0x8b"; 700].join(" ");
+    let options = ["-p", "policies/fixed-microcode.toml", "--trace", "/dev/full", "--json"];
+    let ran = under(&folder, &options, &accesses);
+    // The header does not fit either, and that shows before a guest runs.
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+
+    let options = [
+        "-p",
+        "policies/fixed-microcode.toml",
+        "--trace",
+        "trace.jsonl",
+        "--json",
+    ];
+    let ran = under(&folder, &options, &accesses).code(0);
+    assert_eq!(seen(&ran).len(), 700);
+    let written = fs::read_to_string(folder.path().join("trace.jsonl"))
+        .unwrap()
+        .lines()
+        .count() as u64
+        - 1;
+    let summary = summary(&ran);
+    assert_eq!(written + count(&summary["lost"], "events"), 700);
+    assert_eq!(count(&list(&summary, "by_msr")[0], "count"), 700);
+}
+
+#[test]
+fn what_a_rule_logs_is_told_without_a_trace() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(
+        "default = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"zero\"\nlog = \"first\"\n\
+         [[rule]]\nmsr = \"0x174\"\nwrite = \"deny\"\nlog = \"all\"\n",
+    );
+    let ran = under(&folder, &["-p", "policy.toml"], "r:0x8b r:0x8b w:0x174=3 w:0x174=4").code(0);
+    let told = |what: &str| ran.err.lines().filter(|line| line.contains(what)).count();
+    assert_eq!(
+        told("rdmsr(0x8b IA32_BIOS_SIGN_ID) = 0x0 zero rule 0"),
+        1,
+        "{}",
+        ran.err
+    );
+    assert_eq!(
+        told("wrmsr(0x174 IA32_SYSENTER_CS, 0x3) = #GP deny rule 1"),
+        1,
+        "{}",
+        ran.err
+    );
+    assert_eq!(told("wrmsr(0x174"), 2, "{}", ran.err);
+}
+
+#[test]
+fn a_vmms_filter_that_does_not_fit_beside_the_policy_fails_at_its_ioctl() {
+    if !ready() {
+        return;
+    }
+    let rules: String = (0..16)
+        .map(|slot| {
+            format!(
+                "[[rule]]\nmsr = \"{:#x}\"\nread = \"zero\"\n",
+                0x4000_0000 + (slot << 20)
+            )
+        })
+        .collect();
+    let folder = with_policy(&format!("default = \"allow\"\n{rules}"));
+    let ran = under(&folder, &["-p", "policy.toml"], "--filter r:0x35");
+    assert_eq!(ran.code, Some(9), "{}", ran.err);
+    ran.says(&["the VMM's own MSR filter is refused: together with it the policy needs 17 filter ranges"]);
+}
+
+#[test]
+fn where_the_policy_cannot_be_put_in_force_there_is_no_vm() {
+    if !ready() {
+        return;
+    }
+    if fs::metadata("/dev/cpu/0/msr").is_ok() {
+        println!("skipped: this machine has /dev/cpu/0/msr");
+        return;
+    }
+    let folder = with_policy("default = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"host\"\n");
+    let ran = under(&folder, &["-p", "policy.toml"], "r:0x8b");
+    assert_eq!(ran.code, Some(9), "{}", ran.err);
+    ran.says(&[
+        "msrgate: no VM is made: /dev/cpu/0/msr does not open",
+        "Permission denied",
+    ]);
+}

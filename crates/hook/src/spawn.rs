@@ -1,0 +1,45 @@
+//! The VMM's process, as its child-to-be leaves the command.
+
+#![expect(unsafe_code, reason = "system calls between fork and exec")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::ptr;
+
+/// Has the child start with the signals blocked that the calling thread has blocked at this call, and not with those
+/// that it blocks afterwards; and has it killed where the thread that starts it ends before it does.
+///
+/// # Errors
+/// The kernel's.
+pub fn bind(command: &mut Command) -> io::Result<()> {
+    let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: with no set to apply the call only writes the old one, to where it is told.
+    let result = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), mask.as_mut_ptr()) };
+    if result != 0 {
+        return Err(io::Error::from_raw_os_error(result));
+    }
+    // SAFETY: the call succeeded, so it filled the set.
+    let mask = unsafe { mask.assume_init() };
+    let parent = std::process::id();
+    let before_exec = move || {
+        // SAFETY: reads a set that lives over the call, and is async-signal-safe, as all must be after a fork.
+        let result = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, ptr::null_mut()) };
+        if result != 0 {
+            return Err(io::Error::from_raw_os_error(result));
+        }
+        // SAFETY: takes numbers and touches no memory of ours.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The parent may have ended before that.
+        if std::os::unix::process::parent_id() != parent {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes three system calls, takes no lock and allocates nothing: its errors are plain numbers.
+    unsafe { command.pre_exec(before_exec) };
+    Ok(())
+}
