@@ -6,7 +6,9 @@ use msrgate_core::{Access, Candidate, Filter, FilterRange, Msr, MsrRange, Ops, O
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 use msrgate_guest::{Mode, Options};
 
-use crate::hypervisor::{FILTER, Hypervisor, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, UNKNOWN, everywhere};
+use crate::hypervisor::{
+    FILTER, Hypervisor, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, UNKNOWN, everywhere, on_the_kernel,
+};
 use crate::kernel::{Kernel, Module};
 use crate::live::Live;
 
@@ -146,7 +148,7 @@ fn a_passed_through_msr_keeps_its_value_while_it_is_denied_and_is_reached_again(
         let reads = msrs.map(|msr| Access::Read { msr });
         let writes = |value| msrs.map(|msr| Access::Write { msr, value });
         let nobody = &mut |access: Access| -> Outcome { panic!("{access:x?}") };
-        let seen = vm.batch(&writes(0x1234_5670), nobody);
+        let seen = vm.batch(&writes(0x5670), nobody);
         assert_eq!(seen, [(Outcome::Done, 0); 5]);
         for round in 0..3 {
             vm.deny(Ops::BOTH, &msrs);
@@ -157,12 +159,32 @@ fn a_passed_through_msr_keeps_its_value_while_it_is_denied_and_is_reached_again(
             assert_eq!(seen, [(Outcome::Done, 4); 5], "round {round}");
             vm.install(&Filter::allow_all());
             let seen = vm.batch(&reads, nobody);
-            assert_eq!(seen, [(Outcome::Value(0x1234_5670), 0); 5], "round {round}");
+            assert_eq!(seen, [(Outcome::Value(0x5670), 0); 5], "round {round}");
         }
         // In one direction alone.
         vm.deny(Ops::WRITE, &msrs);
-        assert_eq!(vm.batch(&reads, nobody), [(Outcome::Value(0x1234_5670), 0); 5]);
+        assert_eq!(vm.batch(&reads, nobody), [(Outcome::Value(0x5670), 0); 5]);
         assert_eq!(vm.batch(&writes(1), &mut |_| Outcome::Fault), [(Outcome::Fault, 4); 5]);
+    });
+}
+
+#[test]
+fn a_bad_value_for_a_passed_through_msr_never_comes_to_the_kernel() {
+    on_the_kernel(|live| {
+        // Not canonical. A processor faults; QEMU's emulation takes it.
+        let write = Access::Write {
+            msr: KERNEL_GS_BASE,
+            value: 1 << 63,
+        };
+        let module = live.kernel.module;
+        let vm: &mut dyn Hypervisor = live;
+        vm.mask(7).unwrap();
+        let reason = if module == Module::Software { 1 } else { 0 };
+        let seen = vm.batch(&[write], &mut |_| Outcome::Fault);
+        assert_eq!(seen[0].1, reason);
+        // It does where it is denied.
+        vm.deny(Ops::BOTH, &[KERNEL_GS_BASE]);
+        assert_eq!(vm.batch(&[write], &mut |_| Outcome::Fault), [(Outcome::Fault, 4)]);
     });
 }
 
