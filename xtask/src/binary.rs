@@ -59,7 +59,11 @@ pub(crate) fn released() -> Result<PathBuf, String> {
     Ok(program.executable)
 }
 
-fn built(arguments: &[&str]) -> Result<Vec<Binary>, String> {
+/// Runs a cargo command and says what it built.
+///
+/// # Errors
+/// That it does not compile; the compiler has spoken by then.
+pub(crate) fn built(arguments: &[&str]) -> Result<Vec<Binary>, String> {
     let mut command = process::bound("cargo");
     command.args(arguments).arg("--message-format=json-render-diagnostics");
     command.current_dir(crate::root()).stderr(Stdio::inherit());

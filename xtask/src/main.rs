@@ -2,6 +2,7 @@
 //!
 //! - `test` is what continuous integration runs: formatting, lints, tests, documentation, the build
 //!   without std, licences, and the tests that need a live KVM, in every lane that this machine has.
+//! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
 //!   on a machine that needs no virtualization of its own.
 #![forbid(unsafe_code)]
@@ -10,6 +11,9 @@ mod test;
 
 mod binary;
 mod no_std;
+mod checker;
+mod fuzz;
+mod toolchain;
 
 mod job;
 mod lane;
@@ -39,6 +43,13 @@ enum Chore {
     /// Run every check and test; the last line counts them
     #[command(after_help = test::HELP)]
     Test(test::Arguments),
+    /// Look for inputs that break filters, policies, traces or maps
+    #[command(after_help = fuzz::HELP)]
+    Fuzz(fuzz::Arguments),
+    /// Run the tests of the crates with unsafe code under AddressSanitizer, or else valgrind
+    CheckMemory,
+    /// Replace a filter in every order of steps, under loom
+    CheckOrders,
     /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
     #[command(after_help = job::HELP)]
     Nested(job::NestedArguments),
@@ -50,6 +61,9 @@ enum Chore {
 fn main() -> ExitCode {
     match Arguments::parse().chore {
         Chore::Test(arguments) => test::main(&arguments),
+        Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
+        Chore::CheckMemory => test::tell(checker::memory()),
+        Chore::CheckOrders => test::tell(checker::orders()),
         Chore::Nested(arguments) => lane::main(lane::Lane::Nested, &arguments.into()),
         Chore::Intel(arguments) => lane::main(lane::Lane::Intel, &arguments.into()),
     }

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{no_std, process};
+use crate::{checker, fuzz, no_std, process};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -49,6 +49,12 @@ enum Stage {
     NoStd,
     /// Licences and sources of dependencies
     Deny,
+    /// Every order in which a filter is replaced, under loom
+    Loom,
+    /// A few seconds of libFuzzer for each target
+    Fuzz,
+    /// Tests of the crates with unsafe code under a memory checker
+    Memory,
     /// Live tests on this machine's KVM
     Host,
     /// Live tests on kvm_amd in an emulator
@@ -65,7 +71,7 @@ impl Stage {
 }
 
 /// How a stage ended.
-enum Ending {
+pub(crate) enum Ending {
     /// Its checks or tests ran; a check counts as one.
     Ran { count: Count, note: String },
     /// It could not run, and why.
@@ -131,6 +137,24 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         }
     }
     sum_up(&reports)
+}
+
+/// Prints how a chore of its own ended. Fails where anything failed, and where it could not run.
+pub(crate) fn tell(result: Result<Ending, String>) -> ExitCode {
+    match result {
+        Ok(Ending::Ran { count, note }) => {
+            println!("{count}; {note}");
+            if count.failed == 0 {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Ok(Ending::Skipped(why)) | Err(why) => {
+            eprintln!("xtask: {why}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 impl Report {
@@ -211,6 +235,9 @@ fn run(stage: Stage, series: Option<Series>) -> Ending {
         ),
         (Stage::NoStd, _) => no_std::build().map(|(built, note)| one(built, note)),
         (Stage::Deny, _) => deny(),
+        (Stage::Loom, _) => checker::orders(),
+        (Stage::Fuzz, _) => fuzz::short(),
+        (Stage::Memory, _) => checker::memory(),
         (Stage::Host, _) => host(),
         (Stage::Nested, Some(series)) => emulated(Lane::Nested, series),
         (Stage::Intel, Some(series)) => emulated(Lane::Intel, series),
@@ -235,13 +262,13 @@ fn one(passed: bool, note: String) -> Ending {
     }
 }
 
-fn cargo(arguments: &[&str]) -> Command {
+pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = process::bound("cargo");
     command.args(arguments).current_dir(crate::root());
     command
 }
 
-fn watched(command: &mut Command) -> Result<(bool, String), String> {
+pub(crate) fn watched(command: &mut Command) -> Result<(bool, String), String> {
     let (status, text) =
         process::watch(command).map_err(|error| format!("cannot run {}: {error}", process::shown(command)))?;
     Ok((status.success(), text))
@@ -371,7 +398,7 @@ fn on_this_machine(binary: &Binary, settings: &[(&str, &str)]) -> Result<Count, 
 }
 
 /// What one binary's run counts, where one that broke off has failed.
-fn checked(text: &str, passed: bool) -> Count {
+pub(crate) fn checked(text: &str, passed: bool) -> Count {
     let mut count = binary::counted(text);
     if !passed && count.failed == 0 || !text.contains("test result: ") {
         count.failed += 1;
