@@ -18,7 +18,7 @@ mod swap;
 mod twin;
 mod wild;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -44,6 +44,10 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
     if let Some(candidates) = args.random {
         let seed = args.seed.unwrap_or_else(seed_of_now);
         report.seed = Some(seed);
+        if args.seed.is_none() {
+            // Before anything can go wrong that it is needed for.
+            writeln!(io::stderr(), "msrgate: seed {seed}")?;
+        }
         random::run(&machine, &host, &mut report, seed, candidates, args.accesses)?;
     } else if let Some(seconds) = args.swap {
         swap::run(&machine, &mut report, Duration::from_secs(seconds))?;
