@@ -2,7 +2,7 @@
 //!
 //! A [`Case`] installs a policy or a raw filter, lets the guest make accesses and says what comes of each. An
 //! [`Implementation`] runs it and says what it saw, as far as it can: a filter knows verdicts but no outcomes, the
-//! oracle knows no errno. [`check`] compares. The cases are in `testdata/cases`, their format in `testdata/README.md`;
+//! oracle knows no errno. [`check()`] compares. The cases are in `testdata/cases`, their format in `testdata/README.md`;
 //! they are compiled in, so that a test binary runs where the sources are not.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 

@@ -54,13 +54,10 @@ impl Live {
     pub(crate) fn new(kernel: &Kernel, mode: Mode, options: Options) -> Live {
         let kvm = Kvm::new().unwrap();
         let mut guest = Guest::new(&kvm, mode, &options).unwrap();
-        let mask = |mask: u64| {
-            let cap = kvm_bindings::kvm_enable_cap {
-                cap: kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR,
-                args: [mask, 0, 0, 0],
-                ..Default::default()
-            };
-            cap
+        let mask = |mask: u64| kvm_bindings::kvm_enable_cap {
+            cap: kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR,
+            args: [mask, 0, 0, 0],
+            ..Default::default()
         };
         guest.vm().enable_cap(&mask(UNKNOWN_MSR)).unwrap();
         let accesses = [Access::Read { msr: UNKNOWN }, Access::Write { msr: UNKNOWN, value: 0 }];
