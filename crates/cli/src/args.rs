@@ -238,10 +238,16 @@ this program, in deps/ beside it, and in ../lib/msrgate/.";
 #[derive(ClapArgs)]
 pub(crate) struct RunArgs {
     /// Policy file
-    #[arg(short, long, value_name = "POLICY", required_unless_present = "ignore_unknown")]
+    #[arg(short, long, value_name = "POLICY", required_unless_present_any = ["ignore_unknown", "learn"])]
     pub(crate) policy: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    /// Change nothing: write down the first touch of each MSR that the policy does not leave to the kernel
+    #[arg(long, requires = "policy", conflicts_with = "ignore_unknown")]
+    pub(crate) audit: bool,
+    /// Change nothing, without a policy: write down the first touch of every MSR, in the trace
+    #[arg(long, requires = "trace", conflicts_with_all = ["policy", "audit", "ignore_unknown"])]
+    pub(crate) learn: bool,
     /// MSRs that KVM does not know read as zero and ignore writes, for this VMM's guests alone
     #[arg(long)]
     pub(crate) ignore_unknown: bool,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use std::{fs, io};
 
 use msrgate_core::{Log, ReadAction, WriteAction};
-use msrgate_hook::{Handover, VARIABLE, Wanted};
+use msrgate_hook::{Handover, Mode, VARIABLE, Wanted};
 use msrgate_plan::{DecisionMap, Plan};
 use msrgate_policy::trace::{self, Header};
 
@@ -41,13 +41,19 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         let line = format!("the policy cannot be handed over: {error}");
         Failure::Line(Exit::Machine, line)
     };
+    let mode = match (args.audit, args.learn) {
+        (true, _) => Mode::Audit,
+        (_, true) => Mode::Learn,
+        _ => Mode::Enforce,
+    };
     let wanted = Wanted {
+        mode,
         events: args.trace.is_some(),
         rip: args.rip,
     };
     let handover = Handover::new(&map, wanted).map_err(machine)?;
-    let trace = Trace::new(args.trace.as_deref(), &header(&program, &plan))?;
-    let mut record = Record::new(handover.board(), trace, args.json);
+    let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, &plan))?;
+    let mut record = Record::new(handover.board(), trace, mode, args.json);
     let mut command = Command::new(&program);
     command
         .arg0(name)
@@ -62,15 +68,28 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
 }
 
 /// What a trace says of itself.
-fn header(vmm: &Path, plan: &Plan) -> Header {
+fn header(vmm: &Path, mode: Mode, plan: &Plan) -> Header {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
     let kernel = read("/proc/sys/kernel/osrelease");
     Header {
         msrgate_trace: trace::VERSION,
         kernel: kernel.map(|release| format!("Linux {release}")),
         vmm: Some(vmm.display().to_string()),
-        mode: Some("what the policy decides; what it leaves to the kernel makes no event".to_owned()),
-        policy: Some(load::hex(&plan.hash())),
+        mode: Some(
+            match mode {
+                Mode::Enforce => "what the policy decides; what it leaves to the kernel makes no event",
+                Mode::Audit => {
+                    "the first touch of each MSR and direction that the policy does not leave to the kernel, with what \
+                     the policy would do; the guest gets the kernel's own answer, and values read are the host's view"
+                }
+                Mode::Learn => {
+                    "the first touch of each MSR and direction; the guest gets the kernel's own answer, and values read \
+                     are the host's view"
+                }
+            }
+            .to_owned(),
+        ),
+        policy: (mode != Mode::Learn).then(|| load::hex(&plan.hash())),
         ..Header::default()
     }
 }

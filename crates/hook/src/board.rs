@@ -72,9 +72,24 @@ fn set(words: &[AtomicU64], at: usize, value: u64) {
     word(words, at).store(value, Ordering::Relaxed);
 }
 
-/// What is to be written down beside the counts.
+/// What becomes of what the policy decides.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Mode {
+    /// It is in force.
+    #[default]
+    Enforce,
+    /// Nothing: the first touch of each MSR that the policy does not leave to the kernel is written down, with what the
+    /// policy would do, and the guest gets what it gets without a policy.
+    Audit,
+    /// Nothing: the first touch of every MSR is written down.
+    Learn,
+}
+
+/// What is to be done, and written down beside the counts.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Wanted {
+    /// Whether the policy is in force.
+    pub mode: Mode,
     /// Every access, whatever its rule says of logging.
     pub events: bool,
     /// The guest's instruction pointer, which takes a system call for each access.
@@ -83,11 +98,16 @@ pub struct Wanted {
 
 impl Wanted {
     fn bits(self) -> u64 {
-        u64::from(self.events) | u64::from(self.rip) << 1
+        u64::from(self.events) | u64::from(self.rip) << 1 | (self.mode as u64) << 2
     }
 
     fn from_bits(bits: u64) -> Wanted {
         Wanted {
+            mode: match bits >> 2 {
+                0 => Mode::Enforce,
+                1 => Mode::Audit,
+                _ => Mode::Learn,
+            },
             events: bits & 1 != 0,
             rip: bits & 2 != 0,
         }

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{EACCES, EBADF, EINTR, EINVAL, c_int, c_uint, c_ulong};
-use msrgate_core::{Access, Answer, Event, Filter, Log, Outcome, Reason, Reasons, abi};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_core::{Access, Answer, Event, Log, Msr, Outcome, Reason, Reasons, abi};
+use msrgate_plan::DecisionMap;
 
 use crate::board::Board;
 use crate::clock::ticks;
@@ -13,15 +13,19 @@ use crate::kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};
 use crate::turn::{Inside, Turn};
 use crate::user_filter::{self, word};
 use crate::vcpu::{Body, Slots};
-use crate::vm::{Owner, Policy, Vm, is_weaker};
+use crate::vm::{Owner, Policy, State, Touch, Vm, is_weaker};
 
 const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
 const KVM_GET_REGS: u32 = 0x8090_ae81;
+/// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
 /// Bytes of `struct kvm_enable_cap`.
 const ENABLE_CAP_SIZE: usize = 104;
+
+const REFUSED: &str = "the VMM's call fails";
 
 type BodyOf<K> = Body<<K as Kernel>::Gate, <<K as Kernel>::Gate as Gate>::Vcpu>;
 
@@ -58,9 +62,6 @@ struct Objects<G> {
 struct VmObject<G> {
     vm: Arc<Vm<G>>,
     descriptors: u32,
-    /// The VMM's own filter.
-    filter: Option<Filter>,
-    told: bool,
 }
 
 impl<K: Kernel> Hook<K> {
@@ -124,7 +125,18 @@ impl<K: Kernel> Hook<K> {
             let Some(exit) = body.vcpu.exit() else {
                 return result;
             };
-            if body.vm.owner(&exit) == Owner::Vmm {
+            let owner = match body.vm.owner(&exit) {
+                Owner::Watch => match self.touched(fd, body, &exit) {
+                    Ok(None) => {
+                        set_errno(before);
+                        continue;
+                    }
+                    Ok(Some(owner)) => owner,
+                    Err(error) => return failed(error),
+                },
+                owner => owner,
+            };
+            if owner == Owner::Vmm {
                 return result;
             }
             let Some(answer) = body.vcpu.dispatch() else {
@@ -132,6 +144,57 @@ impl<K: Kernel> Hook<K> {
             };
             self.write_down(fd, body, &exit, &answer);
             set_errno(before);
+        }
+    }
+
+    /// The guest touched what is watched: it is written down and opened, and the guest does it again. Gives whose the
+    /// exit is where it is to be answered after all.
+    fn touched(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit) -> Result<Option<Owner>, c_int> {
+        let _inside = Inside::enter();
+        let (msr, op) = (exit.access.msr(), exit.access.op());
+        let mut state = body.vm.state();
+        match body.vm.touch(&state, msr, op) {
+            Touch::Denied => return Ok(Some(body.vm.owner_of_denied())),
+            Touch::Open => {}
+            Touch::First => {
+                state.open.insert((msr, op));
+                let mask = body.vm.mask();
+                if self
+                    .compose(&body.vm, &mut state, mask, "the guest gets a fault")
+                    .is_err()
+                {
+                    state.open.remove(&(msr, op));
+                    return Ok(Some(Owner::Policy));
+                }
+                let (did, rule) = body.vm.policy.would(msr, op);
+                let answer = Answer {
+                    outcome: match exit.access {
+                        Access::Read { .. } => Outcome::Value(self.host_view(fd, msr)),
+                        Access::Write { .. } => Outcome::Done,
+                    },
+                    did,
+                    why: None,
+                    rule,
+                    log: Log::None,
+                };
+                self.write_down(fd, body, exit, &answer);
+            }
+        }
+        if state.cannot_open(msr, op) {
+            return Ok(Some(Owner::Policy));
+        }
+        drop(state);
+        body.vcpu.take_back(fd).map(|()| None)
+    }
+
+    /// The kernel's value of an MSR; 0 where it gives none. The guest's own RDMSR may get another.
+    fn host_view(&self, vcpu: c_int, msr: Msr) -> u64 {
+        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
+        let mut one = [1, u64::from(msr.0), 0];
+        let address = one.as_mut_ptr().expose_provenance();
+        match self.kernel.ioctl(vcpu, c_ulong::from(KVM_GET_MSRS), address) {
+            1 => one[2],
+            _ => 0,
         }
     }
 
@@ -223,11 +286,13 @@ impl<K: Kernel> Hook<K> {
                 Some(policy) => Arc::clone(policy),
                 None => {
                     let Setup { map, board } = (self.setup)()?;
-                    let plan = Arc::new(Plan::compile(&map).map_err(|error| error.to_string())?);
-                    Arc::clone(objects.policy.insert(Arc::new(Policy { map, plan, board })))
+                    let policy = Policy::new(map, board).map_err(|error| error.to_string())?;
+                    Arc::clone(objects.policy.insert(Arc::new(policy)))
                 }
             };
-            let gate = self.kernel.install(kvm, fd, Arc::clone(&policy.plan))?;
+            let plan = policy.composed(&State::default(), Reasons::NONE);
+            let plan = Arc::new(plan.map_err(|error| error.to_string())?);
+            let gate = self.kernel.install(kvm, fd, plan)?;
             let number = objects.vms.iter().position(Option::is_none);
             let number = number.unwrap_or_else(|| {
                 objects.vms.push(None);
@@ -237,8 +302,6 @@ impl<K: Kernel> Hook<K> {
                 *place = Some(VmObject {
                     vm: Arc::new(Vm::new(gate, policy)),
                     descriptors: 0,
-                    filter: None,
-                    told: false,
                 });
             }
             let number = u32::try_from(number).map_err(|_| "too many VMs")?;
@@ -299,15 +362,18 @@ impl<K: Kernel> Hook<K> {
             Ok(filter) => filter,
             Err(error) => return failed(error),
         };
-        self.change(number, |object| {
-            self.compose(object, Some(&filter), object.vm.mask())?;
-            let weaker = object.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
-            if weaker && !object.told {
-                object.told = true;
+        self.change(number, |vm, state| {
+            let weaker = state.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
+            let old = state.filter.replace(filter);
+            if let Err(error) = self.compose(vm, state, vm.mask(), REFUSED) {
+                state.filter = old;
+                return Err(error);
+            }
+            if weaker && !state.told {
+                state.told = true;
                 self.kernel
                     .say("the VMM allows MSRs that its own filter denied before; the policy stays in force");
             }
-            object.filter = Some(filter);
             Ok(())
         })
     }
@@ -330,27 +396,33 @@ impl<K: Kernel> Hook<K> {
         let Some(mask) = mask else {
             return failed(EINVAL);
         };
-        self.change(number, |object| {
-            self.compose(object, object.filter.as_ref(), mask)?;
-            object.vm.set_mask(mask);
+        self.change(number, |vm, state| {
+            self.compose(vm, state, mask, REFUSED)?;
+            vm.set_mask(mask);
             Ok(())
         })
     }
 
-    /// Puts in force what policy and VMM say together; on an error what was in force still is.
-    fn compose(&self, object: &VmObject<K::Gate>, filter: Option<&Filter>, mask: Reasons) -> Result<(), c_int> {
-        let plan = object.vm.policy.composed(filter, mask).map_err(|error| {
-            self.kernel.say(&format!(
-                "the VMM's own MSR filter is refused: together with it {error}"
-            ));
+    /// Puts in force what policy and VMM say together; on an error what was in force still is, and `so` is said.
+    fn compose(&self, vm: &Vm<K::Gate>, state: &mut State, mask: Reasons, so: &str) -> Result<(), c_int> {
+        let plan = vm.policy.composed(state, mask).map_err(|error| {
+            self.kernel
+                .say(&format!("{so}: together with the VMM's own MSR filter {error}"));
             libc::E2BIG
         })?;
-        object.vm.gate.replace(Arc::new(plan))
+        let plan = Arc::new(plan);
+        vm.gate.replace(Arc::clone(&plan))?;
+        state.plan = Some(plan);
+        Ok(())
     }
 
-    fn change(&self, number: u32, change: impl FnOnce(&mut VmObject<K::Gate>) -> Result<(), c_int>) -> c_int {
+    fn change(&self, number: u32, change: impl FnOnce(&Vm<K::Gate>, &mut State) -> Result<(), c_int>) -> c_int {
         let before = errno();
-        let result = self.with_objects(|objects| change(objects.vm(number).ok_or(EBADF)?));
+        let vm = self.with_objects(|objects| objects.vm(number).map(|object| Arc::clone(&object.vm)));
+        let Some(vm) = vm else {
+            return failed(EBADF);
+        };
+        let result = change(&vm, &mut vm.state());
         match result {
             Ok(()) => {
                 set_errno(before);

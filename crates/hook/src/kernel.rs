@@ -44,6 +44,8 @@ pub trait Vcpu: Send + 'static {
     fn exit(&self) -> Option<RawExit>;
     /// Answers it; `None` where there is none.
     fn dispatch(&self) -> Option<Answer>;
+    /// Takes it back: what `fd`, the vCPU, does next is the same instruction again. An error is the kernel's errno.
+    fn take_back(&self, fd: c_int) -> Result<(), c_int>;
 }
 
 /// An MSR exit as the kernel gives it.

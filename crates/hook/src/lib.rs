@@ -39,7 +39,7 @@ mod board;
 mod mapping;
 mod clock;
 
-pub use board::{Board, Missing, Reader, SLATES, Tally, Wanted};
+pub use board::{Board, Missing, Mode, Reader, SLATES, Tally, Wanted};
 pub use clock::Clock;
 pub use descriptor::Descriptors;
 pub use handover::{Handover, HandoverError, Received, VARIABLE};

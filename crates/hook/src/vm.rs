@@ -1,31 +1,114 @@
 //! A VM with two owners: the policy and the VMM.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use msrgate_core::{ActionTable, Entry, Filter, Msr, Op, ReadAction, Reason, Reasons, Verdict, WriteAction};
-use msrgate_plan::{DecisionMap, Intervals, Plan, PlanError};
+use msrgate_core::{
+    ActionTable, Did, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
+};
+use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, PlanError};
 
-use crate::board::Board;
+use crate::board::{Board, Mode};
 use crate::kernel::RawExit;
 
 /// A policy as every VM of the process gets it.
 #[derive(Debug)]
 pub(crate) struct Policy {
-    pub(crate) map: DecisionMap,
-    pub(crate) plan: Arc<Plan>,
+    map: DecisionMap,
+    plan: Plan,
+    mode: Mode,
     /// Where accesses are written down.
     pub(crate) board: Option<Board>,
 }
 
 impl Policy {
+    pub(crate) fn new(map: DecisionMap, board: Option<Board>) -> Result<Policy, PlanError> {
+        Ok(Policy {
+            plan: Plan::compile(&map)?,
+            map,
+            mode: board.as_ref().map_or(Mode::Enforce, |board| board.wanted().mode),
+            board,
+        })
+    }
+
     /// The plan that holds for the policy and for a VMM with this filter and mask.
-    pub(crate) fn composed(&self, filter: Option<&Filter>, mask: Reasons) -> Result<Plan, PlanError> {
-        let plan = match filter {
-            None => Plan::clone(&self.plan),
-            Some(filter) => Plan::compile(&self.map.restricted_by(filter))?,
+    pub(crate) fn composed(&self, state: &State, mask: Reasons) -> Result<Plan, PlanError> {
+        let watched;
+        let map = match self.mode {
+            Mode::Enforce => &self.map,
+            Mode::Audit | Mode::Learn => {
+                watched = self.watched(&state.open);
+                &watched
+            }
+        };
+        let plan = match (&state.filter, self.mode) {
+            (None, Mode::Enforce) => self.plan.clone(),
+            (None, _) => Plan::compile(map)?,
+            (Some(filter), _) => Plan::compile(&map.restricted_by(filter))?,
         };
         Ok(plan.handing_over(mask))
+    }
+
+    /// Whether the first touch of an MSR is waited for.
+    fn watches(&self, msr: Msr, op: Op) -> bool {
+        match self.mode {
+            Mode::Enforce => false,
+            Mode::Audit => !self.map.allows(msr, op),
+            Mode::Learn => true,
+        }
+    }
+
+    /// All that is watched is handed over, but for what was touched before.
+    fn watched(&self, open: &BTreeSet<(Msr, Op)>) -> DecisionMap {
+        DecisionMap {
+            reads: self.watched_of(&self.map.reads, open, Op::Read, ReadAction::Allow, ReadAction::Deny),
+            writes: self.watched_of(&self.map.writes, open, Op::Write, WriteAction::Allow, WriteAction::Deny),
+            ..DecisionMap::allow_all()
+        }
+    }
+
+    fn watched_of<A: Clone + Eq>(
+        &self,
+        policy: &Intervals<Decision<A>>,
+        open: &BTreeSet<(Msr, Op)>,
+        op: Op,
+        allow: A,
+        deny: A,
+    ) -> Intervals<Decision<A>> {
+        let handed = Decision {
+            action: deny,
+            rule: None,
+            // A denial that is logged is handed over, where another would stay in the kernel.
+            log: Log::All,
+        };
+        let open = open.iter().filter(|(_, touched)| *touched == op);
+        let open = open.map(|(msr, _)| (MsrRange::single(*msr), Decision::of(allow.clone())));
+        let others = policy.iter().map(|(range, decision)| {
+            let kernels = self.mode == Mode::Audit && decision.action == allow;
+            let decision = if kernels {
+                Decision::of(allow.clone())
+            } else {
+                handed.clone()
+            };
+            (range, decision)
+        });
+        let parts: Vec<_> = open.chain(others).collect();
+        Intervals::first_match(handed.clone(), parts)
+    }
+
+    /// What the policy would do, and by which rule.
+    pub(crate) fn would(&self, msr: Msr, op: Op) -> (Did, Option<u32>) {
+        match op {
+            Op::Read => {
+                let decision = self.map.reads.get(msr);
+                (decision.action.did(), decision.rule)
+            }
+            Op::Write => {
+                let decision = self.map.writes.get(msr);
+                (decision.action.did(), decision.rule)
+            }
+        }
     }
 }
 
@@ -36,6 +119,40 @@ pub(crate) enum Owner {
     Policy,
     /// The VMM's, which asked for it.
     Vmm,
+    /// Nobody's yet: the guest touched what is watched.
+    Watch,
+}
+
+/// What changes while a VM runs.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// The VMM's own filter.
+    pub(crate) filter: Option<Filter>,
+    /// It was said that the VMM weakens its filter.
+    pub(crate) told: bool,
+    /// What was touched.
+    pub(crate) open: BTreeSet<(Msr, Op)>,
+    /// What was put in force last; `None` for what the VM began with.
+    pub(crate) plan: Option<Arc<Plan>>,
+}
+
+impl State {
+    /// Whether the kernel hands over what was opened all the same: no filter range covers the last MSR.
+    pub(crate) fn cannot_open(&self, msr: Msr, op: Op) -> bool {
+        let denies = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
+        self.plan.as_ref().is_some_and(|plan| denies(plan.filter())) && !self.filter.as_ref().is_some_and(denies)
+    }
+}
+
+/// What a touch is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Touch {
+    /// The first one.
+    First,
+    /// Another vCPU was first, and meanwhile it is open.
+    Open,
+    /// The VMM denies it.
+    Denied,
 }
 
 /// What is known of one VM on a vCPU's thread.
@@ -47,6 +164,7 @@ pub(crate) struct Vm<G> {
     pub(crate) number: u32,
     /// The VMM's own mask, as [`Reasons::bits`].
     mask: AtomicU32,
+    state: Mutex<State>,
 }
 
 impl<G> Vm<G> {
@@ -57,7 +175,13 @@ impl<G> Vm<G> {
             policy,
             number,
             mask: AtomicU32::new(0),
+            state: Mutex::default(),
         }
+    }
+
+    /// Held while the plan is replaced; never on the path of an answer.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn mask(&self) -> Reasons {
@@ -77,11 +201,36 @@ impl<G> Vm<G> {
         let Some(reason) = Reason::from_bits(exit.reason) else {
             return Owner::Policy;
         };
-        let decided = decides(self.policy.plan.table(), exit.access.msr(), exit.access.op(), reason);
+        let decided = match (self.policy.mode, reason) {
+            (Mode::Enforce, _) => decides(self.policy.plan.table(), exit.access.msr(), exit.access.op(), reason),
+            (_, Reason::Filter) => return Owner::Watch,
+            _ => false,
+        };
+        self.owner_of_rest(decided, reason)
+    }
+
+    fn owner_of_rest(&self, decided: bool, reason: Reason) -> Owner {
         if !decided && self.mask().contains(reason) {
             Owner::Vmm
         } else {
             Owner::Policy
+        }
+    }
+
+    /// Whose an exit is that the VMM's own filter made.
+    pub(crate) fn owner_of_denied(&self) -> Owner {
+        self.owner_of_rest(false, Reason::Filter)
+    }
+
+    /// What a touch is.
+    pub(crate) fn touch(&self, state: &State, msr: Msr, op: Op) -> Touch {
+        let denied = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
+        if self.policy.watches(msr, op) && !state.open.contains(&(msr, op)) {
+            Touch::First
+        } else if state.filter.as_ref().is_some_and(denied) {
+            Touch::Denied
+        } else {
+            Touch::Open
         }
     }
 }

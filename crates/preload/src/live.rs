@@ -8,8 +8,9 @@ use std::mem::{MaybeUninit, offset_of};
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
+use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
 use libc::{c_int, c_ulong, c_void};
 use msrgate_core::{Access, Answer, Msr, abi};
 use msrgate_hook::{Gate, Kernel, RawExit, Vcpu};
@@ -139,6 +140,12 @@ impl LiveVcpu {
     fn field<T>(&self, offset: usize) -> *const T {
         self.run.as_ptr().wrapping_byte_add(offset).cast_const().cast()
     }
+
+    fn set<T>(&self, offset: usize, value: T) {
+        // SAFETY: a field of the mapped page, of this type and aligned by the structure's own layout. The one thread that
+        // uses this vCPU is here and not in KVM_RUN.
+        unsafe { self.field::<T>(offset).cast_mut().write_volatile(value) };
+    }
 }
 
 impl Vcpu for LiveVcpu {
@@ -171,6 +178,61 @@ impl Vcpu for LiveVcpu {
         match unsafe { self.gate.dispatch_raw(self.run.as_ptr()) } {
             Dispatch::Answered(answered) => Some(answered.answer),
             Dispatch::NotMine => None,
+        }
+    }
+
+    /// The kernel has no call that drops a pending access. So it is completed, as if user space had done it, without a
+    /// guest instruction being executed, and what that changed is put back: RIP, RAX and RDX.
+    fn take_back(&self, fd: c_int) -> Result<(), c_int> {
+        /// No VMM's own value: one that sets `immediate_exit` meanwhile means its own, which has to stay.
+        const OURS: u8 = 2;
+        let registers = Registers::of(fd)?;
+        // SAFETY: a byte of the mapped page that lives as long as `self`; other threads of the VMM write it too, so it
+        // is an atomic here, and nothing in this library touches it otherwise.
+        let immediate_exit =
+            unsafe { AtomicU8::from_ptr(self.field::<u8>(offset_of!(kvm_run, immediate_exit)).cast_mut()) };
+        let before = immediate_exit.swap(OURS, Ordering::Relaxed);
+        self.set(
+            offset_of!(kvm_run, __bindgen_anon_1) + offset_of!(kvm_run_msr, error),
+            0_u8,
+        );
+        let result = libc_calls::ioctl(fd, c_ulong::from(KVM_RUN), 0);
+        let error = msrgate_hook::errno();
+        let _ = immediate_exit.compare_exchange(OURS, before, Ordering::Relaxed, Ordering::Relaxed);
+        // The kernel leaves the old reason beside EINTR.
+        self.set(offset_of!(kvm_run, exit_reason), abi::EXIT_INTR);
+        registers.put_back(fd)?;
+        match (result, error) {
+            (0.., _) | (_, libc::EINTR) => Ok(()),
+            (_, error) => Err(error),
+        }
+    }
+}
+
+const KVM_RUN: u32 = 0xae80;
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+/// `_IOW(KVMIO, 0x82, struct kvm_regs)`.
+const KVM_SET_REGS: u32 = 0x4090_ae82;
+
+/// A vCPU's general registers.
+struct Registers(kvm_regs);
+
+impl Registers {
+    fn of(vcpu: c_int) -> Result<Registers, c_int> {
+        let mut registers = kvm_regs::default();
+        let address = (&raw mut registers).expose_provenance();
+        match libc_calls::ioctl(vcpu, c_ulong::from(KVM_GET_REGS), address) {
+            0 => Ok(Registers(registers)),
+            _ => Err(msrgate_hook::errno()),
+        }
+    }
+
+    fn put_back(&self, vcpu: c_int) -> Result<(), c_int> {
+        let address = (&raw const self.0).expose_provenance();
+        match libc_calls::ioctl(vcpu, c_ulong::from(KVM_SET_REGS), address) {
+            0 => Ok(()),
+            _ => Err(msrgate_hook::errno()),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Event, Log, Msr, Op};
-use msrgate_hook::{Board, Clock, Missing, Reader, SLATES, Tally};
+use msrgate_hook::{Board, Clock, Missing, Mode, Reader, SLATES, Tally};
 use msrgate_policy::trace::{Header, write_event};
 use serde_json::{Value, json};
 
@@ -19,16 +19,18 @@ pub(crate) struct Record<'a> {
     reader: Reader<'a>,
     clock: Clock,
     trace: Trace,
+    mode: Mode,
     json: bool,
 }
 
 impl<'a> Record<'a> {
-    pub(crate) fn new(board: &'a Board, trace: Trace, json: bool) -> Record<'a> {
+    pub(crate) fn new(board: &'a Board, trace: Trace, mode: Mode, json: bool) -> Record<'a> {
         Record {
             board,
             reader: board.reader(),
             clock: Clock::start(),
             trace,
+            mode,
             json,
         }
     }
@@ -108,12 +110,14 @@ impl<'a> Record<'a> {
             return "msrgate: no VM was made through the C library, so the policy was put on none\n".to_owned();
         }
         let mut text = format!(
-            "msrgate: {} and {} under the policy, {} answered\n",
+            "msrgate: {} and {}, {}\n",
             counted(vms, "VM"),
             counted(vcpus, "vCPU"),
-            match accesses {
-                1 => "1 access".to_owned(),
-                _ => format!("{accesses} accesses"),
+            match (self.mode, accesses) {
+                (Mode::Enforce, 1) => "1 access answered".to_owned(),
+                (Mode::Enforce, _) => format!("{accesses} accesses answered"),
+                (Mode::Audit, _) => format!("{accesses} of the policy's MSRs and directions touched, nothing changed"),
+                (Mode::Learn, _) => format!("{accesses} MSRs and directions touched, nothing changed"),
             }
         );
         if accesses > 0 {

@@ -2,10 +2,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 
 use libc::{EBUSY, EFAULT, ENOTTY};
-use msrgate_core::{Backing, Exit, FilterRange, Msr, MsrRange, Op, Ops, ReadAction, Verdict, Why, WriteAction};
-use msrgate_plan::{Decision, Intervals};
+use msrgate_core::{Backing, Exit, Filter, FilterRange, Msr, MsrRange, Op, Ops, ReadAction, Verdict, Why, WriteAction};
+use msrgate_plan::{Decision, Intervals, Plan};
 
 use super::*;
+use crate::board::{Mode, Wanted};
 
 const KVM: c_int = 3;
 const OTHER: u32 = 0x5401;
@@ -33,6 +34,7 @@ struct World {
     plans: Vec<Arc<Plan>>,
     dropped: u32,
     refuse: bool,
+    taken_back: u32,
     memory: Vec<u8>,
 }
 
@@ -184,6 +186,12 @@ impl Vcpu for FakeVcpu {
         world.answers.push(answer.outcome);
         Some(answer)
     }
+
+    fn take_back(&self, _: c_int) -> Result<(), c_int> {
+        self.page.lock().unwrap().take().unwrap();
+        self.kernel.world().taken_back += 1;
+        Ok(())
+    }
 }
 
 /// The microcode revision is fixed.
@@ -209,6 +217,24 @@ fn hook(map: DecisionMap) -> (Hook<Fake>, Fake) {
         Ok(Setup { map, board })
     };
     (Hook::new(fake.clone(), setup), fake)
+}
+
+/// One that watches, and what it writes on.
+fn watching(mode: Mode, map: DecisionMap) -> (Hook<Fake>, Fake, Board) {
+    let wanted = Wanted {
+        mode,
+        events: true,
+        rip: false,
+    };
+    let file = crate::handover::memfd(c"test", Board::BYTES).unwrap();
+    let ours = Board::new(file.try_clone().unwrap(), wanted).unwrap();
+    let fake = Fake::default();
+    let setup = move || {
+        let board = Board::open(file.try_clone().unwrap()).unwrap();
+        let (map, board) = (map.clone(), Some(board));
+        Ok(Setup { map, board })
+    };
+    (Hook::new(fake.clone(), setup), fake, ours)
 }
 
 fn ioctl(hook: &Hook<Fake>, fd: c_int, request: u32, argument: usize) -> c_int {
@@ -638,6 +664,90 @@ mod beside_the_engine {
             }
         }
     }
+}
+
+fn taken_back_and_answered(fake: &Fake) -> (u32, usize) {
+    let world = fake.world();
+    (world.taken_back, world.answers.len())
+}
+
+#[test]
+fn the_first_touch_of_each_msr_and_direction_is_learned_and_then_the_kernels() {
+    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let denied = |fake: &Fake, msr, op| {
+        let plan = Arc::clone(fake.world().plans.last().unwrap());
+        plan.filter().verdict(Msr(msr), op) == Verdict::Deny
+    };
+    assert!(denied(&fake, MICROCODE, Op::Read) && denied(&fake, u32::MAX - 1, Op::Write));
+    let (first, write) = (
+        Ran::Msr(read(MICROCODE), Reason::Filter),
+        Ran::Msr(Access::Write { msr: Msr(9), value: 3 }, Reason::Filter),
+    );
+    // The second is one that another vCPU made before the filter was opened.
+    assert_eq!(run(&hook, &fake, vcpu, &[first, first, write, Ran::Other]), (0, None));
+    assert_eq!(taken_back_and_answered(&fake), (3, 0));
+    assert!(!denied(&fake, MICROCODE, Op::Read) && denied(&fake, MICROCODE, Op::Write));
+    assert!(!denied(&fake, 9, Op::Write) && denied(&fake, 9, Op::Read));
+    let mut events = Vec::new();
+    board
+        .reader()
+        .drain(&mut |event, _| events.push((event.op, event.msr.0, event.value, event.did.name())));
+    assert_eq!(events, [(Op::Read, MICROCODE, 0, "allow"), (Op::Write, 9, 3, "allow")]);
+}
+
+#[test]
+fn an_msr_that_no_filter_can_open_faults_and_does_not_go_round_for_ever() {
+    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let exit = Ran::Msr(read(u32::MAX), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, exit, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Fault; 2]);
+    let mut events = 0;
+    board
+        .reader()
+        .drain(&mut |event, _| events += u32::from(event.did == msrgate_core::Did::Allow));
+    assert_eq!(events, 1);
+}
+
+#[test]
+fn what_the_vmm_denies_is_learned_once_and_then_the_vmms() {
+    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    assert_eq!(set_mask(&hook, &fake, vm, 4), 0);
+    assert_eq!(set_filter(&hook, &fake, vm, cores_denied()), 0);
+    let exit = Ran::Msr(read(CORES), Reason::Filter);
+    let left = RawExit {
+        access: read(CORES),
+        reason: 4,
+    };
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, exit]), (0, Some(left)));
+    assert_eq!((fake.world().taken_back, board.reader().drain(&mut |_, _| ())), (1, 1));
+    // Who asked for no exits gets the kernel's fault.
+    assert_eq!(set_mask(&hook, &fake, vm, 0), 0);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Fault]);
+}
+
+#[test]
+fn an_audit_watches_what_the_policy_decides_and_leaves_the_rest_alone() {
+    let (hook, fake, board) = watching(Mode::Audit, policy());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let plan = Arc::clone(&fake.world().plans[0]);
+    let denied = |msr, op| plan.filter().verdict(Msr(msr), op) == Verdict::Deny;
+    assert!(denied(MICROCODE, Op::Read) && !denied(MICROCODE, Op::Write) && !denied(9, Op::Read));
+    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Other]), (0, None));
+    assert_eq!(taken_back_and_answered(&fake), (1, 0));
+    let mut seen = Vec::new();
+    board
+        .reader()
+        .drain(&mut |event, _| seen.push((event.msr.0, event.did.name(), event.rule)));
+    assert_eq!(seen, [(MICROCODE, "value", Some(0))]);
 }
 
 #[test]
