@@ -1,7 +1,6 @@
 //! Which kernel this is, and which behaviour is expected of it.
 
 use std::fs;
-use std::path::Path;
 
 use msrgate_core::{Access, Msr};
 use msrgate_engine::{Profile, Vendor};
@@ -14,7 +13,7 @@ pub(super) struct Host {
     /// Its release, as `uname -r` prints it.
     pub(super) release: String,
     /// The module that drives the processor's virtualization.
-    pub(super) module: &'static str,
+    pub(super) module: String,
     /// Whose processor it drives; `None` for neither.
     pub(super) vendor: Option<Vendor>,
     /// The profile's name.
@@ -25,18 +24,16 @@ pub(super) struct Host {
     fastpath: bool,
 }
 
-const MODULES: [(&str, Option<Vendor>); 3] = [
-    ("kvm_intel", Some(Vendor::Intel)),
-    ("kvm_amd", Some(Vendor::Amd)),
-    ("kvm_pvm", None),
-];
-
 impl Host {
     pub(super) fn look(profile: Option<ProfileArg>) -> Host {
         let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
         let release = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into());
-        let loaded = |(module, _): &(&str, _)| Path::new("/sys/module").join(module).is_dir();
-        let (module, vendor) = MODULES.into_iter().find(loaded).unwrap_or(("kvm", None));
+        let module = module().unwrap_or_else(|| "kvm".into());
+        let vendor = match module.as_str() {
+            "kvm_intel" => Some(Vendor::Intel),
+            "kvm_amd" => Some(Vendor::Amd),
+            _ => None,
+        };
         let version = version(&release);
         let (profile_name, profile) = match profile {
             Some(ProfileArg::V5_10) => ("5.10", Profile::V5_10),
@@ -72,6 +69,13 @@ impl Host {
             _ => None,
         }
     }
+}
+
+/// The module that KVM is made whole by.
+fn module() -> Option<String> {
+    let loaded = fs::read_dir("/sys/module").ok()?;
+    let names = loaded.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter(|name| name.starts_with("kvm_")).min()
 }
 
 /// The first two numbers of a release; 0.0 where there are none.
