@@ -82,9 +82,22 @@ fn console(before: &[&str], machine: &[&str], script: &str) -> Option<(String, S
             command
         }
     };
-    command.args(["-accel", "kvm", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot"]);
+    command.args([
+        "-accel",
+        "kvm",
+        "-m",
+        "256",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
     command.args(["-cpu", "host", "-serial", "stdio"]).args(machine);
-    command.arg("-kernel").arg(boot.join("vmlinux")).arg("-initrd").arg(initrd);
+    command
+        .arg("-kernel")
+        .arg(boot.join("vmlinux"))
+        .arg("-initrd")
+        .arg(initrd);
     command.args([
         "-append",
         "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 cryptomgr.notests",
@@ -93,7 +106,10 @@ fn console(before: &[&str], machine: &[&str], script: &str) -> Option<(String, S
     let output = command.stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    println!("{before:?} {machine:?}: {:.1} s\n{text}{error}", start.elapsed().as_secs_f64());
+    println!(
+        "{before:?} {machine:?}: {:.1} s\n{text}{error}",
+        start.elapsed().as_secs_f64()
+    );
     assert!(output.status.success(), "{:?}\n{text}\n{error}", output.status);
     assert!(text.contains("guest done"), "{text}\n{error}");
     Some((text, error))
@@ -148,4 +164,59 @@ read = "deny"
     assert_eq!(line(&text, "cpus"), "4");
     // QEMU answers this one itself.
     assert_eq!(line(&text, "rd 0 0x35"), "0000000000020004");
+}
+
+#[test]
+fn a_boot_that_was_learned_boots_with_all_else_denied_in_qemus_sandbox() {
+    let folder = Folder::new();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let trace = path("trace.jsonl");
+    let learn = ["run", "--learn", "--trace", &trace];
+    let Some((text, _)) = console(&learn, MICROVM, READ_REVISION) else {
+        return;
+    };
+    // What the guest sees is the kernel's own.
+    assert_ne!(line(&text, "rd 0 0x8b"), "0100000000000000");
+    let lines = fs::read(&trace).unwrap();
+    let lines = msrgate_policy::trace::Lines::new(lines.as_slice()).unwrap();
+    let mut rules = String::new();
+    let mut touched = 0;
+    for event in lines.map(Result::unwrap) {
+        let op = if event.op == msrgate_core::Op::Read {
+            "read"
+        } else {
+            "write"
+        };
+        rules.push_str(&format!("[[rule]]\nmsr = \"{}\"\n{op} = \"allow\"\n", event.msr));
+        touched += 1;
+    }
+    println!("{touched} MSRs and directions");
+    assert!(touched > 50, "{touched}");
+    folder.write(
+        "policy.toml",
+        format!("version = 1\nname = \"learned\"\ndefault = \"deny\"\n{rules}"),
+    );
+    let policy = path("policy.toml");
+    let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    let machine = [MICROVM, &["-sandbox", sandbox]].concat();
+    let run = ["run", "-p", &policy];
+    let Some((text, _)) = console(&run, &machine, "rd 0 0x8b\nrd 0 0xc0010299") else {
+        return;
+    };
+    assert_eq!(line(&text, "cpus"), "1");
+    assert!(line(&text, "rd 0 0xc0010299").contains("Input/output error"), "{text}");
+    let replay = folder.run(&["replay", "--json", "--backend", "kvm", "-p", &policy, &trace]);
+    let report = replay.code(0).json();
+    assert_eq!(command::count(&report, "changed"), 0, "{report:#}");
+}
+
+#[test]
+fn unknown_msrs_read_as_zero_on_a_pc_of_two_cpus() {
+    let machine = ["-M", "pc", "-smp", "2"];
+    let Some((text, error)) = console(&["run", "--ignore-unknown"], &machine, "rd 1 0xdead0000") else {
+        return;
+    };
+    assert_eq!(line(&text, "cpus"), "2");
+    assert_eq!(line(&text, "rd 1 0xdead0000"), "0000000000000000");
+    assert!(error.contains("0xdead0000"), "{error}");
 }

@@ -148,7 +148,9 @@ impl<K: Kernel> Hook<K> {
     }
 
     /// The guest touched what is watched: it is written down and opened, and the guest does it again. Gives whose the
-    /// exit is where it is to be answered after all.
+    /// exit is where it is to be answered after all. Locks and allocates.
+    #[cold]
+    #[inline(never)]
     fn touched(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit) -> Result<Option<Owner>, c_int> {
         let _inside = Inside::enter();
         let (msr, op) = (exit.access.msr(), exit.access.op());
