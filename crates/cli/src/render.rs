@@ -66,10 +66,11 @@ fn visible(source: &Source, place: &Place) -> std::ops::Range<usize> {
 /// A table without lines, as wide as the terminal allows.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
+    // A serial line reports no columns at all; rows are broken only where there is room to read them broken.
+    if table.width().is_some_and(|columns| columns >= 40) {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
     if !colour(&io::stdout()) {
         table.force_no_tty();
     }
