@@ -102,7 +102,8 @@ impl<K: Kernel> Hook<K> {
         }
     }
 
-    /// KVM_RUN until something is the VMM's.
+    /// KVM_RUN until something is the VMM's. Not inlined, so that what it reaches can be read off the library's text.
+    #[inline(never)]
     fn run(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let object = self.descriptors.object(fd);
         let Some(Object::Vcpu(slot)) = object else {
