@@ -5,13 +5,16 @@
 
 use std::fs;
 use std::panic::{self, AssertUnwindSafe};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use msrgate_fuzz_properties::{FILTER, MAP, POLICY, Random, TRACE, Target};
 
 fn folder(target: Target) -> PathBuf {
-    let path = format!("{}/../../testdata/fuzz/{}", env!("CARGO_MANIFEST_DIR"), target.name);
-    PathBuf::from(path)
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("the workspace");
+    root.join("testdata/fuzz").join(target.name)
 }
 
 /// The kept inputs, in the order of their names.
