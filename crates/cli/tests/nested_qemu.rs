@@ -8,7 +8,7 @@
 //! cargo xtask nested --smp 2 --mem 2048 -- target/release/deps/nested_qemu-… --nocapture --test-threads 1
 //! ```
 
-#[allow(dead_code, unused_macros, reason = "a part of it")]
+#[allow(unused_macros, reason = "a part of it")]
 mod command;
 
 use std::fs;
