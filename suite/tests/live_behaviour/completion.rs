@@ -233,7 +233,8 @@ fn a_kvm_run_that_fails_before_the_completion_leaves_it_pending() {
             vm.answer(0, DATA);
         }
         let valid = live.fd().get_kvm_run().kvm_valid_regs;
-        live.fd().get_kvm_run().kvm_valid_regs = 1 << 63;
+        // A bit of the lower half: 6.12 lets those of the upper one pass.
+        live.fd().get_kvm_run().kvm_valid_regs = 1 << 31;
         assert_eq!(live.run(), Err(EINVAL));
         live.fd().get_kvm_run().kvm_valid_regs = valid;
         assert_eq!(live.registers(), before);

@@ -9,7 +9,7 @@ use crate::code::{self, CODE, OUT, Page};
 use crate::hypervisor::{
     Came, EXIT_IO, FILTER, Hypervisor, KERNEL_GS_BASE, RunMsr, SYSENTER_CS, denying, everywhere, on_the_kernel,
 };
-use crate::kernel::{Kernel, Module, parameter};
+use crate::kernel::{Kernel, Module, TurnedOn, parameter};
 use crate::live::Live;
 
 const TSC: Msr = Msr(0x10);
@@ -89,7 +89,7 @@ fn every_msr_that_is_passed_through_is_filtered() {
     });
 }
 
-/// Runs a program of 64-bit code while `msrs` are denied, until it leaves by something else than [`EXIT_IO`] or by that.
+/// Runs a program of 64-bit code while `msrs` are denied, until it leaves the guest for user space.
 fn run_code(program: &[u8], msrs: &[Msr], prepare: impl Fn(&mut Live) -> kvm_regs, look: impl Fn(&mut Live, u32)) {
     let Some(kernel) = Kernel::running() else { return };
     let mut live = Live::new(&kernel, Mode::Long, Options::default());
@@ -165,10 +165,9 @@ fn swapgs_is_no_access_to_the_msrs_that_it_swaps() {
 
 #[test]
 fn the_emulator_hands_over_the_same_exit_and_ends_behind_what_it_decoded() {
-    if !parameter("kvm", "force_emulation_prefix") {
-        println!("skipped: kvm.force_emulation_prefix is off");
+    let Some(_on) = TurnedOn::in_a_lane("force_emulation_prefix") else {
         return;
-    }
+    };
     // The prefix by which a guest asks KVM to emulate, then RDMSR.
     let rdmsr = [&[0x0f, 0x0b, b'k', b'v', b'm', 0x0f, 0x32][..], &OUT].concat();
     let prepare = |_: &mut Live| kvm_regs {

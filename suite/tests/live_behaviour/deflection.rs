@@ -6,6 +6,7 @@ use crate::hypervisor::{
     Came, FILTER, Hypervisor, INVALID, JUNK, RunMsr, SYSENTER_CS, UNKNOWN, UNKNOWN_MSR, X2APIC_ID, everywhere,
     on_the_kernel,
 };
+use crate::kernel::TurnedOn;
 
 const PAT: Msr = Msr(0x277);
 
@@ -133,41 +134,23 @@ fn exits_of_msrs_have_no_statistic_of_their_own() {
     });
 }
 
-/// `kvm.ignore_msrs`, on until this is dropped.
-struct IgnoreMsrs;
-
-impl IgnoreMsrs {
-    const FILE: &str = "/sys/module/kvm/parameters/ignore_msrs";
-
-    fn on() -> IgnoreMsrs {
-        std::fs::write(Self::FILE, "1").unwrap();
-        IgnoreMsrs
-    }
-}
-
-impl Drop for IgnoreMsrs {
-    fn drop(&mut self) {
-        std::fs::write(Self::FILE, "0").unwrap();
-    }
-}
-
 #[test]
 fn ignore_msrs_hides_unknown_msrs_and_neither_denied_nor_invalid_ones() {
-    let lane = std::env::var("MSRGATE_LANE").unwrap_or_default();
-    if !matches!(lane.as_str(), "nested" | "intel") {
-        println!("skipped: kvm.ignore_msrs is the whole host's, so it is turned on in emulated lanes alone");
+    // What sets the guest up is not to run with it.
+    if TurnedOn::in_a_lane("ignore_msrs").is_none() {
         return;
     }
     on_the_kernel(|live| {
         let vm: &mut dyn Hypervisor = live;
         vm.mask(7).unwrap();
         vm.deny(Ops::BOTH, &[SYSENTER_CS, Msr(UNKNOWN.0 + 1)]);
-        let _on = IgnoreMsrs::on();
+        let ignoring = TurnedOn::in_a_lane("ignore_msrs");
         assert_eq!(vm.read(UNKNOWN), Came::Done { rax: 0, rdx: 0 });
         assert!(matches!(vm.write(UNKNOWN, 1), Came::Done { .. }));
         assert_eq!(vm.read(Msr(UNKNOWN.0 + 1)).reason(), 4);
         assert_eq!(vm.read(SYSENTER_CS).reason(), 4);
         assert_eq!(vm.read(X2APIC_ID).reason(), 1);
         assert_eq!(vm.write(PAT, 2).reason(), 1);
+        drop(ignoring);
     });
 }

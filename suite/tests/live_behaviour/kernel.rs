@@ -1,7 +1,7 @@
 //! Which kernel runs here.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
 use msrgate_engine::{Profile, Vendor};
@@ -78,8 +78,44 @@ fn loaded(module: &str) -> bool {
     Path::new("/sys/module").join(module).join("parameters").is_dir()
 }
 
+/// A parameter of `kvm` that is on until this is dropped.
+pub(crate) struct TurnedOn {
+    path: PathBuf,
+    before: String,
+}
+
+impl TurnedOn {
+    /// Turns it on in an emulated lane, whose kernel is the test's own; else says that the test is skipped.
+    pub(crate) fn in_a_lane(name: &str) -> Option<TurnedOn> {
+        let path = parameter_file("kvm", name);
+        let lane = std::env::var("MSRGATE_LANE").unwrap_or_default();
+        if !matches!(lane.as_str(), "nested" | "intel") {
+            println!("skipped: kvm.{name} is the whole host's, so it is turned on in emulated lanes alone");
+            return None;
+        }
+        let before = fs::read_to_string(&path).unwrap();
+        if !parameter("kvm", name)
+            && let Err(error) = fs::write(&path, "1")
+        {
+            println!("skipped: kvm.{name} is off and cannot be turned on: {error}");
+            return None;
+        }
+        Some(TurnedOn { path, before })
+    }
+}
+
+impl Drop for TurnedOn {
+    fn drop(&mut self) {
+        // Where it was on before it may not be written; then nothing is to be undone.
+        let _ = fs::write(&self.path, self.before.trim());
+    }
+}
+
 /// Whether a module's parameter is on.
 pub(crate) fn parameter(module: &str, name: &str) -> bool {
-    let path = Path::new("/sys/module").join(module).join("parameters").join(name);
-    fs::read_to_string(path).is_ok_and(|value| value.starts_with(['Y', '1']))
+    fs::read_to_string(parameter_file(module, name)).is_ok_and(|value| value.starts_with(['Y', '1']))
+}
+
+fn parameter_file(module: &str, name: &str) -> PathBuf {
+    Path::new("/sys/module").join(module).join("parameters").join(name)
 }
