@@ -5,8 +5,8 @@
 //! msrgate run -p policies/fixed-microcode.toml -- small_vmm r:0x8b w:0x174=8 r:0x174
 //! ```
 //!
-//! An access is `r:INDEX` or `w:INDEX=VALUE`. What each one got is printed, a line each: `rdmsr 0x8b 0x1`,
-//! `wrmsr 0x174 done`, `rdmsr 0xdead fault`.
+//! An access is `r:INDEX` or `w:INDEX=VALUE`; `t:INDEX=COUNT` reads so often, and prints the time of one on standard
+//! error. What each got is printed, a line each: `rdmsr 0x8b 0x1`, `wrmsr 0x174 done`, `rdmsr 0xdead fault`.
 //!
 //! `--filter` gives the VM a filter of this VMM's own, and handlers for what it denies: a read of 0x35 (cores and
 //! threads) gets 0x20004, as some VMMs do it. An exit that it has no handler for ends this VMM with a panic, as it
@@ -16,6 +16,7 @@
 
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_userspace_memory_region,
@@ -35,6 +36,8 @@ const CORE_THREAD_COUNT: u32 = 0x35;
 enum Access {
     Read(u32),
     Write(u32, u64),
+    /// So many reads, timed.
+    Timed(u32, u32),
 }
 
 /// What the command line asks for.
@@ -91,6 +94,11 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, Box<dyn
                 let (msr, value) = access.split_once('=').ok_or("a write is w:INDEX=VALUE")?;
                 let access = Access::Write(u32::try_from(number(msr)?)?, number(value)?);
                 options.accesses.push(access);
+            }
+            Some(("t", access)) => {
+                let (msr, count) = access.split_once('=').ok_or("a timed read is t:INDEX=COUNT")?;
+                let (msr, count) = (u32::try_from(number(msr)?)?, u32::try_from(number(count)?)?);
+                options.accesses.push(Access::Timed(msr, count));
             }
             _ => return Err(format!("`{argument}` is no access").into()),
         }
@@ -177,13 +185,20 @@ fn program(accesses: &[Access]) -> Vec<u8> {
     };
     for access in accesses {
         let (msr, value, instruction) = match *access {
-            Access::Read(msr) => (msr, 0, 0x32),
+            Access::Read(msr) | Access::Timed(msr, _) => (msr, 0, 0x32),
             Access::Write(msr, value) => (msr, value, 0x30),
         };
         load(&mut code, 0xb9, msr);
         load(&mut code, 0xb8, value as u32);
         load(&mut code, 0xba, (value >> 32) as u32);
-        code.extend([0x31, 0xdb, 0x0f, instruction]);
+        code.extend([0x31, 0xdb]);
+        if let Access::Timed(_, count) = *access {
+            // mov edi, count; again: rdmsr; dec edi; jnz again
+            load(&mut code, 0xbf, count);
+            code.extend([0x0f, instruction, 0x66, 0x4f, 0x75, 0xfa]);
+        } else {
+            code.extend([0x0f, instruction]);
+        }
         code.extend([0x66, 0xe7, 0x21, 0x66, 0x89, 0xd0, 0x66, 0xe7, 0x22]);
         code.extend([0x88, 0xd8, 0xe6, 0x23]);
     }
@@ -195,6 +210,7 @@ fn run(mut vcpu: VcpuFd, accesses: &[Access]) -> Result<String, String> {
     let mut lines = String::new();
     let mut reported = [0; 2];
     let mut accesses = accesses.iter();
+    let mut since = Instant::now();
     loop {
         match vcpu.run() {
             Ok(VcpuExit::IoOut(port, data)) if PORTS[..2].contains(&port) => {
@@ -207,11 +223,17 @@ fn run(mut vcpu: VcpuFd, accesses: &[Access]) -> Result<String, String> {
                 let line = match accesses.next() {
                     Some(Access::Read(msr)) if faulted => format!("rdmsr {msr:#x} fault\n"),
                     Some(Access::Read(msr)) => format!("rdmsr {msr:#x} {value:#x}\n"),
+                    Some(Access::Timed(msr, count)) => {
+                        let each = since.elapsed().as_nanos() / u128::from(*count).max(1);
+                        eprintln!("rdmsr {msr:#x} takes {each} ns");
+                        format!("rdmsr {msr:#x} {value:#x}\n")
+                    }
                     Some(Access::Write(msr, _)) if faulted => format!("wrmsr {msr:#x} fault\n"),
                     Some(Access::Write(msr, _)) => format!("wrmsr {msr:#x} done\n"),
                     None => return Err("the guest reports more than it was asked".to_owned()),
                 };
                 lines.push_str(&line);
+                since = Instant::now();
             }
             Ok(VcpuExit::X86Rdmsr(exit)) if exit.index == CORE_THREAD_COUNT => {
                 *exit.data = 0x2_0004;

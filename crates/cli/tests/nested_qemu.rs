@@ -12,9 +12,11 @@
 mod command;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use command::{Folder, find};
 
@@ -82,26 +84,7 @@ fn console(before: &[&str], machine: &[&str], script: &str) -> Option<(String, S
             command
         }
     };
-    command.args([
-        "-accel",
-        "kvm",
-        "-m",
-        "256",
-        "-nodefaults",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    command.args(["-cpu", "host", "-serial", "stdio"]).args(machine);
-    command
-        .arg("-kernel")
-        .arg(boot.join("vmlinux"))
-        .arg("-initrd")
-        .arg(initrd);
-    command.args([
-        "-append",
-        "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 cryptomgr.notests",
-    ]);
+    command.arg("-no-reboot").args(machine).args(guest(&boot, &initrd));
     let start = Instant::now();
     let output = command.stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -113,6 +96,20 @@ fn console(before: &[&str], machine: &[&str], script: &str) -> Option<(String, S
     assert!(output.status.success(), "{:?}\n{text}\n{error}", output.status);
     assert!(text.contains("guest done"), "{text}\n{error}");
     Some((text, error))
+}
+
+/// QEMU's arguments for the guest.
+fn guest(boot: &Path, initrd: &Path) -> Vec<String> {
+    let fixed = "-accel kvm -cpu host -m 256 -nodefaults -display none -serial stdio -append";
+    let append = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 \
+                  cryptomgr.notests";
+    let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
+    let files = [("-kernel", boot.join("vmlinux")), ("-initrd", initrd.to_path_buf())];
+    arguments.push(append.to_owned());
+    for (option, path) in files {
+        arguments.extend([option.to_owned(), path.display().to_string()]);
+    }
+    arguments
 }
 
 const MICROVM: &[&str] = &["-M", "microvm,rtc=on"];
@@ -219,4 +216,48 @@ fn unknown_msrs_read_as_zero_on_a_pc_of_two_cpus() {
     assert_eq!(line(&text, "cpus"), "2");
     assert_eq!(line(&text, "rd 1 0xdead0000"), "0000000000000000");
     assert!(error.contains("0xdead0000"), "{error}");
+}
+
+#[test]
+fn a_start_as_libvirt_does_it_and_a_reboot_keep_the_policy() {
+    let Some(boot) = boot() else { return };
+    let folder = Folder::furnished();
+    let initrd = initramfs(&folder, &boot, "rd 0 0x8b\n$B reboot -f");
+    // What stands as <emulator>: descriptors are closed but for the one that is passed, the VM starts paused.
+    let emulator =
+        r#"exec 9</dev/null 3<&- 4<&- 5<&-; exec "$0" run -p policies/fixed-microcode.toml -- qemu-system-x86_64 "$@""#;
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", emulator])
+        .arg(command::program())
+        .current_dir(folder.path());
+    command.args(["-S", "-add-fd", "set=1,fd=9", "-qmp", "unix:qmp,server=on,wait=off"]);
+    command.args(MICROVM).args(guest(&boot, &initrd));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit());
+    let mut qemu = command.spawn().unwrap();
+    let out = BufReader::new(qemu.stdout.take().unwrap());
+
+    let socket = folder.path().join("qmp");
+    let start = Instant::now();
+    let mut monitor = loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(start.elapsed().as_secs() < 60, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    monitor
+        .write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"cont\"}")
+        .unwrap();
+    let seen = out.lines().map(Result::unwrap).inspect(|line| println!("{line}"));
+    let seen: Vec<String> = seen.filter(|line| line.contains("rd 0 0x8b")).take(2).collect();
+    assert_eq!(seen.len(), 2, "it boots twice");
+    for line in seen {
+        assert!(line.contains("0100000000000000"), "{line}");
+    }
+    monitor.write_all(b"{\"execute\":\"quit\"}").unwrap();
+    assert!(qemu.wait().unwrap().success());
 }

@@ -35,7 +35,7 @@ pub struct Hook<K: Kernel> {
     kernel: K,
     descriptors: Descriptors,
     vcpus: Slots<BodyOf<K>>,
-    /// Held over every change of `objects`.
+    /// Held over every change of `objects`, and over a fork, which no mutex's guard can be.
     turn: Turn,
     objects: Mutex<Objects<K::Gate>>,
     setup: Box<dyn Fn() -> Result<Setup, String> + Send + Sync>,

@@ -23,7 +23,8 @@
 //!
 //! # Limits
 //! Descriptors from [`Descriptors::CAPACITY`] on, and more vCPUs than [`Hook::VCPUS`] in one process, are refused. A
-//! VMM that makes system calls by itself, not through libc, is not seen at all.
+//! VMM that makes system calls by itself, not through libc, is not seen at all; nor is a descriptor that a process
+//! sends to itself over a socket. A thread that leaves KVM_RUN by `longjmp` cannot run its vCPU again.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod hook;

@@ -143,3 +143,33 @@ impl<B> Drop for Entered<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tells when it is dropped.
+    struct Told(Arc<()>);
+
+    #[test]
+    fn a_body_that_is_in_use_is_freed_by_its_user_and_the_slot_is_used_again() {
+        let slots = Slots::new(1);
+        let told = Arc::new(());
+        let number = slots.put(Told(Arc::clone(&told))).unwrap();
+        assert!(slots.put(Told(Arc::clone(&told))).is_none(), "there is one slot");
+        let entered = slots.enter(number).unwrap();
+        assert!(slots.enter(number).is_none(), "one thread at a time");
+        slots.close(number);
+        assert!(slots.enter(number).is_none());
+        assert_eq!(
+            Arc::strong_count(&entered.body().unwrap().0),
+            2,
+            "its user still has it"
+        );
+        drop(entered);
+        assert_eq!(Arc::strong_count(&told), 1);
+        assert_eq!(slots.put(Told(Arc::clone(&told))), Some(number));
+        slots.close(number);
+        assert_eq!(Arc::strong_count(&told), 1, "who closes one that nobody uses frees it");
+    }
+}
