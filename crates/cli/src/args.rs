@@ -245,9 +245,10 @@ pub(crate) struct RunArgs {
     /// Change nothing: write down the first touch of each MSR that the policy does not leave to the kernel
     #[arg(long, requires = "policy", conflicts_with = "ignore_unknown")]
     pub(crate) audit: bool,
-    /// Change nothing, without a policy: write down the first touch of every MSR, in the trace
-    #[arg(long, requires = "trace", conflicts_with_all = ["policy", "audit", "ignore_unknown"])]
-    pub(crate) learn: bool,
+    /// Without a policy, write down in the trace what the guests touch
+    #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
+        default_missing_value = "first", requires = "trace", conflicts_with_all = ["policy", "audit", "ignore_unknown"])]
+    pub(crate) learn: Option<LearnArg>,
     /// MSRs that KVM does not know read as zero and ignore writes, for this VMM's guests alone
     #[arg(long)]
     pub(crate) ignore_unknown: bool,
@@ -263,6 +264,15 @@ pub(crate) struct RunArgs {
     /// The VMM and its arguments
     #[arg(required = true, last = true, value_name = "VMM")]
     pub(crate) command: Vec<OsString>,
+}
+
+/// Which accesses are learned.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LearnArg {
+    /// The first touch of each MSR and direction; the guest sees what it always sees
+    First,
+    /// Every access, passed on to the kernel as the host would make it: the guest may see something else
+    All,
 }
 
 #[derive(ClapArgs)]

@@ -1,6 +1,7 @@
 //! `run`: an unmodified VMM under a policy.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +13,7 @@ use msrgate_hook::{Handover, Mode, VARIABLE, Wanted};
 use msrgate_plan::{DecisionMap, Plan};
 use msrgate_policy::trace::{self, Header};
 
-use crate::args::RunArgs;
+use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::run::record::{Record, Trace};
@@ -43,9 +44,14 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let mode = match (args.audit, args.learn) {
         (true, _) => Mode::Audit,
-        (_, true) => Mode::Learn,
-        _ => Mode::Enforce,
+        (_, Some(LearnArg::First)) => Mode::Learn,
+        (_, Some(LearnArg::All)) => Mode::LearnAll,
+        (false, None) => Mode::Enforce,
     };
+    if mode == Mode::LearnAll {
+        // Where it cannot be printed the trace still says it.
+        let _ = writeln!(io::stderr(), "msrgate: not faithful: {PASSED_ON}");
+    }
     let wanted = Wanted {
         mode,
         events: args.trace.is_some(),
@@ -67,6 +73,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     child::end(status)
 }
 
+/// What `--learn=all` does, for its reader and its trace.
+const PASSED_ON: &str = "every access is denied to the guest and passed on with KVM_GET_MSRS and KVM_SET_MSRS, which is \
+                         not always what the guest's own instruction would have got";
+
 /// What a trace says of itself.
 fn header(vmm: &Path, mode: Mode, plan: &Plan) -> Header {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
@@ -86,10 +96,11 @@ fn header(vmm: &Path, mode: Mode, plan: &Plan) -> Header {
                     "the first touch of each MSR and direction; the guest gets the kernel's own answer, and values read \
                      are the host's view"
                 }
+                Mode::LearnAll => PASSED_ON,
             }
             .to_owned(),
         ),
-        policy: (mode != Mode::Learn).then(|| load::hex(&plan.hash())),
+        policy: matches!(mode, Mode::Enforce | Mode::Audit).then(|| load::hex(&plan.hash())),
         ..Header::default()
     }
 }

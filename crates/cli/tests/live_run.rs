@@ -294,6 +294,41 @@ fn learning_changes_nothing_and_tells_each_msr_and_direction_once() {
 }
 
 #[test]
+fn learning_all_tells_every_access_and_says_that_it_is_not_faithful() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let accesses = "--filter w:0x174=8 r:0x174 r:0x174 r:0x35 r:0xdeadbeef";
+    let ran = under(&folder, &["--learn=all", "--trace", "trace.jsonl"], accesses).code(0);
+    let expected = [
+        "wrmsr 0x174 done",
+        "rdmsr 0x174 0x8",
+        "rdmsr 0x174 0x8",
+        "rdmsr 0x35 0x20004",
+        "rdmsr 0xdeadbeef fault",
+    ];
+    assert_eq!(seen(&ran), expected);
+    ran.says(&["not faithful"]);
+    let trace = fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
+    let lines = msrgate_policy::trace::Lines::new(trace.as_bytes()).unwrap();
+    assert!(
+        lines
+            .header()
+            .mode
+            .as_deref()
+            .unwrap_or_default()
+            .contains("not always")
+    );
+    let events: Vec<_> = lines
+        .map(Result::unwrap)
+        .map(|event| (event.msr.0, event.did.name()))
+        .collect();
+    let expected = [(0x174, "pass"), (0x174, "pass"), (0x174, "pass"), (0xdeadbeef, "fault")];
+    assert_eq!(events, expected);
+}
+
+#[test]
 fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
     if !ready() {
         return;

@@ -83,6 +83,9 @@ pub enum Mode {
     Audit,
     /// Nothing: the first touch of every MSR is written down.
     Learn,
+    /// Every access is written down, and passed on to the kernel's register as the host would read and write it: that is
+    /// not always what the guest would have got.
+    LearnAll,
 }
 
 /// What is to be done, and written down beside the counts.
@@ -106,7 +109,8 @@ impl Wanted {
             mode: match bits >> 2 {
                 0 => Mode::Enforce,
                 1 => Mode::Audit,
-                _ => Mode::Learn,
+                2 => Mode::Learn,
+                _ => Mode::LearnAll,
             },
             events: bits & 1 != 0,
             rip: bits & 2 != 0,

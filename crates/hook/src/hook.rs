@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{EACCES, EBADF, EINTR, EINVAL, c_int, c_uint, c_ulong};
-use msrgate_core::{Access, Answer, Event, Log, Msr, Outcome, Reason, Reasons, abi};
+use msrgate_core::{Access, Answer, Did, Event, Log, Msr, Outcome, Reason, Reasons, Why, abi};
 use msrgate_plan::DecisionMap;
 
 use crate::board::Board;
@@ -22,6 +22,8 @@ const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 /// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.
 const KVM_GET_MSRS: u32 = 0xc008_ae88;
+/// `_IOW(KVMIO, 0x89, struct kvm_msrs)`.
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
 /// Bytes of `struct kvm_enable_cap`.
 const ENABLE_CAP_SIZE: usize = 104;
 
@@ -159,6 +161,13 @@ impl<K: Kernel> Hook<K> {
         match body.vm.touch(&state, msr, op) {
             Touch::Denied => return Ok(Some(body.vm.owner_of_denied())),
             Touch::Open => {}
+            Touch::Pass => {
+                drop(state);
+                let answer = self.pass(fd, exit.access);
+                body.vcpu.answer(answer.outcome);
+                self.write_down(fd, body, exit, &answer);
+                return Ok(None);
+            }
             Touch::First => {
                 state.open.insert((msr, op));
                 let mask = body.vm.mask();
@@ -172,7 +181,7 @@ impl<K: Kernel> Hook<K> {
                 let (did, rule) = body.vm.policy.would(msr, op);
                 let answer = Answer {
                     outcome: match exit.access {
-                        Access::Read { .. } => Outcome::Value(self.host_view(fd, msr)),
+                        Access::Read { .. } => Outcome::Value(self.host_read(fd, msr).unwrap_or(0)),
                         Access::Write { .. } => Outcome::Done,
                     },
                     did,
@@ -190,15 +199,35 @@ impl<K: Kernel> Hook<K> {
         body.vcpu.take_back(fd).map(|()| None)
     }
 
-    /// The kernel's value of an MSR; 0 where it gives none. The guest's own RDMSR may get another.
-    fn host_view(&self, vcpu: c_int, msr: Msr) -> u64 {
-        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
-        let mut one = [1, u64::from(msr.0), 0];
-        let address = one.as_mut_ptr().expose_provenance();
-        match self.kernel.ioctl(vcpu, c_ulong::from(KVM_GET_MSRS), address) {
-            1 => one[2],
-            _ => 0,
+    /// Does as the host what the guest wants done.
+    fn pass(&self, vcpu: c_int, access: Access) -> Answer {
+        let outcome = match access {
+            Access::Read { msr } => self.host_read(vcpu, msr).map(Outcome::Value),
+            Access::Write { msr, value } => self.one_msr(vcpu, KVM_SET_MSRS, msr, value).map(|_| Outcome::Done),
+        };
+        match outcome {
+            Some(outcome) => Answer {
+                outcome,
+                did: Did::Pass,
+                why: None,
+                rule: None,
+                log: Log::None,
+            },
+            None => Answer::fault(Why::KernelRefused, None),
         }
+    }
+
+    /// The kernel's value of an MSR, where it gives one. The guest's own RDMSR may get another.
+    fn host_read(&self, vcpu: c_int, msr: Msr) -> Option<u64> {
+        self.one_msr(vcpu, KVM_GET_MSRS, msr, 0)
+    }
+
+    fn one_msr(&self, vcpu: c_int, request: u32, msr: Msr, value: u64) -> Option<u64> {
+        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
+        let mut one = [1, u64::from(msr.0), value];
+        let address = one.as_mut_ptr().expose_provenance();
+        let done = self.kernel.ioctl(vcpu, c_ulong::from(request), address);
+        (done == 1).then_some(one[2])
     }
 
     /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted.

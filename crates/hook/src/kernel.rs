@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use libc::{c_int, c_ulong};
-use msrgate_core::{Access, Answer};
+use msrgate_core::{Access, Answer, Outcome};
 use msrgate_plan::Plan;
 
 /// The process around a hook: libc's functions behind its own, and what msrgate-kvm does with them.
@@ -44,6 +44,8 @@ pub trait Vcpu: Send + 'static {
     fn exit(&self) -> Option<RawExit>;
     /// Answers it; `None` where there is none.
     fn dispatch(&self) -> Option<Answer>;
+    /// Answers it with this.
+    fn answer(&self, outcome: Outcome);
     /// Takes it back: what `fd`, the vCPU, does next is the same instruction again. An error is the kernel's errno.
     fn take_back(&self, fd: c_int) -> Result<(), c_int>;
 }

@@ -37,7 +37,7 @@ impl Policy {
         let watched;
         let map = match self.mode {
             Mode::Enforce => &self.map,
-            Mode::Audit | Mode::Learn => {
+            Mode::Audit | Mode::Learn | Mode::LearnAll => {
                 watched = self.watched(&state.open);
                 &watched
             }
@@ -55,7 +55,7 @@ impl Policy {
         match self.mode {
             Mode::Enforce => false,
             Mode::Audit => !self.map.allows(msr, op),
-            Mode::Learn => true,
+            Mode::Learn | Mode::LearnAll => true,
         }
     }
 
@@ -149,6 +149,8 @@ impl State {
 pub(crate) enum Touch {
     /// The first one.
     First,
+    /// One of those that are passed on.
+    Pass,
     /// Another vCPU was first, and meanwhile it is open.
     Open,
     /// The VMM denies it.
@@ -225,9 +227,12 @@ impl<G> Vm<G> {
     /// What a touch is.
     pub(crate) fn touch(&self, state: &State, msr: Msr, op: Op) -> Touch {
         let denied = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
-        if self.policy.watches(msr, op) && !state.open.contains(&(msr, op)) {
+        let denied = state.filter.as_ref().is_some_and(denied);
+        if self.policy.mode == Mode::LearnAll {
+            if denied { Touch::Denied } else { Touch::Pass }
+        } else if self.policy.watches(msr, op) && !state.open.contains(&(msr, op)) {
             Touch::First
-        } else if state.filter.as_ref().is_some_and(denied) {
+        } else if denied {
             Touch::Denied
         } else {
             Touch::Open

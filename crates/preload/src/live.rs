@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
 use libc::{c_int, c_ulong, c_void};
-use msrgate_core::{Access, Answer, Msr, abi};
+use msrgate_core::{Access, Answer, Msr, Outcome, abi};
 use msrgate_hook::{Gate, Kernel, RawExit, Vcpu};
 use msrgate_kvm::{Dispatch, Handlers, InstallError, VcpuGate};
 use msrgate_plan::Plan;
@@ -179,6 +179,17 @@ impl Vcpu for LiveVcpu {
             Dispatch::Answered(answered) => Some(answered.answer),
             Dispatch::NotMine => None,
         }
+    }
+
+    fn answer(&self, outcome: Outcome) {
+        let fields = offset_of!(kvm_run, __bindgen_anon_1);
+        if let Outcome::Value(value) = outcome {
+            self.set(fields + offset_of!(kvm_run_msr, data), value);
+        }
+        let error = u8::from(outcome == Outcome::Fault);
+        self.set(fields + offset_of!(kvm_run_msr, error), error);
+        // So that it does not look like an exit beside EINTR.
+        self.set(offset_of!(kvm_run, exit_reason), abi::EXIT_INTR);
     }
 
     /// The kernel has no call that drops a pending access. So it is completed, as if user space had done it, without a

@@ -117,6 +117,7 @@ impl<'a> Record<'a> {
                 (Mode::Enforce, 1) => "1 access answered".to_owned(),
                 (Mode::Enforce, _) => format!("{accesses} accesses answered"),
                 (Mode::Audit, _) => format!("{accesses} of the policy's MSRs and directions touched, nothing changed"),
+                (Mode::LearnAll, _) => format!("{accesses} accesses passed on, not faithfully"),
                 (Mode::Learn, _) => format!("{accesses} MSRs and directions touched, nothing changed"),
             }
         );

@@ -187,6 +187,11 @@ impl Vcpu for FakeVcpu {
         Some(answer)
     }
 
+    fn answer(&self, outcome: Outcome) {
+        self.page.lock().unwrap().take().unwrap();
+        self.kernel.world().answers.push(outcome);
+    }
+
     fn take_back(&self, _: c_int) -> Result<(), c_int> {
         self.page.lock().unwrap().take().unwrap();
         self.kernel.world().taken_back += 1;
@@ -730,6 +735,31 @@ fn what_the_vmm_denies_is_learned_once_and_then_the_vmms() {
     assert_eq!(set_mask(&hook, &fake, vm, 0), 0);
     assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Other]), (0, None));
     assert_eq!(fake.world().answers, [Outcome::Fault]);
+}
+
+#[test]
+fn what_is_passed_on_is_written_down_each_time_and_the_vmms_stays_its_own() {
+    let (hook, fake, board) = watching(Mode::LearnAll, DecisionMap::allow_all());
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let write = Access::Write { msr: Msr(9), value: 3 };
+    let (read, write) = (
+        Ran::Msr(read(MICROCODE), Reason::Filter),
+        Ran::Msr(write, Reason::Filter),
+    );
+    // The fake kernel knows no MSR.
+    assert_eq!(run(&hook, &fake, vcpu, &[read, write, read, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Fault; 3]);
+    let mut events = Vec::new();
+    board
+        .reader()
+        .drain(&mut |event, _| events.push((event.msr.0, event.why)));
+    let refused = Some(Why::KernelRefused);
+    assert_eq!(events, [(MICROCODE, refused), (9, refused), (MICROCODE, refused)]);
+    assert_eq!(set_mask(&hook, &fake, vm, 4), 0);
+    assert_eq!(set_filter(&hook, &fake, vm, cores_denied()), 0);
+    let exit = Ran::Msr(super::tests::read(CORES), Reason::Filter);
+    assert!(run(&hook, &fake, vcpu, &[exit]).1.is_some());
 }
 
 #[test]
