@@ -37,13 +37,17 @@ fn address_sanitizer() -> Result<Ending, String> {
 fn valgrind(version: &str) -> Result<Ending, String> {
     let packages = UNSAFE.iter().flat_map(|name| ["--package", name]);
     let arguments: Vec<&str> = ["test", "--tests", "--no-run"].into_iter().chain(packages).collect();
+    let suppressions = crate::root().join("xtask/valgrind.supp");
     let mut count = Count::default();
     for Binary {
         executable, package, ..
     } in binary::built(&arguments)?.iter().filter(|binary| binary.test())
     {
         let mut command = process::bound("valgrind");
-        command.args(["--quiet", "--error-exitcode=99"]).arg(executable);
+        command.args(["--quiet", "--error-exitcode=99"]);
+        command
+            .arg(format!("--suppressions={}", suppressions.display()))
+            .arg(executable);
         command.args(["--show-output", "--test-threads=1"]).current_dir(package);
         command.env("CARGO_MANIFEST_DIR", package).envs(live());
         let (passed, said) = watched(&mut command)?;
