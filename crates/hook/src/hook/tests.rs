@@ -1,12 +1,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Mutex;
 
-use libc::{EBUSY, EFAULT, ENOTTY};
-use msrgate_core::{Backing, Exit, Filter, FilterRange, Msr, MsrRange, Op, Ops, ReadAction, Verdict, Why, WriteAction};
+use libc::{EBUSY, EFAULT, EINTR, ENOTTY};
+use msrgate_core::{
+    Access, Answer, Backing, Exit, Filter, FilterRange, Log, Msr, MsrRange, Op, Ops, Outcome, ReadAction, Reason,
+    Verdict, Why, WriteAction,
+};
 use msrgate_plan::{Decision, Intervals, Plan};
 
 use super::*;
 use crate::board::{Mode, Wanted};
+use crate::kernel::{RawExit, Vcpu};
 
 const KVM: c_int = 3;
 const OTHER: u32 = 0x5401;

@@ -1,0 +1,184 @@
+//! KVM_RUN: whose each exit is, and what becomes of it.
+
+use libc::{EINTR, c_int, c_ulong};
+use msrgate_core::{Access, Answer, Did, Event, Log, Msr, Outcome, Reason, Why};
+
+use super::{BodyOf, Hook, failed};
+use crate::clock::ticks;
+use crate::descriptor::Object;
+use crate::kernel::{Kernel, RawExit, Vcpu, errno, set_errno};
+use crate::turn::Inside;
+use crate::vm::{Owner, Touch};
+
+/// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+/// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+/// `_IOW(KVMIO, 0x89, struct kvm_msrs)`.
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+
+impl<K: Kernel> Hook<K> {
+    /// KVM_RUN until something is the VMM's. Not inlined, so that what it reaches can be read off the library's text.
+    #[inline(never)]
+    pub(super) fn run(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let object = self.descriptors.object(fd);
+        let Some(Object::Vcpu(slot)) = object else {
+            return self.kernel.ioctl(fd, request, argument);
+        };
+        let entered = self.vcpus.enter(slot);
+        let body = entered.as_ref().and_then(|entered| entered.body());
+        let Some(body) = body.filter(|_| self.descriptors.object(fd) == object) else {
+            // Another thread runs this vCPU. The kernel would let this one wait; it may as well be interrupted.
+            set_errno(EINTR);
+            return -1;
+        };
+        let before = errno();
+        loop {
+            let result = self.kernel.ioctl(fd, request, argument);
+            if result < 0 {
+                // EINTR among others: the exit that is in `kvm_run` was answered before.
+                return result;
+            }
+            let Some(exit) = body.vcpu.exit() else {
+                return result;
+            };
+            let owner = match body.vm.owner(&exit) {
+                Owner::Watch => match self.touched(fd, body, &exit) {
+                    Ok(None) => {
+                        set_errno(before);
+                        continue;
+                    }
+                    Ok(Some(owner)) => owner,
+                    Err(error) => return failed(error),
+                },
+                owner => owner,
+            };
+            if owner == Owner::Vmm {
+                return result;
+            }
+            let Some(answer) = body.vcpu.dispatch() else {
+                return result;
+            };
+            self.write_down(fd, body, &exit, &answer);
+            set_errno(before);
+        }
+    }
+
+    /// The guest touched what is watched: it is written down and opened, and the guest does it again. Gives whose the
+    /// exit is where it is to be answered after all. Locks and allocates.
+    #[cold]
+    #[inline(never)]
+    fn touched(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit) -> Result<Option<Owner>, c_int> {
+        let _inside = Inside::enter();
+        let (msr, op) = (exit.access.msr(), exit.access.op());
+        let mut state = body.vm.state();
+        match body.vm.touch(&state, msr, op) {
+            Touch::Denied => return Ok(Some(body.vm.owner_of_denied())),
+            Touch::Open => {}
+            Touch::Pass => {
+                drop(state);
+                let answer = self.pass(fd, exit.access);
+                body.vcpu.answer(answer.outcome);
+                self.write_down(fd, body, exit, &answer);
+                return Ok(None);
+            }
+            Touch::First => {
+                state.open.insert((msr, op));
+                let mask = body.vm.mask();
+                if self
+                    .compose(&body.vm, &mut state, mask, "the guest gets a fault")
+                    .is_err()
+                {
+                    state.open.remove(&(msr, op));
+                    return Ok(Some(Owner::Policy));
+                }
+                let (did, rule) = body.vm.policy.would(msr, op);
+                let answer = Answer {
+                    outcome: match exit.access {
+                        Access::Read { .. } => Outcome::Value(self.host_read(fd, msr).unwrap_or(0)),
+                        Access::Write { .. } => Outcome::Done,
+                    },
+                    did,
+                    why: None,
+                    rule,
+                    log: Log::None,
+                };
+                self.write_down(fd, body, exit, &answer);
+            }
+        }
+        if state.cannot_open(msr, op) {
+            return Ok(Some(Owner::Policy));
+        }
+        drop(state);
+        body.vcpu.take_back(fd).map(|()| None)
+    }
+
+    /// Does as the host what the guest wants done.
+    fn pass(&self, vcpu: c_int, access: Access) -> Answer {
+        let outcome = match access {
+            Access::Read { msr } => self.host_read(vcpu, msr).map(Outcome::Value),
+            Access::Write { msr, value } => self.one_msr(vcpu, KVM_SET_MSRS, msr, value).map(|_| Outcome::Done),
+        };
+        match outcome {
+            Some(outcome) => Answer {
+                outcome,
+                did: Did::Pass,
+                why: None,
+                rule: None,
+                log: Log::None,
+            },
+            None => Answer::fault(Why::KernelRefused, None),
+        }
+    }
+
+    /// The kernel's value of an MSR, where it gives one. The guest's own RDMSR may get another.
+    fn host_read(&self, vcpu: c_int, msr: Msr) -> Option<u64> {
+        self.one_msr(vcpu, KVM_GET_MSRS, msr, 0)
+    }
+
+    fn one_msr(&self, vcpu: c_int, request: u32, msr: Msr, value: u64) -> Option<u64> {
+        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
+        let mut one = [1, u64::from(msr.0), value];
+        let address = one.as_mut_ptr().expose_provenance();
+        let done = self.kernel.ioctl(vcpu, c_ulong::from(request), address);
+        (done == 1).then_some(one[2])
+    }
+
+    /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted.
+    fn write_down(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, answer: &Answer) {
+        let Some(slate) = &body.slate else {
+            body.vm.policy.board.as_ref().inspect(|board| board.without_slate());
+            return;
+        };
+        let wanted = body.wanted.events || answer.log != Log::None;
+        let event = Event {
+            t: if wanted { ticks() } else { 0 },
+            vm: body.vm.number,
+            vcpu: body.id,
+            op: exit.access.op(),
+            msr: exit.access.msr(),
+            value: match (exit.access, answer.outcome) {
+                (Access::Write { value, .. }, _) | (_, Outcome::Value(value)) => value,
+                _ => 0,
+            },
+            reason: Reason::from_bits(exit.reason),
+            did: answer.did,
+            why: answer.why,
+            rule: answer.rule,
+            rip: if wanted && body.wanted.rip { self.rip(fd) } else { None },
+        };
+        slate.count(&event);
+        if wanted {
+            slate.push(&event, answer.log);
+        }
+    }
+
+    /// Where the guest is: at the instruction, until KVM_RUN completes it.
+    fn rip(&self, vcpu: c_int) -> Option<u64> {
+        // `struct kvm_regs`: sixteen general registers, RIP, RFLAGS.
+        let mut registers = [0_u64; 18];
+        let address = registers.as_mut_ptr().expose_provenance();
+        let result = self.kernel.ioctl(vcpu, c_ulong::from(KVM_GET_REGS), address);
+        (result == 0).then_some(registers[16])
+    }
+}
