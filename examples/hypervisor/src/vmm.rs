@@ -61,9 +61,10 @@ impl fmt::Display for VcpuReport {
         write!(
             f,
             "{} rounds; answered by the VMM: {microcode} of 0x8b, {sysenter_cs} of 0x174, {unknown} unknown; \
-             {} of 0x174 without an exit; its value changed {changes} time(s); {} #GP",
+             {} of 0x174 without an exit, {} of them before it was saved; its value changed {changes} time(s); {} #GP",
             self.rounds(),
             self.passed_through,
+            self.passed_through_when_saved,
             self.faults
         )
     }
