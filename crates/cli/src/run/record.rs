@@ -106,11 +106,22 @@ impl<'a> Record<'a> {
             ]);
         }
         let (vms, vcpus) = (self.board.vms(), self.board.vcpus());
+        let refused = match self.board.refusals() {
+            0 => String::new(),
+            count => format!("msrgate: not made, since the policy could not be put on them: {count} VMs or vCPUs\n"),
+        };
         if vms == 0 {
-            return "msrgate: no VM was made through the C library, so the policy was put on none\n".to_owned();
+            let why = match msrgate_kvm::open() {
+                Ok(_) => String::new(),
+                Err(error) => format!(" ({error})"),
+            };
+            return match refused.is_empty() {
+                true => format!("msrgate: no VM was made through the C library, so the policy was put on none{why}\n"),
+                false => refused,
+            };
         }
         let mut text = format!(
-            "msrgate: {} and {}, {}\n",
+            "{refused}msrgate: {} and {}, {}\n",
             counted(vms, "VM"),
             counted(vcpus, "vCPU"),
             match (self.mode, accesses) {
