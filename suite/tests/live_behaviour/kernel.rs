@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VmFd};
 use msrgate_engine::{Profile, Vendor};
 
 /// The kernel, with its KVM.
@@ -23,12 +24,20 @@ pub(crate) enum Module {
     Software,
 }
 
+/// A VM that is there from the first test to the last. With a host's first VM, and again when its last is gone, the
+/// kernel patches its own scheduler (`preempt_notifier_inc`), and QEMU's emulation of several CPUs may run into the
+/// breakpoint that it does this by.
+static KEPT: OnceLock<VmFd> = OnceLock::new();
+
 impl Kernel {
     /// The kernel, or `None` where the live half of a test is to be skipped; it has said so then.
     pub(crate) fn running() -> Option<Kernel> {
         let why = match Kvm::new() {
             Ok(_) if parameter("kvm", "ignore_msrs") => "kvm.ignore_msrs is on".to_owned(),
-            Ok(_) => return Some(Kernel::detected()),
+            Ok(kvm) => {
+                KEPT.get_or_init(|| kvm.create_vm().unwrap());
+                return Some(Kernel::detected());
+            }
             Err(error) => format!("/dev/kvm does not open: {error}"),
         };
         let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
