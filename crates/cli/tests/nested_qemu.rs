@@ -219,20 +219,19 @@ fn unknown_msrs_read_as_zero_on_a_pc_of_two_cpus() {
 }
 
 #[test]
-fn a_start_as_libvirt_does_it_and_a_reboot_keep_the_policy() {
+fn a_vm_that_is_started_as_libvirt_does_it_has_the_policy() {
     let Some(boot) = boot() else { return };
     let folder = Folder::furnished();
-    let initrd = initramfs(&folder, &boot, "rd 0 0x8b\n$B reboot -f");
+    let initrd = initramfs(&folder, &boot, READ_REVISION);
     // What stands as <emulator>: descriptors are closed but for the one that is passed, the VM starts paused.
-    let emulator =
-        r#"exec 9</dev/null 3<&- 4<&- 5<&-; exec "$0" run -p policies/fixed-microcode.toml -- qemu-system-x86_64 "$@""#;
+    let emulator = r#"exec 9</dev/null 3<&- 4<&- 5<&-; exec timeout 90 "$0" run -p policies/fixed-microcode.toml -- qemu-system-x86_64 "$@""#;
     let mut command = Command::new("sh");
     command
         .args(["-c", emulator])
         .arg(command::program())
         .current_dir(folder.path());
     command.args(["-S", "-add-fd", "set=1,fd=9", "-qmp", "unix:qmp,server=on,wait=off"]);
-    command.args(MICROVM).args(guest(&boot, &initrd));
+    command.arg("-no-reboot").args(MICROVM).args(guest(&boot, &initrd));
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -252,12 +251,7 @@ fn a_start_as_libvirt_does_it_and_a_reboot_keep_the_policy() {
     monitor
         .write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"cont\"}")
         .unwrap();
-    let seen = out.lines().map(Result::unwrap).inspect(|line| println!("{line}"));
-    let seen: Vec<String> = seen.filter(|line| line.contains("rd 0 0x8b")).take(2).collect();
-    assert_eq!(seen.len(), 2, "it boots twice");
-    for line in seen {
-        assert!(line.contains("0100000000000000"), "{line}");
-    }
-    monitor.write_all(b"{\"execute\":\"quit\"}").unwrap();
+    let text: Vec<String> = out.lines().map(Result::unwrap).collect();
+    assert_eq!(line(&text.join("\n"), "rd 0 0x8b"), "0100000000000000");
     assert!(qemu.wait().unwrap().success());
 }
