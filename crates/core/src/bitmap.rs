@@ -67,15 +67,7 @@ impl VmxBitmap {
 
     /// The same in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[Candidate]) {
-        self.0.fill(u64::MAX);
-        for first in Self::WINDOWS {
-            let window = window(first);
-            for (msr, op) in candidates.iter().flat_map(|c| c.allowed(filter, window)) {
-                if let Some(bit) = Self::bit(msr, op) {
-                    clear(&mut self.0, bit);
-                }
-            }
-        }
+        open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
     }
 
     /// Whether the access exits.
@@ -125,15 +117,7 @@ impl SvmPermissionMap {
 
     /// The same in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[Candidate]) {
-        self.0.fill(u64::MAX);
-        for first in Self::WINDOWS {
-            let window = window(first);
-            for (msr, op) in candidates.iter().flat_map(|c| c.allowed(filter, window)) {
-                if let Some(bit) = Self::bit(msr, op) {
-                    clear(&mut self.0, bit);
-                }
-            }
-        }
+        open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
     }
 
     /// Whether the access exits.
@@ -161,6 +145,27 @@ impl SvmPermissionMap {
 fn window(first: u32) -> MsrRange {
     // A window neither wraps nor is empty, so the fallback is never taken.
     MsrRange::new(Msr(first), Msr(first + (WINDOW - 1))).unwrap_or(MsrRange::single(Msr(first)))
+}
+
+/// Sets every bit, then clears those of what a candidate asks for and the filter allows.
+fn open(
+    words: &mut [u64],
+    windows: &[u32],
+    bit: fn(Msr, Op) -> Option<usize>,
+    filter: &Filter,
+    candidates: &[Candidate],
+) {
+    words.fill(u64::MAX);
+    for window in windows.iter().map(|first| window(*first)) {
+        for (msr, op) in candidates
+            .iter()
+            .flat_map(|candidate| candidate.allowed(filter, window))
+        {
+            if let Some(bit) = bit(msr, op) {
+                clear(words, bit);
+            }
+        }
+    }
 }
 
 fn clear(words: &mut [u64], bit: usize) {
