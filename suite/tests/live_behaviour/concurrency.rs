@@ -172,7 +172,9 @@ impl Load {
                 *number += u64::from(*number % 2 != parity);
                 assert!(*number <= newest, "{msr}: by no filter from {first} to {newest}");
             }
-            counts.slipped += u64::from(by > 0 && numbers[by] < numbers[0]);
+            // Of more than two filters the one in between could be meant.
+            let only_two = newest - first == 1;
+            counts.slipped += u64::from(only_two && by > 0 && numbers[by] < numbers[0]);
             match parity {
                 0 => counts.by_even += 1,
                 _ => counts.by_odd += 1,
