@@ -13,14 +13,7 @@ pub(crate) const NEEDS: &[Need] = &[("qemu-system-x86_64", "qemu-system-x86")];
 /// QEMU's command. `vmlinux` is entered by PVH, which leaves out the kernel's own unpacking.
 pub(crate) fn emulator(job: &Job, kernel: &Kernel) -> Command {
     let mut command = process::bound("qemu-system-x86_64");
-    // Linux 6.12 patches its own code while both CPUs run, which QEMU's emulator sometimes survives only where they
-    // take turns.
-    let threads = if job.cpus > 1 && !kernel.version.starts_with("6.1.") {
-        "single"
-    } else {
-        "multi"
-    };
-    command.arg("-accel").arg(format!("tcg,thread={threads},tb-size=256"));
+    command.args(["-accel", "tcg,thread=multi,tb-size=256"]);
     // microvm boots no faster and has one serial port.
     command.args(["-M", "pc", "-cpu", "EPYC,+svm,+npt"]);
     command.args(["-smp", &job.cpus.to_string(), "-m", &job.mebibytes.to_string()]);
