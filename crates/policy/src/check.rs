@@ -21,7 +21,7 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         // A rule of an extended policy that this one overrides does what it is for.
         let own = rule.place.source == 0;
         if own && !deciding.contains(&index) {
-            findings.push(unreachable(policy, rule));
+            findings.push(unreachable(policy, map, rule));
         }
         if forbids(rule) && rule.ranges().iter().all(|range| never_filtered(*range)) {
             findings.push(
@@ -66,24 +66,16 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
     findings
 }
 
-fn unreachable(policy: &Policy, rule: &Rule) -> Diagnostic {
+fn unreachable(policy: &Policy, map: &DecisionMap, rule: &Rule) -> Diagnostic {
     let message = "rules before this one decide all its accesses, so it never counts";
     let diagnostic = Diagnostic::at(Code::Unreachable, rule.place.clone(), message)
         .help("the first rule that names an MSR wins: move this one up, or leave it out");
-    let overlaps = |other: &Rule| {
-        rule.ranges().iter().any(|range| {
-            other
-                .ranges()
-                .iter()
-                .any(|ranges| range.intersection(*ranges).is_some())
-        })
-    };
-    match policy
-        .rules
-        .iter()
-        .take_while(|other| other.place != rule.place)
-        .find(|other| overlaps(other))
-    {
+    let first = rule.ranges().first().map(|range| range.first());
+    let decides = first.and_then(|msr| match rule.read {
+        Some(_) => map.reads.get(msr).rule,
+        None => map.writes.get(msr).rule,
+    });
+    match decides.and_then(|number| policy.rules.get(usize::try_from(number).ok()?)) {
         Some(earlier) => diagnostic.second(earlier.place.clone(), "this one decides"),
         None => diagnostic,
     }
