@@ -50,8 +50,9 @@ echo start > $DEV/ttyS2
 "$@" -c "$($B cat /command)" < $DEV/null > $DEV/ttyS1 2>&1
 status=$?
 $B sync
+# The emulated ports still send when the last writer has closed them. Setting a mode waits until all is sent.
+$B stty -F $DEV/ttyS1 raw -echo -opost
 echo "rc=$status" > $DEV/ttyS2
-# The emulated ports still send when the last writer has closed them.
-$B sleep 1
+$B sleep 3
 $B poweroff -f
 $B sleep 60
