@@ -50,7 +50,8 @@ pub enum Did {
 }
 
 impl Did {
-    const ALL: [Did; 13] = [
+    /// All of them, each at the place of its number.
+    pub const ALL: [Did; 13] = [
         Did::Allow,
         Did::Deny,
         Did::Zero,
@@ -138,6 +139,8 @@ mod tests {
         for did in Did::ALL {
             assert_eq!(Did::from_name(did.name()), Some(did));
         }
+        assert!(Did::ALL.iter().zip(0..).all(|(did, number)| *did as u8 == number));
+        assert!(Why::ALL.iter().zip(0..).all(|(why, number)| *why as u8 == number));
         assert_eq!(Did::from_name("passed"), None);
     }
 }

@@ -458,7 +458,8 @@ pub enum Why {
 }
 
 impl Why {
-    const ALL: [Why; 12] = [
+    /// All of them, each at the place of its number.
+    pub const ALL: [Why; 12] = [
         Why::NoRule,
         Why::UnknownReason,
         Why::KernelRefused,

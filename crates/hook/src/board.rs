@@ -259,37 +259,6 @@ impl Slate {
     }
 }
 
-const DIDS: [Did; 13] = [
-    Did::Allow,
-    Did::Deny,
-    Did::Zero,
-    Did::Value,
-    Did::Shadow,
-    Did::Mask,
-    Did::Host,
-    Did::Handler,
-    Did::Ignore,
-    Did::Only,
-    Did::Once,
-    Did::Pass,
-    Did::Fault,
-];
-
-const WHYS: [Why; 12] = [
-    Why::NoRule,
-    Why::UnknownReason,
-    Why::KernelRefused,
-    Why::HostUnreadable,
-    Why::BitsLocked,
-    Why::ValueNotListed,
-    Why::AlreadyWritten,
-    Why::NoHandler,
-    Why::HandlerFault,
-    Why::HandlerPanicked,
-    Why::ReEntered,
-    Why::ShadowFull,
-];
-
 /// What was done and why, as one word.
 fn encode_answer(event: &Event) -> u64 {
     let why = event.why.map_or(0, |why| why as u64 + 1);
@@ -298,9 +267,9 @@ fn encode_answer(event: &Event) -> u64 {
 }
 
 fn decode_answer(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
-    let did = DIDS.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
+    let did = Did::ALL.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
     let why = (bits >> 8 & 0xff).checked_sub(1);
-    let why = why.and_then(|why| WHYS.get(why as usize).copied());
+    let why = why.and_then(|why| Why::ALL.get(why as usize).copied());
     (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
 }
 

@@ -22,10 +22,10 @@ fn event(msr: u32) -> Event {
 
 #[test]
 fn words_of_what_was_done_are_the_numbers_of_the_types() {
-    for (number, did) in DIDS.iter().enumerate() {
+    for (number, did) in Did::ALL.iter().enumerate() {
         assert_eq!(*did as usize, number);
     }
-    for (number, why) in WHYS.iter().enumerate() {
+    for (number, why) in Why::ALL.iter().enumerate() {
         assert_eq!(*why as usize, number);
     }
 }
