@@ -185,13 +185,9 @@ impl ActionTable {
     }
 
     fn answer_read(&self, msr: Msr, reason: Reason, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
-        let (action, rule, log) = match reason {
-            Reason::Filter => match find(&self.reads, msr) {
-                Some(entry) => (&entry.action, entry.rule, entry.log),
-                None => return Answer::fault(Why::NoRule, None),
-            },
-            Reason::Unknown => (&self.unknown.0, None, Log::None),
-            Reason::Invalid => (&self.invalid.0, None, Log::None),
+        let fallbacks = (&self.unknown.0, &self.invalid.0);
+        let Some((action, rule, log)) = decision(&self.reads, fallbacks, msr, reason) else {
+            return Answer::fault(Why::NoRule, None);
         };
         let result = match action {
             ReadAction::Deny => {
@@ -233,13 +229,9 @@ impl ActionTable {
         state: &mut VcpuState,
         backing: &mut impl Backing,
     ) -> Answer {
-        let (action, rule, log) = match reason {
-            Reason::Filter => match find(&self.writes, msr) {
-                Some(entry) => (&entry.action, entry.rule, entry.log),
-                None => return Answer::fault(Why::NoRule, None),
-            },
-            Reason::Unknown => (&self.unknown.1, None, Log::None),
-            Reason::Invalid => (&self.invalid.1, None, Log::None),
+        let fallbacks = (&self.unknown.1, &self.invalid.1);
+        let Some((action, rule, log)) = decision(&self.writes, fallbacks, msr, reason) else {
+            return Answer::fault(Why::NoRule, None);
         };
         let result = match action {
             WriteAction::Deny => {
@@ -334,6 +326,21 @@ fn sorted<A>(entries: &[Entry<A>]) -> Result<(), TableError> {
         }
     }
     Ok(())
+}
+
+/// What an exit gets, by its reason: action, rule and log. `None` where the filter denies what no entry names.
+#[inline]
+fn decision<'a, A>(
+    entries: &'a [Entry<A>],
+    (unknown, invalid): (&'a A, &'a A),
+    msr: Msr,
+    reason: Reason,
+) -> Option<(&'a A, Option<u32>, Log)> {
+    match reason {
+        Reason::Filter => find(entries, msr).map(|entry| (&entry.action, entry.rule, entry.log)),
+        Reason::Unknown => Some((unknown, None, Log::None)),
+        Reason::Invalid => Some((invalid, None, Log::None)),
+    }
 }
 
 #[inline]
