@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -76,9 +77,14 @@ pub(crate) fn main(lane: Lane, job: &Job) -> ExitCode {
 /// Only where the lane fails; a script that fails is a [`Done`].
 pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
     let cache = crate::root().join("target/lanes");
-    let kernel = prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?;
+    let kernel = {
+        // Packages are installed, and a kernel is fetched, by one lane at a time.
+        static PREPARING: Mutex<()> = Mutex::new(());
+        let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
+        prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?
+    };
     sweep(&cache);
-    let folder = RunFolder::create(&cache).map_err(Failure::Unavailable)?;
+    let folder = RunFolder::create(lane, job.series, &cache).map_err(Failure::Unavailable)?;
     let folder = &folder.0;
     initrd(lane, job, &kernel, folder)
         .and_then(|bytes| fs::write(folder.join("initrd"), bytes).map_err(|error| unusable(folder, &error)))
@@ -352,12 +358,13 @@ impl Drop for Emulator {
     }
 }
 
-/// A folder for one run, named for this process and removed at the end.
+/// A folder for one run, named for this process and its lane, and removed at the end.
 struct RunFolder(PathBuf);
 
 impl RunFolder {
-    fn create(cache: &Path) -> Result<Self, String> {
-        let folder = cache.join(format!("run-{}", std::process::id()));
+    fn create(lane: Lane, series: Series, cache: &Path) -> Result<Self, String> {
+        let process = std::process::id();
+        let folder = cache.join(format!("run-{process}-{}-{}", lane.name(), series.name()));
         fs::create_dir_all(&folder).map_err(|error| unusable(&folder, &error))?;
         Ok(Self(folder))
     }
@@ -374,7 +381,7 @@ fn sweep(cache: &Path) {
     let Ok(entries) = fs::read_dir(cache) else { return };
     for entry in entries.filter_map(Result::ok) {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let process = name.strip_prefix("run-");
+        let process = name.strip_prefix("run-").and_then(|rest| rest.split('-').next());
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
             let _ = fs::remove_dir_all(entry.path());
         }

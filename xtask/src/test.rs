@@ -2,9 +2,11 @@
 
 use std::env;
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -68,6 +70,15 @@ impl Stage {
         self.to_possible_value()
             .map_or_else(String::new, |value| value.get_name().to_string())
     }
+
+    /// The lane that it runs in an emulator.
+    fn lane(self) -> Option<Lane> {
+        match self {
+            Self::Nested => Some(Lane::Nested),
+            Self::Intel => Some(Lane::Intel),
+            _ => None,
+        }
+    }
 }
 
 /// How a stage ended.
@@ -95,47 +106,23 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let chosen = |stage: &&Stage| arguments.only.is_empty() || arguments.only.contains(stage);
+    let (emulated, alone): (Vec<Stage>, Vec<Stage>) = Stage::value_variants()
+        .iter()
+        .filter(chosen)
+        .partition(|stage| stage.lane().is_some());
     let mut reports = Vec::new();
-    for &stage in Stage::value_variants() {
-        if !arguments.only.is_empty() && !arguments.only.contains(&stage) {
-            continue;
-        }
-        let series: &[Option<Series>] = match stage {
-            Stage::Nested | Stage::Intel => &[Some(Series::Linux6_1), Some(Series::Linux6_12)],
-            _ => &[None],
-        };
-        for &series in series {
-            let name = series.map_or_else(|| stage.name(), |series| format!("{} {}", stage.name(), series.name()));
-            println!("== {name}");
-            let began = Instant::now();
-            let left_out = arguments.fast && series.is_some();
-            let mut ending = if left_out {
-                Ending::Skipped("left out by --fast".into())
-            } else {
-                run(stage, series)
-            };
-            if let Ending::Skipped(why) = &ending
-                && required.contains(&stage)
-            {
-                let count = Count {
-                    failed: 1,
-                    ..Count::default()
-                };
-                ending = Ending::Ran {
-                    count,
-                    note: format!("required, and cannot run: {why}"),
-                };
-            }
-            let report = Report {
-                stage,
-                name,
-                ending,
-                time: began.elapsed(),
-            };
-            println!("-- {}\n", report.line());
-            reports.push(report);
-        }
+    for stage in alone {
+        println!("== {}", stage.name());
+        let began = Instant::now();
+        let ending = run(stage);
+        reports.push(Report::new(stage, stage.name(), ending, began, &required));
     }
+    let jobs: Vec<_> = emulated
+        .iter()
+        .flat_map(|stage| [(*stage, Series::Linux6_1), (*stage, Series::Linux6_12)])
+        .collect();
+    reports.extend(side_by_side(&jobs, arguments.fast, &required));
     sum_up(&reports)
 }
 
@@ -158,6 +145,23 @@ pub(crate) fn tell(result: Result<Ending, String>) -> ExitCode {
 }
 
 impl Report {
+    /// A stage that is over; its last line is printed. One that is required fails where it was skipped.
+    fn new(stage: Stage, name: String, mut ending: Ending, began: Instant, required: &[Stage]) -> Self {
+        if let Ending::Skipped(why) = &ending
+            && required.contains(&stage)
+        {
+            ending = one(false, format!("required, and cannot run: {why}"));
+        }
+        let report = Self {
+            stage,
+            name,
+            ending,
+            time: began.elapsed(),
+        };
+        println!("-- {}\n", report.line());
+        report
+    }
+
     fn line(&self) -> String {
         let time = self.time.as_secs_f64();
         let (result, rest) = match &self.ending {
@@ -220,33 +224,72 @@ fn required(list: &str) -> Result<Vec<Stage>, String> {
         .collect()
 }
 
-fn run(stage: Stage, series: Option<Series>) -> Ending {
-    let result = match (stage, series) {
-        (Stage::Fmt, _) => check("fmt", &["--all", "--check"]),
-        (Stage::Clippy, _) => check(
+fn run(stage: Stage) -> Ending {
+    let result = match stage {
+        Stage::Fmt => check("fmt", &["--all", "--check"]),
+        Stage::Clippy => check(
             "clippy",
             &[&SCOPE[..], &["--all-targets", "--", "-D", "warnings"]].concat(),
         ),
-        (Stage::Unit, _) => unit(),
-        (Stage::Doctest, _) => doctest(),
-        (Stage::Doc, _) => check(
+        Stage::Unit => unit(),
+        Stage::Doctest => doctest(),
+        Stage::Doc => check(
             "doc",
             &[&SCOPE[..], &["--no-deps", "--document-private-items"]].concat(),
         ),
-        (Stage::NoStd, _) => no_std::build().map(|(built, note)| one(built, note)),
-        (Stage::Deny, _) => deny(),
-        (Stage::Loom, _) => checker::orders(),
-        (Stage::Fuzz, _) => fuzz::short(),
-        (Stage::Memory, _) => checker::memory(),
-        (Stage::Host, _) => host(),
-        (Stage::Nested, Some(series)) => emulated(Lane::Nested, series),
-        (Stage::Intel, Some(series)) => emulated(Lane::Intel, series),
-        (Stage::Nested | Stage::Intel, None) => Err("no kernel was chosen".into()),
+        Stage::NoStd => no_std::build().map(|(built, note)| one(built, note)),
+        Stage::Deny => deny(),
+        Stage::Loom => checker::orders(),
+        Stage::Fuzz => fuzz::short(),
+        Stage::Memory => checker::memory(),
+        Stage::Host => host(),
+        Stage::Nested | Stage::Intel => Err("a lane in an emulator runs beside the others".into()),
     };
-    result.unwrap_or_else(|why| {
-        println!("{why}");
-        one(false, why.lines().next().unwrap_or_default().to_string())
-    })
+    result.unwrap_or_else(broken)
+}
+
+/// A stage that could not be carried out.
+fn broken(why: String) -> Ending {
+    println!("{why}");
+    one(false, why.lines().next().unwrap_or_default().to_string())
+}
+
+/// Runs the lanes in emulators, as many at a time as there are CPUs: each keeps one busy.
+fn side_by_side(jobs: &[(Stage, Series)], left_out: bool, required: &[Stage]) -> Vec<Report> {
+    // What they run is built first, and once.
+    let work = if left_out || jobs.is_empty() {
+        Ok(None)
+    } else {
+        Work::find()
+    };
+    let next = AtomicUsize::new(0);
+    let printing = Mutex::new(Vec::new());
+    let worker = || {
+        while let Some((place, &(stage, series))) = jobs.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
+            let name = format!("{} {}", stage.name(), series.name());
+            println!("starting {name}");
+            let began = Instant::now();
+            let (text, ending) = match (&work, stage.lane()) {
+                _ if left_out => (String::new(), Ok(Ending::Skipped("left out by --fast".into()))),
+                (Ok(Some(work)), Some(lane)) => emulated(lane, series, work),
+                (Err(why), _) => (String::new(), Err(why.clone())),
+                (Ok(None), _) | (_, None) => (String::new(), Ok(no_live_tests())),
+            };
+            let mut reports = printing.lock().unwrap_or_else(PoisonError::into_inner);
+            println!("== {name}\n{text}");
+            let ending = ending.unwrap_or_else(broken);
+            reports.push((place, Report::new(stage, name, ending, began, required)));
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(jobs.len()));
+    thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(worker);
+        }
+    });
+    let mut reports = printing.into_inner().unwrap_or_else(PoisonError::into_inner);
+    reports.sort_by_key(|(place, _)| *place);
+    reports.into_iter().map(|(_, report)| report).collect()
 }
 
 /// A stage that is one check.
@@ -441,10 +484,8 @@ impl Work {
 const BEGIN: &str = "@@ begin ";
 const END: &str = "@@ end ";
 
-fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
-    let Some(work) = Work::find()? else {
-        return Ok(no_live_tests());
-    };
+/// What a lane's tests wrote, and how it ended.
+fn emulated(lane: Lane, series: Series, work: &Work) -> (String, Result<Ending, String>) {
     // The nested lane sees all files of this machine as they are; the other has what it is given.
     let bare = lane == Lane::Intel;
     // Seconds for one binary, so that one which hangs does not take the others' time.
@@ -466,8 +507,8 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
     let root = crate::root();
     let data = ["testdata", "policies", "traces"].map(|name| root.join(name));
     let mut programs: Vec<_> = work.live.iter().map(|binary| binary.executable.clone()).collect();
-    programs.extend(work.beside);
-    programs.push(work.program);
+    programs.extend(work.beside.iter().cloned());
+    programs.push(work.program.clone());
     let packages = work.live.iter().map(|binary| binary.package.join("Cargo.toml"));
     let add = data.into_iter().filter(|folder| folder.is_dir()).chain(packages);
     let job = Job {
@@ -491,20 +532,17 @@ fn emulated(lane: Lane, series: Series) -> Result<Ending, String> {
     };
     let done = match lane::run(lane, &job) {
         Ok(done) => done,
-        Err(Failure::Unavailable(why)) => return Ok(Ending::Skipped(why)),
-        Err(Failure::Broken(why)) => return Err(format!("the lane failed, not a test: {why}")),
+        Err(Failure::Unavailable(why)) => return (String::new(), Ok(Ending::Skipped(why))),
+        Err(Failure::Broken(why)) => return (String::new(), Err(format!("the lane failed, not a test: {why}"))),
     };
-    let text = String::from_utf8_lossy(&done.output);
-    io::Write::write_all(&mut io::stdout(), text.as_bytes()).map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&done.output).into_owned();
     let (version, module) = (&done.version, lane.vendor_module());
     let mut note = format!("Linux {version}, {module}, up after {:.1} s", done.boot.as_secs_f64());
     if done.status.is_none() {
         note.push_str(&format!(", out of time after {} s", job.timeout.as_secs()));
     }
-    Ok(Ending::Ran {
-        count: parts(&text, work.live.len()),
-        note,
-    })
+    let count = parts(&text, work.live.len());
+    (text, Ok(Ending::Ran { count, note }))
 }
 
 /// Counts each binary's part of a lane's output; one whose part has no end has failed.
