@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Msr, MsrRange};
+use msrgate_core::Msr;
 use msrgate_policy::database::{self, Entry};
 use msrgate_policy::number;
 use serde_json::{Value, json};
@@ -67,12 +67,6 @@ fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
     }
 }
 
-/// Whether a KVM filter can stop every access to it.
-fn filterable(msr: Msr) -> bool {
-    // AMD's hardware never intercepts reads of SEV_STATUS.
-    !MsrRange::X2APIC.contains(msr) && msr != Msr::MAX && msr != Msr(0xc001_0131)
-}
-
 fn join<T: ToString>(items: impl Iterator<Item = T>) -> String {
     items.map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
 }
@@ -86,29 +80,36 @@ fn json(entry: &Entry) -> Value {
         "vendors": entry.vendors.iter().map(|vendor| vendor.to_string()).collect::<Vec<_>>(),
         "feature": entry.exists.to_string(),
         "access": entry.access.to_string(),
-        "filterable": filterable(entry.msr),
+        "filterable": entry.is_filterable(),
+        "passes": entry.unfiltered(),
+        "state": entry.state.name(),
+        "host": entry.host.name(),
+        "secret": entry.is_secret(),
         "source": entry.source,
     })
 }
 
 fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
     writeln!(out, "{} {}", entry.msr, entry.name)?;
-    let filterable = if filterable(entry.msr) {
-        "yes"
-    } else {
-        "no: no KVM filter can stop it"
+    let filterable = match (entry.is_filterable(), entry.unfiltered()) {
+        (true, None) => "yes".to_owned(),
+        (true, Some(but)) => format!("yes, but {but}"),
+        (false, why) => format!("no: {}", why.unwrap_or("no KVM filter can stop it")),
     };
+    let said = |text: String| if text == "-" { String::new() } else { text };
     for (key, value) in [
         ("also", entry.aliases.join(", ")),
         ("classes", join(entry.classes.iter())),
         ("vendors", join(entry.vendors.iter())),
         ("feature", entry.exists.to_string()),
         ("access", entry.access.to_string()),
-        ("filterable", filterable.to_owned()),
+        ("filterable", filterable),
+        ("saved by", said(entry.state.to_string())),
+        ("of the host", said(entry.host.to_string())),
         ("source", entry.source.to_owned()),
     ] {
         if !value.is_empty() {
-            writeln!(out, "  {key:<11}{value}")?;
+            writeln!(out, "  {key:<12}{value}")?;
         }
     }
     Ok(())

@@ -430,6 +430,10 @@ fn msr_is_a_list_of_what_is_known() {
                 "feature",
                 "access",
                 "filterable",
+                "passes",
+                "state",
+                "host",
+                "secret",
                 "source",
             ],
         );
@@ -439,6 +443,8 @@ fn msr_is_a_list_of_what_is_known() {
         }
         let x2apic = (0x800..=0x8ff).contains(&hex(entry, "msr"));
         assert!(!(x2apic && entry["filterable"] == true), "{entry:#}");
+        assert!(entry["filterable"] == true || entry["passes"].is_string(), "{entry:#}");
+        assert!(entry["secret"] == false || entry["host"].is_string(), "{entry:#}");
     }
     for (what, name) in [
         ("0x8b", "IA32_BIOS_SIGN_ID"),

@@ -13,13 +13,15 @@
 //! ```
 
 mod class;
+mod facts;
 mod table;
 
 use std::fmt;
 
-use msrgate_core::Msr;
+use msrgate_core::{Msr, MsrRange};
 
 pub use self::class::{Class, UnknownClass};
+pub use self::facts::{Host, State};
 use crate::cpuid::{CpuVendor, Cpuid};
 
 /// One MSR.
@@ -42,6 +44,10 @@ pub struct Entry {
     pub exists: Exists,
     /// What the manual lets software do with it.
     pub access: Access,
+    /// How the guest's value goes along when the guest is saved or migrated.
+    pub state: State,
+    /// What the value tells a guest of the host.
+    pub host: Host,
     /// The document and the title of the section that define it.
     pub source: &'static str,
 }
@@ -144,6 +150,41 @@ impl Entry {
         }
     }
 
+    /// Whether a guest can write a value that must be saved with it.
+    ///
+    /// If a policy lets writes through to the kernel, whoever saves the guest must save this MSR; if the policy keeps
+    /// the value itself (`shadow`), whoever runs the policy must.
+    pub fn holds_guest_state(&self) -> bool {
+        self.state != State::Nothing && self.access != Access::ReadOnly
+    }
+
+    /// Whether the value identifies the machine or tells of what others do or did on it: what a tenant must not see.
+    pub fn is_secret(&self) -> bool {
+        matches!(self.host, Host::Identity | Host::Activity | Host::Trace)
+    }
+
+    /// Whether a KVM filter can stop every access to it, on every kernel that is known, except where
+    /// [`unfiltered`](Entry::unfiltered) says otherwise.
+    pub fn is_filterable(&self) -> bool {
+        !(MsrRange::X2APIC.contains(self.msr) || self.msr == Msr::MAX || self.msr == SEV_STATUS)
+    }
+
+    /// What passes a KVM filter nevertheless, in a sentence; `None` if nothing does.
+    pub fn unfiltered(&self) -> Option<&'static str> {
+        match self.msr {
+            msr if MsrRange::X2APIC.contains(msr) => Some("KVM answers 0x800..=0x8ff before it asks the filter"),
+            Msr::MAX => Some("no range of a filter can hold this index"),
+            SEV_STATUS => Some("AMD's processors answer reads themselves"),
+            Msr(0x6e0) => Some("some kernels carry out writes before they ask the filter; reads are always filtered"),
+            Msr(0xc001_0130) => Some("a guest with SEV-ES talks through it to the hypervisor without WRMSR exits"),
+            Msr(0xc000_0100 | 0xc000_0101) => Some("WRFSBASE and WRGSBASE change it too"),
+            Msr(0xc000_0102) => Some("SWAPGS changes it too"),
+            Msr(0xc000_0103) => Some("RDTSCP and RDPID read it too"),
+            Msr(0x10) => Some("RDTSC reads it too"),
+            _ => None,
+        }
+    }
+
     /// Whether the MSR is of this maker; `None` for a maker that the table does not follow.
     fn made_by(&self, vendor: CpuVendor) -> Option<bool> {
         match vendor {
@@ -153,6 +194,9 @@ impl Entry {
         }
     }
 }
+
+/// AMD's processors do not intercept reads of it.
+const SEV_STATUS: Msr = Msr(0xc001_0131);
 
 /// Every MSR of the database, by index.
 pub fn all() -> &'static [Entry] {

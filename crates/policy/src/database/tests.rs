@@ -281,3 +281,60 @@ fn a_condition_prints_as_its_features() {
     assert_eq!(text("IA32_TSC_AUX"), "rdtscp|rdpid");
     assert_eq!(text("HWCR"), "-");
 }
+
+#[test]
+fn what_is_known_of_an_entry_does_not_contradict_itself() {
+    for entry in all() {
+        let name = entry.name;
+        // KVM gives the guest a value of its own, so it is none of the host's. The microcode's revision is both: a
+        // VMM may copy the host's into the guest.
+        let both = entry.state != State::Nothing && entry.host != Host::Nothing;
+        assert!(!both || name == "IA32_BIOS_SIGN_ID", "{name}");
+        assert_eq!(
+            entry.state == State::Lapic,
+            entry.classes.contains(&Class::X2apic) && entry.access == Access::ReadWrite
+                || ["HV_X64_MSR_ICR", "HV_X64_MSR_TPR"].contains(&name),
+            "{name}"
+        );
+        // What cannot be read can neither be saved nor tell anything.
+        if entry.access == Access::WriteOnly {
+            assert_eq!(entry.host, Host::Nothing, "{name}");
+            assert_eq!(
+                entry.state == State::Nothing,
+                name != "MSR_AMD64_PERF_CNTR_GLOBAL_STATUS_CLR" && name != "MSR_AMD64_PERF_CNTR_GLOBAL_STATUS_SET",
+                "{name}"
+            );
+        }
+        assert!(!entry.is_secret() || entry.host != Host::Setup, "{name}");
+        assert!(entry.is_filterable() || entry.unfiltered().is_some(), "{name}");
+    }
+}
+
+#[test]
+fn some_facts_that_are_known_well() {
+    let of = |name: &str| by_name(name).unwrap_or_else(|| panic!("{name}"));
+    #[rustfmt::skip]
+    let state = [
+        ("IA32_SYSENTER_EIP", State::Listed), ("IA32_LSTAR", State::Listed), ("IA32_MTRR_DEF_TYPE", State::Unlisted),
+        ("IA32_EFER", State::Sregs), ("IA32_APIC_BASE", State::Sregs), ("IA32_X2APIC_TPR", State::Lapic),
+        ("MSR_PKG_ENERGY_STATUS", State::Nothing), ("IA32_PRED_CMD", State::Nothing), ("HV_X64_MSR_SIMP", State::Unlisted),
+    ];
+    for (name, expected) in state {
+        assert_eq!(of(name).state, expected, "{name}");
+    }
+    #[rustfmt::skip]
+    let host = [
+        ("MSR_PKG_ENERGY_STATUS", Host::Activity), ("PKG_ENERGY_STAT", Host::Activity), ("IA32_THERM_STATUS", Host::Activity),
+        ("IA32_APERF", Host::Activity), ("IA32_MPERF", Host::Activity), ("IA32_PPIN", Host::Identity), ("PPIN_AMD", Host::Identity),
+        ("IA32_BIOS_SIGN_ID", Host::Setup), ("MSR_RAPL_POWER_UNIT", Host::Setup), ("IA32_LBR_3_FROM_IP", Host::Trace),
+        ("IA32_LSTAR", Host::Nothing), ("IA32_MC0_STATUS", Host::Nothing),
+    ];
+    for (name, expected) in host {
+        assert_eq!(of(name).host, expected, "{name}");
+    }
+    assert!(of("IA32_LSTAR").holds_guest_state() && !of("IA32_VMX_BASIC").holds_guest_state());
+    assert!(of("IA32_PPIN").is_secret() && !of("IA32_BIOS_SIGN_ID").is_secret());
+    assert!(
+        !of("IA32_X2APIC_TPR").is_filterable() && !of("SEV_STATUS").is_filterable() && of("IA32_TSC").is_filterable()
+    );
+}
