@@ -46,6 +46,9 @@ pub(crate) enum Command {
     /// Start a VMM that knows nothing of msrgate, its guests under a policy
     #[command(after_help = RUN_AFTER)]
     Run(RunArgs),
+    /// Say what traces tell: who asked for what, how often, when, and what it got
+    #[command(after_help = REPORT_AFTER)]
+    Report(ReportArgs),
     /// Look MSRs up by name, index, class or text
     Msr(MsrArgs),
     /// Print the JSON Schema of policy files, for editors
@@ -273,6 +276,26 @@ pub(crate) enum LearnArg {
     First,
     /// Every access, passed on to the kernel as the host would make it: the guest may see something else
     All,
+}
+
+const REPORT_AFTER: &str = "\
+Example: what a guest did under a policy, and by which rule it got what:
+  msrgate run -p policy.toml --trace boot.jsonl -- qemu-system-x86_64 …
+  msrgate report -p policy.toml boot.jsonl";
+
+#[derive(ClapArgs)]
+pub(crate) struct ReportArgs {
+    /// Traces: JSON Lines, `-` for standard input
+    #[arg(required = true, value_name = "TRACE")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// Say beside each row what this policy decides, by which rule and why
+    #[arg(short, long, value_name = "POLICY")]
+    pub(crate) policy: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(ClapArgs)]

@@ -11,6 +11,7 @@ mod explain;
 mod replay;
 mod verify;
 mod run;
+mod report;
 mod msr;
 mod manual;
 mod render;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
         Command::Run(run) => run::run(run),
+        Command::Report(report) => report::run(report),
         Command::Msr(msr) => msr::run(msr),
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),

@@ -183,14 +183,16 @@ pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
     }
 }
 
-enum Opened {
+/// Why a trace gives no events.
+pub(crate) enum Opened {
     Unreadable(String),
     Malformed(TraceError),
 }
 
 type Trace = Lines<Box<dyn BufRead>>;
 
-fn open(path: &Path) -> Result<Trace, Opened> {
+/// The trace of this path, `-` for standard input, with its header read.
+pub(crate) fn open(path: &Path) -> Result<Trace, Opened> {
     let from: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(BufReader::new(io::stdin()))
     } else {

@@ -233,7 +233,7 @@ fn each_key_that_a_command_prints_is_documented() {
         "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\ngarbage\n",
     );
     let microvm = "policies/linux-microvm.toml";
-    let runs: [(&str, &[&str]); 10] = [
+    let runs: [(&str, &[&str]); 12] = [
         ("check", &["check", "--json", microvm]),
         ("check", &["check", "--json", "bad.toml"]),
         ("check", &["check", "--json", microvm, "policies/qemu.toml"]),
@@ -246,6 +246,8 @@ fn each_key_that_a_command_prints_is_documented() {
             "replay",
             &["replay", "--json", "--backend", "engine", "-p", microvm, "cut.jsonl"],
         ),
+        ("report", &["report", "--json", "-p", microvm, "cut.jsonl"]),
+        ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
         ("msr", &["msr", "--json", "@tsc"]),
     ];
     for (heading, arguments) in runs {

@@ -41,6 +41,7 @@ mod print;
 mod check;
 mod explain;
 pub mod trace;
+pub mod report;
 
 pub use check::check;
 pub use diagnostic::{Code, Diagnostic, Files, Place, Severity, Source};

@@ -1,0 +1,142 @@
+//! `msrgate report`: what traces tell, for people, for programs and for the browser.
+
+mod print;
+
+use std::io::{self, Write};
+
+use msrgate_core::{Msr, Op};
+use msrgate_policy::report::{MOST_ROWS, MOST_VCPUS, Report};
+use msrgate_policy::trace::TraceError;
+use msrgate_policy::{Explanation, explain};
+
+use crate::args::ReportArgs;
+use crate::exit::{Exit, Failure};
+use crate::load::{self, Loaded};
+use crate::replay::{Opened, open};
+
+/// The traces added up, and the policy that they are held against.
+struct Told {
+    report: Report,
+    /// For each trace its name, and what ended it early.
+    files: Vec<(String, Option<TraceError>)>,
+    policy: Option<Loaded>,
+}
+
+pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
+    let given = load::cpuid(&args.cpuid)?;
+    let mut told = Told {
+        report: Report::default(),
+        files: Vec::new(),
+        policy: None,
+    };
+    let mut readable = false;
+    for path in &args.traces {
+        let name = path.display().to_string();
+        let mut lines = match open(path) {
+            Ok(lines) => lines,
+            Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
+            Err(Opened::Malformed(error)) => {
+                told.report.begin(Default::default());
+                told.files.push((name, Some(error)));
+                continue;
+            }
+        };
+        if !readable && let Some(policy) = &args.policy {
+            let recorded = match (&given, lines.header().parse_cpuid()) {
+                (None, Some(cpuid)) => Some(cpuid.map_err(|error| Failure::input(format!("{name}: {error}")))?),
+                _ => None,
+            };
+            told.policy = Some(load::policy_or_report(policy, given.as_ref().or(recorded.as_ref()))?);
+        }
+        readable = true;
+        told.report.begin(lines.header().clone());
+        let error = loop {
+            match lines.next() {
+                Some(Ok(event)) => told.report.add(&event),
+                Some(Err(error)) => break Some(error),
+                None => break None,
+            }
+        };
+        told.files.push((name, error));
+    }
+    let mut broken = false;
+    for (name, error) in &told.files {
+        if let Some(error) = error {
+            broken = true;
+            writeln!(io::stderr(), "msrgate: {}", print::plain(&format!("{name}: {error}")))?;
+        }
+    }
+    // Where not even a header could be read there is nothing to report on.
+    if readable {
+        let mut out = io::stdout().lock();
+        if args.json {
+            writeln!(out, "{:#}", print::json(&told))?;
+        } else {
+            print::text(&mut out, &told)?;
+        }
+    }
+    Ok(if broken { Exit::Input } else { Exit::Yes })
+}
+
+impl Told {
+    /// What the policy says of an access, where there is a policy.
+    fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
+        let Loaded { policy, map, plan } = self.policy.as_ref()?;
+        Some(explain(policy, map, plan, msr, op))
+    }
+
+    /// How many accesses each rule of the policy decides, by its number.
+    fn decided(&self) -> Vec<u64> {
+        let rules = self.policy.as_ref().map_or(0, |loaded| loaded.policy.rules.len());
+        let mut counts = vec![0; rules];
+        for row in self.report.rows() {
+            let rule = self.explain(row.msr, row.op).and_then(|explained| explained.rule);
+            let place = rule.and_then(|(number, _)| usize::try_from(number).ok());
+            if let Some(count) = place.and_then(|place| counts.get_mut(place)) {
+                *count += row.count;
+            }
+        }
+        counts
+    }
+
+    /// What a reader of the report has to know of it.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let traces = self.report.traces();
+        for ((name, error), trace) in self.files.iter().zip(traces) {
+            if let Some(error) = error {
+                notes.push(format!("{name}: {error}; what came before it is in the report"));
+            }
+            if let (Some(loaded), Some(hash)) = (&self.policy, &trace.header.policy)
+                && *hash != load::hex(&loaded.plan.hash())
+            {
+                notes.push(format!(
+                    "{name} was made under another policy: its numbers of rules are not those of `{}`",
+                    loaded.policy.name
+                ));
+            }
+        }
+        let cpuids = || traces.iter().filter_map(|trace| trace.header.cpuid.as_deref());
+        if self.policy.as_ref().is_some_and(|loaded| loaded.policy.asks_cpuid())
+            && cpuids().any(|cpuid| cpuids().next() != Some(cpuid))
+        {
+            notes.push(
+                "the traces' guests have different CPUIDs, and the policy depends on it: what it decides is told for one"
+                    .to_owned(),
+            );
+        }
+        if self.report.unlisted() > 0 {
+            notes.push(format!(
+                "{} accesses are of MSRs that are not listed, since there is room for {MOST_ROWS}",
+                self.report.unlisted()
+            ));
+        }
+        if self.report.vcpus().len() == MOST_VCPUS {
+            notes.push(format!("no more than {MOST_VCPUS} vCPUs are told apart"));
+        }
+        if self.report.accesses() > 1 && traces.iter().all(|trace| trace.first == trace.last) {
+            notes.push("the traces do not tell when".to_owned());
+        }
+        notes
+    }
+}

@@ -1,0 +1,299 @@
+//! What a report says, for people at a terminal and for programs.
+
+use std::io::{self, Write};
+
+use msrgate_core::Reason;
+use msrgate_policy::report::{Counts, Got, Kind, Moment, Row};
+use serde_json::{Value, json};
+
+use super::Told;
+use crate::load::{self, Loaded};
+use crate::{explain, render};
+
+/// How many different values, and how many different callers, a line for people names.
+const FEW: usize = 3;
+
+pub(super) fn json(told: &Told) -> Value {
+    let report = &told.report;
+    let traces = told.files.iter().zip(report.traces()).map(|((name, error), trace)| {
+        let header = &trace.header;
+        json!({
+            "file": name,
+            "host": header.host,
+            "kernel": header.kernel,
+            "guest": header.guest,
+            "vmm": header.vmm,
+            "mode": header.mode,
+            "cpu": header.cpu,
+            "policy": header.policy,
+            "accesses": trace.events,
+            "first_ns": trace.first,
+            "last_ns": trace.last,
+            "error": error.as_ref().map(|error| json!({ "line": error.line, "message": error.to_string() })),
+        })
+    });
+    let vcpu = |place: u16, count: u64| {
+        let vcpu = report.vcpus().get(usize::from(place));
+        json!({
+            "trace": vcpu.map(|vcpu| vcpu.trace),
+            "vm": vcpu.map(|vcpu| vcpu.vm),
+            "vcpu": vcpu.map(|vcpu| vcpu.vcpu),
+            "count": count,
+        })
+    };
+    let timeline = report.timeline();
+    let rows = report.rows().map(|row| {
+        let explained = told.explain(row.msr, row.op);
+        json!({
+            "msr": row.msr.to_string(),
+            "name": explain::name(row.msr),
+            "op": row.op.name(),
+            "count": row.count,
+            "allowed": of(row.kinds, Kind::Allowed),
+            "emulated": of(row.kinds, Kind::Emulated),
+            "faulted": of(row.kinds, Kind::Faulted),
+            "exits": row.exits,
+            "cost": null,
+            "first": moment(row.first),
+            "last": moment(row.last),
+            "got": row.got.each().iter().map(|(got, count)| json!({
+                "did": got.did.name(),
+                "why": got.why.map(|why| why.name()),
+                "reason": got.reason.map(Reason::name),
+                "rule": got.rule,
+                "count": count,
+            })).collect::<Vec<_>>(),
+            "got_otherwise": row.got.others(),
+            "values": values(&row.values, "value"),
+            "other_values": row.values.others(),
+            "vcpus": row.vcpus.each().iter().map(|(place, count)| vcpu(*place, *count)).collect::<Vec<_>>(),
+            "other_vcpus": row.vcpus.others(),
+            "rips": values(&row.rips, "rip"),
+            "other_rips": row.rips.others(),
+            "policy": explained.map(|explained| json!({
+                "action": explained.action,
+                "rule": explained.rule.map(|(number, _)| number),
+                "sees": explained.sees,
+                "exits": explained.exits,
+            })),
+        })
+    });
+    json!({
+        "traces": traces.collect::<Vec<_>>(),
+        "policy": told.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
+            "name": policy.name,
+            "hash": load::hex(&plan.hash()),
+        })),
+        "accesses": report.accesses(),
+        "allowed": of(report.kinds(), Kind::Allowed),
+        "emulated": of(report.kinds(), Kind::Emulated),
+        "faulted": of(report.kinds(), Kind::Faulted),
+        "exits": report.exits(),
+        "cost": null,
+        "unlisted": report.unlisted(),
+        "vcpus": (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
+        "timeline": {
+            "start_ns": timeline.start(),
+            "bucket_ns": timeline.width(),
+            "buckets": timeline.buckets().map(|kinds| json!({
+                "allowed": of(*kinds, Kind::Allowed),
+                "emulated": of(*kinds, Kind::Emulated),
+                "faulted": of(*kinds, Kind::Faulted),
+            })).collect::<Vec<_>>(),
+        },
+        "by_msr": rows.collect::<Vec<_>>(),
+        "rules": rules(told),
+        "notes": told.notes(),
+    })
+}
+
+fn of(kinds: [u64; 3], kind: Kind) -> u64 {
+    let [allowed, emulated, faulted] = kinds;
+    match kind {
+        Kind::Allowed => allowed,
+        Kind::Emulated => emulated,
+        Kind::Faulted => faulted,
+    }
+}
+
+fn moment(moment: Moment) -> Value {
+    json!({ "trace": moment.trace, "ns": moment.t })
+}
+
+fn values<const MOST: usize>(counts: &Counts<u64, MOST>, key: &str) -> Vec<Value> {
+    let each = counts.each().iter();
+    each.map(|(value, count)| json!({ key: format!("{value:#x}"), "count": count }))
+        .collect()
+}
+
+fn rules(told: &Told) -> Value {
+    let Some(Loaded { policy, .. }) = &told.policy else {
+        return json!([]);
+    };
+    let rules = policy.rules.iter().enumerate().zip(told.decided());
+    rules
+        .map(|((number, rule), count)| {
+            let source = policy.sources.get(rule.place.source);
+            json!({
+                "index": number,
+                "file": source.map(|source| source.path.display().to_string()),
+                "line": source.map(|source| source.line_column(rule.place.span.start).0),
+                "text": rule.to_string().trim(),
+                "why": rule.why,
+                "accesses": count,
+            })
+        })
+        .collect()
+}
+
+pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
+    let report = &told.report;
+    let several = report.traces().len() > 1;
+    for (number, ((name, _), trace)) in told.files.iter().zip(report.traces()).enumerate() {
+        let header = &trace.header;
+        let parts = [&header.guest, &header.vmm, &header.host, &header.kernel, &header.mode];
+        let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
+        let number = if several { format!("{number}: ") } else { String::new() };
+        writeln!(out, "{number}{}: {}", plain(name), plain(&parts.join("; ")))?;
+    }
+    let has_rules = report
+        .rows()
+        .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
+    let has_rips = report.rows().any(|row| !row.rips.each().is_empty());
+    let has_vcpus = report.vcpus().len() > 1;
+    let mut header = vec!["MSR", "name", "op", "count", "first s", "last s", "got", "values"];
+    header.extend(has_vcpus.then_some("vCPUs"));
+    header.extend(has_rips.then_some("from"));
+    header.extend(has_rules.then_some("rule"));
+    header.extend(told.policy.is_some().then_some("policy"));
+    let mut table = render::table(&header);
+    for row in report.rows() {
+        let mut cells = vec![
+            row.msr.to_string(),
+            explain::name(row.msr).unwrap_or_default().to_owned(),
+            row.op.to_string(),
+            row.count.to_string(),
+            time(row.first, several),
+            time(row.last, several),
+            got(row),
+            few(&row.values, |value| format!("{value:#x}")),
+        ];
+        cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(told, *place))));
+        cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
+        cells.extend(has_rules.then(|| rules_of(row)));
+        cells.extend(told.explain(row.msr, row.op).map(|explained| match explained.rule {
+            Some((number, rule)) => {
+                let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
+                plain(&format!("{}, rule {number}{why}", explained.action))
+            }
+            None => format!("{}, by default", explained.action),
+        }));
+        table.add_row(cells);
+    }
+    if report.accesses() > 0 {
+        writeln!(out, "\n{}", render::text(&table))?;
+    }
+    let [allowed, emulated, faulted] = report.kinds();
+    writeln!(
+        out,
+        "{} by {}: {allowed} allowed, {emulated} emulated, {faulted} faulted",
+        counted(report.accesses(), "access", "accesses"),
+        counted(report.vcpus().len() as u64, "vCPU", "vCPUs"),
+    )?;
+    writeln!(
+        out,
+        "{} left the kernel for user space; how long that took is not known: traces do not tell",
+        report.exits()
+    )?;
+    for note in told.notes() {
+        writeln!(out, "note: {}", plain(&note))?;
+    }
+    Ok(())
+}
+
+pub(super) fn counted(count: u64, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
+/// What the accesses of a row got: each word, with its count where there are several.
+pub(super) fn got(row: &Row) -> String {
+    let each = row.got.each();
+    // Rules apart, which have their own column.
+    let mut words: Vec<(String, u64)> = Vec::new();
+    for (got, count) in each {
+        let word = word(got);
+        match words.iter_mut().find(|(known, _)| *known == word) {
+            Some((_, sum)) => *sum += count,
+            None => words.push((word, *count)),
+        }
+    }
+    let alone = words.len() == 1 && row.got.others() == 0;
+    let mut words: Vec<String> = words
+        .into_iter()
+        .map(|(word, count)| if alone { word } else { format!("{count} {word}") })
+        .collect();
+    if row.got.others() > 0 {
+        words.push(format!("{} otherwise", row.got.others()));
+    }
+    words.join(", ")
+}
+
+/// What was done, with what there is to say of it.
+pub(super) fn word(got: &Got) -> String {
+    match (got.why, got.reason) {
+        (Some(why), _) => format!("{}: {why}", got.did),
+        (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason})", got.did),
+        (None, _) => got.did.to_string(),
+    }
+}
+
+/// The rules that the trace names.
+pub(super) fn rules_of(row: &Row) -> String {
+    let mut rules: Vec<u32> = row.got.each().iter().filter_map(|(got, _)| got.rule).collect();
+    rules.sort_unstable();
+    rules.dedup();
+    let rules: Vec<String> = rules.iter().map(u32::to_string).collect();
+    rules.join(", ")
+}
+
+/// Who made an access: the vCPU, with the VM and the trace where there are several.
+pub(super) fn vcpu(told: &Told, place: u16) -> String {
+    let report = &told.report;
+    let Some(vcpu) = report.vcpus().get(usize::from(place)) else {
+        return String::new();
+    };
+    let several = report.traces().len() > 1;
+    let vms = several || report.vcpus().iter().any(|other| other.vm != vcpu.vm);
+    match (several, vms) {
+        (true, _) => format!("{}/{}/{}", vcpu.trace, vcpu.vm, vcpu.vcpu),
+        (false, true) => format!("{}/{}", vcpu.vm, vcpu.vcpu),
+        (false, false) => vcpu.vcpu.to_string(),
+    }
+}
+
+fn few<T: PartialEq, const MOST: usize>(counts: &Counts<T, MOST>, word: impl Fn(&T) -> String) -> String {
+    let mut each: Vec<&(T, u64)> = counts.each().iter().collect();
+    each.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let mut words: Vec<String> = each.iter().take(FEW).map(|(thing, _)| word(thing)).collect();
+    if each.len() > FEW || counts.others() > 0 {
+        words.push("…".to_owned());
+    }
+    words.join(", ")
+}
+
+/// Seconds from the trace's first event on, after the trace's number where there are several.
+pub(super) fn time(moment: Moment, several: bool) -> String {
+    let seconds = moment.t as f64 / 1e9;
+    match several {
+        true => format!("{}: {seconds:.6}", moment.trace),
+        false => format!("{seconds:.6}"),
+    }
+}
+
+/// A text from a trace or a policy, without characters that do something to a terminal.
+pub(super) fn plain(text: &str) -> String {
+    let acts = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
+}

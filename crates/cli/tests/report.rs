@@ -1,0 +1,189 @@
+//! What traces tell, for people and for programs.
+
+mod command;
+
+use command::{Folder, count, list, text};
+use serde_json::{Value, json};
+
+const HEADER: &str = "{\"msrgate_trace\":1}\n";
+
+/// The row of this MSR and direction.
+#[track_caller]
+fn row<'a>(report: &'a Value, msr: &str, op: &str) -> &'a Value {
+    let mut rows = list(report, "by_msr").iter();
+    rows.find(|row| row["msr"] == msr && row["op"] == op)
+        .unwrap_or_else(|| panic!("no row {op} {msr} in {report:#}"))
+}
+
+#[test]
+fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
+    let folder = Folder::new();
+    folder.write(
+        "a.jsonl",
+        format!(
+            "{HEADER}\
+             {{\"t\":1000,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x7\",\"reason\":\"filter\",\"did\":\"value\",\"rule\":3,\"rip\":\"0xff00\"}}\n\
+             {{\"t\":5000,\"vm\":0,\"vcpu\":1,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"reason\":\"unknown\",\"did\":\"fault\",\"why\":\"no-rule\"}}\n\
+             {{\"t\":3000,\"vm\":1,\"vcpu\":0,\"op\":\"wrmsr\",\"msr\":\"0xdead0000\",\"value\":\"0x5\"}}\n"
+        ),
+    );
+    let report = folder.run(&["report", "--json", "a.jsonl"]).code(0).json();
+    let totals = ["accesses", "allowed", "emulated", "faulted", "exits"].map(|key| count(&report, key));
+    assert_eq!(totals, [3, 1, 1, 1, 2]);
+    let read = row(&report, "0x8b", "rdmsr");
+    assert_eq!(read["name"], "IA32_BIOS_SIGN_ID");
+    assert_eq!(
+        (&read["first"], &read["last"]),
+        (&json!({ "trace": 0, "ns": 0 }), &json!({ "trace": 0, "ns": 4000 }))
+    );
+    assert_eq!(
+        read["got"],
+        json!([
+            { "did": "value", "why": null, "reason": "filter", "rule": 3, "count": 1 },
+            { "did": "fault", "why": "no-rule", "reason": "unknown", "rule": null, "count": 1 },
+        ])
+    );
+    assert_eq!(
+        read["values"],
+        json!([{ "value": "0x7", "count": 1 }]),
+        "a fault reads nothing"
+    );
+    assert_eq!(read["rips"], json!([{ "rip": "0xff00", "count": 1 }]));
+    assert_eq!(read["vcpus"][1], json!({ "trace": 0, "vm": 0, "vcpu": 1, "count": 1 }));
+    assert_eq!((&read["policy"], &read["cost"]), (&Value::Null, &Value::Null));
+    let write = row(&report, "0xdead0000", "wrmsr");
+    assert_eq!(
+        (&write["name"], count(write, "allowed"), count(write, "exits")),
+        (&Value::Null, 1, 0)
+    );
+    let buckets = list(&report["timeline"], "buckets");
+    let timed: u64 = ["allowed", "emulated", "faulted"]
+        .iter()
+        .flat_map(|key| buckets.iter().map(|bucket| count(bucket, key)))
+        .sum();
+    assert_eq!(timed, 3);
+    folder.run(&["report", "a.jsonl"]).code(0).shows(&[
+        "0x8b        IA32_BIOS_SIGN_ID  rdmsr  2",
+        "1 value, 1 fault: no-rule",
+        "0xff00",
+        "1/0",
+        "3 accesses by 3 vCPUs: 1 allowed, 1 emulated, 1 faulted",
+        "2 left the kernel for user space",
+    ]);
+}
+
+#[test]
+fn a_policy_says_beside_each_row_what_it_decides_and_why() {
+    let folder = Folder::furnished();
+    folder.write(
+        "p.toml",
+        "version = 1\ndefault = \"deny\"\n\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"zero\"\nwhy = \"no clock\"\n\n[[rule]]\nmsr = 5\nread = \"deny\"\n",
+    );
+    let hash = folder.run(&["check", "--json", "p.toml"]).json();
+    let hash = text(&hash["policy"], "hash");
+    let events =
+        "{\"op\":\"rdmsr\",\"msr\":16,\"did\":\"zero\",\"rule\":0}\n{\"op\":\"wrmsr\",\"msr\":16,\"value\":1}\n";
+    folder.write(
+        "same.jsonl",
+        format!("{{\"msrgate_trace\":1,\"policy\":\"{hash}\"}}\n{events}"),
+    );
+    folder.write(
+        "other.jsonl",
+        format!("{{\"msrgate_trace\":1,\"policy\":\"00\"}}\n{events}"),
+    );
+    let report = folder
+        .run(&["report", "--json", "-p", "p.toml", "same.jsonl"])
+        .code(0)
+        .json();
+    assert_eq!(report["policy"]["hash"], hash);
+    let read = &row(&report, "0x10", "rdmsr")["policy"];
+    assert_eq!(
+        (text(read, "action"), count(read, "rule"), &read["exits"]),
+        ("zero", 0, &true.into())
+    );
+    let write = &row(&report, "0x10", "wrmsr")["policy"];
+    assert_eq!((text(write, "action"), &write["rule"]), ("deny", &Value::Null));
+    let rules = list(&report, "rules");
+    assert_eq!(
+        rules.iter().map(|rule| count(rule, "accesses")).collect::<Vec<_>>(),
+        [1, 0]
+    );
+    assert_eq!((text(&rules[0], "why"), count(&rules[0], "line")), ("no clock", 4));
+    assert_eq!(text(&rules[0], "text").lines().nth(1), Some("msr = \"IA32_TSC\""));
+    assert!(
+        list(&report, "notes")
+            .iter()
+            .all(|note| !note.to_string().contains("another policy"))
+    );
+    folder
+        .run(&["report", "-p", "p.toml", "same.jsonl", "other.jsonl"])
+        .code(0)
+        .shows(&[
+            "zero, rule 0: no clock",
+            "deny, by default",
+            "other.jsonl was made under another policy",
+        ]);
+    // A policy that asks for the CPUID takes the trace's, and without one says what to give.
+    folder.write(
+        "cpu.toml",
+        "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = 16\nread = \"zero\"\nwhen = { vendor = \"intel\" }\n",
+    );
+    folder
+        .run(&["report", "-p", "cpu.toml", "same.jsonl"])
+        .code(2)
+        .says(&["E018", "--cpuid"]);
+    let leaf = "   0x00000000 0x00: eax=0x00000001 ebx=0x756e6547 ecx=0x6c65746e edx=0x49656e69";
+    folder.write(
+        "intel.jsonl",
+        format!("{}\n{events}", json!({ "msrgate_trace": 1, "cpuid": leaf })),
+    );
+    let report = folder
+        .run(&["report", "--json", "-p", "cpu.toml", "intel.jsonl"])
+        .code(0)
+        .json();
+    assert_eq!(row(&report, "0x10", "rdmsr")["policy"]["rule"], 0);
+}
+
+#[test]
+fn a_trace_that_breaks_off_is_reported_up_to_there() {
+    let folder = Folder::furnished();
+    folder.write(
+        "cut.jsonl",
+        format!("{HEADER}{{\"op\":\"rdmsr\",\"msr\":16}}\n{{\"op\":\"rd"),
+    );
+    folder.write("none.jsonl", "");
+    let good = "traces/linux-6.1-microvm.jsonl";
+    let ran = folder
+        .run(&["report", "--json", "none.jsonl", "cut.jsonl", good])
+        .code(2)
+        .says(&[
+            "none.jsonl: line 1: the trace is empty",
+            "cut.jsonl: line 3",
+            "breaks off",
+        ]);
+    let report = ran.json();
+    assert_eq!(count(&report, "accesses"), 665);
+    let traces = list(&report, "traces");
+    assert_eq!(
+        traces.iter().map(|trace| count(trace, "accesses")).collect::<Vec<_>>(),
+        [0, 1, 664]
+    );
+    assert_eq!(
+        (&traces[1]["error"]["line"], &traces[2]["error"]),
+        (&3.into(), &Value::Null)
+    );
+    let ran = folder.run(&["report", "--json", "none.jsonl"]).code(2);
+    assert_eq!(ran.out, "");
+    folder.run(&["report", "absent.jsonl"]).code(2).says(&["absent.jsonl"]);
+    folder.run_with(&["report", "-"], HEADER).code(0).shows(&["0 accesses"]);
+}
+
+#[test]
+fn what_a_trace_says_of_itself_does_nothing_to_a_terminal() {
+    let folder = Folder::new();
+    let header = json!({ "msrgate_trace": 1, "guest": "\u{1b}]0;title\u{7}\u{202e}x\nline" });
+    folder.write("a.jsonl", format!("{header}\n{{\"op\":\"rdmsr\",\"msr\":16}}\n"));
+    let out = folder.run(&["report", "a.jsonl"]).code(0).out;
+    assert!(!out.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{out:?}");
+    assert!(out.contains("]0;title"), "{out:?}");
+}

@@ -1,0 +1,371 @@
+//! What traces tell, added up: who asked for what, how often, when, and what it got.
+//!
+//! ```
+//! use msrgate_policy::report::Report;
+//! use msrgate_policy::trace::Lines;
+//!
+//! let text = "{\"msrgate_trace\":1}\n\
+//!             {\"t\":5,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\",\"rule\":2}\n";
+//! let mut report = Report::default();
+//! let lines = Lines::new(text.as_bytes())?;
+//! report.begin(lines.header().clone());
+//! for event in lines {
+//!     report.add(&event?);
+//! }
+//! let row = report.rows().next().expect("a row");
+//! assert_eq!((row.msr.0, row.count, row.values.each()), (0x8b, 1, &[(1, 1)][..]));
+//! # Ok::<(), msrgate_policy::trace::TraceError>(())
+//! ```
+//!
+//! However long the traces are, the report has bounds: [`MOST_ROWS`] MSRs and directions, [`MOST_VCPUS`] vCPUs, so many
+//! different values and instruction pointers of each, and [`MOST_BUCKETS`] stretches of time. What there is no room for
+//! is counted and left out by name only.
+
+mod counts;
+mod timeline;
+
+use std::collections::HashMap;
+
+use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
+
+pub use self::counts::Counts;
+pub use self::timeline::Timeline;
+use crate::trace::Header;
+
+/// How many MSRs and directions have a row of their own: more than the windows of all processors hold.
+pub const MOST_ROWS: usize = 1 << 15;
+/// How many vCPUs, of all traces together, are told apart.
+pub const MOST_VCPUS: usize = 256;
+/// How many stretches the time is cut into.
+pub const MOST_BUCKETS: usize = 128;
+/// How many stretches the time of one row or vCPU is cut into.
+const FEW_BUCKETS: usize = 64;
+
+/// What an access got, roughly.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    /// What the kernel's own register gave or took: `allow`, and `pass`, which is how it is recorded from user space.
+    Allowed,
+    /// Something that the policy put in its place.
+    Emulated,
+    /// #GP.
+    Faulted,
+}
+
+impl Kind {
+    /// All three, each at the place of its number.
+    pub const ALL: [Kind; 3] = [Kind::Allowed, Kind::Emulated, Kind::Faulted];
+
+    /// The word for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Allowed => "allowed",
+            Kind::Emulated => "emulated",
+            Kind::Faulted => "faulted",
+        }
+    }
+
+    /// The kind of what was done.
+    pub const fn of(did: Did) -> Kind {
+        match did {
+            Did::Allow | Did::Pass => Kind::Allowed,
+            Did::Deny | Did::Fault => Kind::Faulted,
+            Did::Zero
+            | Did::Value
+            | Did::Shadow
+            | Did::Mask
+            | Did::Host
+            | Did::Handler
+            | Did::Ignore
+            | Did::Only
+            | Did::Once => Kind::Emulated,
+        }
+    }
+}
+
+/// A time in one of the traces.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Moment {
+    /// Which trace, from 0.
+    pub trace: u32,
+    /// Nanoseconds from the event that the trace names first; below 0 where its events are not in order.
+    pub t: i64,
+}
+
+/// What accesses got, and what said so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Got {
+    /// What was done.
+    pub did: Did,
+    /// Why it faulted where the policy does not say `deny`.
+    pub why: Option<Why>,
+    /// Why the kernel handed it to user space; `None` where it did not.
+    pub reason: Option<Reason>,
+    /// The number of the rule, in the policy that the guest ran under.
+    pub rule: Option<u32>,
+}
+
+/// One of the traces.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Trace {
+    /// What it says of itself.
+    pub header: Header,
+    /// How many events it has.
+    pub events: u64,
+    /// The earliest of them, in nanoseconds from the first that it names; below 0 where they are not in order.
+    pub first: i64,
+    /// The latest of them, likewise.
+    pub last: i64,
+    /// When the first that it names was, by its own clock.
+    start: u64,
+}
+
+/// A vCPU of one of the traces.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Vcpu {
+    /// Which trace, from 0.
+    pub trace: u32,
+    /// Which VM of the process.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub vcpu: u32,
+    /// How many accesses it made.
+    pub count: u64,
+    /// When.
+    pub timeline: Timeline<1>,
+}
+
+/// All accesses to one MSR in one direction.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Row {
+    /// The register.
+    pub msr: Msr,
+    /// The direction.
+    pub op: Op,
+    /// How many.
+    pub count: u64,
+    /// How many of each [`Kind`].
+    pub kinds: [u64; 3],
+    /// How many left the kernel for user space.
+    pub exits: u64,
+    /// The first of them.
+    pub first: Moment,
+    /// The last of them.
+    pub last: Moment,
+    /// What they got.
+    pub got: Counts<Got, 16>,
+    /// What was read or written; the 0 of a read that faulted is no value.
+    pub values: Counts<u64, 8>,
+    /// Who made them, as places in [`Report::vcpus`].
+    pub vcpus: Counts<u16, 16>,
+    /// The guest's instruction pointers, where the traces tell them.
+    pub rips: Counts<u64, 16>,
+    /// When.
+    pub timeline: Timeline<1>,
+}
+
+/// What traces tell, added up.
+#[derive(Clone, Debug)]
+pub struct Report {
+    traces: Vec<Trace>,
+    vcpus: Vec<Vcpu>,
+    places: HashMap<(u32, u32, u32), u16>,
+    rows: Vec<Row>,
+    by_access: HashMap<(Msr, Op), usize>,
+    timeline: Timeline<3>,
+    kinds: [u64; 3],
+    exits: u64,
+    unlisted: u64,
+}
+
+impl Default for Report {
+    fn default() -> Report {
+        Report {
+            traces: Vec::new(),
+            vcpus: Vec::new(),
+            places: HashMap::new(),
+            rows: Vec::new(),
+            by_access: HashMap::new(),
+            timeline: Timeline::new(MOST_BUCKETS),
+            kinds: [0; 3],
+            exits: 0,
+            unlisted: 0,
+        }
+    }
+}
+
+impl Report {
+    /// Goes on with another trace: the events after this are its.
+    pub fn begin(&mut self, header: Header) {
+        self.traces.push(Trace {
+            header,
+            events: 0,
+            first: 0,
+            last: 0,
+            start: 0,
+        });
+    }
+
+    /// Adds an event of the trace that was begun last.
+    pub fn add(&mut self, event: &Event) {
+        if self.traces.is_empty() {
+            self.begin(Header::default());
+        }
+        let trace = self.traces.len().saturating_sub(1);
+        let number = u32::try_from(trace).unwrap_or(u32::MAX);
+        let Some(trace) = self.traces.get_mut(trace) else {
+            return;
+        };
+        if trace.events == 0 {
+            trace.start = event.t;
+        }
+        trace.events += 1;
+        let t = i128::from(event.t) - i128::from(trace.start);
+        let t = i64::try_from(t).unwrap_or(if t < 0 { i64::MIN } else { i64::MAX });
+        trace.first = trace.first.min(t);
+        trace.last = trace.last.max(t);
+        let kind = Kind::of(event.did);
+        self.timeline.add(t, kind as usize);
+        count(&mut self.kinds, kind);
+        self.exits += u64::from(event.reason.is_some());
+        let vcpu = self.vcpu(number, event, t);
+        let moment = Moment { trace: number, t };
+        match self.row(event.msr, event.op, moment) {
+            Some(row) => row.add(event, moment, kind, vcpu),
+            None => self.unlisted += 1,
+        }
+    }
+
+    /// Counts the access for its vCPU, and says which that is.
+    fn vcpu(&mut self, trace: u32, event: &Event, t: i64) -> Option<u16> {
+        let key = (trace, event.vm, event.vcpu);
+        let place = match self.places.get(&key) {
+            Some(place) => *place,
+            None if self.vcpus.len() == MOST_VCPUS => return None,
+            None => {
+                let place = u16::try_from(self.vcpus.len()).ok()?;
+                self.vcpus.push(Vcpu {
+                    trace,
+                    vm: event.vm,
+                    vcpu: event.vcpu,
+                    count: 0,
+                    timeline: Timeline::new(FEW_BUCKETS),
+                });
+                self.places.insert(key, place);
+                place
+            }
+        };
+        let vcpu = self.vcpus.get_mut(usize::from(place))?;
+        vcpu.count += 1;
+        vcpu.timeline.add(t, 0);
+        Some(place)
+    }
+
+    fn row(&mut self, msr: Msr, op: Op, moment: Moment) -> Option<&mut Row> {
+        let place = match self.by_access.get(&(msr, op)) {
+            Some(place) => *place,
+            None if self.rows.len() == MOST_ROWS => return None,
+            None => {
+                let place = self.rows.len();
+                self.by_access.insert((msr, op), place);
+                self.rows.push(Row {
+                    msr,
+                    op,
+                    count: 0,
+                    kinds: [0; 3],
+                    exits: 0,
+                    first: moment,
+                    last: moment,
+                    got: Counts::new(),
+                    values: Counts::new(),
+                    vcpus: Counts::new(),
+                    rips: Counts::new(),
+                    timeline: Timeline::new(FEW_BUCKETS),
+                });
+                place
+            }
+        };
+        self.rows.get_mut(place)
+    }
+
+    /// The traces in the order in which they were begun.
+    pub fn traces(&self) -> &[Trace] {
+        &self.traces
+    }
+
+    /// The vCPUs in the order in which they came.
+    pub fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
+    /// The rows by MSR, reads before writes.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &Row> {
+        let mut rows: Vec<&Row> = self.rows.iter().collect();
+        rows.sort_unstable_by_key(|row| (row.msr, row.op));
+        rows.into_iter()
+    }
+
+    /// How many accesses there were.
+    pub fn accesses(&self) -> u64 {
+        self.kinds.iter().sum()
+    }
+
+    /// How many there were of each [`Kind`].
+    pub fn kinds(&self) -> [u64; 3] {
+        self.kinds
+    }
+
+    /// How many left the kernel for user space.
+    pub fn exits(&self) -> u64 {
+        self.exits
+    }
+
+    /// How many were made of MSRs and directions that have no row, since there were [`MOST_ROWS`] before them.
+    pub fn unlisted(&self) -> u64 {
+        self.unlisted
+    }
+
+    /// When there were how many of each [`Kind`], all traces laid over each other from their first events on.
+    pub fn timeline(&self) -> &Timeline<3> {
+        &self.timeline
+    }
+}
+
+impl Row {
+    fn add(&mut self, event: &Event, moment: Moment, kind: Kind, vcpu: Option<u16>) {
+        self.count += 1;
+        count(&mut self.kinds, kind);
+        self.exits += u64::from(event.reason.is_some());
+        self.first = self.first.min(moment);
+        self.last = self.last.max(moment);
+        self.got.add(Got {
+            did: event.did,
+            why: event.why,
+            reason: event.reason,
+            rule: event.rule,
+        });
+        // A trace of what a policy would do has the value that the read got all the same.
+        if event.op == Op::Write || !event.did.is_fault() || event.value != 0 {
+            self.values.add(event.value);
+        }
+        if let Some(vcpu) = vcpu {
+            self.vcpus.add(vcpu);
+        }
+        if let Some(rip) = event.rip {
+            self.rips.add(rip);
+        }
+        self.timeline.add(moment.t, 0);
+    }
+}
+
+fn count(kinds: &mut [u64; 3], kind: Kind) {
+    let [allowed, emulated, faulted] = kinds;
+    *match kind {
+        Kind::Allowed => allowed,
+        Kind::Emulated => emulated,
+        Kind::Faulted => faulted,
+    } += 1;
+}
+
+#[cfg(test)]
+mod tests;
