@@ -1,7 +1,8 @@
 //! Test binaries: those that cargo built, and what a run of one says.
 //!
-//! Tests that need a live KVM are the integration tests whose names start with `live`. Such a test
-//! prints `skipped: ` and a reason where it cannot run. They run in the lanes and nowhere else.
+//! Tests that need a live KVM are the integration tests whose names start with `live`, and those that boot Linux in a
+//! VM the ones whose names start with `nested`. Such a test prints `skipped: ` and a reason where it cannot run. They run
+//! in the lanes and nowhere else.
 
 use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
@@ -25,12 +26,22 @@ pub(crate) struct Binary {
 enum Kind {
     Test,
     LiveTest,
+    NestedTest,
     Program,
 }
 
 impl Binary {
     pub(crate) fn live(&self) -> bool {
         self.kind == Kind::LiveTest
+    }
+
+    pub(crate) fn nested(&self) -> bool {
+        self.kind == Kind::NestedTest
+    }
+
+    /// Whether it is a test that runs on any machine.
+    pub(crate) fn unit(&self) -> bool {
+        self.kind == Kind::Test
     }
 
     pub(crate) fn test(&self) -> bool {
@@ -79,9 +90,10 @@ fn binary(message: &str) -> Option<Binary> {
     let name = target.get("name")?.as_str()?;
     let integration = target.get("kind")?.get(0)?.as_str()? == "test";
     let test = message.get("profile")?.get("test")?.as_bool()?;
-    let kind = match (test, integration && name.starts_with("live")) {
-        (true, true) => Kind::LiveTest,
-        (true, false) => Kind::Test,
+    let kind = match (test, integration) {
+        (true, true) if name.starts_with("live") => Kind::LiveTest,
+        (true, true) if name.starts_with("nested") => Kind::NestedTest,
+        (true, _) => Kind::Test,
         (false, _) => Kind::Program,
     };
     Some(Binary {
@@ -229,14 +241,16 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
     }
 
     #[test]
-    fn an_integration_test_named_live_is_live_and_a_unit_test_is_not() {
+    fn an_integration_test_named_live_or_nested_is_so_and_a_unit_test_is_not() {
         let message = |kind: &str, name: &str| {
             format!(
                 r#"{{"executable":"/t/x","manifest_path":"/w/kvm/Cargo.toml","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":true}}}}"#
             )
         };
         let live = binary(&message("test", "live_filter")).expect("it is a binary");
-        assert!(live.live() && live.name == "kvm::live_filter");
+        assert!(live.live() && !live.unit() && live.name == "kvm::live_filter");
+        let nested = binary(&message("test", "nested_qemu")).expect("it is a binary");
+        assert!(nested.nested() && !nested.live() && !nested.unit());
         assert!(!binary(&message("lib", "lively")).expect("it is a binary").live());
         assert!(!binary(&message("test", "filter")).expect("it is a binary").live());
     }

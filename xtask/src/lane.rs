@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,7 +85,7 @@ pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
         prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?
     };
     sweep(&cache);
-    let folder = RunFolder::create(lane, job.series, &cache).map_err(Failure::Unavailable)?;
+    let folder = RunFolder::create(&cache).map_err(Failure::Unavailable)?;
     let folder = &folder.0;
     initrd(lane, job, &kernel, folder)
         .and_then(|bytes| fs::write(folder.join("initrd"), bytes).map_err(|error| unusable(folder, &error)))
@@ -358,13 +359,14 @@ impl Drop for Emulator {
     }
 }
 
-/// A folder for one run, named for this process and its lane, and removed at the end.
+/// A folder for one run, named for this process and numbered, and removed at the end.
 struct RunFolder(PathBuf);
 
 impl RunFolder {
-    fn create(lane: Lane, series: Series, cache: &Path) -> Result<Self, String> {
-        let process = std::process::id();
-        let folder = cache.join(format!("run-{process}-{}-{}", lane.name(), series.name()));
+    fn create(cache: &Path) -> Result<Self, String> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let folder = cache.join(format!("run-{process}-{number}"));
         fs::create_dir_all(&folder).map_err(|error| unusable(&folder, &error))?;
         Ok(Self(folder))
     }

@@ -8,7 +8,8 @@ use crate::lane::KERNEL_ARGUMENTS;
 use crate::package::Need;
 use crate::process;
 
-pub(crate) const NEEDS: &[Need] = &[("qemu-system-x86_64", "qemu-system-x86")];
+/// QEMU is also the VMM of the tests that boot Linux in the lane, and keeps snapshots on a disk there.
+pub(crate) const NEEDS: &[Need] = &[("qemu-system-x86_64", "qemu-system-x86"), ("qemu-img", "qemu-utils")];
 
 /// QEMU's command. `vmlinux` is entered by PVH, which leaves out the kernel's own unpacking.
 pub(crate) fn emulator(job: &Job, kernel: &Kernel) -> Command {

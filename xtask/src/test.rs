@@ -20,7 +20,8 @@ use crate::{checker, fuzz, no_std, process};
 pub(crate) const HELP: &str = "\
 MSRGATE_REQUIRE=host,nested,intel names lanes that fail where they would be skipped.
 
-Integration tests whose names start with `live` run in the lanes only, one at a time. They see
+Integration tests whose names start with `live` run in the lanes only, and those whose names start with
+`nested`, which boot Linux in a VM, in the nested lane only; one at a time. They see
 MSRGATE_LANE (host, nested or intel), MSRGATE_LANE_KERNEL, MSRGATE_LANE_REQUIRE=1 (a KVM that does
 not open is a failure), MSRGATE_BIN (the released msrgate) and what `cargo xtask nested --help`
 names. A test that prints a line `skipped: REASON` counts as skipped.";
@@ -61,6 +62,8 @@ enum Stage {
     Host,
     /// Live tests on kvm_amd in an emulator
     Nested,
+    /// Linux guests of an unmodified QEMU under `msrgate run`, in the nested lane
+    Qemu,
     /// Live tests on kvm_intel in an emulator
     Intel,
 }
@@ -74,9 +77,19 @@ impl Stage {
     /// The lane that it runs in an emulator.
     fn lane(self) -> Option<Lane> {
         match self {
-            Self::Nested => Some(Lane::Nested),
+            Self::Nested | Self::Qemu => Some(Lane::Nested),
             Self::Intel => Some(Lane::Intel),
             _ => None,
+        }
+    }
+
+    /// The kernels on which it runs in its lane.
+    fn kernels(self) -> &'static [Series] {
+        match self {
+            Self::Nested | Self::Intel => &[Series::Linux6_1, Series::Linux6_12],
+            // What KVM does is not the question there.
+            Self::Qemu => &[Series::Linux6_1],
+            _ => &[],
         }
     }
 }
@@ -120,7 +133,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     }
     let jobs: Vec<_> = emulated
         .iter()
-        .flat_map(|stage| [(*stage, Series::Linux6_1), (*stage, Series::Linux6_12)])
+        .flat_map(|stage| stage.kernels().iter().map(|series| (*stage, *series)))
         .collect();
     reports.extend(side_by_side(&jobs, arguments.fast, &required));
     sum_up(&reports)
@@ -194,7 +207,7 @@ fn sum_up(reports: &[Report]) -> ExitCode {
     }
     println!("\n== lanes");
     for report in reports {
-        if matches!(report.stage, Stage::Unit | Stage::Host | Stage::Nested | Stage::Intel) {
+        if matches!(report.stage, Stage::Unit | Stage::Host) || report.stage.lane().is_some() {
             match &report.ending {
                 Ending::Ran { count, note } => println!("lane {}: {note}: {count}", report.name),
                 Ending::Skipped(why) => println!("lane {}: skipped: {why}", report.name),
@@ -209,19 +222,18 @@ fn sum_up(reports: &[Report]) -> ExitCode {
     }
 }
 
-/// The lanes that must not be skipped, from a list with commas.
+/// The stages of the lanes that must not be skipped, from a list with commas.
 fn required(list: &str) -> Result<Vec<Stage>, String> {
     let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
-    names
-        .map(|name| match name {
-            "host" => Ok(Stage::Host),
-            "nested" => Ok(Stage::Nested),
-            "intel" => Ok(Stage::Intel),
-            _ => Err(format!(
-                "MSRGATE_REQUIRE names no lane `{name}`; the lanes are host, nested, intel"
-            )),
-        })
-        .collect()
+    let stages = names.map(|name| match name {
+        "host" => Ok(&[Stage::Host][..]),
+        "nested" => Ok(&[Stage::Nested, Stage::Qemu][..]),
+        "intel" => Ok(&[Stage::Intel][..]),
+        _ => Err(format!(
+            "MSRGATE_REQUIRE names no lane `{name}`; the lanes are host, nested, intel"
+        )),
+    });
+    Ok(stages.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
 fn run(stage: Stage) -> Ending {
@@ -243,7 +255,7 @@ fn run(stage: Stage) -> Ending {
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),
         Stage::Host => host(),
-        Stage::Nested | Stage::Intel => Err("a lane in an emulator runs beside the others".into()),
+        Stage::Nested | Stage::Qemu | Stage::Intel => Err("a lane in an emulator runs beside the others".into()),
     };
     result.unwrap_or_else(broken)
 }
@@ -271,7 +283,7 @@ fn side_by_side(jobs: &[(Stage, Series)], left_out: bool, required: &[Stage]) ->
             let began = Instant::now();
             let (text, ending) = match (&work, stage.lane()) {
                 _ if left_out => (String::new(), Ok(Ending::Skipped("left out by --fast".into()))),
-                (Ok(Some(work)), Some(lane)) => emulated(lane, series, work),
+                (Ok(Some(work)), Some(lane)) => emulated(lane, series, work, work.tests(stage)),
                 (Err(why), _) => (String::new(), Err(why.clone())),
                 (Ok(None), _) | (_, None) => (String::new(), Ok(no_live_tests())),
             };
@@ -339,11 +351,11 @@ fn has(subcommand: &str) -> bool {
 }
 
 fn unit() -> Result<Ending, String> {
-    const NOT_LIVE: &str = "not (kind(test) & binary(/^live/))";
+    const NO_LANE: &str = "not (kind(test) & binary(/^(live|nested)/))";
     if !has("nextest") {
         return unit_by_cargo();
     }
-    let filter = ["-E", NOT_LIVE];
+    let filter = ["-E", NO_LANE];
     let mut command = cargo(
         &[
             &["nextest", "run", "--no-fail-fast", "--no-tests=pass"],
@@ -375,7 +387,7 @@ fn unit() -> Result<Ending, String> {
 
 fn unit_by_cargo() -> Result<Ending, String> {
     let mut count = Count::default();
-    for binary in binary::tests()?.iter().filter(|binary| binary.test() && !binary.live()) {
+    for binary in binary::tests()?.iter().filter(|binary| binary.unit()) {
         count += on_this_machine(binary, &[])?;
     }
     Ok(Ending::Ran {
@@ -456,15 +468,19 @@ fn no_live_tests() -> Ending {
 /// What the lanes run.
 struct Work {
     live: Vec<Binary>,
-    /// Programs that the live tests' packages built for them.
+    nested: Vec<Binary>,
+    /// Programs that the tests' packages built for them.
     beside: Vec<PathBuf>,
     /// The command as released.
     program: PathBuf,
+    /// What it puts into VMMs.
+    library: PathBuf,
 }
 
 impl Work {
     fn find() -> Result<Option<Self>, String> {
         let (live, others): (Vec<_>, Vec<_>) = binary::tests()?.into_iter().partition(Binary::live);
+        let (nested, others): (Vec<_>, Vec<_>) = others.into_iter().partition(Binary::nested);
         if live.is_empty() {
             return Ok(None);
         }
@@ -472,11 +488,23 @@ impl Work {
             .into_iter()
             .filter(|other| !other.test() && live.iter().any(|test| test.package == other.package));
         let beside = beside.map(|binary| binary.executable).collect();
+        let program = binary::released()?;
         Ok(Some(Self {
             live,
+            nested,
             beside,
-            program: binary::released()?,
+            // Where cargo leaves the libraries that the command depends on.
+            library: program.with_file_name("deps").join("libmsrgate_preload.so"),
+            program,
         }))
+    }
+
+    /// What a lane's stage runs.
+    fn tests(&self, stage: Stage) -> &[Binary] {
+        match stage {
+            Stage::Qemu => &self.nested,
+            _ => &self.live,
+        }
     }
 }
 
@@ -485,7 +513,7 @@ const BEGIN: &str = "@@ begin ";
 const END: &str = "@@ end ";
 
 /// What a lane's tests wrote, and how it ended.
-fn emulated(lane: Lane, series: Series, work: &Work) -> (String, Result<Ending, String>) {
+fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (String, Result<Ending, String>) {
     // The nested lane sees all files of this machine as they are; the other has what it is given.
     let bare = lane == Lane::Intel;
     // Seconds for one binary, so that one which hangs does not take the others' time.
@@ -495,7 +523,7 @@ fn emulated(lane: Lane, series: Series, work: &Work) -> (String, Result<Ending, 
         "export MSRGATE_BIN={}\n",
         quoted(&work.program.to_string_lossy())
     ));
-    for binary in &work.live {
+    for binary in tests {
         let package = quoted(&binary.package.to_string_lossy());
         let executable = quoted(&binary.executable.to_string_lossy());
         script.push_str(&format!(
@@ -506,10 +534,10 @@ fn emulated(lane: Lane, series: Series, work: &Work) -> (String, Result<Ending, 
     }
     let root = crate::root();
     let data = ["testdata", "policies", "traces"].map(|name| root.join(name));
-    let mut programs: Vec<_> = work.live.iter().map(|binary| binary.executable.clone()).collect();
+    let mut programs: Vec<_> = tests.iter().map(|binary| binary.executable.clone()).collect();
     programs.extend(work.beside.iter().cloned());
-    programs.push(work.program.clone());
-    let packages = work.live.iter().map(|binary| binary.package.join("Cargo.toml"));
+    programs.extend([work.program.clone(), work.library.clone()]);
+    let packages = tests.iter().map(|binary| binary.package.join("Cargo.toml"));
     let add = data.into_iter().filter(|folder| folder.is_dir()).chain(packages);
     let job = Job {
         series,
@@ -541,7 +569,7 @@ fn emulated(lane: Lane, series: Series, work: &Work) -> (String, Result<Ending, 
     if done.status.is_none() {
         note.push_str(&format!(", out of time after {} s", job.timeout.as_secs()));
     }
-    let count = parts(&text, work.live.len());
+    let count = parts(&text, tests.len());
     (text, Ok(Ending::Ran { count, note }))
 }
 
@@ -598,8 +626,9 @@ mod tests {
 
     #[test]
     fn only_lanes_can_be_required() {
-        assert!(required("host, nested,intel").is_ok_and(|lanes| lanes.len() == 3));
-        assert!(required("").is_ok_and(|lanes| lanes.is_empty()));
+        let all = [Stage::Host, Stage::Nested, Stage::Qemu, Stage::Intel];
+        assert!(required("host, nested,intel").is_ok_and(|stages| stages == all));
+        assert!(required("").is_ok_and(|stages| stages.is_empty()));
         assert!(required("clippy").is_err());
     }
 }
