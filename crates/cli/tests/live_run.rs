@@ -15,10 +15,19 @@ use serde_json::Value;
 
 /// Has this test's own program be the VMM: the value is the VMM's arguments.
 const VMM: &str = "MSRGATE_TEST_VMM";
+/// A VMM that runs nothing.
+const DESCRIPTORS: &str = "descriptors";
+
+#[path = "descriptors/mod.rs"]
+mod descriptors;
 
 #[test]
 fn vmm() {
     let Ok(arguments) = std::env::var(VMM) else { return };
+    if arguments == DESCRIPTORS {
+        descriptors::close_in_every_way();
+        std::process::exit(0);
+    }
     let result = small_vmm::main_with(arguments.split(' ').map(str::to_owned));
     if let Err(error) = result {
         eprintln!("small_vmm: {error}");
@@ -206,6 +215,48 @@ fn unknown_msrs_are_ignored_for_this_vm_alone_and_named_in_the_summary() {
     ];
     assert_eq!(rows, expected);
     assert_eq!((count(&summary, "vms"), count(&summary, "vcpus")), (1, 1));
+}
+
+#[test]
+fn the_summary_says_what_each_msr_cost_and_all_together() {
+    if !ready() {
+        return;
+    }
+    let accesses = "--vcpus 2 r:0x8b r:0x8b w:0x8b=1 r:0x174";
+    let folder = Folder::furnished();
+    let ran = under(&folder, &[MICROCODE, &["--json"]].concat(), accesses).code(0);
+    let summary = summary(&ran);
+    let costs: Vec<u64> = list(&summary, "by_msr")
+        .iter()
+        .map(|row| count(row, "cost_ns"))
+        .collect();
+    assert!(
+        costs.len() == 2 && costs.iter().all(|cost| (1..1_000_000_000).contains(cost)),
+        "{summary:#}"
+    );
+    // The clock goes on between two rows, and knows its rate better.
+    assert!(
+        count(&summary, "cost_ns").abs_diff(costs.iter().sum()) <= 10,
+        "{summary:#}"
+    );
+    let ran = under(&folder, MICROCODE, accesses).code(0);
+    ran.says(&["1 VM and 2 vCPUs, 6 accesses answered in ", " each "]);
+}
+
+#[test]
+fn a_descriptor_that_is_closed_in_any_way_is_no_longer_the_vms() {
+    if !ready() {
+        return;
+    }
+    let ran = under(&Folder::furnished(), MICROCODE, DESCRIPTORS).code(0);
+    let lines: Vec<_> = ran
+        .out
+        .lines()
+        .filter(|line| line.starts_with('c') || line.starts_with("sys"))
+        .collect();
+    let expected = ["close", "syscall", "close_range", "closefrom"].map(|way| format!("{way} true false"));
+    assert_eq!(lines, expected);
+    assert!(ran.err.contains("4 VMs and 0 vCPUs, no access answered"), "{}", ran.err);
 }
 
 #[test]

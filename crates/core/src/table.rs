@@ -153,6 +153,11 @@ impl ActionTable {
         reads.chain(writes)
     }
 
+    /// Whether some action makes a vCPU remember something: `shadow` or `once`.
+    pub fn remembers(&self) -> bool {
+        !self.spans.is_empty() || self.spare
+    }
+
     /// The state of a new vCPU. Allocates all that its accesses will need.
     pub fn vcpu_state(&self) -> VcpuState {
         let cells = self

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
@@ -47,8 +48,8 @@ mod slate {
 
 /// MSRs and directions that a vCPU's accesses are counted for.
 const TALLIES: usize = 1024;
-/// Words of a tally: key, count, value, what was done.
-const TALLY: usize = 4;
+/// Words of a tally: key, count, value, what was done, ticks that it took.
+const TALLY: usize = 5;
 /// How far from its place a tally is looked for.
 const PROBES: usize = 32;
 /// Events that a ring holds.
@@ -122,6 +123,8 @@ impl Wanted {
 #[derive(Debug)]
 pub struct Board {
     file: File,
+    /// A VMM may close all descriptors that it does not know, and then the number is another file's.
+    inode: u64,
     head: Mapping,
 }
 
@@ -148,7 +151,8 @@ impl Board {
 
     fn map(file: File) -> io::Result<Board> {
         let head = Mapping::new(&file, 0, PAGE)?;
-        Ok(Board { file, head })
+        let inode = file.metadata()?.ino();
+        Ok(Board { file, inode, head })
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -169,8 +173,9 @@ impl Board {
         word(self.head.words(), head::REFUSED).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The slate of a new vCPU; `None` where there are no more.
+    /// The slate of a new vCPU; `None` where there are no more, or the file was closed.
     pub(crate) fn slate(&self) -> Option<Slate> {
+        self.file.metadata().ok().filter(|file| file.ino() == self.inode)?;
         let number = word(self.head.words(), head::SLATES).fetch_add(1, Ordering::Relaxed);
         let number = usize::try_from(number).ok().filter(|number| *number < SLATES)?;
         let slate = Slate::map(&self.file, number).ok()?;
@@ -221,8 +226,8 @@ impl Slate {
         self.0.words()
     }
 
-    /// Counts an access. The one thread that has the vCPU calls it, so plain stores will do.
-    pub(crate) fn count(&self, event: &Event) {
+    /// Counts an access, which took so many ticks. The one thread that has the vCPU calls it, so plain stores will do.
+    pub(crate) fn count(&self, event: &Event, ticks: u64) {
         let words = self.words();
         let key = 1 << 63 | u64::from(event.msr.0) << 1 | (event.op == Op::Write) as u64;
         let place = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize;
@@ -235,6 +240,7 @@ impl Slate {
             set(words, at + 1, get(words, at + 1).wrapping_add(1));
             set(words, at + 2, event.value);
             set(words, at + 3, encode_answer(event));
+            set(words, at + 4, get(words, at + 4).wrapping_add(ticks));
             // Who sees the key sees the rest.
             word(words, at).store(key, Ordering::Release);
             return;
@@ -326,6 +332,8 @@ fn decode(words: [u64; EVENT]) -> (Event, Log) {
 pub struct Tally {
     /// How often.
     pub count: u64,
+    /// What all of them took between the guest's exit and the answer, in ticks of a [`crate::Clock`].
+    pub ticks: u64,
     /// What the last read got or the last write gave.
     pub value: u64,
     /// What was done.
@@ -400,11 +408,16 @@ impl Reader<'_> {
                 let op = if key & 1 == 0 { Op::Read } else { Op::Write };
                 let (count, value) = (get(words, at + 1), get(words, at + 2));
                 let (did, why, reason) = decode_answer(get(words, at + 3));
+                let ticks = get(words, at + 4);
                 tallies
                     .entry((Msr((key >> 1) as u32), op))
-                    .and_modify(|tally| tally.count = tally.count.wrapping_add(count))
+                    .and_modify(|tally| {
+                        tally.count = tally.count.wrapping_add(count);
+                        tally.ticks = tally.ticks.wrapping_add(ticks);
+                    })
                     .or_insert(Tally {
                         count,
+                        ticks,
                         value,
                         did,
                         why,

@@ -29,9 +29,13 @@ impl Clock {
     /// Nanoseconds since the start, of an event that is already written. The longer the clock runs, the better it knows
     /// the counter's rate.
     pub fn nanoseconds(&self, event: u64) -> u64 {
+        self.lasting(event.saturating_sub(self.ticks))
+    }
+
+    /// How many nanoseconds so many ticks last.
+    pub fn lasting(&self, some: u64) -> u64 {
         let (now, elapsed) = (ticks(), self.start.elapsed().as_nanos());
         let all = u128::from(now.wrapping_sub(self.ticks)).max(1);
-        let part = u128::from(event.saturating_sub(self.ticks));
-        u64::try_from(part.saturating_mul(elapsed) / all).unwrap_or(u64::MAX)
+        u64::try_from(u128::from(some).saturating_mul(elapsed) / all).unwrap_or(u64::MAX)
     }
 }

@@ -1,5 +1,6 @@
 //! What becomes of each call.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{EACCES, EBADF, EINVAL, c_int, c_uint, c_ulong};
@@ -17,6 +18,8 @@ use crate::vm::{Policy, State, Vm, is_weaker};
 const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
+/// `_IOW(KVMIO, 0x99, struct kvm_mp_state)`.
+const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
 /// Bytes of `struct kvm_enable_cap`.
 const ENABLE_CAP_SIZE: usize = 104;
 
@@ -34,6 +37,8 @@ pub struct Hook<K: Kernel> {
     turn: Turn,
     objects: Mutex<Objects<K::Gate>>,
     setup: Box<dyn Fn() -> Result<Setup, String> + Send + Sync>,
+    /// Whose descriptors are kept track of: the child of a `vfork` has this memory and descriptors of its own.
+    process: AtomicU32,
 }
 
 /// What a hook works by.
@@ -76,6 +81,7 @@ impl<K: Kernel> Hook<K> {
                 vcpu_descriptors: Vec::new(),
             }),
             setup: Box::new(setup),
+            process: AtomicU32::new(std::process::id()),
         }
     }
 
@@ -89,6 +95,7 @@ impl<K: Kernel> Hook<K> {
         // The kernel takes 32 bits of it; callers that have an int extend its sign.
         match request as u32 {
             KVM_RUN => self.run(fd, request, argument),
+            KVM_SET_MP_STATE => self.set_mp_state(fd, request, argument),
             KVM_CREATE_VM => self.managed(fd, request, argument, Self::create_vm),
             KVM_CREATE_VCPU => self.managed(fd, request, argument, Self::create_vcpu),
             abi::SET_MSR_FILTER => self.managed(fd, request, argument, Self::set_msr_filter),
@@ -214,6 +221,15 @@ impl<K: Kernel> Hook<K> {
         })
     }
 
+    /// A VMM does this where it resets a vCPU or loads its state, and a guest cannot have it done.
+    fn set_mp_state(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
+        let result = self.kernel.ioctl(fd, request, argument);
+        if let (0.., Some(Object::Vcpu(slot))) = (result, self.descriptors.object(fd)) {
+            self.vcpus.place(slot);
+        }
+        result
+    }
+
     fn set_msr_filter(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let Some(Object::Vm(number)) = self.descriptors.object(fd) else {
             return self.kernel.ioctl(fd, request, argument);
@@ -295,7 +311,7 @@ impl<K: Kernel> Hook<K> {
 
     /// `close(2)` is about to close `fd`.
     pub fn closing(&self, fd: c_int) {
-        if self.descriptors.object(fd).is_none() {
+        if self.descriptors.object(fd).is_none() || self.is_elsewhere() {
             return;
         }
         let Some(_inside) = Inside::enter() else { return };
@@ -319,7 +335,7 @@ impl<K: Kernel> Hook<K> {
     /// call is to give: -1 where `new` cannot be kept track of.
     pub fn duplicated(&self, old: c_int, new: c_int) -> c_int {
         let object = self.descriptors.object(old);
-        if new < 0 || old == new || object == self.descriptors.object(new) {
+        if new < 0 || old == new || object == self.descriptors.object(new) || self.is_elsewhere() {
             return new;
         }
         let Some(_inside) = Inside::enter() else { return new };
@@ -330,6 +346,10 @@ impl<K: Kernel> Hook<K> {
         }
         set_errno(before);
         new
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        std::process::id() != self.process.load(Ordering::Relaxed)
     }
 
     /// Before a fork, in the parent.
@@ -344,6 +364,7 @@ impl<K: Kernel> Hook<K> {
 
     /// After a fork, in the child: the VMs are the parent's, and the kernel answers EIO for them.
     pub fn forked_child(&self) {
+        self.process.store(std::process::id(), Ordering::Relaxed);
         self.descriptors.clear();
         self.vcpus.forget();
         if let Ok(mut objects) = self.objects.try_lock() {

@@ -46,6 +46,10 @@ pub trait Vcpu: Send + 'static {
     fn dispatch(&self) -> Option<Answer>;
     /// Answers it with this.
     fn answer(&self, outcome: Outcome);
+    /// Whether it is as a reset leaves it.
+    fn is_reset(&self, fd: c_int) -> bool;
+    /// Forgets what its MSRs remember.
+    fn forget(&self);
     /// Takes it back: what `fd`, the vCPU, does next is the same instruction again. An error is the kernel's errno.
     fn take_back(&self, fd: c_int) -> Result<(), c_int>;
 }

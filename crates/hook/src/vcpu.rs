@@ -4,7 +4,7 @@
 
 use std::cell::UnsafeCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use crate::board::{Slate, Wanted};
 use crate::vm::Vm;
@@ -34,6 +34,8 @@ const CLOSED: u32 = 3;
 #[derive(Debug)]
 struct Slot<B> {
     state: AtomicU32,
+    /// The VMM has put the vCPU into a state, and it did not run since.
+    placed: AtomicBool,
     body: UnsafeCell<Option<B>>,
 }
 
@@ -72,6 +74,7 @@ impl<B: Send + 'static> Slots<B> {
                 None => {
                     let slot: &'static Slot<B> = Box::leak(Box::new(Slot {
                         state: AtomicU32::new(FREE),
+                        placed: AtomicBool::new(false),
                         body: UnsafeCell::new(None),
                     }));
                     pointer.store(std::ptr::from_ref(slot).cast_mut(), Ordering::Release);
@@ -95,6 +98,13 @@ impl<B: Send + 'static> Slots<B> {
             .compare_exchange(IDLE, RUNNING, Ordering::Acquire, Ordering::Relaxed)
             .ok()?;
         Some(Entered(slot))
+    }
+
+    /// The VMM puts the vCPU into a state.
+    pub(crate) fn place(&self, number: u32) {
+        if let Some(slot) = self.slot(number) {
+            slot.placed.store(true, Ordering::Release);
+        }
     }
 
     /// The last descriptor is closed. The caller holds the hook's turn.
@@ -131,6 +141,11 @@ impl<B> Entered<B> {
     pub(crate) fn body(&self) -> Option<&B> {
         // SAFETY: `enter` took the state from `IDLE` to `RUNNING`, so that until `drop` no other thread touches it.
         unsafe { (*self.0.body.get()).as_ref() }
+    }
+
+    /// Whether the VMM has put the vCPU into a state since this was asked last.
+    pub(crate) fn was_placed(&self) -> bool {
+        self.0.placed.load(Ordering::Acquire) && self.0.placed.swap(false, Ordering::AcqRel)
     }
 }
 

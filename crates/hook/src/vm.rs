@@ -50,6 +50,11 @@ impl Policy {
         Ok(plan.handing_over(mask))
     }
 
+    /// Whether vCPUs remember something.
+    pub(crate) fn remembers(&self) -> bool {
+        self.plan.table().remembers()
+    }
+
     /// Whether the first touch of an MSR is waited for.
     fn watches(&self, msr: Msr, op: Op) -> bool {
         match self.mode {

@@ -117,6 +117,14 @@ impl Vcpu for Endless {
         panic!("nothing is watched");
     }
 
+    fn is_reset(&self, _: c_int) -> bool {
+        panic!("nothing is remembered");
+    }
+
+    fn forget(&self) {
+        panic!("nothing is remembered");
+    }
+
     fn take_back(&self, _: c_int) -> Result<(), c_int> {
         panic!("nothing is watched");
     }

@@ -184,6 +184,16 @@ impl VcpuGate {
         held.epoch.table().answer(exit, &mut held.state, &mut registers)
     }
 
+    /// Forgets what MSRs remember (`shadow`, `once`): call it where the processor is reset, which ends such locks on
+    /// hardware too. INIT does not.
+    ///
+    /// From within a handler it does nothing.
+    pub fn reset(&self) {
+        if let Ok(mut held) = self.held.try_borrow_mut() {
+            held.state = held.epoch.table().vcpu_state();
+        }
+    }
+
     /// Completes the access that was answered last without executing a guest instruction, so that the vCPU's registers
     /// are whole: for saving its state, migrating it or showing it to a debugger.
     ///

@@ -79,10 +79,19 @@ extern "C" fn close(fd: c_int) -> c_int {
 /// `close_range(2)`.
 #[unsafe(no_mangle)]
 extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
-    if flags as c_uint & libc::CLOSE_RANGE_CLOEXEC == 0 {
+    // With one of them nothing is closed yet, with the other not for all threads.
+    if flags as c_uint & (libc::CLOSE_RANGE_CLOEXEC | libc::CLOSE_RANGE_UNSHARE) == 0 {
         HOOK.get().inspect(|hook| hook.closing_range(first, last));
     }
     libc_calls::close_range(first, last, flags)
+}
+
+/// `closefrom(3)`.
+#[unsafe(no_mangle)]
+extern "C" fn closefrom(first: c_int) {
+    HOOK.get()
+        .inspect(|hook| hook.closing_range(c_uint::try_from(first).unwrap_or(0), c_uint::MAX));
+    libc_calls::closefrom(first);
 }
 
 fn duplicated(old: c_int, new: c_int) -> c_int {

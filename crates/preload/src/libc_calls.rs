@@ -36,14 +36,14 @@ impl Next {
 }
 
 macro_rules! next {
-    ($($name:ident = $symbol:literal($($argument:ident: $type:ty),*) -> $result:ty;)*) => {$(
+    ($($name:ident = $symbol:literal($($argument:ident: $type:ty),*) -> $result:ty $(, $failed:expr)?;)*) => {$(
         /// The next library's function of this name; fails with ENOSYS where there is none.
         pub(crate) fn $name($($argument: $type),*) -> $result {
             static NEXT: Next = Next::new($symbol);
             let address = NEXT.address();
             if address.is_null() {
                 msrgate_hook::set_errno(libc::ENOSYS);
-                return -1;
+                return $($failed)?;
             }
             // SAFETY: the C library's function of this name, which takes and gives these types. Where its prototype
             // has `...` these are integers and addresses, which x86-64's calling convention passes alike.
@@ -55,13 +55,14 @@ macro_rules! next {
 }
 
 next! {
-    ioctl = c"ioctl"(fd: c_int, request: c_ulong, argument: usize) -> c_int;
-    close = c"close"(fd: c_int) -> c_int;
-    close_range = c"close_range"(first: c_uint, last: c_uint, flags: c_int) -> c_int;
-    dup = c"dup"(old: c_int) -> c_int;
-    dup2 = c"dup2"(old: c_int, new: c_int) -> c_int;
-    dup3 = c"dup3"(old: c_int, new: c_int, flags: c_int) -> c_int;
-    fcntl = c"fcntl"(fd: c_int, command: c_int, argument: usize) -> c_int;
-    fcntl64 = c"fcntl64"(fd: c_int, command: c_int, argument: usize) -> c_int;
-    syscall = c"syscall"(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long;
+    ioctl = c"ioctl"(fd: c_int, request: c_ulong, argument: usize) -> c_int, -1;
+    close = c"close"(fd: c_int) -> c_int, -1;
+    close_range = c"close_range"(first: c_uint, last: c_uint, flags: c_int) -> c_int, -1;
+    closefrom = c"closefrom"(first: c_int) -> ();
+    dup = c"dup"(old: c_int) -> c_int, -1;
+    dup2 = c"dup2"(old: c_int, new: c_int) -> c_int, -1;
+    dup3 = c"dup3"(old: c_int, new: c_int, flags: c_int) -> c_int, -1;
+    fcntl = c"fcntl"(fd: c_int, command: c_int, argument: usize) -> c_int, -1;
+    fcntl64 = c"fcntl64"(fd: c_int, command: c_int, argument: usize) -> c_int, -1;
+    syscall = c"syscall"(number: c_long, a: usize, b: usize, c: usize, d: usize, e: usize, f: usize) -> c_long, -1;
 }

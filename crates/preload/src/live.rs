@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
+use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr, kvm_sregs};
 use libc::{c_int, c_ulong, c_void};
 use msrgate_core::{Access, Answer, Msr, Outcome, abi};
 use msrgate_hook::{Gate, Kernel, RawExit, Vcpu};
@@ -192,6 +192,24 @@ impl Vcpu for LiveVcpu {
         self.set(offset_of!(kvm_run, exit_reason), abi::EXIT_INTR);
     }
 
+    /// "Processor State After Reset": CS has a base that no other state has in real mode, and RIP is at the first
+    /// instruction. A guest can bring this about too, so it says something only where the VMM has just set the state.
+    fn is_reset(&self, fd: c_int) -> bool {
+        let before = msrgate_hook::errno();
+        let mut special = kvm_sregs::default();
+        let address = (&raw mut special).expose_provenance();
+        let result = libc_calls::ioctl(fd, c_ulong::from(KVM_GET_SREGS), address);
+        let start = (special.cs.selector, special.cs.base) == (0xf000, 0xffff_0000);
+        let first = || Registers::of(fd).is_ok_and(|registers| registers.0.rip == 0xfff0);
+        let reset = result == 0 && start && first();
+        msrgate_hook::set_errno(before);
+        reset
+    }
+
+    fn forget(&self) {
+        self.gate.reset();
+    }
+
     /// The kernel has no call that drops a pending access. So it is completed, as if user space had done it, without a
     /// guest instruction being executed, and what that changed is put back: RIP, RAX and RDX.
     fn take_back(&self, fd: c_int) -> Result<(), c_int> {
@@ -221,6 +239,8 @@ impl Vcpu for LiveVcpu {
 }
 
 const KVM_RUN: u32 = 0xae80;
+/// `_IOR(KVMIO, 0x83, struct kvm_sregs)`.
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 /// `_IOW(KVMIO, 0x82, struct kvm_regs)`.

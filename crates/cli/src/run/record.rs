@@ -1,6 +1,6 @@
 //! What the VMM's guests did: the trace, and the summary at the end.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -52,21 +52,22 @@ impl<'a> Record<'a> {
         let tallies = self.reader.tallies();
         let missing = self.reader.missing();
         let text = if self.json {
-            format!("{}\n", self.json(tallies.iter(), missing))
+            format!("{}\n", self.json(&tallies, missing))
         } else {
-            self.text(tallies.iter(), missing)
+            self.text(&tallies, missing)
         };
         // Where it cannot be printed the VMM's end still counts.
         let _ = io::stderr().lock().write_all(text.as_bytes());
     }
 
-    fn json<'t>(&self, tallies: impl Iterator<Item = (&'t (Msr, Op), &'t Tally)>, missing: Missing) -> Value {
-        let rows = tallies.map(|((msr, op), tally)| {
+    fn json(&self, tallies: &BTreeMap<(Msr, Op), Tally>, missing: Missing) -> Value {
+        let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
                 "msr": msr.to_string(),
                 "name": explain::name(*msr),
                 "op": op.name(),
                 "count": tally.count,
+                "cost_ns": self.clock.lasting(tally.ticks),
                 "reason": tally.reason.map(|reason| reason.name()),
                 "did": tally.did.name(),
                 "why": tally.why.map(|why| why.name()),
@@ -77,6 +78,7 @@ impl<'a> Record<'a> {
             "vms": self.board.vms(),
             "vcpus": self.board.vcpus(),
             "refused": self.board.refusals(),
+            "cost_ns": self.clock.lasting(ticks(tallies)),
             "by_msr": rows.collect::<Vec<_>>(),
             "lost": {
                 "events": missing.events,
@@ -86,8 +88,8 @@ impl<'a> Record<'a> {
         })
     }
 
-    fn text<'t>(&self, tallies: impl Iterator<Item = (&'t (Msr, Op), &'t Tally)>, missing: Missing) -> String {
-        let mut table = render::table(&["MSR", "name", "op", "count", "got", "last value"]);
+    fn text(&self, tallies: &BTreeMap<(Msr, Op), Tally>, missing: Missing) -> String {
+        let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
         let mut accesses: u64 = 0;
         for ((msr, op), tally) in tallies {
             accesses = accesses.saturating_add(tally.count);
@@ -101,11 +103,13 @@ impl<'a> Record<'a> {
                 explain::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
+                time(self.clock.lasting(tally.ticks) / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
         }
         let (vms, vcpus) = (self.board.vms(), self.board.vcpus());
+        let took = time(self.clock.lasting(ticks(tallies)));
         let refused = match self.board.refusals() {
             0 => String::new(),
             count => format!("msrgate: not made, since the policy could not be put on them: {count} VMs or vCPUs\n"),
@@ -125,10 +129,11 @@ impl<'a> Record<'a> {
             counted(vms, "VM"),
             counted(vcpus, "vCPU"),
             match (self.mode, accesses) {
-                (Mode::Enforce, 1) => "1 access answered".to_owned(),
-                (Mode::Enforce, _) => format!("{accesses} accesses answered"),
+                (Mode::Enforce, 0) => "no access answered".to_owned(),
+                (Mode::Enforce, 1) => format!("1 access answered in {took}"),
+                (Mode::Enforce, _) => format!("{accesses} accesses answered in {took}"),
                 (Mode::Audit, _) => format!("{accesses} of the policy's MSRs and directions touched, nothing changed"),
-                (Mode::LearnAll, _) => format!("{accesses} accesses passed on, not faithfully"),
+                (Mode::LearnAll, _) => format!("{accesses} accesses passed on in {took}, not faithfully"),
                 (Mode::Learn, _) => format!("{accesses} MSRs and directions touched, nothing changed"),
             }
         );
@@ -155,6 +160,22 @@ impl<'a> Record<'a> {
             ));
         }
         text
+    }
+}
+
+/// What all accesses took together.
+fn ticks(tallies: &BTreeMap<(Msr, Op), Tally>) -> u64 {
+    tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.ticks))
+}
+
+/// A time as people read it.
+fn time(nanoseconds: u64) -> String {
+    let float = nanoseconds as f64;
+    match nanoseconds {
+        0..1_000 => format!("{nanoseconds} ns"),
+        1_000..1_000_000 => format!("{:.1} µs", float / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", float / 1e6),
+        _ => format!("{:.1} s", float / 1e9),
     }
 }
 
@@ -342,6 +363,12 @@ mod tests {
             .map(|t| due(&event(t, 3), two))
             .into();
         assert_eq!(told, [true, true, false, true, true, false]);
+    }
+
+    #[test]
+    fn a_time_is_told_in_the_unit_that_suits_it() {
+        let told = [999, 1_500, 999_949, 2_000_000, 90_000_000_000].map(time);
+        assert_eq!(told, ["999 ns", "1.5 µs", "999.9 µs", "2.0 ms", "90.0 s"]);
     }
 
     #[test]

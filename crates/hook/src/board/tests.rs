@@ -71,24 +71,26 @@ fn accesses_are_counted_by_msr_and_direction_over_all_vcpus() {
     let board = board(Wanted::default());
     let slates = [board.slate().unwrap(), board.slate().unwrap()];
     for slate in &slates {
-        slate.count(&event(0x8b));
-        slate.count(&Event {
+        slate.count(&event(0x8b), 10);
+        let read = Event {
             op: Op::Read,
             ..event(0x8b)
-        });
-        slate.count(&event(0x8b));
+        };
+        slate.count(&read, 1);
+        slate.count(&event(0x8b), 20);
     }
     let tallies = board.reader().tallies();
     let counts: Vec<_> = tallies.iter().map(|(key, tally)| (*key, tally.count)).collect();
     assert_eq!(counts, [((Msr(0x8b), Op::Read), 2), ((Msr(0x8b), Op::Write), 4)]);
-    assert_eq!(tallies[&(Msr(0x8b), Op::Write)].why, Some(Why::ShadowFull));
+    let writes = &tallies[&(Msr(0x8b), Op::Write)];
+    assert_eq!((writes.why, writes.ticks), (Some(Why::ShadowFull), 60));
 }
 
 #[test]
 fn what_has_no_place_is_counted_as_such() {
     let board = board(Wanted::default());
     let slate = board.slate().unwrap();
-    (0..3000).for_each(|msr| slate.count(&event(msr)));
+    (0..3000).for_each(|msr| slate.count(&event(msr), 1));
     let mut reader = board.reader();
     let counted: u64 = reader.tallies().values().map(|tally| tally.count).sum();
     assert!(counted <= TALLIES as u64);

@@ -8,6 +8,7 @@ use crate::clock::ticks;
 use crate::descriptor::Object;
 use crate::kernel::{Kernel, RawExit, Vcpu, errno, set_errno};
 use crate::turn::Inside;
+use crate::vcpu::Entered;
 use crate::vm::{Owner, Touch};
 
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
@@ -33,6 +34,10 @@ impl<K: Kernel> Hook<K> {
             return -1;
         };
         let before = errno();
+        // Looked at here, since a VMM resets a vCPU before it loads a saved state too, which undoes no lock.
+        if entered.as_ref().is_some_and(Entered::was_placed) && body.vm.policy.remembers() && body.vcpu.is_reset(fd) {
+            body.vcpu.forget();
+        }
         loop {
             let result = self.kernel.ioctl(fd, request, argument);
             if result < 0 {
@@ -42,8 +47,9 @@ impl<K: Kernel> Hook<K> {
             let Some(exit) = body.vcpu.exit() else {
                 return result;
             };
+            let began = ticks();
             let owner = match body.vm.owner(&exit) {
-                Owner::Watch => match self.touched(fd, body, &exit) {
+                Owner::Watch => match self.touched(fd, body, &exit, began) {
                     Ok(None) => {
                         set_errno(before);
                         continue;
@@ -59,7 +65,7 @@ impl<K: Kernel> Hook<K> {
             let Some(answer) = body.vcpu.dispatch() else {
                 return result;
             };
-            self.write_down(fd, body, &exit, &answer);
+            self.write_down(fd, body, &exit, &answer, began);
             set_errno(before);
         }
     }
@@ -68,7 +74,7 @@ impl<K: Kernel> Hook<K> {
     /// exit is where it is to be answered after all. Locks and allocates.
     #[cold]
     #[inline(never)]
-    fn touched(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit) -> Result<Option<Owner>, c_int> {
+    fn touched(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, began: u64) -> Result<Option<Owner>, c_int> {
         let _inside = Inside::enter();
         let (msr, op) = (exit.access.msr(), exit.access.op());
         let mut state = body.vm.state();
@@ -79,7 +85,7 @@ impl<K: Kernel> Hook<K> {
                 drop(state);
                 let answer = self.pass(fd, exit.access);
                 body.vcpu.answer(answer.outcome);
-                self.write_down(fd, body, exit, &answer);
+                self.write_down(fd, body, exit, &answer, began);
                 return Ok(None);
             }
             Touch::First => {
@@ -103,7 +109,7 @@ impl<K: Kernel> Hook<K> {
                     rule,
                     log: Log::None,
                 };
-                self.write_down(fd, body, exit, &answer);
+                self.write_down(fd, body, exit, &answer, began);
             }
         }
         if state.cannot_open(msr, op) {
@@ -144,15 +150,17 @@ impl<K: Kernel> Hook<K> {
         (done == 1).then_some(one[2])
     }
 
-    /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted.
-    fn write_down(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, answer: &Answer) {
+    /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted. `began` is when the
+    /// guest had left.
+    fn write_down(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, answer: &Answer, began: u64) {
         let Some(slate) = &body.slate else {
             body.vm.policy.board.as_ref().inspect(|board| board.without_slate());
             return;
         };
         let wanted = body.wanted.events || answer.log != Log::None;
+        let now = ticks();
         let event = Event {
-            t: if wanted { ticks() } else { 0 },
+            t: now,
             vm: body.vm.number,
             vcpu: body.id,
             op: exit.access.op(),
@@ -167,7 +175,7 @@ impl<K: Kernel> Hook<K> {
             rule: answer.rule,
             rip: if wanted && body.wanted.rip { self.rip(fd) } else { None },
         };
-        slate.count(&event);
+        slate.count(&event, now.saturating_sub(began));
         if wanted {
             slate.push(&event, answer.log);
         }

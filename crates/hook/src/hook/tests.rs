@@ -39,6 +39,9 @@ struct World {
     dropped: u32,
     refuse: bool,
     taken_back: u32,
+    /// A vCPU is as a reset leaves it.
+    reset: bool,
+    forgotten: u32,
     memory: Vec<u8>,
 }
 
@@ -82,6 +85,7 @@ impl Kernel for Fake {
                 None => fail(EBADF),
             },
             OTHER => 7,
+            KVM_SET_MP_STATE => 0,
             _ => fail(ENOTTY),
         }
     }
@@ -194,6 +198,14 @@ impl Vcpu for FakeVcpu {
     fn answer(&self, outcome: Outcome) {
         self.page.lock().unwrap().take().unwrap();
         self.kernel.world().answers.push(outcome);
+    }
+
+    fn is_reset(&self, _: c_int) -> bool {
+        self.kernel.world().reset
+    }
+
+    fn forget(&self) {
+        self.kernel.world().forgotten += 1;
     }
 
     fn take_back(&self, _: c_int) -> Result<(), c_int> {
@@ -519,6 +531,43 @@ fn a_filter_that_does_not_fit_beside_the_policy_is_refused_and_the_old_one_stays
 }
 
 #[test]
+fn a_vcpu_that_the_vmm_resets_forgets_and_one_that_it_loads_does_not() {
+    let once = Decision {
+        action: WriteAction::Once,
+        rule: Some(0),
+        log: Log::None,
+    };
+    let remembers = DecisionMap {
+        writes: Intervals::first_match(
+            Decision::of(WriteAction::Allow),
+            [(MsrRange::single(Msr(MICROCODE)), once)],
+        ),
+        ..DecisionMap::allow_all()
+    };
+    for (map, forgotten) in [(remembers, 1), (policy(), 0)] {
+        let (hook, fake) = hook(map);
+        let vm = vm(&hook);
+        let vcpu = vcpu(&hook, vm, &fake, &[]);
+        // Where the guest is makes no difference by itself.
+        fake.world().reset = true;
+        run(&hook, &fake, vcpu, &[Ran::Other]);
+        assert_eq!(fake.world().forgotten, 0);
+        // Loading: a reset, and then what was saved.
+        assert_eq!(ioctl(&hook, vcpu, KVM_SET_MP_STATE, 0), 0);
+        fake.world().reset = false;
+        assert_eq!(ioctl(&hook, vcpu, KVM_SET_MP_STATE, 0), 0);
+        run(&hook, &fake, vcpu, &[Ran::Other]);
+        assert_eq!(fake.world().forgotten, 0);
+        // A reset, after which it runs.
+        fake.world().reset = true;
+        assert_eq!(ioctl(&hook, vcpu, KVM_SET_MP_STATE, 0), 0);
+        run(&hook, &fake, vcpu, &[Ran::Other]);
+        run(&hook, &fake, vcpu, &[Ran::Other]);
+        assert_eq!(fake.world().forgotten, forgotten);
+    }
+}
+
+#[test]
 fn duplicates_are_followed_and_the_last_close_lets_go() {
     let (hook, fake) = hook(policy());
     let first = vm(&hook);
@@ -598,6 +647,47 @@ fn the_child_of_a_fork_starts_with_nothing() {
     );
     let own = super::tests::vm(&hook);
     assert_eq!(hook.descriptors.object(own), Some(Object::Vm(0)));
+}
+
+/// In the child of a `vfork`, which has the parent's memory and descriptors of its own.
+#[expect(unsafe_code, reason = "a call that Rust has no other way to make")]
+fn in_the_parents_memory(mut act: impl FnMut()) {
+    extern "C" fn child<F: FnMut()>(act: *mut libc::c_void) -> c_int {
+        // SAFETY: the address of a closure that the parent, which waits, has borrowed for this call alone.
+        unsafe { (*act.cast::<F>())() };
+        0
+    }
+    fn entry<F: FnMut()>(_: &F) -> extern "C" fn(*mut libc::c_void) -> c_int {
+        child::<F>
+    }
+    let entry = entry(&act);
+    let mut stack = vec![0_u128; 1 << 14];
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    let top = stack.as_mut_ptr_range().end.cast();
+    // SAFETY: a stack of its own, aligned and long enough, which lives until the child has ended: CLONE_VFORK waits.
+    let pid = unsafe { libc::clone(entry, top, flags, (&raw mut act).cast()) };
+    assert!(pid > 0);
+    let mut status = 0;
+    // SAFETY: the kernel writes the status to a variable that lives over the call.
+    let ended = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    assert_eq!((ended, status), (pid, 0));
+}
+
+#[test]
+fn what_the_child_of_a_vfork_closes_is_not_closed_here() {
+    let (hook, fake) = hook(policy());
+    let vm = vm(&hook);
+    in_the_parents_memory(|| {
+        hook.closing(vm);
+        hook.closing_range(0, u32::MAX);
+        hook.duplicated(9, vm);
+    });
+    assert_eq!(
+        (hook.descriptors.object(vm), fake.world().dropped),
+        (Some(Object::Vm(0)), 0)
+    );
+    hook.closing_range(vm.cast_unsigned(), u32::MAX);
+    assert_eq!((hook.descriptors.object(vm), fake.world().dropped), (None, 1));
 }
 
 #[test]
