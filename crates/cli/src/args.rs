@@ -85,11 +85,15 @@ pub(crate) struct PlanArgs {
     pub(crate) policy: PathBuf,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    /// For this machine's kernel: fixed answers that it holds itself cost no exit (presets). Without it the plan is the
+    /// same everywhere, and has none
+    #[arg(long)]
+    pub(crate) host: bool,
     /// Print one JSON object
     #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,
     /// Print the filter as source, to build into a VMM
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, conflicts_with = "host")]
     pub(crate) emit: Option<Emit>,
 }
 
@@ -115,6 +119,9 @@ pub(crate) struct ExplainArgs {
     pub(crate) op: Option<OpArg>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    /// For this machine's kernel: fixed answers that it holds itself cost no exit
+    #[arg(long)]
+    pub(crate) host: bool,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

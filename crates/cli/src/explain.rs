@@ -14,7 +14,10 @@ use crate::plan::word;
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
     let cpuid = load::cpuid(&args.cpuid)?;
-    let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+    let loaded = match args.host {
+        true => load::policy_for_host(&args.policy, cpuid.as_ref())?,
+        false => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+    };
     let explained = |op| explain(&loaded.policy, &loaded.map, &loaded.plan, msr, op);
     let mut out = io::stdout().lock();
     match (args.op, args.json) {

@@ -11,6 +11,8 @@ use msrgate_policy::{Diagnostic, Files, Policy, Source};
 use crate::args::CpuidArgs;
 use crate::exit::{Exit, Failure};
 use crate::render;
+use crate::replay::kvm::to_kvm;
+use crate::replay::with_source;
 
 /// The file system.
 struct Disk;
@@ -43,6 +45,34 @@ pub(crate) struct Refused {
 
 /// Reads, resolves and compiles a policy.
 pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
+    let (policy, map) = resolved(path, cpuid)?;
+    compiled(policy, map)
+}
+
+/// The same for subcommands that only go on with a plan: what is wrong is printed.
+pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
+    policy(path, cpuid).map_err(|refused| refused.report())
+}
+
+/// The same for this machine's kernel: what it holds by itself becomes presets.
+pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
+    let (policy, map) = resolved(path, cpuid).map_err(|refused| refused.report())?;
+    let map = held(map, cpuid)?;
+    compiled(policy, map).map_err(|refused| refused.report())
+}
+
+/// The map with what this machine's kernel holds of its fixed answers.
+pub(crate) fn held(map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Failure> {
+    let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
+    let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
+    msrgate_kvm::probe(&device).map_err(|error| machine(&error))?;
+    let kvm = kvm_ioctls::Kvm::new().map_err(|error| machine(&error))?;
+    let cpuid = cpuid.map(to_kvm).transpose()?;
+    let held = msrgate_guest::held(&kvm, &map, cpuid.as_ref()).map_err(|error| machine(&error))?;
+    Ok(map.holding(held))
+}
+
+fn resolved(path: &Path, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
     let policy = Policy::load(path, &Disk).map_err(|rejected| {
         Box::new(Refused {
             sources: rejected.sources,
@@ -50,30 +80,36 @@ pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<R
             exit: Exit::Input,
         })
     })?;
-    let refused = |diagnostic, exit| {
-        Box::new(Refused {
-            sources: policy.sources.clone(),
-            diagnostics: vec![diagnostic],
-            exit,
-        })
-    };
-    let map = policy
-        .decision_map(cpuid)
-        .map_err(|needed| refused(needed.diagnostic(), Exit::Input))?;
-    // The policy is fine; it does not fit what the kernel can hold.
-    let plan = Plan::compile(&map).map_err(|error| refused(policy.explain_error(&error), Exit::No))?;
-    Ok(Loaded { policy, map, plan })
+    match policy.decision_map(cpuid) {
+        Ok(map) => Ok((policy, map)),
+        Err(needed) => Err(refused(&policy, needed.diagnostic(), Exit::Input)),
+    }
 }
 
-/// The same for subcommands that only go on with a plan: what is wrong is printed.
-pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
-    policy(path, cpuid).map_err(|refused| {
-        let mut stderr = std::io::stderr().lock();
-        for found in &refused.diagnostics {
-            let _ = writeln!(stderr, "{}\n", render::diagnostic(found, &refused.sources));
-        }
-        Failure::Reported(refused.exit)
+fn compiled(policy: Policy, map: DecisionMap) -> Result<Loaded, Box<Refused>> {
+    match Plan::compile(&map) {
+        Ok(plan) => Ok(Loaded { policy, map, plan }),
+        // The policy is fine; it does not fit what the kernel can hold.
+        Err(error) => Err(refused(&policy, policy.explain_error(&error), Exit::No)),
+    }
+}
+
+fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> {
+    Box::new(Refused {
+        sources: policy.sources.clone(),
+        diagnostics: vec![diagnostic],
+        exit,
     })
+}
+
+impl Refused {
+    fn report(&self) -> Failure {
+        let mut stderr = std::io::stderr().lock();
+        for found in &self.diagnostics {
+            let _ = writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources));
+        }
+        Failure::Reported(self.exit)
+    }
 }
 
 /// The guest's CPUID that the command line names.

@@ -16,7 +16,10 @@ use crate::render;
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
-    let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+    let loaded = match args.host {
+        true => load::policy_for_host(&args.policy, cpuid.as_ref())?,
+        false => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+    };
     let mut out = io::stdout().lock();
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
@@ -190,6 +193,18 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     }
     if table.row_count() > 0 {
         writeln!(out, "what is not left to the kernel:\n{}", render::text(&table))?;
+    }
+    if !plan.presets().is_empty() {
+        let mut table = render::table(&["MSR", "value", "name"]);
+        for preset in plan.presets() {
+            let name = database::by_msr(preset.msr).map(|known| known.name).unwrap_or_default();
+            table.add_row([preset.msr.to_string(), format!("{:#x}", preset.value), name.to_owned()]);
+        }
+        let table = render::text(&table);
+        writeln!(
+            out,
+            "presets: fixed answers that this kernel holds, read without an exit:\n{table}"
+        )?;
     }
     for (when, (read, write)) in [
         ("does not know", plan.table().unknown()),

@@ -100,7 +100,10 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             }
             (None, None) => None,
         };
-        let loaded = load::policy_or_report(&args.policy, cpuid.as_ref())?;
+        let loaded = match backend {
+            Backend::Kvm => load::policy_for_host(&args.policy, cpuid.as_ref())?,
+            Backend::Engine => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+        };
         let plan = Arc::new(loaded.plan);
         if comparison.is_none() {
             let handlers: Vec<&str> = plan.table().handlers().collect();
@@ -113,7 +116,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             }
         }
         let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
-        seen.next_trace(loaded.map);
+        seen.next_trace(loaded.map, plan.presets());
         let maker = Maker {
             backend,
             plan,

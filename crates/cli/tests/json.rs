@@ -131,7 +131,11 @@ fn is_a_plan(plan: &Value) {
     for reason in list(plan, "reasons") {
         assert!(["filter", "unknown", "invalid"].contains(&reason.as_str().unwrap()));
     }
-    assert!(list(plan, "presets").is_empty(), "presets are found on a live kernel");
+    for preset in list(plan, "presets") {
+        keys(preset, &["msr", "value"]);
+        hex(preset, "msr");
+        hex(preset, "value");
+    }
     let mut last = [None, None];
     for action in list(plan, "actions") {
         word(action, "op", &["rdmsr", "wrmsr"]);
@@ -382,7 +386,10 @@ fn replay_says_what_each_register_got() {
     let report = replay(&folder, "policies/linux-microvm.toml", "traces/linux-6.1-microvm.jsonl")
         .code(0)
         .json();
-    keys(&report, &["backend", "accesses", "changed", "faults", "by_msr"]);
+    keys(
+        &report,
+        &["backend", "accesses", "changed", "faults", "presets", "by_msr"],
+    );
     assert_eq!(report["backend"], "engine");
     assert_eq!((count(&report, "accesses"), count(&report, "changed")), (664, 0));
     let rows = list(&report, "by_msr");

@@ -76,6 +76,38 @@ fn a_recorded_boot_is_not_changed_by_the_policy_made_for_it_and_both_backends_sa
 }
 
 #[test]
+fn fixed_answers_that_the_kernel_holds_are_presets_on_kvm_and_only_there() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let rule = "[[rule]]\nmsr = 0x8b\nread = { value = \"0x7700000000\" }\nwrite = \"deny\"\n";
+    policy(&folder, "default = \"allow\"", rule);
+    let held = serde_json::json!([{ "msr": "0x8b", "value": "0x7700000000" }]);
+    let kvm = replay(&folder, "kvm", "policy.toml", PC).code(1).json();
+    let engine = replay(&folder, "engine", "policy.toml", PC).code(1).json();
+    assert_eq!((&kvm["presets"], list(&engine, "presets").len()), (&held, 0));
+    for report in [&kvm, &engine] {
+        assert_eq!(text(row(report, 0x8b, "rdmsr"), "sees"), "0x7700000000");
+    }
+
+    let plan = |host: &[&str]| {
+        let args = [&["plan", "--json", "policy.toml"], host].concat();
+        folder.run(&args).code(0).json()
+    };
+    let (here, anywhere) = (plan(&["--host"]), plan(&[]));
+    assert_eq!((&here["presets"], list(&anywhere, "presets").len()), (&held, 0));
+    assert!(list(&here, "reasons").is_empty() && !list(&anywhere, "reasons").is_empty());
+    assert_eq!(here["hash"], anywhere["hash"]);
+    let explained = folder.run(&["explain", "--host", "--json", "policy.toml", "0x8b", "read"]);
+    let explained = explained.code(0).json();
+    assert_eq!(
+        (&explained["exits"], &explained["verdict"]),
+        (&false.into(), &"allow".into())
+    );
+}
+
+#[test]
 fn what_the_policy_answers_is_the_same_on_both_backends() {
     if !kvm_opens() {
         return;

@@ -54,8 +54,10 @@ mod vcpu;
 mod code;
 mod memory;
 mod stats;
+mod held;
 mod error;
 
 pub use error::{Broke, GuestError};
 pub use guest::{Guest, Mode, Options};
+pub use held::{CONSTANT, STORED, held};
 pub use vcpu::{Pending, Seen, SeenExit, Vcpu};

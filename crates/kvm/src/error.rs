@@ -5,6 +5,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use msrgate_core::Msr;
+use msrgate_plan::Preset;
+
 /// What was being done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
@@ -49,6 +52,23 @@ pub enum InstallError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// The vCPU's register does not hold a preset, which another kernel or another vCPU was found to do.
+    PresetNotHeld {
+        /// What was to be held.
+        preset: Preset,
+        /// What the kernel gives instead; `None` where it gives nothing.
+        holds: Option<u64>,
+    },
+    /// The plan has a preset that the gate was not made with, and running vCPUs cannot be given it.
+    PresetTooLate {
+        /// The register.
+        msr: Msr,
+    },
+    /// The plan lets the guest reach a register that holds a preset of the plan that the gate was made with.
+    PresetLeft {
+        /// The register.
+        msr: Msr,
+    },
     /// Another failure of a call: no memory, a VM of another process, a descriptor that is none.
     Io {
         /// What was being done.
@@ -79,6 +99,24 @@ impl fmt::Display for InstallError {
                 "{} does not open, which `host` reads: load the msr module (`modprobe msr`) and run with CAP_SYS_RAWIO",
                 path.display()
             ),
+            InstallError::PresetNotHeld { preset, holds } => {
+                write!(f, "the vCPU does not hold {:#x} in {}, but ", preset.value, preset.msr)?;
+                match holds {
+                    Some(value) => write!(f, "{value:#x}")?,
+                    None => f.write_str("the kernel does not read it")?,
+                }
+                f.write_str(": compile the plan without presets, or for the vCPU's own CPUID")
+            }
+            InstallError::PresetTooLate { msr } => write!(
+                f,
+                "{msr} is preset in the new plan and was not in the first, and vCPUs that run cannot be given it: \
+                 compile the plan without presets"
+            ),
+            InstallError::PresetLeft { msr } => write!(
+                f,
+                "{msr} holds a preset of the first plan, and the new one lets the guest reach it: \
+                 install the plan before the VM's vCPUs are made"
+            ),
             InstallError::Io { step, source } if source.raw_os_error() == Some(libc::EIO) => {
                 write!(f, "{step} failed: the VM belongs to another process")
             }
@@ -93,7 +131,10 @@ impl std::error::Error for InstallError {
             InstallError::Kernel { source, .. }
             | InstallError::HostMsrs { source, .. }
             | InstallError::Io { source, .. } => Some(source),
-            InstallError::UnknownHandler { .. } => None,
+            InstallError::UnknownHandler { .. }
+            | InstallError::PresetNotHeld { .. }
+            | InstallError::PresetTooLate { .. }
+            | InstallError::PresetLeft { .. } => None,
         }
     }
 }

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use msrgate_core::{Access, ActionTable, Filter, Reason, Reasons, Verdict};
-use msrgate_plan::Plan;
+use msrgate_plan::{Plan, Preset};
 
 use crate::error::Step;
 use crate::registers::HostMsrs;
-use crate::{Handlers, InstallError, Probed, VcpuGate, ioctl};
+use crate::{Handlers, InstallError, Probed, VcpuGate, ioctl, preset};
 
 /// How many plans are kept for exits that the kernel made under them. A vCPU would have to stay between KVM_RUN and
 /// its dispatch for this many replacements to meet an exit that no kept plan made; it then faults.
@@ -32,6 +32,8 @@ impl Probed {
     ///
     /// Before the first vCPU runs is the time: exits of a vCPU without a [`VcpuGate`] are nobody's. What the VM held
     /// before, filter and reasons, is lost; the kernel cannot be asked for it.
+    ///
+    /// The plan's presets are put into each vCPU by [`Gate::vcpu`].
     pub fn install(&self, vm: &impl AsRawFd, plan: Arc<Plan>, handlers: Handlers) -> Result<Gate, InstallError> {
         let vm = ioctl::duplicate(vm).map_err(InstallError::of(Step::Duplicate))?;
         let first = Arc::new(Epoch::new(0, plan, &handlers)?);
@@ -45,6 +47,7 @@ impl Probed {
             vm,
             shared: Arc::new(Shared {
                 handlers,
+                presets: first.plan.presets().into(),
                 generation: AtomicU64::new(0),
                 published: Mutex::new(Arc::new(Published {
                     newest: first,
@@ -60,9 +63,12 @@ impl Probed {
 impl Gate {
     /// The gate of one vCPU, whose descriptor `vcpu` is. `id` is what handlers and events call it.
     ///
-    /// Owns a duplicate of the descriptor.
+    /// Owns a duplicate of the descriptor. Puts the presets of the plan that the gate was made with into the vCPU and
+    /// reads them back; fails where the kernel does not hold one. So it is to be called after KVM_SET_CPUID2 and before
+    /// the vCPU runs, and whoever sets these MSRs later (KVM_SET_MSRS) takes the preset away.
     pub fn vcpu(&self, vcpu: &impl AsRawFd, id: u32) -> Result<VcpuGate, InstallError> {
         let vcpu = ioctl::duplicate(vcpu).map_err(InstallError::of(Step::Duplicate))?;
+        preset::put(&vcpu, &self.shared.presets)?;
         Ok(VcpuGate::new(vcpu, id, Arc::clone(&self.shared)))
     }
 
@@ -80,8 +86,13 @@ impl Gate {
     ///
     /// Takes as long as the kernel needs to wait for readers of the old filter: milliseconds. vCPUs do not wait for it;
     /// the first dispatch of each afterwards takes a lock and allocates once. On an error the old plan is in force.
+    ///
+    /// A vCPU that runs cannot be given a preset, nor can one be taken back: the plan may only have presets that the
+    /// gate was made with, and has to keep the guest from the registers of the others, since they hold what was put
+    /// there.
     pub fn replace(&self, plan: Arc<Plan>) -> Result<(), InstallError> {
         let _one_at_a_time = lock(&self.shared.change);
+        preset::replaceable(&self.shared.presets, &plan)?;
         let old = self.shared.published();
         let next = Arc::new(Epoch::new(old.newest.number + 1, plan, &self.shared.handlers)?);
 
@@ -115,7 +126,7 @@ impl Gate {
     }
 
     /// Takes the filter away, then the mask: from then on the kernel answers everything. The gates of vCPUs still
-    /// answer exits that were made before.
+    /// answer exits that were made before, and presets stay in the vCPUs.
     ///
     /// On an error the filter may still be there, and the gates answer for it.
     pub fn remove(self) -> Result<Probed, InstallError> {
@@ -130,6 +141,8 @@ impl Gate {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) handlers: Handlers,
+    /// What each vCPU's registers hold from its gate's making on.
+    presets: Box<[Preset]>,
     /// How often `published` was replaced: what a vCPU compares, without the lock.
     generation: AtomicU64,
     published: Mutex<Arc<Published>>,

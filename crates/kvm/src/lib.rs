@@ -88,6 +88,7 @@ mod vcpu;
 mod exit;
 mod handler;
 mod registers;
+mod preset;
 mod ioctl;
 pub mod raw;
 mod error;

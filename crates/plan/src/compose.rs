@@ -73,6 +73,7 @@ impl DecisionMap {
                 }),
             unknown: self.unknown.clone(),
             invalid: self.invalid.clone(),
+            held: self.held.clone(),
         }
     }
 }

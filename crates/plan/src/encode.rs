@@ -1,8 +1,8 @@
 //! A decision map as bytes, for handing it to another process that parses no text.
 //!
-//! Little-endian and without padding: a magic number, the reads, the writes, then what `unknown` and `invalid` say.
-//! Reads and writes are a count and, for each interval, its first MSR, rule, log and action. The last byte is followed
-//! by nothing.
+//! Little-endian and without padding: a magic number, the reads, the writes, what `unknown` and `invalid` say, then what
+//! the kernel holds. Reads and writes are a count and, for each interval, its first MSR, rule, log and action; what the
+//! kernel holds is a count and, for each MSR, its index and its value. The last byte is followed by nothing.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -10,10 +10,10 @@ use core::fmt;
 
 use msrgate_core::{Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
 
-use crate::{Decision, DecisionMap, Intervals};
+use crate::{Decision, DecisionMap, Intervals, Preset};
 
 /// Names the format and its version.
-const MAGIC: [u8; 8] = *b"msrgate1";
+const MAGIC: [u8; 8] = *b"msrgate2";
 
 /// Stands for a decision that no rule made.
 const NO_RULE: u32 = u32::MAX;
@@ -28,6 +28,11 @@ impl DecisionMap {
             put_read(&mut bytes, read);
             put_write(&mut bytes, write);
         }
+        put_count(&mut bytes, self.held.len());
+        for Preset { msr, value } in &self.held {
+            bytes.extend(msr.0.to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+        }
         bytes
     }
 
@@ -41,6 +46,7 @@ impl DecisionMap {
         let writes = intervals(&mut rest, write)?;
         let unknown = (read(&mut rest)?, write(&mut rest)?);
         let invalid = (read(&mut rest)?, write(&mut rest)?);
+        let held = presets(&mut rest)?;
         if !rest.0.is_empty() {
             return Err(DecodeError);
         }
@@ -49,6 +55,7 @@ impl DecisionMap {
             writes,
             unknown,
             invalid,
+            held,
         })
     }
 }
@@ -224,6 +231,21 @@ fn intervals<A: Clone + Eq>(
     ))
 }
 
+fn presets(rest: &mut Rest<'_>) -> Result<Vec<Preset>, DecodeError> {
+    let mut presets: Vec<Preset> = Vec::new();
+    for _ in 0..rest.count()? {
+        let preset = Preset {
+            msr: Msr(rest.u32()?),
+            value: rest.u64()?,
+        };
+        if presets.last().is_some_and(|last| last.msr >= preset.msr) {
+            return Err(DecodeError);
+        }
+        presets.push(preset);
+    }
+    Ok(presets)
+}
+
 fn read(rest: &mut Rest<'_>) -> Result<ReadAction, DecodeError> {
     Ok(match rest.byte()? {
         0 => ReadAction::Allow,
@@ -326,6 +348,9 @@ mod tests {
             writes: map(WriteAction::Allow, &writes, &logs),
             unknown: (ReadAction::Value(0), WriteAction::Ignore),
             invalid: (ReadAction::Deny, WriteAction::Deny),
+            held: [(0x8b, u64::MAX), (0x606, 0)]
+                .map(|(msr, value)| Preset { msr: Msr(msr), value })
+                .to_vec(),
         }
     }
 

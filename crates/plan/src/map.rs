@@ -1,12 +1,13 @@
 //! What each MSR gets: a policy in normal form.
 
 use alloc::format;
+use alloc::vec::Vec;
 use core::fmt::Display;
 
 use msrgate_core::{Log, Msr, Op, ReadAction, WriteAction};
 use sha2::{Digest, Sha256};
 
-use crate::Intervals;
+use crate::{Intervals, Preset};
 
 /// What an access gets, and what says so.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,6 +43,9 @@ pub struct DecisionMap {
     pub unknown: (ReadAction, WriteAction),
     /// What a read and a write get that the kernel refuses; `Deny` leaves them to the kernel's own #GP.
     pub invalid: (ReadAction, WriteAction),
+    /// What a kernel was found to hold itself once it is put there, in order of MSR: fixed answers that then cost no
+    /// exit. Empty where no kernel was asked. No part of what the map means.
+    pub held: Vec<Preset>,
 }
 
 impl DecisionMap {
@@ -52,6 +56,7 @@ impl DecisionMap {
             writes: Intervals::uniform(Decision::of(WriteAction::Allow)),
             unknown: (ReadAction::Deny, WriteAction::Deny),
             invalid: (ReadAction::Deny, WriteAction::Deny),
+            held: Vec::new(),
         }
     }
 
@@ -70,7 +75,8 @@ impl DecisionMap {
         })
     }
 
-    /// A name for what the map means: equal for maps that give every access the same, whatever rules say so.
+    /// A name for what the map means: equal for maps that give every access the same, whatever rules say so and whatever
+    /// the kernel holds.
     ///
     /// SHA-256 over one line for each interval.
     pub fn hash(&self) -> [u8; 32] {

@@ -6,7 +6,7 @@ use core::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 
-use crate::DecisionMap;
+use crate::{DecisionMap, Preset};
 
 /// A stable name for a kind of note.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -26,11 +26,13 @@ pub enum NoteCode {
     OtherWays,
     /// Actions that go through the host's view of a register.
     HostView,
+    /// Fixed answers that the kernel holds.
+    Presets,
 }
 
 impl NoteCode {
     /// All of them, for documentation.
-    pub const ALL: [NoteCode; 7] = [
+    pub const ALL: [NoteCode; 8] = [
         NoteCode::X2apic,
         NoteCode::TscDeadline,
         NoteCode::LastMsr,
@@ -38,6 +40,7 @@ impl NoteCode {
         NoteCode::SevStatus,
         NoteCode::OtherWays,
         NoteCode::HostView,
+        NoteCode::Presets,
     ];
 
     /// The code that documents and programs use.
@@ -50,6 +53,7 @@ impl NoteCode {
             NoteCode::SevStatus => "N005",
             NoteCode::OtherWays => "N006",
             NoteCode::HostView => "N007",
+            NoteCode::Presets => "N008",
         }
     }
 }
@@ -69,8 +73,8 @@ pub struct Note {
     pub message: String,
 }
 
-/// What is to be said of a map.
-pub(crate) fn notes(map: &DecisionMap) -> Vec<Note> {
+/// What is to be said of a map, and of the presets that its plan has.
+pub(crate) fn notes(map: &DecisionMap, presets: &[Preset]) -> Vec<Note> {
     let mut notes = Vec::new();
     let mut note = |code, message: &str| {
         notes.push(Note {
@@ -135,6 +139,13 @@ pub(crate) fn notes(map: &DecisionMap) -> Vec<Note> {
             NoteCode::HostView,
             "`mask`, `only` and `once` reach the kernel's register as the host does (KVM_GET_MSRS, KVM_SET_MSRS), \
              which may differ from what the guest's own instruction would have done",
+        );
+    }
+    if !presets.is_empty() {
+        note(
+            NoteCode::Presets,
+            "a preset holds as long as nothing on the host writes the register: a VMM that sets it by itself \
+             (KVM_SET_MSRS) gives the guest another value than the policy does",
         );
     }
     notes

@@ -11,16 +11,7 @@ use msrgate_core::{
 };
 
 use crate::cover::{Covering, TooMany, cover};
-use crate::{Decision, DecisionMap, Direction, Intervals, Note, note, proof};
-
-/// A value that is put into the kernel's own MSR before the guest runs, so that a fixed answer costs no exit.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Preset {
-    /// The register.
-    pub msr: Msr,
-    /// Its value.
-    pub value: u64,
-}
+use crate::{Decision, DecisionMap, Direction, Intervals, Note, Preset, note, preset, proof};
 
 /// How many ranges the map needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,10 +45,14 @@ pub struct Plan {
 impl Plan {
     /// The fewest ranges that do exactly what `map` says.
     ///
+    /// What the map says that the kernel holds ([`DecisionMap::held`]) becomes a preset where the filter has room.
+    ///
     /// Fails where 16 ranges do not suffice, or where more MSRs are to keep a state than a filter covers.
     pub fn compile(map: &DecisionMap) -> Result<Plan, PlanError> {
-        let allowed = map.allowed();
-        let (default, covering) = smallest(map, &allowed)?;
+        let presets = preset::chosen(map);
+        let realised = &map.with_presets(&presets);
+        let allowed = realised.allowed();
+        let (default, covering) = fitting(realised, &allowed)?;
         let ranges = covering
             .ranges
             .iter()
@@ -74,17 +69,17 @@ impl Plan {
             _ => Filter::new(default, ranges)?,
         };
         let table = ActionTable::new(
-            entries(&map.reads, |action| *action == ReadAction::Allow),
-            entries(&map.writes, |action| *action == WriteAction::Allow),
+            entries(&realised.reads, |action| *action == ReadAction::Allow),
+            entries(&realised.writes, |action| *action == WriteAction::Allow),
             map.unknown.clone(),
             map.invalid.clone(),
         )?;
         let plan = Plan {
-            reasons: reasons(map),
-            notes: note::notes(map),
+            reasons: reasons(realised),
+            notes: note::notes(map, &presets),
             filter,
             table,
-            presets: Vec::new(),
+            presets,
             minimum,
             hash: map.hash(),
         };
@@ -118,7 +113,8 @@ impl Plan {
         &self.table
     }
 
-    /// Values to put into the kernel's own MSRs before the guest runs.
+    /// Values to put into the kernel's own MSRs before the guest runs, in order of MSR. The filter allows reads of
+    /// these and no write.
     pub fn presets(&self) -> &[Preset] {
         &self.presets
     }
@@ -140,24 +136,25 @@ impl Plan {
 }
 
 /// The covering under the default that takes fewer ranges.
-fn smallest(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), PlanError> {
+pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), TooMany> {
     let free = [MsrRange::X2APIC];
     let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
-    let (deny, allow) = (of(Verdict::Deny), of(Verdict::Allow));
-    let (default, covering) = match (deny, allow) {
-        (Ok(deny), Ok(allow)) if allow.ranges.len() < deny.ranges.len() => (Verdict::Allow, allow),
-        (Ok(deny), _) => (Verdict::Deny, deny),
-        (Err(_), Ok(allow)) => (Verdict::Allow, allow),
-        (Err(deny), Err(allow)) => {
-            let TooMany { at_least, separate } = if allow.at_least < deny.at_least { allow } else { deny };
-            return Err(PlanError::TooManyRanges {
-                needed: at_least,
-                exact: false,
-                separate,
-                groups: Vec::new(),
-            });
-        }
-    };
+    match (of(Verdict::Deny), of(Verdict::Allow)) {
+        (Ok(deny), Ok(allow)) if allow.ranges.len() < deny.ranges.len() => Ok((Verdict::Allow, allow)),
+        (Ok(deny), _) => Ok((Verdict::Deny, deny)),
+        (Err(_), Ok(allow)) => Ok((Verdict::Allow, allow)),
+        (Err(deny), Err(allow)) => Err(if allow.at_least < deny.at_least { allow } else { deny }),
+    }
+}
+
+/// The smallest covering, if the kernel can hold it.
+fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), PlanError> {
+    let (default, covering) = smallest(allowed).map_err(|TooMany { at_least, separate }| PlanError::TooManyRanges {
+        needed: at_least,
+        exact: false,
+        separate,
+        groups: Vec::new(),
+    })?;
     if covering.ranges.len() > MAX_RANGES {
         return Err(PlanError::TooManyRanges {
             needed: covering.ranges.len() as u64,

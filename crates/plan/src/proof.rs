@@ -7,7 +7,8 @@ use crate::{DecisionMap, Intervals, Plan};
 /// The first access that the plan treats otherwise than the map; `None` proves that there is none.
 ///
 /// Walks intervals on which neither the filter nor the map nor the table changes, so it leaves no access out. What no
-/// filter decides is excepted: x2APIC's registers, and MSR 0xffffffff, which gets the filter's default.
+/// filter decides is excepted: x2APIC's registers, and MSR 0xffffffff, which gets the filter's default. Of a preset it
+/// proves that the map wants this value and that no write gets to it; that the kernel holds it, who installs proves.
 pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, Op)> {
     let deflects = plan.reasons().contains(Reason::Filter);
     let table = plan.table();
@@ -28,14 +29,33 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     let read_verdicts = Intervals::of_filter(plan.filter(), Op::Read);
     let write_verdicts = Intervals::of_filter(plan.filter(), Op::Write);
 
-    let read_right = map.reads.zip(&reads, |decision, entry| match entry {
-        None => (decision.action == ReadAction::Allow).then_some(Verdict::Allow),
-        Some((action, rule, log)) => {
+    let presets = plan.presets().iter();
+    let presets = Intervals::first_match(
+        None,
+        presets.map(|preset| (MsrRange::single(preset.msr), Some(preset.value))),
+    );
+    let answered = reads.zip(&presets, |entry, preset| (*entry, *preset));
+
+    let read_right = map.reads.zip(&answered, |decision, answered| match answered {
+        (None, None) => (decision.action == ReadAction::Allow).then_some(Verdict::Allow),
+        (None, Some(value)) => {
+            let same = decision.action == ReadAction::Value(*value) && decision.log == Log::None;
+            same.then_some(Verdict::Allow)
+        }
+        (Some(_), Some(_)) => None,
+        (Some((action, rule, log)), None) => {
             let same = **action == decision.action && *rule == decision.rule && *log == decision.log;
             let kernel_can = decision.action == ReadAction::Deny && decision.log == Log::None;
             (same && decision.action != ReadAction::Allow && (deflects || kernel_can)).then_some(Verdict::Deny)
         }
     });
+    // The kernel goes on to hold a preset only if no write gets to its register.
+    let kept = |write: &WriteAction| matches!(write, WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow);
+    let overwritten = plan
+        .presets()
+        .iter()
+        .find(|preset| !kept(&map.writes.get(preset.msr).action));
+    let overwritten = overwritten.map(|preset| (preset.msr, Op::Write));
     let write_right = map.writes.zip(&writes, |decision, entry| match entry {
         None => (decision.action == WriteAction::Allow).then_some(Verdict::Allow),
         Some((action, rule, log)) => {
@@ -48,7 +68,7 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
     let fallbacks = table.unknown() == &map.unknown && table.invalid() == &map.invalid;
     let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
-    read.or(write).or(fallback)
+    read.or(write).or(overwritten).or(fallback)
 }
 
 /// The first MSR that a filter decides and whose verdict is not the one that is right; `None` as the right verdict means

@@ -146,6 +146,7 @@ impl Policy {
             writes: Intervals::first_match(Decision::of(default_write), writes),
             unknown: self.unknown.clone(),
             invalid: self.invalid.clone(),
+            held: Vec::new(),
         })
     }
 

@@ -1,9 +1,9 @@
 //! What the policy changed, for each MSR and direction.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use msrgate_core::{Did, Event, Msr, Op, Outcome, ReadAction};
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
 
 use super::{Backend, Got};
@@ -17,6 +17,8 @@ pub(crate) struct Comparison {
     /// The policy's rules, to name them.
     pub(crate) rules: Vec<Rule>,
     map: DecisionMap,
+    /// Fixed answers that the kernel held, over all traces.
+    presets: BTreeSet<Preset>,
     rows: BTreeMap<(Msr, Op), Row>,
     faults: u64,
 }
@@ -78,14 +80,21 @@ impl Comparison {
             backend,
             rules,
             map: DecisionMap::allow_all(),
+            presets: BTreeSet::new(),
             rows: BTreeMap::new(),
             faults: 0,
         }
     }
 
-    /// The events that follow are judged by this map: a policy may mean another for the next trace's CPUID.
-    pub(crate) fn next_trace(&mut self, map: DecisionMap) {
+    /// The events that follow are judged by this map, and met these presets: a policy may mean another for the next
+    /// trace's CPUID.
+    pub(crate) fn next_trace(&mut self, map: DecisionMap, presets: &[Preset]) {
         self.map = map;
+        self.presets.extend(presets);
+    }
+
+    pub(crate) fn presets(&self) -> impl Iterator<Item = &Preset> {
+        self.presets.iter()
     }
 
     /// Adds one access: what it got without the policy in two runs, and under it.

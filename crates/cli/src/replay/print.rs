@@ -29,6 +29,10 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
         "accesses": seen.accesses(),
         "changed": seen.changed(),
         "faults": seen.faults(),
+        "presets": seen.presets().map(|preset| json!({
+            "msr": preset.msr.to_string(),
+            "value": format!("{:#x}", preset.value),
+        })).collect::<Vec<_>>(),
         "by_msr": rows.collect::<Vec<_>>(),
     });
     if let Some(why) = fallback {
@@ -66,6 +70,14 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
         seen.accesses(),
         seen.faults()
     )?;
+    let presets: Vec<String> = seen.presets().map(|preset| preset.msr.to_string()).collect();
+    if !presets.is_empty() {
+        let presets = presets.join(", ");
+        writeln!(
+            out,
+            "the kernel held the policy's fixed answers of {presets}: reads of these made no exit"
+        )?;
+    }
     if host > 0 {
         writeln!(
             out,

@@ -1,0 +1,201 @@
+//! Fixed answers that the kernel holds, on live KVM. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE
+//! is 1.
+
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use msrgate_core::{Access, Log, Msr, MsrRange, Op, Outcome, ReadAction, Verdict, WriteAction};
+use msrgate_guest::{CONSTANT, Guest, Mode, Options, STORED, held};
+use msrgate_kvm::{Gate, Handlers, InstallError, Probed, VcpuGate, probe};
+use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, Preset};
+
+const MICROCODE: Msr = Msr(0x8b);
+const TSC: Msr = Msr(0x10);
+
+/// KVM, or `None` where the test is to be skipped.
+fn kvm() -> Option<(Kvm, Probed)> {
+    let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
+        Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    match ready {
+        Ok(ready) => Some(ready),
+        Err(reason) => {
+            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
+            assert!(!required, "{reason}");
+            println!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+/// Reads of these MSRs get these values and writes of them `write`; all else is allowed.
+fn fixed(values: &[(Msr, u64)], write: WriteAction) -> DecisionMap {
+    fn by_rule<A: Clone + Eq>(allow: A, rules: impl Iterator<Item = (Msr, A)>) -> Intervals<Decision<A>> {
+        let rules = rules.map(|(msr, action)| {
+            let decision = Decision {
+                action,
+                rule: Some(0),
+                log: Log::None,
+            };
+            (MsrRange::single(msr), decision)
+        });
+        Intervals::first_match(Decision::of(allow), rules)
+    }
+    let reads = values.iter().map(|(msr, value)| (*msr, ReadAction::Value(*value)));
+    let writes = values.iter().map(|(msr, _)| (*msr, write.clone()));
+    DecisionMap {
+        reads: by_rule(ReadAction::Allow, reads),
+        writes: by_rule(WriteAction::Allow, writes),
+        ..DecisionMap::allow_all()
+    }
+}
+
+fn gated(kvm: &Kvm, probed: Probed, mode: Mode, map: &DecisionMap) -> (Guest, Gate, VcpuGate) {
+    let mut guest = Guest::new(kvm, mode, &Options::default()).unwrap();
+    let plan = Arc::new(Plan::compile(map).unwrap());
+    let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
+    let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
+    (guest, gate, vcpu)
+}
+
+/// What each access gets, and whether it left the kernel.
+fn run(guest: &mut Guest, gate: &VcpuGate, accesses: &[Access]) -> Vec<(Outcome, bool)> {
+    let seen = guest.run(0, accesses, &mut |pending| {
+        pending.dispatch(gate);
+    });
+    let seen = seen.unwrap().iter();
+    seen.map(|seen| (seen.outcome, seen.exit.is_some())).collect()
+}
+
+fn read(msr: Msr) -> Access {
+    Access::Read { msr }
+}
+
+#[test]
+fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest_writes() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let value = 0x1234_5678_0000_0000;
+    for (write, done, exits) in [
+        (WriteAction::Deny, Outcome::Fault, false),
+        (WriteAction::Ignore, Outcome::Done, true),
+    ] {
+        let map = fixed(&[(MICROCODE, value)], write);
+        let presets = held(&kvm, &map, None).unwrap();
+        assert_eq!(presets, [Preset { msr: MICROCODE, value }]);
+        let map = map.holding(presets);
+        for mode in [Mode::Real, Mode::Long] {
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &map);
+            let accesses = [
+                read(MICROCODE),
+                Access::Write {
+                    msr: MICROCODE,
+                    value: 0,
+                },
+                read(MICROCODE),
+            ];
+            let fixed = (Outcome::Value(value), false);
+            for _ in 0..2 {
+                assert_eq!(run(&mut guest, &vcpu, &accesses), [fixed, (done, exits), fixed]);
+            }
+        }
+    }
+}
+
+/// Says for each register what was found, so that a run on another kernel shows what it holds.
+#[test]
+fn a_guest_gets_the_same_with_presets_as_without_and_makes_no_more_exits() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let mut plain = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+    let all: Vec<Msr> = STORED.iter().chain(&CONSTANT).copied().collect();
+    let reads: Vec<Access> = all.iter().map(|msr| read(*msr)).collect();
+    let seen = plain.run(0, &reads, &mut |_| {}).unwrap().to_vec();
+    let own = seen.iter().zip(&all).map(|(seen, msr)| match seen.outcome {
+        Outcome::Value(value) => (*msr, Some(value)),
+        _ => (*msr, None),
+    });
+    let own: Vec<(Msr, Option<u64>)> = own.collect();
+    // The kernel's own values, zeros, and values with high bits.
+    let candidates: [fn(Option<u64>) -> u64; 4] = [|own| own.unwrap_or(1), |_| 0, |_| 2, |_| 0x1234_5678_9abc_def0];
+    for candidate in candidates {
+        let values: Vec<(Msr, u64)> = own.iter().map(|(msr, own)| (*msr, candidate(*own))).collect();
+        let without = fixed(&values, WriteAction::Ignore);
+        let presets = held(&kvm, &without, None).unwrap();
+        let with = without.clone().holding(presets.clone());
+        for (msr, value) in &values {
+            let preset = presets.iter().any(|preset| preset.msr == *msr);
+            println!("{msr} = {value:#x}: {}", if preset { "held" } else { "not held" });
+            let own = own.iter().find(|(other, _)| other == msr).and_then(|(_, own)| *own);
+            assert!(!preset || STORED.contains(msr) || own == Some(*value), "{msr}");
+        }
+        for mode in [Mode::Real, Mode::Long] {
+            let mut accesses = reads.clone();
+            for msr in &all {
+                let value = 0xffff_ffff_ffff_ffff;
+                accesses.extend([Access::Write { msr: *msr, value }, read(*msr)]);
+            }
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &with);
+            let got = run(&mut guest, &vcpu, &accesses);
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &without);
+            let expected = run(&mut guest, &vcpu, &accesses);
+            for ((access, got), expected) in accesses.iter().zip(&got).zip(&expected) {
+                assert_eq!(got.0, expected.0, "{mode:?} {access:x?}");
+                let preset = presets.iter().any(|preset| preset.msr == access.msr());
+                assert_eq!(got.1, !(preset && access.op() == Op::Read), "{mode:?} {access:x?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_changes_by_itself_or_is_not_the_kernels_is_not_held() {
+    let Some((kvm, _)) = kvm() else { return };
+    for msr in [TSC, Msr(0xdead_beef), Msr(0x35), Msr(0x1b), Msr(0x34)] {
+        let map = fixed(&[(msr, 0)], WriteAction::Deny);
+        assert_eq!(held(&kvm, &map, None).unwrap(), [], "{msr}");
+    }
+}
+
+#[test]
+fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
+    let Some((kvm, probed)) = kvm() else { return };
+    for msr in [TSC, Msr(0xdead_beef)] {
+        let preset = Preset { msr, value: 5 };
+        let map = fixed(&[(msr, 5)], WriteAction::Deny).holding(vec![preset]);
+        let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+        let plan = Arc::new(Plan::compile(&map).unwrap());
+        let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
+        let error = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap_err();
+        assert!(
+            matches!(error, InstallError::PresetNotHeld { preset: of, .. } if of == preset),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let plan = |map: &DecisionMap| Arc::new(Plan::compile(map).unwrap());
+    let preset = Preset {
+        msr: MICROCODE,
+        value: 7,
+    };
+    let without = fixed(&[(MICROCODE, 7)], WriteAction::Deny);
+    let with = without.clone().holding(vec![preset]);
+
+    let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, &without);
+    let late = gate.replace(plan(&with)).unwrap_err();
+    assert!(matches!(late, InstallError::PresetTooLate { msr: MICROCODE }), "{late}");
+
+    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, &with);
+    let left = gate.replace(plan(&DecisionMap::allow_all())).unwrap_err();
+    assert!(matches!(left, InstallError::PresetLeft { msr: MICROCODE }), "{left}");
+    for (map, exits) in [(&without, true), (&with, false)] {
+        gate.replace(plan(map)).unwrap();
+        let verdict = gate.plan().filter().verdict(MICROCODE, Op::Read);
+        assert_eq!(verdict == Verdict::Deny, exits);
+        let seen = run(&mut guest, &vcpu, &[read(MICROCODE)]);
+        assert_eq!(seen, [(Outcome::Value(7), exits)]);
+    }
+}
