@@ -49,6 +49,9 @@ pub(crate) enum Command {
     /// Say what traces tell: who asked for what, how often, when, and what it got
     #[command(after_help = REPORT_AFTER)]
     Report(ReportArgs),
+    /// Write the smallest policy that serves what was traced, with reasons
+    #[command(after_help = LEARN_AFTER)]
+    Learn(LearnArgs),
     /// Look MSRs up by name, index, class or text
     Msr(MsrArgs),
     /// Print the JSON Schema of policy files, for editors
@@ -303,6 +306,40 @@ pub(crate) struct ReportArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+const LEARN_AFTER: &str = "\
+For example, a policy from two boots, and from what a fleet summed up each on its own:
+  msrgate run --learn --trace boot.jsonl -- qemu-system-x86_64 ...
+  msrgate learn traces/*.jsonl > guest.toml
+  msrgate learn --summary boot.jsonl > host1.summary
+  msrgate learn *.summary > fleet.toml";
+
+#[derive(ClapArgs)]
+pub(crate) struct LearnArgs {
+    /// Traces, or summaries that --summary wrote, in any order; `-` for standard input
+    #[arg(required = true, value_name = "TRACE")]
+    pub(crate) traces: Vec<PathBuf>,
+    /// Write a summary in place of a policy: small, and to be merged with others by `learn`
+    #[arg(long, conflicts_with_all = ["widen", "json"])]
+    pub(crate) summary: bool,
+    /// Allow more than was seen, where at least half of it was seen
+    #[arg(long, value_enum, value_name = "TO", value_delimiter = ',')]
+    pub(crate) widen: Vec<WidenArg>,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What a learned policy is widened to.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WidenArg {
+    /// Whole classes
+    Classes,
+    /// Ranges without gaps
+    Ranges,
 }
 
 #[derive(ClapArgs)]

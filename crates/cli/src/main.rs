@@ -12,6 +12,7 @@ mod replay;
 mod verify;
 mod run;
 mod report;
+mod learn;
 mod msr;
 mod manual;
 mod render;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Verify(verify) => verify::run(verify),
         Command::Run(run) => run::run(run),
         Command::Report(report) => report::run(report),
+        Command::Learn(learn) => learn::run(learn),
         Command::Msr(msr) => msr::run(msr),
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),

@@ -208,7 +208,7 @@ pub(crate) fn open(path: &Path) -> Result<Trace, Opened> {
 }
 
 /// A bar for a file that takes a while, on a terminal.
-fn progress(length: u64) -> ProgressBar {
+pub(crate) fn progress(length: u64) -> ProgressBar {
     const LONG: u64 = 4 << 20;
     if length < LONG || !io::stderr().is_terminal() {
         return ProgressBar::hidden();

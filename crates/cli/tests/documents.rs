@@ -232,6 +232,10 @@ fn each_key_that_a_command_prints_is_documented() {
         "cut.jsonl",
         "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\ngarbage\n",
     );
+    folder.write(
+        "emulated.jsonl",
+        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"did\":\"mask\"}\n",
+    );
     let microvm = "policies/linux-microvm.toml";
     let runs: [(&str, &[&str]); 12] = [
         ("check", &["check", "--json", microvm]),
@@ -249,6 +253,17 @@ fn each_key_that_a_command_prints_is_documented() {
         ("report", &["report", "--json", "-p", microvm, "cut.jsonl"]),
         ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
         ("msr", &["msr", "--json", "@tsc"]),
+        (
+            "learn",
+            &[
+                "learn",
+                "--json",
+                "--widen",
+                "classes",
+                "traces/linux-6.1-microvm.jsonl",
+            ],
+        ),
+        ("learn", &["learn", "--json", "emulated.jsonl"]),
     ];
     for (heading, arguments) in runs {
         let documented = documented(heading);

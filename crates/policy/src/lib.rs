@@ -42,6 +42,7 @@ mod check;
 mod explain;
 pub mod trace;
 pub mod report;
+pub mod learn;
 
 pub use check::check;
 pub use diagnostic::{Code, Diagnostic, Files, Place, Severity, Source};

@@ -65,7 +65,7 @@ impl fmt::Display for Rule {
     }
 }
 
-fn text(text: &str) -> Value {
+pub(crate) fn text(text: &str) -> Value {
     Value::String(text.to_owned())
 }
 
@@ -87,7 +87,7 @@ fn table(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
     )
 }
 
-fn read_action(action: &ReadAction) -> Value {
+pub(crate) fn read_action(action: &ReadAction) -> Value {
     match action {
         ReadAction::Value(fixed) if *fixed != 0 => table([("value", value(*fixed))]),
         ReadAction::Shadow(initial) => table([("shadow", value(*initial))]),
@@ -97,7 +97,7 @@ fn read_action(action: &ReadAction) -> Value {
     }
 }
 
-fn write_action(action: &WriteAction) -> Value {
+pub(crate) fn write_action(action: &WriteAction) -> Value {
     match action {
         WriteAction::Mask { may_change, otherwise } => {
             let otherwise = match otherwise {

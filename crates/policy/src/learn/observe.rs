@@ -1,0 +1,90 @@
+//! One trace, event by event.
+
+use std::collections::{HashMap, HashSet};
+
+use msrgate_core::{Did, Event, Msr, MsrRange, Op};
+
+use super::summary::{self, LearnError, Seen, Summary};
+
+/// How many shadow registers, of all vCPUs together, a trace may tell of.
+const SHADOWS: usize = 1 << 20;
+
+/// Counts the events of one trace.
+#[derive(Default)]
+pub(super) struct Observer {
+    /// Counts alone; what was served is put into it at the end.
+    summary: Summary,
+    served: HashMap<(Msr, Op), Served>,
+    /// The shadow registers that were written, by VM, vCPU and MSR.
+    written: HashSet<(u32, u32, Msr)>,
+    /// The smallest time: vCPUs may be written down out of order.
+    start: Option<u64>,
+}
+
+/// As [`Seen`], in a form that an event is quickly added to.
+#[derive(Default)]
+struct Served {
+    did: [u64; Did::ALL.len()],
+    values: Seen,
+    first: u64,
+    last: u64,
+}
+
+impl Observer {
+    pub(super) fn see(&mut self, event: &Event) -> Result<(), LearnError> {
+        self.summary.events += 1;
+        self.start = Some(self.start.map_or(event.t, |start| start.min(event.t)));
+        let key = (event.msr, event.op);
+        if MsrRange::X2APIC.contains(event.msr) {
+            self.summary.unfiltered += 1;
+            return Ok(());
+        }
+        if event.did.is_fault() {
+            self.summary.faults += 1;
+            self.summary.fault(key, 1);
+            return Ok(());
+        }
+        let served = self.served.entry(key).or_insert_with(|| Served {
+            first: event.t,
+            ..Served::default()
+        });
+        if let Some(count) = served.did.get_mut(event.did as usize) {
+            *count += 1;
+        }
+        served.first = served.first.min(event.t);
+        served.last = served.last.max(event.t);
+        let shadow = (event.vm, event.vcpu, event.msr);
+        match (event.did, event.op) {
+            (Did::Value | Did::Only, _) => served.values.values.insert(event.value),
+            (Did::Shadow, Op::Read) if !self.written.contains(&shadow) => served.values.values.insert(event.value),
+            (Did::Shadow, Op::Write) => _ = self.written.insert(shadow),
+            _ => {}
+        }
+        if self.written.len() > SHADOWS {
+            return Err(LearnError::whole(format!(
+                "more than {SHADOWS} shadow registers of vCPUs were written"
+            )));
+        }
+        summary::check_size(self.served.len())
+    }
+
+    pub(super) fn finish(mut self, name: &str) -> Result<Summary, LearnError> {
+        let start = self.start.unwrap_or(0);
+        let mut summary = std::mem::take(&mut self.summary);
+        summary.traces = 1;
+        summary.names.insert(name.to_owned());
+        for (key, served) in self.served {
+            let mut seen = Seen {
+                traces: 1,
+                first: served.first.saturating_sub(start),
+                last: served.last.saturating_sub(start),
+                ..served.values
+            };
+            let counts = Did::ALL.into_iter().zip(served.did);
+            seen.did.extend(counts.filter(|(_, count)| *count > 0));
+            seen.names.insert(name.to_owned());
+            summary.seen.insert(key, seen);
+        }
+        Ok(summary)
+    }
+}

@@ -1,0 +1,212 @@
+//! The rules of a learned policy.
+
+use std::collections::HashMap;
+
+use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
+
+use super::summary::{Least, Seen, Summary};
+use super::want::{Remark, Want, Wants, Widen, class, wants, widen};
+use crate::database::{self, Class};
+
+/// A policy that denies by default and serves what guests did.
+#[derive(Clone, Debug)]
+pub struct Learned {
+    /// Its rules: each access is decided by one of them at most.
+    pub rules: Vec<LearnedRule>,
+    /// What traces do not tell.
+    pub remarks: Vec<Remark>,
+    /// What it was learned from.
+    pub summary: Summary,
+}
+
+/// A rule, and what speaks for it.
+#[derive(Clone, Debug)]
+pub struct LearnedRule {
+    /// The MSRs, as a policy spells them.
+    pub msrs: Vec<String>,
+    /// What reads get.
+    pub read: Option<ReadAction>,
+    /// What writes get.
+    pub write: Option<WriteAction>,
+    /// The class that the MSRs have in common; `None` for those that the database does not know.
+    pub class: Option<Class>,
+    /// What was seen of it.
+    pub facts: Facts,
+    /// What it allows beyond that, as ranges in order.
+    pub unseen: Vec<(MsrRange, Op)>,
+    /// The first MSR, by which rules are ordered.
+    first: Msr,
+}
+
+/// What was seen of a rule's accesses.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Facts {
+    /// How many reads.
+    pub reads: u64,
+    /// How many writes.
+    pub writes: u64,
+    /// The access that is in the fewest traces: in how many.
+    pub fewest: u64,
+    /// The access that is in the most traces: in how many.
+    pub most: u64,
+    /// Some of these traces.
+    pub names: Least<String, 4>,
+    /// When the first was, in nanoseconds since the first access of its trace.
+    pub first: u64,
+    /// When the last was.
+    pub last: u64,
+}
+
+impl Facts {
+    fn add(&mut self, op: Op, seen: &Seen) {
+        let count = match op {
+            Op::Read => &mut self.reads,
+            Op::Write => &mut self.writes,
+        };
+        *count = count.saturating_add(seen.count());
+        let none = self.most == 0;
+        self.fewest = if none {
+            seen.traces
+        } else {
+            self.fewest.min(seen.traces)
+        };
+        self.most = self.most.max(seen.traces);
+        self.first = if none { seen.first } else { self.first.min(seen.first) };
+        self.last = self.last.max(seen.last);
+        seen.names.iter().for_each(|name| self.names.insert(name.clone()));
+    }
+}
+
+impl Learned {
+    /// The smallest policy that serves what was seen, as far as `further` goes beyond it.
+    pub fn from(summary: &Summary, further: &Widen) -> Learned {
+        let (mut wanted, remarks) = wants(summary);
+        let whole = widen(&mut wanted, further);
+        Learned {
+            rules: rules(wanted, &whole, summary),
+            remarks,
+            summary: summary.clone(),
+        }
+    }
+}
+
+/// Rules that give each access what it is to get, and no two of which decide the same. A class is named where it is
+/// just what is wanted: its MSRs get the same in both directions, or a direction is `whole` by widening.
+fn rules(mut left: Wants, whole: &[(Class, Op)], summary: &Summary) -> Vec<LearnedRule> {
+    let mut rules = Vec::new();
+    for (class, members) in classes() {
+        let all = |op| {
+            members
+                .iter()
+                .all(|msr| left.get(msr).is_some_and(|want| want.allows(op)))
+        };
+        let none = |op| {
+            members
+                .iter()
+                .all(|msr| left.get(msr).is_some_and(|want| !want.decides(op)))
+        };
+        let (read, write) = (all(Op::Read), all(Op::Write));
+        let just = match (read, write) {
+            (true, true) => true,
+            (true, false) => whole.contains(&(class, Op::Read)) || none(Op::Write),
+            (false, true) => whole.contains(&(class, Op::Write)) || none(Op::Read),
+            (false, false) => false,
+        };
+        if !just {
+            continue;
+        }
+        let want = Want {
+            read: read.then_some(ReadAction::Allow),
+            write: write.then_some(WriteAction::Allow),
+        };
+        rules.push(rule(&members, vec![format!("@{class}")], want, Some(class), summary));
+        for msr in &members {
+            if let Some(want) = left.get_mut(msr) {
+                want.read = want.read.take().filter(|_| !read);
+                want.write = want.write.take().filter(|_| !write);
+            }
+        }
+    }
+    // By class, so that a reader finds together what belongs together, and by what they get.
+    let mut groups: HashMap<(Option<Class>, Want), Vec<Msr>> = HashMap::new();
+    for (msr, want) in left {
+        if want != Want::default() {
+            groups.entry((class(msr), want)).or_default().push(msr);
+        }
+    }
+    for ((class, want), msrs) in groups {
+        rules.push(rule(&msrs, patterns(&msrs), want, class, summary));
+    }
+    // A class that is read whole may stand beside a rule for its writes, with the same first MSR.
+    rules.sort_by_key(|rule| (rule.first, rule.read.is_none()));
+    rules
+}
+
+/// The classes that hold several MSRs, those with the most first.
+fn classes() -> Vec<(Class, Vec<Msr>)> {
+    let mut classes: Vec<(Class, Vec<Msr>)> = Vec::new();
+    for class in Class::ALL {
+        let members = database::all().iter().filter(|entry| entry.classes.contains(class));
+        let members: Vec<Msr> = members.map(|entry| entry.msr).collect();
+        if members.len() > 1 {
+            classes.push((*class, members));
+        }
+    }
+    classes.sort_by_key(|(_, members)| std::cmp::Reverse(members.len()));
+    classes
+}
+
+/// A rule for MSRs in order.
+fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, summary: &Summary) -> LearnedRule {
+    let mut facts = Facts::default();
+    let mut unseen = Vec::new();
+    for op in Op::ALL {
+        if !want.decides(op) {
+            continue;
+        }
+        let mut beyond = Vec::new();
+        for msr in msrs {
+            match summary.seen.get(&(*msr, op)) {
+                Some(seen) => facts.add(op, seen),
+                None => beyond.push(*msr),
+            }
+        }
+        unseen.extend(runs(&beyond).into_iter().map(|range| (range, op)));
+    }
+    LearnedRule {
+        msrs: patterns,
+        read: want.read,
+        write: want.write,
+        class,
+        facts,
+        unseen,
+        first: msrs.first().copied().unwrap_or(Msr::MIN),
+    }
+}
+
+/// MSRs in order as ranges.
+pub(super) fn runs(msrs: &[Msr]) -> Vec<MsrRange> {
+    msrs.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0))
+        .filter_map(|run| MsrRange::new(*run.first()?, *run.last()?))
+        .collect()
+}
+
+/// MSRs in order as a policy spells them: three or more in a row as a range.
+fn patterns(msrs: &[Msr]) -> Vec<String> {
+    let mut patterns = Vec::new();
+    for range in runs(msrs) {
+        if range.len() > 2 {
+            patterns.push(format!("{}..={}", name(range.first()), name(range.last())));
+        } else {
+            patterns.extend(range.iter().map(name));
+        }
+    }
+    patterns
+}
+
+/// The name that means this MSR and no other, else the index.
+pub(super) fn name(msr: Msr) -> String {
+    let entry = database::by_msr(msr);
+    let named = entry.filter(|entry| database::by_name(entry.name).is_some_and(|found| found.msr == msr));
+    named.map_or_else(|| msr.to_string(), |entry| entry.name.to_owned())
+}

@@ -1,0 +1,242 @@
+//! A learned policy as a file.
+
+use std::fmt;
+
+use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+
+use super::rule::{Facts, Learned, LearnedRule, name, runs};
+use crate::print;
+
+/// How wide a line gets.
+const WIDTH: usize = 100;
+
+/// How many MSRs a sentence names.
+const NAMED: usize = 12;
+
+/// As a policy that a person can go on from: commented, each rule with its reason.
+impl fmt::Display for Learned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let summary = &self.summary;
+        let from = format!(
+            "Learned from {}{}: {}, of which {} faulted.",
+            counted(summary.traces, "trace"),
+            names(summary.names.iter(), summary.traces),
+            counted(summary.events, "access"),
+            summary.faults
+        );
+        comment(f, &from)?;
+        writeln!(f, "#")?;
+        let widened = self.rules.iter().any(|rule| !rule.unseen.is_empty());
+        comment(
+            f,
+            match widened {
+                false => {
+                    "What it does: each MSR gets, in each direction in which a guest was served, what it got then; all \
+                     else is #GP."
+                }
+                true => {
+                    "What it does: each MSR gets, in each direction in which a guest was served, what it got then; some \
+                     more are allowed, which the reasons name; all else is #GP."
+                }
+            },
+        )?;
+        writeln!(f, "#")?;
+        comment(
+            f,
+            "Limits: what a guest did not do while it was watched it cannot do under this policy.",
+        )?;
+        if !summary.faulted.is_empty() {
+            let faulted: Vec<(Msr, Op)> = summary.faulted.keys().copied().collect();
+            let only: Vec<(Msr, Op)> = faulted
+                .into_iter()
+                .filter(|key| !summary.seen.contains_key(key))
+                .collect();
+            if !only.is_empty() {
+                comment(
+                    f,
+                    &format!("Denied as it was then, since it only faulted: {}.", accesses(&only)),
+                )?;
+            }
+        }
+        if summary.unfiltered > 0 {
+            comment(
+                f,
+                &format!(
+                    "Without a rule, since no filter stops them: {} of the x2APIC's registers.",
+                    counted(summary.unfiltered, "access")
+                ),
+            )?;
+        }
+        for remark in &self.remarks {
+            let what = name(remark.msr);
+            comment(f, &format!("Look at: {} {what} was {}.", remark.op, remark.message))?;
+        }
+        writeln!(f, "version = 1")?;
+        writeln!(f, "name    = \"learned\"")?;
+        writeln!(f, "default = \"deny\"")?;
+        self.rules
+            .iter()
+            .try_for_each(|rule| write_rule(f, rule, summary.traces))
+    }
+}
+
+fn write_rule(f: &mut fmt::Formatter<'_>, rule: &LearnedRule, traces: u64) -> fmt::Result {
+    writeln!(f, "\n[[rule]]")?;
+    let quoted: Vec<String> = rule.msrs.iter().map(|msr| print::text(msr).to_string()).collect();
+    let line = quoted.join(", ");
+    match quoted.as_slice() {
+        [one] => writeln!(f, "msr   = {one}")?,
+        _ if line.len() + 10 <= WIDTH => writeln!(f, "msr   = [{line}]")?,
+        several => {
+            writeln!(f, "msr   = [")?;
+            let mut column = 0;
+            for item in several {
+                if column > 0 && column + item.len() + 2 > WIDTH {
+                    writeln!(f)?;
+                    column = 0;
+                }
+                let space = if column == 0 { "    " } else { " " };
+                write!(f, "{space}{item},")?;
+                column += space.len() + item.len() + 1;
+            }
+            writeln!(f, "\n]")?;
+        }
+    }
+    if let Some(read) = &rule.read {
+        writeln!(f, "read  = {}", print::read_action(read))?;
+    }
+    if let Some(write) = &rule.write {
+        writeln!(f, "write = {}", print::write_action(write))?;
+    }
+    writeln!(f, "why   = {}", print::text(&rule.why(traces)))
+}
+
+impl LearnedRule {
+    /// What speaks for the rule, in a sentence; `traces` is how many there were in all.
+    pub fn why(&self, traces: u64) -> String {
+        let class = match (self.class, self.msrs.as_slice()) {
+            (_, [one]) if one.starts_with('@') => String::new(),
+            (Some(class), _) => format!("{class}: "),
+            (None, _) => "not in the database: ".to_owned(),
+        };
+        let mut text = format!("{class}{}", self.facts.text(traces));
+        if self.read.as_ref().is_some_and(|read| *read != ReadAction::Allow)
+            || self.write.as_ref().is_some_and(|write| *write != WriteAction::Allow)
+        {
+            text.push_str("; answered as it was then");
+        }
+        for op in Op::ALL {
+            let ranges: Vec<_> = self.unseen.iter().filter(|(_, other)| *other == op).collect();
+            let total: u64 = ranges.iter().map(|(range, _)| range.len()).sum();
+            if total == 0 {
+                continue;
+            }
+            let mut named: Vec<String> = ranges
+                .iter()
+                .take(NAMED)
+                .map(|(range, _)| match range.len() {
+                    1 => name(range.first()),
+                    _ => format!("{}..={}", name(range.first()), name(range.last())),
+                })
+                .collect();
+            if ranges.len() > named.len() {
+                named.push(format!("{} more ranges", ranges.len() - named.len()));
+            }
+            text.push_str(&format!("; {op} not seen of {}", named.join(", ")));
+        }
+        text
+    }
+}
+
+impl Facts {
+    fn text(&self, traces: u64) -> String {
+        let counts = match (self.reads, self.writes) {
+            (0, 0) => return "never used".to_owned(),
+            (reads, 0) => counted(reads, "read"),
+            (0, writes) => counted(writes, "write"),
+            (reads, writes) => format!("{} and {}", counted(reads, "read"), counted(writes, "write")),
+        };
+        let spread = match (self.fewest, self.most) {
+            (1, 1) if traces == 1 => "in the trace".to_owned(),
+            (fewest, most) if fewest == most => format!("in {most} of {traces} traces"),
+            (fewest, most) => format!("each in {fewest} to {most} of {traces} traces"),
+        };
+        let names = names(self.names.iter(), self.most);
+        let when = match (self.first, self.last) {
+            (0, 0) => String::new(),
+            (first, last) if seconds(first) == seconds(last) => format!(", {} s after its start", seconds(first)),
+            (first, last) => format!(", {} s to {} s after its start", seconds(first), seconds(last)),
+        };
+        format!("{counts} {spread}{names}{when}")
+    }
+}
+
+fn seconds(nanoseconds: u64) -> String {
+    format!("{:.3}", nanoseconds as f64 / 1e9)
+}
+
+/// ` (a, b and 3 more)`.
+fn names<'a>(names: impl Iterator<Item = &'a String>, total: u64) -> String {
+    let names: Vec<&str> = names.map(String::as_str).collect();
+    let more = total.saturating_sub(names.len() as u64);
+    match (names.is_empty(), more) {
+        (true, _) => String::new(),
+        (false, 0) => format!(" ({})", names.join(", ")),
+        (false, more) => format!(" ({} and {more} more)", names.join(", ")),
+    }
+}
+
+fn accesses(keys: &[(Msr, Op)]) -> String {
+    let mut parts = Vec::new();
+    for op in Op::ALL {
+        let msrs: Vec<Msr> = keys
+            .iter()
+            .filter(|(_, other)| *other == op)
+            .map(|(msr, _)| *msr)
+            .collect();
+        let ranges = runs(&msrs);
+        let mut named: Vec<String> = ranges
+            .iter()
+            .take(NAMED)
+            .map(|range| match range.len() {
+                1 => name(range.first()),
+                _ => format!("{}..={}", name(range.first()), name(range.last())),
+            })
+            .collect();
+        if ranges.len() > named.len() {
+            named.push(format!("{} more ranges", ranges.len() - named.len()));
+        }
+        if !named.is_empty() {
+            parts.push(format!("{op} {}", named.join(", ")));
+        }
+    }
+    parts.join("; ")
+}
+
+fn counted(count: u64, noun: &str) -> String {
+    match (count, noun) {
+        (1, noun) => format!("1 {noun}"),
+        (count, "access") => format!("{count} accesses"),
+        (count, noun) => format!("{count} {noun}s"),
+    }
+}
+
+/// A paragraph as comment lines.
+fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    let mut column = 0;
+    // A name of a file may hold anything, and a control character is no part of a TOML comment.
+    for word in text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .filter(|word| !word.is_empty())
+    {
+        let width = word.chars().count();
+        if column > 0 && column + width + 1 > WIDTH {
+            writeln!(f)?;
+            column = 0;
+        }
+        let lead = if column == 0 { "# " } else { " " };
+        write!(f, "{lead}{word}")?;
+        column += lead.len() + width;
+    }
+    writeln!(f)
+}
