@@ -237,7 +237,7 @@ fn each_key_that_a_command_prints_is_documented() {
         "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"did\":\"mask\"}\n",
     );
     let microvm = "policies/linux-microvm.toml";
-    let runs: [(&str, &[&str]); 12] = [
+    let runs: &[(&str, &[&str])] = &[
         ("check", &["check", "--json", microvm]),
         ("check", &["check", "--json", "bad.toml"]),
         ("check", &["check", "--json", microvm, "policies/qemu.toml"]),
@@ -265,7 +265,7 @@ fn each_key_that_a_command_prints_is_documented() {
         ),
         ("learn", &["learn", "--json", "emulated.jsonl"]),
     ];
-    for (heading, arguments) in runs {
+    for &(heading, arguments) in runs {
         let documented = documented(heading);
         let mut found = Vec::new();
         paths(&folder.run(arguments).json(), "", &mut found);
