@@ -85,3 +85,25 @@ pub(crate) fn text(table: &Table) -> String {
         .map(|line| format!("{}\n", line.trim_end()))
         .collect()
 }
+
+/// A time as people read it.
+pub(crate) fn duration(nanoseconds: u64) -> String {
+    let float = nanoseconds as f64;
+    match nanoseconds {
+        0..1_000 => format!("{nanoseconds} ns"),
+        1_000..1_000_000 => format!("{:.1} µs", float / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", float / 1e6),
+        _ => format!("{:.1} s", float / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_told_in_the_unit_that_suits_it() {
+        let told = [999, 1_500, 999_949, 2_000_000, 90_000_000_000].map(duration);
+        assert_eq!(told, ["999 ns", "1.5 µs", "999.9 µs", "2.0 ms", "90.0 s"]);
+    }
+}

@@ -280,6 +280,7 @@ fn a_trace_has_each_access_that_the_policy_decides() {
             read.t <= write.t && read.rip < write.rip && read.rip.is_some(),
             "{read:?} {write:?}"
         );
+        assert!(read.cost > Some(0) && write.cost > Some(0), "{read:?} {write:?}");
         assert!(events.next().is_none());
     }
 }

@@ -22,7 +22,7 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
         "a.jsonl",
         format!(
             "{HEADER}\
-             {{\"t\":1000,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x7\",\"reason\":\"filter\",\"did\":\"value\",\"rule\":3,\"rip\":\"0xff00\"}}\n\
+             {{\"t\":1000,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x7\",\"reason\":\"filter\",\"did\":\"value\",\"rule\":3,\"rip\":\"0xff00\",\"cost\":1500}}\n\
              {{\"t\":5000,\"vm\":0,\"vcpu\":1,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"reason\":\"unknown\",\"did\":\"fault\",\"why\":\"no-rule\"}}\n\
              {{\"t\":3000,\"vm\":1,\"vcpu\":0,\"op\":\"wrmsr\",\"msr\":\"0xdead0000\",\"value\":\"0x5\"}}\n"
         ),
@@ -50,11 +50,18 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
     );
     assert_eq!(read["rips"], json!([{ "rip": "0xff00", "count": 1 }]));
     assert_eq!(read["vcpus"][1], json!({ "trace": 0, "vm": 0, "vcpu": 1, "count": 1 }));
-    assert_eq!((&read["policy"], &read["cost"]), (&Value::Null, &Value::Null));
+    let cost = json!({ "accesses": 1, "ns": 1500, "most_ns": 1500 });
+    assert_eq!((&read["policy"], &read["cost"]), (&Value::Null, &cost));
+    assert_eq!(report["cost"], cost);
     let write = row(&report, "0xdead0000", "wrmsr");
     assert_eq!(
-        (&write["name"], count(write, "allowed"), count(write, "exits")),
-        (&Value::Null, 1, 0)
+        (
+            &write["name"],
+            count(write, "allowed"),
+            count(write, "exits"),
+            &write["cost"]
+        ),
+        (&Value::Null, 1, 0, &Value::Null)
     );
     let buckets = list(&report["timeline"], "buckets");
     let timed: u64 = ["allowed", "emulated", "faulted"]
@@ -68,7 +75,7 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
         "0xff00",
         "1/0",
         "3 accesses by 3 vCPUs: 1 allowed, 1 emulated, 1 faulted",
-        "2 left the kernel for user space",
+        "2 left the kernel for user space, where 1 of them took 1.5 µs",
     ]);
 }
 

@@ -128,6 +128,8 @@ pub struct Event {
     pub rule: Option<u32>,
     /// The guest's instruction pointer, where it is known.
     pub rip: Option<u64>,
+    /// Nanoseconds between the guest's exit and its answer, where they were measured.
+    pub cost: Option<u64>,
 }
 
 #[cfg(test)]

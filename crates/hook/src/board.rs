@@ -288,21 +288,22 @@ fn encode(event: &Event, log: Log) -> [u64; EVENT] {
     };
     let op = (event.op == Op::Write) as u64;
     let rip = u64::from(event.rip.is_some());
+    let cost = u64::from(event.cost.is_some());
     [
         event.t,
         event.value,
         event.rip.unwrap_or(0),
         u64::from(event.msr.0) | u64::from(event.vm) << 32,
         u64::from(event.vcpu) | u64::from(event.rule.unwrap_or(u32::MAX)) << 32,
-        encode_answer(event) | op << 24 | rip << 32,
+        encode_answer(event) | op << 24 | rip << 32 | cost << 33,
         kind | u64::from(per_second) << 32,
-        0,
+        event.cost.unwrap_or(0),
     ]
 }
 
 /// Whatever the words are, they are some event.
 fn decode(words: [u64; EVENT]) -> (Event, Log) {
-    let [t, value, rip, msr_vm, vcpu_rule, bits, log, _] = words;
+    let [t, value, rip, msr_vm, vcpu_rule, bits, log, cost] = words;
     let high = |word: u64| (word >> 32) as u32;
     let (did, why, reason) = decode_answer(bits);
     let event = Event {
@@ -317,6 +318,7 @@ fn decode(words: [u64; EVENT]) -> (Event, Log) {
         why,
         rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
         rip: (bits >> 32 & 1 == 1).then_some(rip),
+        cost: (bits >> 33 & 1 == 1).then_some(cost),
     };
     let log = match log & 3 {
         0 => Log::None,

@@ -79,6 +79,7 @@ impl Answered {
             why: self.answer.why,
             rule: self.answer.rule,
             rip,
+            cost: None,
         }
     }
 }

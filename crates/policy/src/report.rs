@@ -105,6 +105,33 @@ pub struct Got {
     pub rule: Option<u32>,
 }
 
+/// How long accesses took between the guest's exit and the answer, as far as the traces tell.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Cost {
+    /// Of how many accesses they tell.
+    pub count: u64,
+    /// How long all of these took, in nanoseconds.
+    pub sum: u64,
+    /// How long the slowest took, in nanoseconds.
+    pub most: u64,
+}
+
+impl Cost {
+    fn add(&mut self, cost: Option<u64>) {
+        let Some(cost) = cost else {
+            return;
+        };
+        self.count += 1;
+        self.sum = self.sum.saturating_add(cost);
+        self.most = self.most.max(cost);
+    }
+
+    /// Nanoseconds of one access; `None` where the traces tell of none.
+    pub fn mean(&self) -> Option<u64> {
+        self.sum.checked_div(self.count)
+    }
+}
+
 /// One of the traces.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Trace {
@@ -148,6 +175,8 @@ pub struct Row {
     pub kinds: [u64; 3],
     /// How many left the kernel for user space.
     pub exits: u64,
+    /// How long that took.
+    pub cost: Cost,
     /// The first of them.
     pub first: Moment,
     /// The last of them.
@@ -175,6 +204,7 @@ pub struct Report {
     timeline: Timeline<3>,
     kinds: [u64; 3],
     exits: u64,
+    cost: Cost,
     unlisted: u64,
 }
 
@@ -189,6 +219,7 @@ impl Default for Report {
             timeline: Timeline::new(MOST_BUCKETS),
             kinds: [0; 3],
             exits: 0,
+            cost: Cost::default(),
             unlisted: 0,
         }
     }
@@ -228,6 +259,7 @@ impl Report {
         self.timeline.add(t, kind as usize);
         count(&mut self.kinds, kind);
         self.exits += u64::from(event.reason.is_some());
+        self.cost.add(event.cost);
         let vcpu = self.vcpu(number, event, t);
         let moment = Moment { trace: number, t };
         match self.row(event.msr, event.op, moment) {
@@ -274,6 +306,7 @@ impl Report {
                     count: 0,
                     kinds: [0; 3],
                     exits: 0,
+                    cost: Cost::default(),
                     first: moment,
                     last: moment,
                     got: Counts::new(),
@@ -320,6 +353,11 @@ impl Report {
         self.exits
     }
 
+    /// How long accesses took in user space.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+
     /// How many were made of MSRs and directions that have no row, since there were [`MOST_ROWS`] before them.
     pub fn unlisted(&self) -> u64 {
         self.unlisted
@@ -336,6 +374,7 @@ impl Row {
         self.count += 1;
         count(&mut self.kinds, kind);
         self.exits += u64::from(event.reason.is_some());
+        self.cost.add(event.cost);
         self.first = self.first.min(moment);
         self.last = self.last.max(moment);
         self.got.add(Got {

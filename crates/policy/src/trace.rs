@@ -118,6 +118,8 @@ struct Line<'a> {
     rule: Option<u32>,
     #[serde(borrow, default)]
     rip: Option<Number<'a>>,
+    #[serde(default)]
+    cost: Option<u64>,
 }
 
 impl Line<'_> {
@@ -166,6 +168,7 @@ impl Line<'_> {
             why,
             rule: self.rule,
             rip,
+            cost: self.cost,
         })
     }
 }
@@ -184,6 +187,7 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
         why,
         rule,
         rip,
+        cost,
     } = event;
     write!(
         to,
@@ -201,6 +205,9 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
     }
     if let Some(rip) = rip {
         write!(to, ",\"rip\":\"{rip:#x}\"")?;
+    }
+    if let Some(cost) = cost {
+        write!(to, ",\"cost\":{cost}")?;
     }
     to.write_all(b"}\n")
 }
@@ -402,6 +409,7 @@ mod tests {
             why: Some(Why::AlreadyWritten),
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
+            cost: Some(1200),
         }
     }
 
@@ -412,6 +420,7 @@ mod tests {
             why: None,
             rule: None,
             rip: None,
+            cost: None,
             did: Did::Allow,
             ..event()
         };

@@ -343,9 +343,10 @@ fn event() -> impl Strategy<Value = Event> {
         option::of(select(whys.to_vec())),
         option::of(any::<u32>()),
     );
-    let from = (any::<u64>(), any::<u32>(), any::<u32>(), option::of(any::<u64>()));
-    (access, answer, from, option::of(select(Reason::ALL.to_vec()))).prop_map(
-        |((op, msr, value), (did, why, rule), (t, vm, vcpu, rip), reason)| Event {
+    let from = (any::<u64>(), any::<u32>(), any::<u32>());
+    let known = (option::of(any::<u64>()), option::of(any::<u64>()));
+    (access, answer, from, known, option::of(select(Reason::ALL.to_vec()))).prop_map(
+        |((op, msr, value), (did, why, rule), (t, vm, vcpu), (rip, cost), reason)| Event {
             t,
             vm,
             vcpu,
@@ -357,6 +358,7 @@ fn event() -> impl Strategy<Value = Event> {
             why,
             rule,
             rip,
+            cost,
         },
     )
 }

@@ -172,6 +172,7 @@ mod tests {
             why: None,
             rule: None,
             rip: None,
+            cost: None,
         }
     }
 

@@ -98,6 +98,7 @@ mod tests {
             why: None,
             rule: None,
             rip: None,
+            cost: None,
         }
     }
 

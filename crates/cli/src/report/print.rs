@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::Reason;
-use msrgate_policy::report::{Counts, Got, Kind, Moment, Row};
+use msrgate_policy::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
 use super::Told;
@@ -53,7 +53,7 @@ pub(super) fn json(told: &Told) -> Value {
             "emulated": of(row.kinds, Kind::Emulated),
             "faulted": of(row.kinds, Kind::Faulted),
             "exits": row.exits,
-            "cost": null,
+            "cost": cost(row.cost),
             "first": moment(row.first),
             "last": moment(row.last),
             "got": row.got.each().iter().map(|(got, count)| json!({
@@ -89,7 +89,7 @@ pub(super) fn json(told: &Told) -> Value {
         "emulated": of(report.kinds(), Kind::Emulated),
         "faulted": of(report.kinds(), Kind::Faulted),
         "exits": report.exits(),
-        "cost": null,
+        "cost": cost(report.cost()),
         "unlisted": report.unlisted(),
         "vcpus": (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
         "timeline": {
@@ -113,6 +113,13 @@ fn of(kinds: [u64; 3], kind: Kind) -> u64 {
         Kind::Allowed => allowed,
         Kind::Emulated => emulated,
         Kind::Faulted => faulted,
+    }
+}
+
+fn cost(cost: Cost) -> Value {
+    match cost.count {
+        0 => Value::Null,
+        count => json!({ "accesses": count, "ns": cost.sum, "most_ns": cost.most }),
     }
 }
 
@@ -160,8 +167,10 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         .rows()
         .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
     let has_rips = report.rows().any(|row| !row.rips.each().is_empty());
+    let has_cost = report.cost().count > 0;
     let has_vcpus = report.vcpus().len() > 1;
     let mut header = vec!["MSR", "name", "op", "count", "first s", "last s", "got", "values"];
+    header.extend(has_cost.then_some("each"));
     header.extend(has_vcpus.then_some("vCPUs"));
     header.extend(has_rips.then_some("from"));
     header.extend(has_rules.then_some("rule"));
@@ -178,6 +187,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             got(row),
             few(&row.values, |value| format!("{value:#x}")),
         ];
+        cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, render::duration)));
         cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(told, *place))));
         cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
         cells.extend(has_rules.then(|| rules_of(row)));
@@ -202,8 +212,14 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "{} left the kernel for user space; how long that took is not known: traces do not tell",
-        report.exits()
+        "{} left the kernel for user space{}",
+        report.exits(),
+        match (report.exits(), report.cost()) {
+            (0, _) => String::new(),
+            (_, Cost { count: 0, .. }) => "; the traces do not tell how long that took".to_owned(),
+            (exits, cost) if exits == cost.count => format!(", where it took {}", render::duration(cost.sum)),
+            (_, cost) => format!(", where {} of them took {}", cost.count, render::duration(cost.sum)),
+        }
     )?;
     for note in told.notes() {
         writeln!(out, "note: {}", plain(&note))?;

@@ -39,8 +39,10 @@ impl<'a> Record<'a> {
     pub(crate) fn drain(&mut self) {
         let (trace, clock) = (&mut self.trace, &self.clock);
         let count = self.reader.drain(&mut |event, log| {
+            // The board counts ticks.
             let t = clock.nanoseconds(event.t);
-            trace.take(&Event { t, ..event }, log);
+            let cost = event.cost.map(|ticks| clock.lasting(ticks));
+            trace.take(&Event { t, cost, ..event }, log);
         });
         if count > 0 {
             trace.flush();
@@ -103,13 +105,13 @@ impl<'a> Record<'a> {
                 explain::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                time(self.clock.lasting(tally.ticks) / tally.count.max(1)),
+                render::duration(self.clock.lasting(tally.ticks) / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
         }
         let (vms, vcpus) = (self.board.vms(), self.board.vcpus());
-        let took = time(self.clock.lasting(ticks(tallies)));
+        let took = render::duration(self.clock.lasting(ticks(tallies)));
         let refused = match self.board.refusals() {
             0 => String::new(),
             count => format!("msrgate: not made, since the policy could not be put on them: {count} VMs or vCPUs\n"),
@@ -166,17 +168,6 @@ impl<'a> Record<'a> {
 /// What all accesses took together.
 fn ticks(tallies: &BTreeMap<(Msr, Op), Tally>) -> u64 {
     tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.ticks))
-}
-
-/// A time as people read it.
-fn time(nanoseconds: u64) -> String {
-    let float = nanoseconds as f64;
-    match nanoseconds {
-        0..1_000 => format!("{nanoseconds} ns"),
-        1_000..1_000_000 => format!("{:.1} µs", float / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} ms", float / 1e6),
-        _ => format!("{:.1} s", float / 1e9),
-    }
 }
 
 fn counted(count: u64, noun: &str) -> String {
@@ -347,6 +338,7 @@ mod tests {
             why: None,
             rule: Some(2),
             rip: None,
+            cost: None,
         }
     }
 
@@ -363,12 +355,6 @@ mod tests {
             .map(|t| due(&event(t, 3), two))
             .into();
         assert_eq!(told, [true, true, false, true, true, false]);
-    }
-
-    #[test]
-    fn a_time_is_told_in_the_unit_that_suits_it() {
-        let told = [999, 1_500, 999_949, 2_000_000, 90_000_000_000].map(time);
-        assert_eq!(told, ["999 ns", "1.5 µs", "999.9 µs", "2.0 ms", "90.0 s"]);
     }
 
     #[test]

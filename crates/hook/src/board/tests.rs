@@ -17,6 +17,7 @@ fn event(msr: u32) -> Event {
         why: Some(Why::ShadowFull),
         rule: Some(4),
         rip: Some(5),
+        cost: Some(6),
     }
 }
 
@@ -38,6 +39,7 @@ fn events_are_read_as_they_were_written() {
         why: None,
         rule: None,
         rip: None,
+        cost: None,
         did: Did::Allow,
         ..event(0xffff_ffff)
     };

@@ -4,6 +4,7 @@ use libc::{EINTR, c_int, c_ulong};
 use msrgate_core::{Access, Answer, Did, Event, Log, Msr, Outcome, Reason, Why};
 
 use super::{BodyOf, Hook, failed};
+use crate::board::Mode;
 use crate::clock::ticks;
 use crate::descriptor::Object;
 use crate::kernel::{Kernel, RawExit, Vcpu, errno, set_errno};
@@ -159,6 +160,10 @@ impl<K: Kernel> Hook<K> {
         };
         let wanted = body.wanted.events || answer.log != Log::None;
         let now = ticks();
+        let took = now.saturating_sub(began);
+        // Where nothing is answered it is what watching costs, and not what the access does.
+        let answered = matches!(body.wanted.mode, Mode::Enforce | Mode::LearnAll);
+        // In ticks, as on all of the board.
         let event = Event {
             t: now,
             vm: body.vm.number,
@@ -174,8 +179,9 @@ impl<K: Kernel> Hook<K> {
             why: answer.why,
             rule: answer.rule,
             rip: if wanted && body.wanted.rip { self.rip(fd) } else { None },
+            cost: answered.then_some(took),
         };
-        slate.count(&event, now.saturating_sub(began));
+        slate.count(&event, took);
         if wanted {
             slate.push(&event, answer.log);
         }

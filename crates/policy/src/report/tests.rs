@@ -13,6 +13,7 @@ fn event(t: u64, msr: u32, op: Op) -> Event {
         why: None,
         rule: None,
         rip: None,
+        cost: None,
     }
 }
 
@@ -27,6 +28,7 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
         did: Did::Value,
         rule: Some(2),
         rip: Some(0xffff),
+        cost: Some(300),
         ..read
     });
     report.add(&Event {
@@ -35,6 +37,7 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
         reason: Some(Reason::Unknown),
         did: Did::Fault,
         why: Some(Why::NoRule),
+        cost: Some(500),
         ..read
     });
     // A vCPU's events may be written before the earlier ones of another.
@@ -49,6 +52,13 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
     assert_eq!((tsc.msr.0, tsc.op, tsc.values.each()), (0x10, Op::Write, &[(0, 1)][..]));
     assert_eq!((row.count, row.kinds, row.exits), (3, [1, 1, 1], 2));
     assert_eq!((row.first.t, row.last.t), (-100, 500));
+    let cost = Cost {
+        count: 2,
+        sum: 800,
+        most: 500,
+    };
+    assert_eq!((row.cost, report.cost(), row.cost.mean()), (cost, cost, Some(400)));
+    assert_eq!(tsc.cost.mean(), None, "the trace does not tell");
     assert_eq!(
         row.values.each(),
         [(7, 1), (9, 1)],
