@@ -19,7 +19,7 @@ pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
         let absent = needs.iter().filter(|(thing, _)| find(thing).is_none());
         absent.map(|&(_, package)| package).collect()
     };
-    let packages = missing(needs);
+    let mut packages = missing(needs);
     if packages.is_empty() {
         return Ok(());
     }
@@ -30,15 +30,19 @@ pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
     if !root() {
         return Err(format!("needs packages: apt-get install {wanted}"));
     }
-    eprintln!("xtask: installing {wanted}");
-    if install(&packages).is_err() {
-        update()?;
-        install(&packages)?;
+    // Installing one package may remove another of an older or newer version, which the next round brings back.
+    for _ in 0..2 {
+        eprintln!("xtask: installing {}", packages.join(" "));
+        if install(&packages).is_err() {
+            update()?;
+            install(&packages)?;
+        }
+        packages = missing(needs);
+        if packages.is_empty() {
+            return Ok(());
+        }
     }
-    match missing(needs) {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("installed, and still lack what {} bring", left.join(" "))),
-    }
+    Err(format!("installed, and still lack what {} bring", packages.join(" ")))
 }
 
 /// Fetches the package lists.

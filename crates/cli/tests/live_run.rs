@@ -234,9 +234,9 @@ fn the_summary_says_what_each_msr_cost_and_all_together() {
         costs.len() == 2 && costs.iter().all(|cost| (1..1_000_000_000).contains(cost)),
         "{summary:#}"
     );
-    // The clock goes on between two rows, and knows its rate better.
+    // Each row is rounded down to whole nanoseconds.
     assert!(
-        count(&summary, "cost_ns").abs_diff(costs.iter().sum()) <= 10,
+        count(&summary, "cost_ns").abs_diff(costs.iter().sum()) < 2,
         "{summary:#}"
     );
     let ran = under(&folder, MICROCODE, accesses).code(0);

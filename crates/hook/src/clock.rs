@@ -26,16 +26,31 @@ impl Clock {
         }
     }
 
-    /// Nanoseconds since the start, of an event that is already written. The longer the clock runs, the better it knows
-    /// the counter's rate.
+    /// Nanoseconds since the start, of an event that is already written.
     pub fn nanoseconds(&self, event: u64) -> u64 {
-        self.lasting(event.saturating_sub(self.ticks))
+        self.rate().lasting(event.saturating_sub(self.ticks))
     }
 
+    /// The counter's rate, as far as it is known: the longer the clock runs, the better.
+    pub fn rate(&self) -> Rate {
+        Rate {
+            ticks: u128::from(ticks().wrapping_sub(self.ticks)).max(1),
+            nanoseconds: self.start.elapsed().as_nanos(),
+        }
+    }
+}
+
+/// How fast the counter goes. What is to be added up or compared is turned into time by one rate.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate {
+    ticks: u128,
+    nanoseconds: u128,
+}
+
+impl Rate {
     /// How many nanoseconds so many ticks last.
     pub fn lasting(&self, some: u64) -> u64 {
-        let (now, elapsed) = (ticks(), self.start.elapsed().as_nanos());
-        let all = u128::from(now.wrapping_sub(self.ticks)).max(1);
-        u64::try_from(u128::from(some).saturating_mul(elapsed) / all).unwrap_or(u64::MAX)
+        let nanoseconds = u128::from(some).saturating_mul(self.nanoseconds) / self.ticks;
+        u64::try_from(nanoseconds).unwrap_or(u64::MAX)
     }
 }

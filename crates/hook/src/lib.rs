@@ -41,7 +41,7 @@ mod mapping;
 mod clock;
 
 pub use board::{Board, Missing, Mode, Reader, SLATES, Tally, Wanted};
-pub use clock::Clock;
+pub use clock::{Clock, Rate};
 pub use descriptor::Descriptors;
 pub use handover::{Handover, HandoverError, Received, VARIABLE};
 pub use hook::{Hook, Setup};

@@ -41,7 +41,7 @@ impl<'a> Record<'a> {
         let count = self.reader.drain(&mut |event, log| {
             // The board counts ticks.
             let t = clock.nanoseconds(event.t);
-            let cost = event.cost.map(|ticks| clock.lasting(ticks));
+            let cost = event.cost.map(|ticks| clock.rate().lasting(ticks));
             trace.take(&Event { t, cost, ..event }, log);
         });
         if count > 0 {
@@ -63,13 +63,14 @@ impl<'a> Record<'a> {
     }
 
     fn json(&self, tallies: &BTreeMap<(Msr, Op), Tally>, missing: Missing) -> Value {
+        let rate = self.clock.rate();
         let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
                 "msr": msr.to_string(),
                 "name": explain::name(*msr),
                 "op": op.name(),
                 "count": tally.count,
-                "cost_ns": self.clock.lasting(tally.ticks),
+                "cost_ns": rate.lasting(tally.ticks),
                 "reason": tally.reason.map(|reason| reason.name()),
                 "did": tally.did.name(),
                 "why": tally.why.map(|why| why.name()),
@@ -80,7 +81,7 @@ impl<'a> Record<'a> {
             "vms": self.board.vms(),
             "vcpus": self.board.vcpus(),
             "refused": self.board.refusals(),
-            "cost_ns": self.clock.lasting(ticks(tallies)),
+            "cost_ns": rate.lasting(ticks(tallies)),
             "by_msr": rows.collect::<Vec<_>>(),
             "lost": {
                 "events": missing.events,
@@ -92,6 +93,7 @@ impl<'a> Record<'a> {
 
     fn text(&self, tallies: &BTreeMap<(Msr, Op), Tally>, missing: Missing) -> String {
         let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
+        let rate = self.clock.rate();
         let mut accesses: u64 = 0;
         for ((msr, op), tally) in tallies {
             accesses = accesses.saturating_add(tally.count);
@@ -105,13 +107,13 @@ impl<'a> Record<'a> {
                 explain::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                render::duration(self.clock.lasting(tally.ticks) / tally.count.max(1)),
+                render::duration(rate.lasting(tally.ticks) / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
         }
         let (vms, vcpus) = (self.board.vms(), self.board.vcpus());
-        let took = render::duration(self.clock.lasting(ticks(tallies)));
+        let took = render::duration(rate.lasting(ticks(tallies)));
         let refused = match self.board.refusals() {
             0 => String::new(),
             count => format!("msrgate: not made, since the policy could not be put on them: {count} VMs or vCPUs\n"),
