@@ -43,6 +43,9 @@ pub(crate) enum Command {
     Replay(ReplayArgs),
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
     Verify(VerifyArgs),
+    /// Say what a guest can see on this host: every MSR read, and where that is safe written back, by a real guest
+    #[command(after_help = SCAN_AFTER)]
+    Scan(ScanArgs),
     /// Start a VMM that knows nothing of msrgate, its guests under a policy
     #[command(after_help = RUN_AFTER)]
     Run(RunArgs),
@@ -237,6 +240,47 @@ pub(crate) enum ModeArg {
     Real,
     /// 64-bit mode
     Long,
+}
+
+const SCAN_AFTER: &str = "\
+Scanned are 0..=0x3fff, 0x40000000..=0x400011ff, 0x4b564d00..=0x4b564dff, 0xc0000000..=0xc0003fff and
+0xc0010000..=0xc0013fff. What a new kernel or new microcode changed for guests:
+  msrgate scan --json > before.json
+  msrgate scan --against before.json";
+
+#[derive(ClapArgs)]
+pub(crate) struct ScanArgs {
+    /// Put this policy on the guest
+    #[arg(short, long, value_name = "POLICY")]
+    pub(crate) policy: Option<PathBuf>,
+    /// Say what differs from an earlier scan, a file that `scan --json` wrote
+    #[arg(long, value_name = "FILE")]
+    pub(crate) against: Option<PathBuf>,
+    /// Scan all MSRs of the database too
+    #[arg(long)]
+    pub(crate) all_known: bool,
+    /// Scan these too: a range, a name, a glob or a class (@pmu); may be given several times
+    #[arg(long, value_name = "FIRST..=LAST")]
+    pub(crate) range: Vec<String>,
+    /// Which MSRs are written back
+    #[arg(long, value_enum, default_value_t = WriteArg::Safe)]
+    pub(crate) write: WriteArg,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which MSRs a scan writes back.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WriteArg {
+    /// None
+    None,
+    /// Those where a write is no command, such as to send an interrupt
+    Safe,
+    /// All: what breaks the guest is told
+    All,
 }
 
 const RUN_AFTER: &str = "\

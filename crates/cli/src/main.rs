@@ -5,11 +5,13 @@
 
 mod args;
 mod load;
+mod machine;
 mod check;
 mod plan;
 mod explain;
 mod replay;
 mod verify;
+mod scan;
 mod run;
 mod report;
 mod learn;
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Command::Explain(explain) => explain::run(explain),
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
+        Command::Scan(scan) => scan::run(scan),
         Command::Run(run) => run::run(run),
         Command::Report(report) => report::run(report),
         Command::Learn(learn) => learn::run(learn),

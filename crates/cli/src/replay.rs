@@ -106,14 +106,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
         };
         let plan = Arc::new(loaded.plan);
         if comparison.is_none() {
-            let handlers: Vec<&str> = plan.table().handlers().collect();
-            if !handlers.is_empty() {
-                let names = handlers.join(", ");
-                writeln!(
-                    io::stderr(),
-                    "msrgate: no code answers for the handlers {names} here, so what they decide faults"
-                )?;
-            }
+            tell_of_handlers(&plan)?;
         }
         let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
         seen.next_trace(loaded.map, plan.presets());
@@ -153,6 +146,19 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
         (None, Some(seen)) if seen.changed() > 0 => Exit::No,
         _ => Exit::Yes,
     })
+}
+
+/// Says which handlers a policy names, since nothing here is one.
+pub(crate) fn tell_of_handlers(plan: &Plan) -> io::Result<()> {
+    let handlers: Vec<&str> = plan.table().handlers().collect();
+    if handlers.is_empty() {
+        return Ok(());
+    }
+    let names = handlers.join(", ");
+    writeln!(
+        io::stderr(),
+        "msrgate: no code answers for the handlers {names} here, so what they decide faults"
+    )
 }
 
 /// The backend, and why it is not KVM where that would have been taken.

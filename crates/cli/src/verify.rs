@@ -74,7 +74,7 @@ fn seed_of_now() -> u64 {
 }
 
 /// A bar on a terminal.
-fn progress(length: u64) -> ProgressBar {
+pub(crate) fn progress(length: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }

@@ -55,6 +55,7 @@ mod code;
 mod memory;
 mod stats;
 mod held;
+pub mod scan;
 mod error;
 
 pub use error::{Broke, GuestError};

@@ -37,12 +37,8 @@ impl Guest {
         let gate = match plan {
             None => None,
             Some(plan) => {
-                let mut handlers = Handlers::new();
-                for name in plan.table().handlers() {
-                    handlers = handlers.with(name, Nobody);
-                }
                 let gate = probed
-                    .install(guest.vm(), Arc::clone(plan), handlers)
+                    .install(guest.vm(), Arc::clone(plan), nobody(plan))
                     .map_err(|error| machine(&error))?;
                 let vcpu = guest.vcpu(0).map_err(failed)?;
                 let vcpu_gate = gate.vcpu(vcpu.fd(), 0).map_err(|error| machine(&error))?;
@@ -100,6 +96,12 @@ impl Machine for Guest {
         }
         Ok(())
     }
+}
+
+/// What answers for the handlers of a plan, which this command has no code for: #GP.
+pub(crate) fn nobody(plan: &Plan) -> Handlers {
+    let names = plan.table().handlers();
+    names.fold(Handlers::new(), |handlers, name| handlers.with(name, Nobody))
 }
 
 /// Stands for the handlers that a policy names and this command has no code for.

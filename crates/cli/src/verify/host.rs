@@ -6,6 +6,7 @@ use msrgate_core::{Access, Msr};
 use msrgate_engine::{Profile, Vendor};
 
 use crate::args::ProfileArg;
+use crate::machine;
 
 /// What is known of this machine's kernel without trying.
 #[derive(Debug)]
@@ -26,9 +27,7 @@ pub(super) struct Host {
 
 impl Host {
     pub(super) fn look(profile: Option<ProfileArg>) -> Host {
-        let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
-        let release = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into());
-        let module = module().unwrap_or_else(|| "kvm".into());
+        let (release, module) = (machine::release(), machine::module());
         let vendor = match module.as_str() {
             "kvm_intel" => Some(Vendor::Intel),
             "kvm_amd" => Some(Vendor::Amd),
@@ -46,7 +45,7 @@ impl Host {
         };
         let timer = "/sys/module/kvm_intel/parameters/preemption_timer";
         let fastpath = match vendor {
-            Some(Vendor::Intel) if version < (6, 18) => read(timer).is_some_and(|on| on == "Y"),
+            Some(Vendor::Intel) if version < (6, 18) => fs::read_to_string(timer).is_ok_and(|on| on.trim() == "Y"),
             Some(_) => true,
             None => false,
         };
@@ -69,13 +68,6 @@ impl Host {
             _ => None,
         }
     }
-}
-
-/// The module that KVM is made whole by.
-fn module() -> Option<String> {
-    let loaded = fs::read_dir("/sys/module").ok()?;
-    let names = loaded.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.filter(|name| name.starts_with("kvm_")).min()
 }
 
 /// The first two numbers of a release; 0.0 where there are none.

@@ -1,0 +1,99 @@
+//! `msrgate scan`: what a guest can see on this host.
+
+mod print;
+mod record;
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use msrgate_core::MsrRange;
+use msrgate_guest::scan::{Difference, ScanError, Scanner, WINDOWS, Writes};
+use msrgate_policy::{Pattern, database};
+
+use crate::args::{ScanArgs, WriteArg};
+use crate::exit::{Exit, Failure};
+use crate::load;
+use crate::replay::kvm::{nobody, to_kvm};
+use crate::replay::{tell_of_handlers, with_source};
+use crate::verify::progress;
+use record::{Facts, Ruled};
+
+/// What was found, and what it is compared with.
+pub(crate) struct Found {
+    scan: msrgate_guest::scan::Scan,
+    facts: Facts,
+    against: Option<(Facts, Vec<Difference>)>,
+}
+
+pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
+    let ranges = ranges(args)?;
+    let cpuid = load::cpuid(&args.cpuid)?;
+    let before = args.against.as_deref().map(record::read).transpose()?;
+    let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
+    let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
+    let probed = msrgate_kvm::probe(&device).map_err(|error| machine(&error))?;
+    let kvm = Kvm::new().map_err(|error| machine(&error))?;
+
+    let mut scanner = Scanner::new(&kvm).writes(match args.write {
+        WriteArg::None => Writes::None,
+        WriteArg::Safe => Writes::Safe,
+        WriteArg::All => Writes::All,
+    });
+    let mut facts = Facts::of_this_machine();
+    if let Some(cpuid) = &cpuid {
+        scanner = scanner.cpuid(to_kvm(cpuid)?);
+        facts.cpuid = args.cpuid.cpuid.as_ref().map(|path| path.display().to_string());
+    }
+    if let Some(path) = &args.policy {
+        let loaded = load::policy_for_host(path, cpuid.as_ref())?;
+        facts.policy = Some(Ruled {
+            name: loaded.policy.name.clone(),
+            hash: load::hex(&loaded.plan.hash()),
+        });
+        tell_of_handlers(&loaded.plan)?;
+        let handlers = nobody(&loaded.plan);
+        scanner = scanner.under(&probed, Arc::new(loaded.plan), handlers);
+    }
+    let bar = progress(0);
+    let scan = scanner.scan(&ranges, &mut |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    let scan = scan.map_err(|error| {
+        let exit = match error {
+            ScanError::TooMany { .. } => Exit::Input,
+            ScanError::Install(_) => Exit::Machine,
+            _ => Exit::Guest,
+        };
+        Failure::Line(exit, with_source(&error))
+    })?;
+
+    let against = before.map(|(facts, before)| (facts, scan.since(&before)));
+    let found = Found { scan, facts, against };
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{:#}", record::json(&found))?;
+    } else {
+        print::text(&mut out, &found)?;
+    }
+    let differs = found.against.is_some_and(|(_, differences)| !differences.is_empty());
+    Ok(if differs { Exit::No } else { Exit::Yes })
+}
+
+/// What is to be scanned.
+fn ranges(args: &ScanArgs) -> Result<Vec<MsrRange>, Failure> {
+    let mut ranges = WINDOWS.to_vec();
+    if args.all_known {
+        ranges.extend(database::all().iter().map(|known| MsrRange::single(known.msr)));
+    }
+    for text in &args.range {
+        let pattern = Pattern::parse(text).map_err(|error| {
+            let help = error.help().map(|help| format!(": {help}")).unwrap_or_default();
+            Failure::input(format!("--range {text}: {error}{help}"))
+        })?;
+        ranges.extend(pattern.ranges());
+    }
+    Ok(ranges)
+}

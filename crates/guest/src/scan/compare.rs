@@ -1,0 +1,188 @@
+//! What is not the same in two scans.
+
+use std::collections::BTreeMap;
+
+use msrgate_core::{Msr, MsrRange};
+
+use super::{Readable, Scan, joined};
+
+/// What became of an MSR.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// It was #GP, and can be read.
+    Readable {
+        /// What it gives.
+        value: u64,
+    },
+    /// It could be read, and is #GP.
+    Unreadable {
+        /// What it gave.
+        value: u64,
+    },
+    /// It gives something else, and in neither scan by itself.
+    Value {
+        /// What it gave.
+        before: u64,
+        /// What it gives.
+        after: u64,
+    },
+    /// Writing back what it holds was #GP, and is done.
+    Writable,
+    /// Writing back what it holds was done, and is #GP.
+    Unwritable,
+}
+
+/// An MSR that is not the same in two scans.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Difference {
+    /// Which.
+    pub msr: Msr,
+    /// What became of it.
+    pub change: Change,
+}
+
+impl Scan {
+    /// What became of the MSRs since `before`, in order: of those that both scans read, or wrote.
+    ///
+    /// Values that changed within a scan ([`Readable::volatile`]) say nothing, and are no difference.
+    pub fn since(&self, before: &Scan) -> Vec<Difference> {
+        let mut found = Vec::new();
+        let (old, new) = (values(before), values(self));
+        let both_read = Both::of(&before.ranges, &self.ranges);
+        let (old_writable, new_writable) = (msrs(before), msrs(self));
+        let both_written = Both::of(&before.written, &self.written);
+        let mut all: Vec<Msr> = old.keys().chain(new.keys()).copied().collect();
+        all.extend(old_writable.keys().chain(new_writable.keys()));
+        all.sort_unstable();
+        all.dedup();
+        for msr in all {
+            if both_read.contain(msr) {
+                let change = match (old.get(&msr), new.get(&msr)) {
+                    (None, Some(new)) => Some(Change::Readable { value: new.value }),
+                    (Some(old), None) => Some(Change::Unreadable { value: old.value }),
+                    (Some(old), Some(new)) if old.value != new.value && !old.volatile && !new.volatile => {
+                        Some(Change::Value {
+                            before: old.value,
+                            after: new.value,
+                        })
+                    }
+                    _ => None,
+                };
+                found.extend(change.map(|change| Difference { msr, change }));
+            }
+            if both_written.contain(msr) {
+                let change = match (old_writable.contains_key(&msr), new_writable.contains_key(&msr)) {
+                    (false, true) => Some(Change::Writable),
+                    (true, false) => Some(Change::Unwritable),
+                    _ => None,
+                };
+                found.extend(change.map(|change| Difference { msr, change }));
+            }
+        }
+        found
+    }
+}
+
+fn values(scan: &Scan) -> BTreeMap<Msr, Readable> {
+    scan.readable.iter().map(|seen| (seen.msr, *seen)).collect()
+}
+
+fn msrs(scan: &Scan) -> BTreeMap<Msr, ()> {
+    scan.writable.iter().map(|msr| (*msr, ())).collect()
+}
+
+/// What lies in both of two lists of ranges.
+struct Both([Vec<MsrRange>; 2]);
+
+impl Both {
+    fn of(a: &[MsrRange], b: &[MsrRange]) -> Both {
+        Both([joined(a), joined(b)])
+    }
+
+    fn contain(&self, msr: Msr) -> bool {
+        self.0.iter().all(|ranges| {
+            let after = ranges.partition_point(|range| range.last() < msr);
+            ranges.get(after).is_some_and(|range| range.contains(msr))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WINDOW: MsrRange = MsrRange::X2APIC;
+
+    /// A scan that read and wrote all of the window: index within it, value, whether the write was done.
+    fn scan(seen: &[(u32, u64, bool)]) -> Scan {
+        let msr = |index: u32| Msr(WINDOW.first().0 + index);
+        let readable = seen.iter().map(|(index, value, _)| Readable {
+            msr: msr(*index),
+            value: *value,
+            volatile: false,
+        });
+        let writable = seen.iter().filter(|(_, _, done)| *done);
+        Scan {
+            ranges: vec![WINDOW],
+            readable: readable.collect(),
+            written: vec![WINDOW],
+            writable: writable.map(|(index, ..)| msr(*index)).collect(),
+            broken: Vec::new(),
+            faults: 0,
+        }
+    }
+
+    fn differences(before: &Scan, after: &Scan) -> Vec<(u32, Change)> {
+        let found = after.since(before).into_iter();
+        found
+            .map(|found| (found.msr.0 - WINDOW.first().0, found.change))
+            .collect()
+    }
+
+    #[test]
+    fn each_kind_of_change_is_told_in_order() {
+        let before = scan(&[(1, 1, false), (2, 2, true), (4, 4, false), (5, 5, true), (6, 6, true)]);
+        let after = scan(&[(2, 7, true), (3, 3, false), (4, 4, true), (5, 5, false), (6, 6, true)]);
+        let expected = [
+            (1, Change::Unreadable { value: 1 }),
+            (2, Change::Value { before: 2, after: 7 }),
+            (3, Change::Readable { value: 3 }),
+            (4, Change::Writable),
+            (5, Change::Unwritable),
+        ];
+        assert_eq!(differences(&before, &after), expected);
+        assert_eq!(differences(&before, &before), []);
+    }
+
+    #[test]
+    fn what_moves_by_itself_in_either_scan_is_no_difference() {
+        let (still, moved) = (scan(&[(1, 1, false)]), scan(&[(1, 2, false)]));
+        let mut clock = scan(&[(1, 2, false)]);
+        clock.readable[0].volatile = true;
+        assert_eq!(differences(&still, &moved).len(), 1);
+        assert_eq!(differences(&still, &clock), []);
+        assert_eq!(differences(&clock, &still), []);
+        // That it is not there is one all the same.
+        assert_eq!(differences(&clock, &scan(&[])), [(1, Change::Unreadable { value: 2 })]);
+    }
+
+    #[test]
+    fn what_only_one_scan_tried_is_no_difference() {
+        let before = scan(&[]);
+        let mut after = scan(&[(1, 1, true)]);
+        after.ranges = vec![MsrRange::single(WINDOW.first())];
+        assert_eq!(differences(&before, &after), [(1, Change::Writable)]);
+        after.written = Vec::new();
+        assert_eq!(differences(&before, &after), []);
+    }
+
+    #[test]
+    fn lists_that_are_in_no_order_are_compared_all_the_same() {
+        let mut before = scan(&[(1, 1, true), (2, 2, true), (3, 3, true)]);
+        let after = scan(&[(1, 1, true), (2, 2, true), (3, 3, true)]);
+        before.readable.reverse();
+        before.writable.reverse();
+        before.ranges = vec![MsrRange::single(Msr(0x803)), WINDOW, MsrRange::single(Msr(0x801))];
+        assert_eq!(differences(&before, &after), []);
+    }
+}
