@@ -39,6 +39,9 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Say what an access gets and why: rule, range, bit, what the guest sees
     Explain(ExplainArgs),
+    /// Say which accesses two policies, plans or raw filters treat differently
+    #[command(after_help = DIFF_AFTER)]
+    Diff(DiffArgs),
     /// Run a recorded guest's accesses as a real guest under a policy, on KVM or on the engine
     Replay(ReplayArgs),
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
@@ -148,6 +151,27 @@ impl From<OpArg> for Op {
             OpArg::Write => Op::Write,
         }
     }
+}
+
+const DIFF_AFTER: &str = "\
+A and B are told apart by what they hold: a policy in TOML, what `msrgate plan --json` prints, or a raw filter
+(docs/formats.md). A raw filter says only what is left to the kernel, so with one of them that is what is compared.
+
+For example, what a change of a policy changes for guests, and what a kernel's filter has that a policy has not:
+  msrgate diff old.toml new.toml
+  msrgate diff policy.toml filter.json";
+
+#[derive(ClapArgs)]
+pub(crate) struct DiffArgs {
+    /// A policy, a plan or a raw filter; `-` for standard input
+    pub(crate) a: PathBuf,
+    /// Another
+    pub(crate) b: PathBuf,
+    #[command(flatten)]
+    pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(ClapArgs)]

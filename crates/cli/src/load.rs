@@ -1,12 +1,13 @@
 //! Policies and CPUIDs from files.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::{By, DecisionMap, Plan};
 use msrgate_policy::cpuid::Cpuid;
-use msrgate_policy::{Diagnostic, Files, Policy, Source};
+use msrgate_policy::raw::{self, Form, Given};
+use msrgate_policy::{Diagnostic, Files, Policy, Rejected, Source};
 
 use crate::args::CpuidArgs;
 use crate::exit::{Exit, Failure};
@@ -72,8 +73,66 @@ pub(crate) fn held(map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<DecisionMa
     Ok(map.holding(held))
 }
 
+/// What a policy, a plan or a raw filter says.
+pub(crate) struct Said {
+    pub(crate) map: DecisionMap,
+    /// How much it says: whether an access is left to the kernel, or also what it gets if not.
+    pub(crate) by: By,
+}
+
+/// What a file says, whichever of these it holds; `-` is standard input.
+pub(crate) fn said(path: &Path, cpuid: Option<&Cpuid>) -> Result<Said, Failure> {
+    let bytes = bytes(path)?;
+    if Form::of(&bytes) == Form::Policy {
+        let (_, map) = resolved_from(path, &bytes, cpuid).map_err(|refused| refused.report())?;
+        return Ok(Said { map, by: By::Actions });
+    }
+    let Given { filter, plan, .. } = filter(path, &bytes)?;
+    Ok(match plan {
+        Some(map) => Said { map, by: By::Actions },
+        None => Said {
+            map: DecisionMap::of_filter(&filter),
+            by: By::Verdicts,
+        },
+    })
+}
+
+/// A plan or a raw filter. What the kernel takes for something else than it looks like is told on standard error.
+pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<Given, Failure> {
+    let shown = path.display();
+    let given = raw::read(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
+    let mut stderr = io::stderr().lock();
+    for remark in &given.remarks {
+        // Where even this cannot be printed, there is nobody to tell.
+        let _ = writeln!(stderr, "msrgate: {shown}: {remark}");
+    }
+    Ok(given)
+}
+
+/// All of a file, or of standard input where it is `-`.
+pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let read = match path == Path::new("-") {
+        true => io::stdin().read_to_end(&mut bytes).map(|_| bytes),
+        false => fs::read(path),
+    };
+    read.map_err(|error| Failure::input(format!("cannot read `{}`: {error}", path.display())))
+}
+
+/// The policy in a file whose bytes are read already, with what it extends.
+fn resolved_from(path: &Path, bytes: &[u8], cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
+    match std::str::from_utf8(bytes) {
+        Ok(text) if path == Path::new("-") => understood(Policy::parse("standard input", text), cpuid),
+        _ => resolved(path, cpuid),
+    }
+}
+
 fn resolved(path: &Path, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    let policy = Policy::load(path, &Disk).map_err(|rejected| {
+    understood(Policy::load(path, &Disk), cpuid)
+}
+
+fn understood(read: Result<Policy, Rejected>, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
+    let policy = read.map_err(|rejected| {
         Box::new(Refused {
             sources: rejected.sources,
             diagnostics: rejected.diagnostics,

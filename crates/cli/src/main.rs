@@ -9,6 +9,7 @@ mod machine;
 mod check;
 mod plan;
 mod explain;
+mod diff;
 mod replay;
 mod verify;
 mod scan;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Check(check) => check::run(check),
         Command::Plan(plan) => plan::run(plan),
         Command::Explain(explain) => explain::run(explain),
+        Command::Diff(diff) => diff::run(diff),
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
         Command::Scan(scan) => scan::run(scan),

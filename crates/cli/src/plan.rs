@@ -4,7 +4,7 @@ mod emit;
 
 use std::io::{self, Write};
 
-use msrgate_core::{Entry, FilterRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
 use msrgate_policy::database;
 use serde_json::{Map, Value, json};
@@ -66,7 +66,14 @@ fn json(plan: &Plan) -> Value {
         ));
     }
     actions.sort_by_key(|(first, op, _)| (*first, *op));
-    let fallback = |(read, write): &(ReadAction, WriteAction)| json!({ "read": read.name(), "write": write.name() });
+    let fallback = |(read, write): &(ReadAction, WriteAction)| {
+        json!({
+            "read": read.name(),
+            "read_arguments": read_arguments(read),
+            "write": write.name(),
+            "write_arguments": write_arguments(write),
+        })
+    };
     let minimum = plan.minimum();
     json!({
         "default": word(plan.filter().default_verdict()),
@@ -253,16 +260,13 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
         op.to_string(),
         action,
         rule,
-        names(entry),
+        names(entry.range),
     ]
 }
 
 /// The first names of a range, for orientation.
-fn names<A>(entry: &Entry<A>) -> String {
-    let all = database::all();
-    let from = all.partition_point(|known| known.msr < entry.range.first());
-    let to = all.partition_point(|known| known.msr <= entry.range.last());
-    let known = all.get(from..to).unwrap_or_default();
+pub(crate) fn names(range: MsrRange) -> String {
+    let known = database::within(range);
     match known {
         [] => String::new(),
         [one] => one.name.to_owned(),

@@ -252,6 +252,7 @@ fn each_key_that_a_command_prints_is_documented() {
         ),
         ("report", &["report", "--json", "-p", microvm, "cut.jsonl"]),
         ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
+        ("diff", &["diff", "--json", microvm, "policies/ignore-unknown.toml"]),
         ("msr", &["msr", "--json", "@tsc"]),
         (
             "learn",

@@ -157,7 +157,11 @@ fn is_a_plan(plan: &Value) {
         );
     }
     for when in ["unknown", "invalid"] {
-        keys(&plan[when], &["read", "write"]);
+        keys(&plan[when], &["read", "read_arguments", "write", "write_arguments"]);
+        for op in ["read", "write"] {
+            let wanted = arguments(["rdmsr", "wrmsr"][usize::from(op == "write")], text(&plan[when], op));
+            keys(&plan[when][format!("{op}_arguments")], wanted);
+        }
     }
     for note in list(plan, "notes") {
         keys(note, &["code", "message"]);
@@ -256,9 +260,11 @@ fn plan_tells_what_each_action_is_given() {
     assert_eq!(plan["reasons"], serde_json::json!(["invalid", "unknown", "filter"]));
     assert_eq!(
         plan["unknown"],
-        serde_json::json!({ "read": "zero", "write": "ignore" })
+        serde_json::json!({
+            "read": "zero", "read_arguments": { "value": "0x0" }, "write": "ignore", "write_arguments": {}
+        })
     );
-    assert_eq!(plan["invalid"], serde_json::json!({ "read": "zero", "write": "deny" }));
+    assert_eq!(text(&plan["invalid"], "write"), "deny");
 }
 
 #[test]

@@ -40,9 +40,11 @@ mod plan;
 mod proof;
 mod note;
 mod compose;
+mod differ;
 mod encode;
 
 pub use cover::{Covering, Direction};
+pub use differ::{By, Differences, Fallback};
 pub use encode::DecodeError;
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};

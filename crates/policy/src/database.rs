@@ -209,6 +209,13 @@ pub fn by_msr(msr: Msr) -> Option<&'static Entry> {
     all().get(place)
 }
 
+/// The MSRs of a range, by index.
+pub fn within(range: MsrRange) -> &'static [Entry] {
+    let from = all().partition_point(|entry| entry.msr < range.first());
+    let to = all().partition_point(|entry| entry.msr <= range.last());
+    all().get(from..to).unwrap_or_default()
+}
+
 /// The MSR of this name or alias: in any case, with or without `MSR_` before it.
 ///
 /// Where Linux gives a name of the manual to another MSR, the manual counts: `IA32_PMC0` and `MSR_IA32_PMC0` are

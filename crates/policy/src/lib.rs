@@ -40,6 +40,7 @@ mod oracle;
 mod print;
 mod check;
 mod explain;
+pub mod raw;
 pub mod trace;
 pub mod report;
 pub mod learn;

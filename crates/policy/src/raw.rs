@@ -1,0 +1,252 @@
+//! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as C, as bytes or a dump of them, and
+//! what `msrgate plan --json` prints.
+//!
+//! ```
+//! use msrgate_core::{Msr, Op, Verdict};
+//! use msrgate_policy::raw;
+//!
+//! let text = r#"{ "default": "allow", "ranges": [
+//!     { "base": "0x8b", "nmsrs": 1, "flags": 1, "bitmap": "0000000000000000" }
+//! ] }"#;
+//! let given = raw::read(text.as_bytes())?;
+//! assert_eq!(given.filter.verdict(Msr(0x8b), Op::Read), Verdict::Deny);
+//! # Ok::<(), raw::RawError>(())
+//! ```
+//!
+//! What the kernel would refuse is refused, with the kernel's error number. What it takes is taken, and where that is
+//! not what it looks like a remark says so.
+
+mod json;
+
+use std::fmt;
+
+use msrgate_core::abi::{FILTER_DEFAULT_DENY, MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::{Filter, FilterRange, MsrRange, Ops, Verdict};
+use msrgate_plan::DecisionMap;
+
+/// In what form a file tells what a guest's accesses get.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Form {
+    /// A policy, in TOML.
+    Policy,
+    /// What `plan --json` prints, or a raw filter in JSON.
+    Json,
+}
+
+impl Form {
+    /// The form of these bytes, by what they begin with. What is in no other form is taken for a policy.
+    pub fn of(bytes: &[u8]) -> Form {
+        let rest = bytes.trim_ascii_start();
+        match rest.strip_prefix(b"{").map(<[u8]>::trim_ascii_start) {
+            Some([b'"' | b'}', ..] | []) => Form::Json,
+            _ => Form::Policy,
+        }
+    }
+}
+
+/// What was read.
+#[derive(Clone, Debug)]
+pub struct Given {
+    /// What the kernel makes of it.
+    pub filter: Filter,
+    /// What a plan says beside that of user space's answers; `None` for a raw filter, which says nothing of them.
+    pub plan: Option<DecisionMap>,
+    /// What the kernel takes for something else than it looks like, in sentences.
+    pub remarks: Vec<String>,
+}
+
+/// Reads a plan or a raw filter in any form but [`Form::Policy`]'s.
+pub fn read(bytes: &[u8]) -> Result<Given, RawError> {
+    match Form::of(bytes) {
+        Form::Json => json::read(bytes),
+        Form::Policy => Err(RawError::new("this is no filter in any form that is known here")),
+    }
+}
+
+/// `struct kvm_msr_filter`, not yet looked at by anyone. Ranges with `nmsrs` 0 are empty slots.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct RawFilter {
+    /// `KVM_MSR_FILTER_DEFAULT_DENY`, or nothing.
+    pub flags: u32,
+    /// The slots.
+    pub ranges: Vec<RawRange>,
+}
+
+/// `struct kvm_msr_filter_range`, with the memory that its pointer leads to.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct RawRange {
+    /// `KVM_MSR_FILTER_READ` and `KVM_MSR_FILTER_WRITE`.
+    pub flags: u32,
+    /// How many MSRs.
+    pub nmsrs: u32,
+    /// The first one.
+    pub base: u32,
+    /// What is known to lie where the pointer leads; the kernel looks at as many whole words of 8 bytes as it needs.
+    pub bitmap: Vec<u8>,
+}
+
+impl RawFilter {
+    /// What KVM_X86_SET_MSR_FILTER makes of it, checked in the kernel's order (`kvm_vm_ioctl_set_msr_filter`,
+    /// `kvm_add_msr_filter`, Linux 6.12): the first fault decides the error.
+    pub fn filter(&self) -> Result<Filter, RawError> {
+        if self.ranges.len() > MAX_RANGES {
+            let message = format!(
+                "there are {} ranges, and `struct kvm_msr_filter` has room for {MAX_RANGES}",
+                self.ranges.len()
+            );
+            return Err(RawError::new(message));
+        }
+        if self.flags & !FILTER_DEFAULT_DENY != 0 {
+            let message = format!(
+                "the filter's flags {:#x} have a bit that the kernel does not know: \
+                 KVM_MSR_FILTER_DEFAULT_DENY ({FILTER_DEFAULT_DENY:#x}) is the only one",
+                self.flags
+            );
+            return Err(RawError::new(message).errno("EINVAL"));
+        }
+        let default = match self.flags & FILTER_DEFAULT_DENY {
+            0 => Verdict::Allow,
+            _ => Verdict::Deny,
+        };
+        let used = || (0..).zip(&self.ranges).filter(|(_, range)| range.nmsrs != 0);
+        if used().next().is_none() && default == Verdict::Deny {
+            let message = "the kernel refuses to deny by default without a range that has MSRs";
+            return Err(RawError::new(message).errno("EINVAL"));
+        }
+        let ranges = used()
+            .map(|(slot, range)| range.range(slot))
+            .collect::<Result<Vec<_>, _>>()?;
+        Filter::new(default, ranges).map_err(|error| RawError::new(error.to_string()).errno("EINVAL"))
+    }
+
+    /// What the kernel takes, and for something else than it looks like.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        for (slot, range) in (0..).zip(&self.ranges) {
+            let Ok(checked) = range.range(slot) else { continue };
+            match checked.span() {
+                None => remarks.push(format!(
+                    "range {slot} ends behind 0xffffffff: its end wraps to zero, and the kernel matches no MSR with it"
+                )),
+                Some(span) if span.intersection(MsrRange::X2APIC).is_some() => remarks.push(format!(
+                    "range {slot} holds MSRs of {}: no filter stops the x2APIC's registers",
+                    MsrRange::X2APIC
+                )),
+                Some(_) => {}
+            }
+        }
+        remarks
+    }
+
+    /// Itself as what is given.
+    fn given(&self) -> Result<Given, RawError> {
+        Ok(Given {
+            filter: self.filter()?,
+            plan: None,
+            remarks: self.remarks(),
+        })
+    }
+}
+
+impl RawRange {
+    fn range(&self, slot: u32) -> Result<FilterRange, RawError> {
+        let ops = Ops::from_bits(self.flags).filter(|ops| !ops.is_empty()).ok_or_else(|| {
+            let message = format!(
+                "range {slot}: its flags are {:#x}; the kernel takes KVM_MSR_FILTER_READ (1), KVM_MSR_FILTER_WRITE (2) \
+                 or both (3)",
+                self.flags
+            );
+            RawError::new(message).errno("EINVAL")
+        })?;
+        if self.nmsrs == 0 || self.nmsrs > MAX_RANGE_MSRS {
+            let message = format!(
+                "range {slot}: it has {} MSRs; a range holds 1 to {MAX_RANGE_MSRS}",
+                self.nmsrs
+            );
+            return Err(RawError::new(message).errno("EINVAL"));
+        }
+        let words = self.nmsrs.div_ceil(64) as usize;
+        let (whole, _) = self.bitmap.as_chunks::<8>();
+        let bitmap: Vec<u64> = whole.iter().take(words).map(|word| u64::from_le_bytes(*word)).collect();
+        if bitmap.len() < words {
+            let message = format!(
+                "range {slot}: its bitmap has {} bytes, and the kernel copies {}, whole words of 8, for {} MSRs: \
+                 what lies behind the bitmap decides, or nothing does",
+                self.bitmap.len(),
+                words * 8,
+                self.nmsrs
+            );
+            return Err(RawError::new(message).errno("EFAULT"));
+        }
+        FilterRange::new(self.base, self.nmsrs, ops, bitmap)
+            .map_err(|error| RawError::new(format!("range {slot}: {error}")).errno("EINVAL"))
+    }
+}
+
+/// Why a file is no filter.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RawError {
+    message: String,
+    line: Option<usize>,
+    errno: Option<&'static str>,
+}
+
+impl RawError {
+    fn new(message: impl Into<String>) -> RawError {
+        RawError {
+            message: message.into(),
+            line: None,
+            errno: None,
+        }
+    }
+
+    fn errno(self, errno: &'static str) -> RawError {
+        RawError {
+            errno: Some(errno),
+            ..self
+        }
+    }
+
+    /// The line where it is wrong, from 1, where that can be told.
+    pub fn line(&self) -> Option<usize> {
+        self.line
+    }
+
+    /// With what the kernel would refuse it; `None` for what does not get so far.
+    pub fn kernel_errno(&self) -> Option<&'static str> {
+        self.errno
+    }
+}
+
+impl fmt::Display for RawError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        f.write_str(&self.message)?;
+        match self.errno {
+            Some(errno) => write!(f, " (KVM_X86_SET_MSR_FILTER gives {errno})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for RawError {}
+
+/// Bytes from pairs of hexadecimal digits.
+fn hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    let (pairs, rest) = digits.as_chunks::<2>();
+    let digit = |byte: u8| (byte as char).to_digit(16);
+    if !rest.is_empty() {
+        return None;
+    }
+    pairs
+        .iter()
+        .map(|[high, low]| u8::try_from(digit(*high)? << 4 | digit(*low)?).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

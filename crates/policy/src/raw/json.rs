@@ -1,0 +1,303 @@
+//! Plans and raw filters in JSON.
+
+use std::sync::Arc;
+
+use msrgate_core::abi::FILTER_DEFAULT_DENY;
+use msrgate_core::{Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteAction};
+use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
+use serde_json::{Map, Value};
+
+use super::{Given, RawError, RawFilter, RawRange, hex};
+use crate::number;
+
+type Object = Map<String, Value>;
+
+/// Reads what `plan --json` prints, or the filter alone.
+pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| RawError {
+        line: Some(error.line()),
+        ..RawError::new(format!("this is no JSON: {error}"))
+    })?;
+    let object = value
+        .as_object()
+        .ok_or_else(|| RawError::new("this is no JSON object"))?;
+    // A plan may have keys of a later msrgate; a filter that someone wrote may have misspelt ones.
+    let plan = object.contains_key("actions");
+    if !plan {
+        only(object, &["default", "flags", "ranges"], "")?;
+    }
+    let given = filter(object)?.given()?;
+    if !plan {
+        return Ok(given);
+    }
+    let map = map(object)?;
+    let found = map.differences(&DecisionMap::of_filter(&given.filter), By::Verdicts);
+    // No range covers the last MSR, so what the plan says of it the filter may not.
+    let last = MsrRange::single(Msr::MAX);
+    let reads = found.reads.iter().map(|(range, ..)| (*range, Op::Read));
+    let writes = found.writes.iter().map(|(range, ..)| (*range, Op::Write));
+    if let Some((range, op)) = reads.chain(writes).find(|(range, _)| *range != last) {
+        return Err(RawError::new(format!(
+            "the plan's `ranges` and its `actions` say different things of {op} {range}"
+        )));
+    }
+    Ok(Given {
+        plan: Some(map),
+        ..given
+    })
+}
+
+fn filter(object: &Object) -> Result<RawFilter, RawError> {
+    let flags = match (object.get("default"), object.get("flags")) {
+        (Some(_), Some(_)) => return Err(RawError::new("give `default` or `flags`, not both")),
+        (None, Some(flags)) => u32_of(flags, "flags")?,
+        (Some(Value::String(word)), None) if word == "allow" => 0,
+        (Some(Value::String(word)), None) if word == "deny" => FILTER_DEFAULT_DENY,
+        (Some(_), None) => return Err(RawError::new("`default` is neither \"allow\" nor \"deny\"")),
+        (None, None) => return Err(RawError::new("`default` is missing: \"allow\" or \"deny\"")),
+    };
+    let ranges = match object.get("ranges") {
+        Some(ranges) => list(ranges, "ranges")?,
+        None => {
+            return Err(RawError::new(
+                "`ranges` is missing; a filter without ranges has an empty list",
+            ));
+        }
+    };
+    let ranges = ranges
+        .iter()
+        .enumerate()
+        .map(|(slot, value)| range(value, &format!("ranges[{slot}]")))
+        .collect::<Result<_, _>>()?;
+    Ok(RawFilter { flags, ranges })
+}
+
+fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
+    let object = object_of(value, at)?;
+    only(object, &["base", "nmsrs", "flags", "read", "write", "bitmap"], at)?;
+    let number = |key| required(object, key, at).and_then(|value| u32_of(value, &format!("{at}.{key}")));
+    let flags = match object.get("flags") {
+        Some(_) if object.contains_key("read") || object.contains_key("write") => {
+            return Err(RawError::new(format!(
+                "`{at}`: give `flags`, or `read` and `write`, not both"
+            )));
+        }
+        Some(_) => number("flags")?,
+        None => {
+            let set = |key, ops: Ops| match object.get(key) {
+                Some(Value::Bool(true)) => Ok(ops.bits()),
+                Some(Value::Bool(false)) | None => Ok(0),
+                Some(_) => Err(RawError::new(format!("`{at}.{key}` is neither true nor false"))),
+            };
+            set("read", Ops::READ)? | set("write", Ops::WRITE)?
+        }
+    };
+    let bitmap = text(required(object, "bitmap", at)?, &format!("{at}.bitmap"))?;
+    Ok(RawRange {
+        flags,
+        nmsrs: number("nmsrs")?,
+        base: number("base")?,
+        bitmap: hex(bitmap)
+            .ok_or_else(|| RawError::new(format!("`{at}.bitmap` is not made of pairs of hexadecimal digits")))?,
+    })
+}
+
+/// What a plan says of each access: its actions and presets, and `allow` for the rest.
+fn map(object: &Object) -> Result<DecisionMap, RawError> {
+    let mut reads: Vec<(MsrRange, Decision<ReadAction>)> = Vec::new();
+    let mut writes: Vec<(MsrRange, Decision<WriteAction>)> = Vec::new();
+    let mut held = Vec::new();
+    if let Some(presets) = object.get("presets") {
+        for (i, value) in list(presets, "presets")?.iter().enumerate() {
+            let at = format!("presets[{i}]");
+            let object = object_of(value, &at)?;
+            let msr = Msr(u32_of(required(object, "msr", &at)?, &format!("{at}.msr"))?);
+            let value = u64_of(required(object, "value", &at)?, &format!("{at}.value"))?;
+            reads.push((MsrRange::single(msr), Decision::of(ReadAction::Value(value))));
+            held.push(Preset { msr, value });
+        }
+    }
+    for (i, value) in list(required(object, "actions", "")?, "actions")?.iter().enumerate() {
+        let at = format!("actions[{i}]");
+        let object = object_of(value, &at)?;
+        let msr = |key| {
+            required(object, key, &at)
+                .and_then(|value| u32_of(value, &format!("{at}.{key}")))
+                .map(Msr)
+        };
+        let range = MsrRange::new(msr("first")?, msr("last")?)
+            .ok_or_else(|| RawError::new(format!("`{at}` ends before it begins")))?;
+        let rule = match object.get("rule") {
+            None | Some(Value::Null) => None,
+            Some(rule) => Some(u32_of(rule, &format!("{at}.rule"))?),
+        };
+        let word = text(required(object, "action", &at)?, &format!("{at}.action"))?;
+        match text(required(object, "op", &at)?, &format!("{at}.op"))? {
+            "rdmsr" => reads.push((range, decision(read_action(word, object, &at)?, rule))),
+            "wrmsr" => writes.push((range, decision(write_action(word, object, &at)?, rule))),
+            other => {
+                return Err(RawError::new(format!(
+                    "`{at}.op` is `{other}`, neither `rdmsr` nor `wrmsr`"
+                )));
+            }
+        }
+    }
+    disjoint(&reads, Op::Read)?;
+    disjoint(&writes, Op::Write)?;
+    held.sort_unstable();
+    Ok(DecisionMap {
+        reads: Intervals::first_match(Decision::of(ReadAction::Allow), reads),
+        writes: Intervals::first_match(Decision::of(WriteAction::Allow), writes),
+        unknown: fallback(object, "unknown")?,
+        invalid: fallback(object, "invalid")?,
+        held,
+    })
+}
+
+fn decision<A>(action: A, rule: Option<u32>) -> Decision<A> {
+    Decision {
+        action,
+        rule,
+        log: Log::None,
+    }
+}
+
+fn disjoint<A>(entries: &[(MsrRange, Decision<A>)], op: Op) -> Result<(), RawError> {
+    let mut ranges: Vec<MsrRange> = entries.iter().map(|(range, _)| *range).collect();
+    ranges.sort_unstable();
+    for (range, next) in ranges.iter().zip(ranges.iter().skip(1)) {
+        if range.last() >= next.first() {
+            return Err(RawError::new(format!(
+                "the plan says two things of {op} {}",
+                next.first()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn fallback(object: &Object, key: &str) -> Result<(ReadAction, WriteAction), RawError> {
+    let object = object_of(required(object, key, "")?, key)?;
+    let word = |op: &str| text(required(object, op, key)?, &format!("{key}.{op}"));
+    // What a word is given stands beside it, as in `actions`.
+    let none = Object::new();
+    let arguments = |op: &str| match object.get(op) {
+        Some(Value::Object(arguments)) => Ok(arguments),
+        Some(_) => Err(RawError::new(format!("`{key}.{op}` is no object"))),
+        None => Ok(&none),
+    };
+    let read = read_action(
+        word("read")?,
+        arguments("read_arguments")?,
+        &format!("{key}.read_arguments"),
+    )?;
+    let write = write_action(
+        word("write")?,
+        arguments("write_arguments")?,
+        &format!("{key}.write_arguments"),
+    )?;
+    Ok((read, write))
+}
+
+fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawError> {
+    let value = |key: &str| u64_of(required(given, key, at)?, &format!("{at}.{key}"));
+    Ok(match word {
+        "allow" => ReadAction::Allow,
+        "deny" => ReadAction::Deny,
+        "zero" => ReadAction::Value(0),
+        "value" => ReadAction::Value(value("value")?),
+        "shadow" => ReadAction::Shadow(value("initial")?),
+        "mask" => ReadAction::Mask {
+            keep: value("keep")?,
+            set: value("set")?,
+        },
+        "host" => ReadAction::Host,
+        "handler" => ReadAction::Handler(handler(given, at)?),
+        other => return Err(RawError::new(format!("`{at}`: no read gets `{other}`"))),
+    })
+}
+
+fn write_action(word: &str, given: &Object, at: &str) -> Result<WriteAction, RawError> {
+    Ok(match word {
+        "allow" => WriteAction::Allow,
+        "deny" => WriteAction::Deny,
+        "ignore" => WriteAction::Ignore,
+        "shadow" => WriteAction::Shadow,
+        "once" => WriteAction::Once,
+        "mask" => WriteAction::Mask {
+            may_change: u64_of(required(given, "may_change", at)?, &format!("{at}.may_change"))?,
+            otherwise: match text(required(given, "otherwise", at)?, &format!("{at}.otherwise"))? {
+                "deny" => Otherwise::Deny,
+                "drop" => Otherwise::Drop,
+                other => {
+                    return Err(RawError::new(format!(
+                        "`{at}.otherwise` is `{other}`, neither `deny` nor `drop`"
+                    )));
+                }
+            },
+        },
+        "only" => {
+            let values = list(required(given, "values", at)?, &format!("{at}.values"))?;
+            let values = values.iter().map(|value| u64_of(value, &format!("{at}.values")));
+            WriteAction::Only(values.collect::<Result<Arc<[u64]>, _>>()?)
+        }
+        "handler" => WriteAction::Handler(handler(given, at)?),
+        other => return Err(RawError::new(format!("`{at}`: no write gets `{other}`"))),
+    })
+}
+
+fn handler(given: &Object, at: &str) -> Result<Arc<str>, RawError> {
+    text(required(given, "handler", at)?, &format!("{at}.handler")).map(Arc::from)
+}
+
+fn only(object: &Object, known: &[&str], at: &str) -> Result<(), RawError> {
+    match object.keys().find(|key| !known.contains(&key.as_str())) {
+        Some(key) if at.is_empty() => Err(RawError::new(format!(
+            "`{key}` is no key of a filter; it has {}",
+            known.join(", ")
+        ))),
+        Some(key) => Err(RawError::new(format!("`{at}.{key}`: a range has {}", known.join(", ")))),
+        None => Ok(()),
+    }
+}
+
+fn required<'a>(object: &'a Object, key: &str, at: &str) -> Result<&'a Value, RawError> {
+    object.get(key).ok_or_else(|| {
+        let path = if at.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{at}.{key}")
+        };
+        RawError::new(format!("`{path}` is missing"))
+    })
+}
+
+fn object_of<'a>(value: &'a Value, at: &str) -> Result<&'a Object, RawError> {
+    value
+        .as_object()
+        .ok_or_else(|| RawError::new(format!("`{at}` is no object")))
+}
+
+fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], RawError> {
+    let list = value.as_array().map(Vec::as_slice);
+    list.ok_or_else(|| RawError::new(format!("`{at}` is no list")))
+}
+
+fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, RawError> {
+    value
+        .as_str()
+        .ok_or_else(|| RawError::new(format!("`{at}` is no text")))
+}
+
+fn u64_of(value: &Value, at: &str) -> Result<u64, RawError> {
+    let number = match value {
+        Value::String(text) => number::parse(text).ok(),
+        value => value.as_u64(),
+    };
+    number.ok_or_else(|| RawError::new(format!("`{at}` is no number of 64 bits: {value}")))
+}
+
+fn u32_of(value: &Value, at: &str) -> Result<u32, RawError> {
+    let number = u64_of(value, at)?;
+    u32::try_from(number).map_err(|_| RawError::new(format!("`{at}` is {number:#x}, which has more than 32 bits")))
+}
