@@ -50,7 +50,11 @@ fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
     match load::policy(path, cpuid) {
         Ok(loaded) => {
             let findings = msrgate_policy::check(&loaded.policy, &loaded.map, cpuid);
-            let exit = if findings.is_empty() { Exit::Yes } else { Exit::No };
+            let exit = if findings.iter().any(Diagnostic::is_open) {
+                Exit::No
+            } else {
+                Exit::Yes
+            };
             Checked {
                 exit,
                 sources: loaded.policy.sources.clone(),
@@ -86,6 +90,7 @@ impl Checked {
                 "line": line,
                 "column": column,
                 "help": found.help,
+                "accepted": found.accepted,
             })
         });
         let mut findings: Vec<Value> = findings.collect();
@@ -99,6 +104,7 @@ impl Checked {
                     "line": null,
                     "column": null,
                     "help": null,
+                    "accepted": null,
                 })
             }));
         }
@@ -114,17 +120,18 @@ impl Checked {
 
     fn print(&self, path: &Path) -> Result<(), Failure> {
         let mut stderr = io::stderr().lock();
-        for found in &self.findings {
+        let open: Vec<&Diagnostic> = self.findings.iter().filter(|found| found.is_open()).collect();
+        for found in &open {
             writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources))?;
         }
         let path = path.display();
         let mut out = io::stdout().lock();
         let Some(loaded) = &self.loaded else {
-            let s = if self.findings.len() == 1 { "" } else { "s" };
-            writeln!(out, "{path}: refused, {} error{s}", self.findings.len())?;
+            let s = if open.len() == 1 { "" } else { "s" };
+            writeln!(out, "{path}: refused, {} error{s}", open.len())?;
             return Ok(());
         };
-        let verdict = match self.findings.len() {
+        let verdict = match open.len() {
             0 => "ok".to_owned(),
             1 => "1 finding".to_owned(),
             n => format!("{n} findings"),
@@ -140,6 +147,24 @@ impl Checked {
             },
             ranges.len(),
         )?;
+        for found in &self.findings {
+            let place = found.place.as_ref().and_then(|place| {
+                let source = self.sources.get(place.source)?;
+                Some(format!(
+                    " at {}:{}",
+                    source.path.display(),
+                    source.line_column(place.span.start).0
+                ))
+            });
+            let place = place.unwrap_or_default();
+            match &found.accepted {
+                Some(reason) => writeln!(out, "  accepted {}{place}: {reason}", found.code)?,
+                None if found.severity() == Severity::Note => {
+                    writeln!(out, "  note {}{place}: {}", found.code, found.message)?
+                }
+                None => {}
+            }
+        }
         for note in loaded.plan.notes() {
             writeln!(out, "  note {}: {}", note.code, note.message)?;
         }

@@ -32,7 +32,9 @@ fn hash(value: &Value) {
 }
 
 const CHECK: [&str; 3] = ["ok", "policy", "findings"];
-const FINDING: [&str; 7] = ["code", "severity", "message", "file", "line", "column", "help"];
+const FINDING: [&str; 8] = [
+    "code", "severity", "message", "file", "line", "column", "help", "accepted",
+];
 
 #[test]
 fn check_says_whether_a_policy_is_right_and_what_was_found() {
@@ -74,6 +76,35 @@ fn check_counts_a_warning_as_a_no_and_a_note_as_none() {
         .code(1)
         .says(&["warning[W001]", "this one decides"])
         .shows(&["1 finding"]);
+}
+
+#[test]
+fn check_lists_what_the_policy_accepts_and_does_not_count_it() {
+    let folder = Folder::new();
+    let policy = |accept| {
+        format!(
+            "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"deny\"\naccept = {{ {accept} }}\n"
+        )
+    };
+    folder.write("accepted.toml", policy("W007 = \"for whoever reads it\""));
+    let checked = folder.run(&["check", "--json", "accepted.toml"]).code(0).json();
+    let finding = &list(&checked, "findings")[0];
+    keys(finding, &FINDING);
+    assert_eq!(
+        (text(finding, "code"), text(finding, "accepted")),
+        ("W007", "for whoever reads it")
+    );
+    let ran = folder.run(&["check", "accepted.toml"]).code(0);
+    let ran = ran.shows(&[
+        "accepted.toml: ok",
+        "accepted W007 at accepted.toml:3: for whoever reads it",
+    ]);
+    assert!(ran.err.is_empty(), "{}", ran.err);
+    folder.write("idle.toml", policy("W001 = \"for whoever reads it\""));
+    folder
+        .run(&["check", "idle.toml"])
+        .code(1)
+        .says(&["warning[W007]", "warning[W010]"]);
 }
 
 #[test]

@@ -1,84 +1,81 @@
 //! What a policy says and most likely does not mean.
 
-use std::collections::HashSet;
+mod accept;
+mod order;
 
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Group, PlanError};
 
 use crate::cpuid::Cpuid;
-use crate::{Code, Diagnostic, Policy, Rule};
+use crate::{Code, Diagnostic, Pattern, Policy, Rule};
 
-/// Findings about a policy that can be used. `map` is its decision map for the same `cpuid`.
+/// Findings about a policy that can be used, in the order of the text; those that it accepts are marked. `map` is its
+/// decision map for the same `cpuid`.
 pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<Diagnostic> {
     let Ok(rules) = policy.rules_for(cpuid) else {
         return Vec::new();
     };
-    let mut deciding: HashSet<u32> = HashSet::new();
-    deciding.extend(map.reads.iter().filter_map(|(_, decision)| decision.rule));
-    deciding.extend(map.writes.iter().filter_map(|(_, decision)| decision.rule));
-    let mut findings = Vec::new();
-    for (index, rule) in rules {
-        // A rule of an extended policy that this one overrides does what it is for.
-        let own = rule.place.source == 0;
-        if own && !deciding.contains(&index) {
-            findings.push(unreachable(policy, map, rule));
-        }
-        if forbids(rule) && rule.ranges().iter().all(|range| never_filtered(*range)) {
-            findings.push(
-                Diagnostic::at(
-                    Code::Unenforceable,
-                    rule.place.clone(),
-                    "no filter can stop these MSRs, so the kernel answers them whatever this rule says",
-                )
-                .help("leave the rule out: the kernel never filters 0x800..=0x8ff (x2APIC), and no range covers 0xffffffff"),
-            );
-        }
-        let answered_by_kernel = |kernel: bool, said: bool| !said || kernel;
-        let read = answered_by_kernel(rule.read == Some(ReadAction::Allow), rule.read.is_some());
-        let write = answered_by_kernel(rule.write == Some(WriteAction::Allow), rule.write.is_some());
-        if rule.log != Log::None && read && write {
-            findings.push(
-                Diagnostic::at(
-                    Code::LogsNothing,
-                    rule.place.clone(),
-                    "the kernel answers what this rule allows, which makes no exit, so there is nothing to log",
-                )
-                .help("leave `log` out; `msrgate run --learn` shows what a guest touches"),
-            );
-        }
-        let read_shadow = matches!(rule.read, Some(ReadAction::Shadow(_)));
-        let write_shadow = matches!(rule.write, Some(WriteAction::Shadow));
-        if read_shadow != write_shadow && !shadow_partner(map, rule, read_shadow) {
-            let (message, help) = if read_shadow {
-                (
-                    "reads get a shadow register that no write reaches",
-                    "write `write = \"shadow\"` too, or a fixed value: { value = … }",
-                )
-            } else {
-                (
-                    "writes go to a shadow register that no read shows",
-                    "write `read = { shadow = 0 }` too, or `write = \"ignore\"`",
-                )
-            };
-            findings.push(Diagnostic::at(Code::WithoutEffect, rule.place.clone(), message).help(help));
-        }
+    let mut findings = order::check(policy, map, &rules);
+    for (_, rule) in &rules {
+        findings.extend(unenforceable(rule));
+        findings.extend(logs_nothing(rule));
+        findings.extend(half_a_shadow(map, rule));
     }
+    accept::settle(policy, &rules, &mut findings);
+    let place = |found: &Diagnostic| found.place.as_ref().map(|place| (place.source, place.span.start));
+    findings.sort_by_key(|found| (found.place.is_none(), place(found), found.code));
     findings
 }
 
-fn unreachable(policy: &Policy, map: &DecisionMap, rule: &Rule) -> Diagnostic {
-    let message = "rules before this one decide all its accesses, so it never counts";
-    let diagnostic = Diagnostic::at(Code::Unreachable, rule.place.clone(), message)
-        .help("the first rule that names an MSR wins: move this one up, or leave it out");
-    let first = rule.ranges().first().map(|range| range.first());
-    let decides = first.and_then(|msr| match rule.read {
-        Some(_) => map.reads.get(msr).rule,
-        None => map.writes.get(msr).rule,
-    });
-    match decides.and_then(|number| policy.rules.get(usize::try_from(number).ok()?)) {
-        Some(earlier) => diagnostic.second(earlier.place.clone(), "this one decides"),
-        None => diagnostic,
+fn unenforceable(rule: &Rule) -> Option<Diagnostic> {
+    let beyond = |pattern: &&Pattern| pattern.ranges().iter().all(|range| never_filtered(*range));
+    let beyond: Vec<&Pattern> = rule.msrs.iter().filter(beyond).collect();
+    if beyond.is_empty() || !forbids(rule) {
+        return None;
     }
+    let (message, leave_out) = if beyond.len() == rule.msrs.len() {
+        let message = "no filter can stop these MSRs, so the kernel answers them whatever this rule says";
+        (message.to_owned(), "the rule".to_owned())
+    } else {
+        let names = listed(&beyond);
+        let message = format!("no filter can stop {names}, so the kernel answers them whatever this rule says");
+        (message, names)
+    };
+    Some(
+        Diagnostic::at(Code::Unenforceable, rule.place.clone(), message).help(format!(
+            "leave {leave_out} out: the kernel never filters 0x800..=0x8ff (x2APIC), and no range covers 0xffffffff"
+        )),
+    )
+}
+
+fn logs_nothing(rule: &Rule) -> Option<Diagnostic> {
+    let reads = rule.read.as_ref().is_none_or(|action| *action == ReadAction::Allow);
+    let writes = rule.write.as_ref().is_none_or(|action| *action == WriteAction::Allow);
+    let message = "the kernel answers what this rule allows, which makes no exit, so there is nothing to log";
+    (rule.log != Log::None && reads && writes).then(|| {
+        Diagnostic::at(Code::LogsNothing, rule.place.clone(), message)
+            .help("leave `log` out; `msrgate run --learn` shows what a guest touches")
+    })
+}
+
+fn half_a_shadow(map: &DecisionMap, rule: &Rule) -> Option<Diagnostic> {
+    let read = matches!(rule.read, Some(ReadAction::Shadow(_)));
+    let write = matches!(rule.write, Some(WriteAction::Shadow));
+    if read == write || shadow_partner(map, rule, read) {
+        return None;
+    }
+    let (message, help) = if read {
+        (
+            "reads get a shadow register that no write reaches",
+            "write `write = \"shadow\"` too, or a fixed value: { value = … }",
+        )
+    } else {
+        (
+            "writes go to a shadow register that no read shows",
+            "write `read = { shadow = 0 }` too, or `write = \"ignore\"`",
+        )
+    };
+    Some(Diagnostic::at(Code::WithoutEffect, rule.place.clone(), message).help(help))
 }
 
 fn forbids(rule: &Rule) -> bool {
@@ -103,6 +100,12 @@ fn shadow_partner(map: &DecisionMap, rule: &Rule, reads: bool) -> bool {
                 .any(|(_, decision)| matches!(decision.action, ReadAction::Shadow(_)))
         }
     })
+}
+
+/// Patterns as an author wrote them: `@x2apic`, `0x10`.
+fn listed(patterns: &[&Pattern]) -> String {
+    let names: Vec<String> = patterns.iter().map(|pattern| format!("`{pattern}`")).collect();
+    names.join(", ")
 }
 
 impl Policy {

@@ -56,10 +56,14 @@ pub enum Code {
     Unenforceable,
     LogsNothing,
     WithoutEffect,
+    PartlyHidden,
+    Repeated,
+    Useless,
+    AcceptsNothing,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 25] = [
+    const ALL: [(Code, &'static str, &'static str); 29] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -105,6 +109,14 @@ impl Code {
             "W004",
             "a shadow register is written and never read, or the reverse",
         ),
+        (
+            Code::PartlyHidden,
+            "W005",
+            "a wider rule before this one decides part of what it names",
+        ),
+        (Code::Repeated, "W006", "a rule says again what rules before it say"),
+        (Code::Useless, "W007", "without the rule, everything would be the same"),
+        (Code::AcceptsNothing, "W010", "an acceptance accepts nothing"),
     ];
 
     fn entry(self) -> &'static (Code, &'static str, &'static str) {
@@ -124,12 +136,17 @@ impl Code {
         self.entry().2
     }
 
-    /// Whether a policy with such a finding can be used.
+    /// The kind of this code; `None` if there is none.
+    pub fn from_code(code: &str) -> Option<Code> {
+        Code::all().find(|known| known.code() == code)
+    }
+
+    /// How much such a finding weighs.
     pub fn severity(self) -> Severity {
-        if self.code().starts_with('E') {
-            Severity::Error
-        } else {
-            Severity::Warning
+        match self.code().as_bytes() {
+            [b'E', ..] => Severity::Error,
+            [b'W', ..] => Severity::Warning,
+            _ => Severity::Note,
         }
     }
 
@@ -186,6 +203,19 @@ pub struct Diagnostic {
     pub second: Option<(Place, String)>,
     /// What to write instead.
     pub help: Option<String>,
+    /// Why the policy lets it stand, where it does.
+    pub accepted: Option<String>,
+}
+
+/// A kind of warning that a policy's author has looked at and lets stand.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Acceptance {
+    /// The kind.
+    pub code: Code,
+    /// Why it may stand.
+    pub reason: String,
+    /// Where it is said.
+    pub place: Place,
 }
 
 impl Diagnostic {
@@ -197,6 +227,7 @@ impl Diagnostic {
             place: Some(place),
             second: None,
             help: None,
+            accepted: None,
         }
     }
 
@@ -208,6 +239,7 @@ impl Diagnostic {
             place: None,
             second: None,
             help: None,
+            accepted: None,
         }
     }
 
@@ -228,6 +260,11 @@ impl Diagnostic {
     /// How much it weighs.
     pub fn severity(&self) -> Severity {
         self.code.severity()
+    }
+
+    /// Whether there is something to mend: it is no note, and the policy does not accept it.
+    pub fn is_open(&self) -> bool {
+        self.severity() != Severity::Note && self.accepted.is_none()
     }
 }
 

@@ -46,7 +46,7 @@ pub mod report;
 pub mod learn;
 
 pub use check::check;
-pub use diagnostic::{Code, Diagnostic, Files, Place, Severity, Source};
+pub use diagnostic::{Acceptance, Code, Diagnostic, Files, Place, Severity, Source};
 pub use explain::{Explanation, explain};
 pub use parse::Rejected;
 pub use pattern::{Pattern, PatternError};

@@ -1,5 +1,6 @@
 //! Text to policy: files, what they extend, and everything that is wrong with them.
 
+mod accept;
 mod reader;
 mod rule;
 
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use msrgate_core::{ReadAction, Verdict, WriteAction};
 use toml::de::{DeTable, DeValue};
 
-use crate::{Code, Diagnostic, Files, Place, Policy, Rule, Source, Validity};
+use crate::{Acceptance, Code, Diagnostic, Files, Place, Policy, Rule, Source, Validity};
 use reader::{Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
@@ -25,8 +26,8 @@ pub struct Rejected {
 }
 
 /// The keys of a policy.
-pub(crate) const KEYS: [&str; 8] = [
-    "version", "name", "default", "unknown", "invalid", "valid", "extends", "rule",
+pub(crate) const KEYS: [&str; 9] = [
+    "version", "name", "default", "unknown", "invalid", "valid", "accept", "extends", "rule",
 ];
 
 /// One file, without those that it extends.
@@ -37,12 +38,14 @@ struct File {
     unknown: Option<(ReadAction, WriteAction)>,
     invalid: Option<(ReadAction, WriteAction)>,
     valid: Option<Validity>,
+    accept: Vec<Acceptance>,
     rules: Vec<Rule>,
     extends: Vec<(String, Place)>,
 }
 
 impl File {
-    /// Takes from an extended policy what this one does not say, and its rules behind these.
+    /// Takes from an extended policy what this one does not say, and its rules behind these. What that one accepts of
+    /// itself as a whole it does not accept of this one.
     fn extend(&mut self, base: File) {
         self.default = self.default.or(base.default);
         self.unknown = self.unknown.take().or(base.unknown);
@@ -89,6 +92,7 @@ pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
                 unknown: file.unknown.unwrap_or_else(|| kernels.clone()),
                 invalid: file.invalid.unwrap_or(kernels),
                 valid: file.valid.unwrap_or(Validity::Any),
+                accept: file.accept,
                 rules: file.rules,
                 sources,
             });
@@ -250,6 +254,9 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
             &[("any", Validity::Any), ("cpu-model", Validity::CpuModel)],
             "`valid`",
         );
+    }
+    if let Some(accept) = document.get("accept") {
+        file.accept = reader.accept(accept);
     }
     file.unknown = document
         .get("unknown")

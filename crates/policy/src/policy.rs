@@ -8,7 +8,7 @@ use msrgate_plan::{Decision, DecisionMap, Intervals};
 
 use crate::cpuid::{CpuVendor, Cpuid};
 use crate::parse::{self, Rejected};
-use crate::{Code, Diagnostic, Files, Pattern, Place, Source, database};
+use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source, database};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
 #[derive(Clone, Debug)]
@@ -23,6 +23,8 @@ pub struct Policy {
     pub invalid: (ReadAction, WriteAction),
     /// Whether MSRs that the guest's CPU model lacks are denied.
     pub valid: Validity,
+    /// Warnings that may stand, wherever in the policy they are.
+    pub accept: Vec<Acceptance>,
     /// The rules, its own before those of the policies it extends.
     pub rules: Vec<Rule>,
     /// The files it was read from, itself first.
@@ -53,6 +55,8 @@ pub struct Rule {
     pub log: Log,
     /// Why it is there.
     pub why: Option<String>,
+    /// Warnings about it that may stand.
+    pub accept: Vec<Acceptance>,
     /// Where it stands.
     pub place: Place,
 }
@@ -238,6 +242,10 @@ impl std::error::Error for CpuidNeeded {}
 /// Equal in what they say, wherever it was read from.
 impl PartialEq for Policy {
     fn eq(&self, other: &Policy) -> bool {
+        let accepted = |accept: &[Acceptance]| -> Vec<(Code, String)> {
+            let pairs = accept.iter().map(|one| (one.code, one.reason.clone()));
+            pairs.collect()
+        };
         let said = |rule: &Rule| {
             let Rule {
                 msrs,
@@ -246,15 +254,17 @@ impl PartialEq for Policy {
                 when,
                 log,
                 why,
+                accept,
                 place: _,
             } = rule.clone();
-            (msrs, read, write, when, log, why)
+            (msrs, read, write, when, log, why, accepted(&accept))
         };
         self.name == other.name
             && self.default == other.default
             && self.unknown == other.unknown
             && self.invalid == other.invalid
             && self.valid == other.valid
+            && accepted(&self.accept) == accepted(&other.accept)
             && self.rules.len() == other.rules.len()
             && self.rules.iter().zip(&other.rules).all(|(a, b)| said(a) == said(b))
     }

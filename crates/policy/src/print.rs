@@ -7,7 +7,7 @@ use toml::Value;
 use toml::map::Map;
 
 use crate::policy::When;
-use crate::{Policy, Rule, Validity};
+use crate::{Acceptance, Policy, Rule, Validity};
 
 /// As a file that reads back as an equal policy, with what it extends written out.
 impl fmt::Display for Policy {
@@ -22,6 +22,7 @@ impl fmt::Display for Policy {
         if self.valid == Validity::CpuModel {
             writeln!(f, "valid = {}", text("cpu-model"))?;
         }
+        accepted(f, &self.accept)?;
         for (key, (read, write)) in [("unknown", &self.unknown), ("invalid", &self.invalid)] {
             if (read, write) != (&ReadAction::Deny, &WriteAction::Deny) {
                 writeln!(
@@ -61,8 +62,16 @@ impl fmt::Display for Rule {
         if let Some(why) = &self.why {
             writeln!(f, "why = {}", text(why))?;
         }
-        Ok(())
+        accepted(f, &self.accept)
     }
+}
+
+fn accepted(f: &mut fmt::Formatter<'_>, accept: &[Acceptance]) -> fmt::Result {
+    if accept.is_empty() {
+        return Ok(());
+    }
+    let entries = accept.iter().map(|one| (one.code.code(), text(&one.reason)));
+    writeln!(f, "accept = {}", table(entries))
 }
 
 pub(crate) fn text(text: &str) -> Value {

@@ -3,6 +3,8 @@
 //! The parser does not go through these types, since it must report all mistakes at once and with their places; a test
 //! holds their keys against the parser's.
 
+use std::collections::BTreeMap;
+
 use schemars::{JsonSchema, Schema, schema_for};
 use serde::Deserialize;
 
@@ -29,11 +31,19 @@ struct PolicyFile {
     invalid: Option<Fallback>,
     /// Whether MSRs are denied that the guest's CPUID says do not exist.
     valid: Option<Validity>,
+    /// Warnings that may stand wherever in the policy they are, by code, each with the reason.
+    accept: Option<Accept>,
     /// Policies whose rules come after these; paths are relative to this file.
     extends: Option<OneOrMore<String>>,
     /// The rules; the first that names an MSR decides.
     rule: Option<Vec<Rule>>,
 }
+
+/// Codes of warnings and why each may stand.
+#[derive(JsonSchema, Deserialize)]
+#[schemars(extend("propertyNames" = { "pattern": "^W[0-9]{3}$" }))]
+#[expect(dead_code, reason = "only the schema is made of it")]
+struct Accept(BTreeMap<String, String>);
 
 #[derive(JsonSchema, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -84,6 +94,8 @@ struct Rule {
     log: Option<Log>,
     /// Why the rule is there.
     why: Option<String>,
+    /// Warnings about the rule that may stand, by code, each with the reason.
+    accept: Option<Accept>,
 }
 
 #[derive(JsonSchema, Deserialize)]
@@ -268,6 +280,7 @@ mod tests {
             default = "deny"
             unknown = { read = "zero", write = "ignore" }
             invalid = "deny"
+            accept = { W007 = "kept for who reads it" }
             extends = "base.toml"
             [[rule]]
             msr = ["IA32_TSC", 0x10]
@@ -275,6 +288,7 @@ mod tests {
             write = { only = [1, "0x2"] }
             when = { vendor = "intel", model = "0x55..=0x6a" }
             log = { per_second = 1 }
+            accept = { W004 = "the reads are another's" }
             [[rule]]
             msr = 0x8b
             read = "host"

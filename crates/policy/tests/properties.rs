@@ -10,11 +10,13 @@ use msrgate_core::{Did, Event, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Re
 use msrgate_plan::{DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::trace::{Header, Lines, write_event};
-use msrgate_policy::{Code, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check};
+use msrgate_policy::{
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check,
+};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
-use proptest::sample::{Index, select};
+use proptest::sample::{self, Index, select};
 
 fn pattern() -> impl Strategy<Value = Pattern> {
     let named = select(vec![
@@ -134,15 +136,31 @@ fn rule() -> impl Strategy<Value = Rule> {
         (1..=u32::MAX).prop_map(Log::PerSecond)
     ];
     let actions = (option::of(read_action()), option::of(write_action()));
-    let parts = (vec(pattern(), 1..4), actions, when(), log, option::of(text()));
-    parts.prop_map(|(msrs, (read, write), when, log, why)| Rule {
+    let parts = (vec(pattern(), 1..4), actions, when(), log, option::of(text()), accept());
+    parts.prop_map(|(msrs, (read, write), when, log, why, accept)| Rule {
         msrs,
         read,
         write,
         when,
         log,
         why,
+        accept,
         place: Place { source: 0, span: 0..0 },
+    })
+}
+
+fn accept() -> impl Strategy<Value = Vec<Acceptance>> {
+    let warnings: Vec<Code> = Code::all()
+        .filter(|code| code.severity() == Severity::Warning)
+        .collect();
+    let accepted = (sample::subsequence(warnings, 0..3), "[a-z].{0,20}");
+    accepted.prop_map(|(codes, reason)| {
+        let one = |code| Acceptance {
+            code,
+            reason: reason.clone(),
+            place: Place { source: 0, span: 0..0 },
+        };
+        codes.into_iter().map(one).collect()
     })
 }
 
@@ -156,13 +174,22 @@ fn policy() -> impl Strategy<Value = Policy> {
             1 => (own_read_action(), own_write_action()),
         ]
     };
-    let parts = (text(), default, fallback(), fallback(), valid, vec(rule(), 0..10));
-    parts.prop_map(|(name, default, unknown, invalid, valid, rules)| Policy {
+    let parts = (
+        text(),
+        default,
+        fallback(),
+        fallback(),
+        valid,
+        accept(),
+        vec(rule(), 0..10),
+    );
+    parts.prop_map(|(name, default, unknown, invalid, valid, accept, rules)| Policy {
         name,
         default,
         unknown,
         invalid,
         valid,
+        accept,
         rules: without_repetition(rules),
         sources: Vec::new(),
     })
@@ -221,6 +248,16 @@ fn normalised<V: Clone + Eq>(map: &Intervals<V>) -> Intervals<V> {
     Intervals::first_match(somewhere, map.iter().map(|(range, value)| (range, value.clone())))
 }
 
+/// Where the rules stand that are reported to never count.
+fn never_counting(findings: &[Diagnostic]) -> Vec<Place> {
+    let never = findings.iter().filter(|found| match found.code {
+        Code::Unreachable => true,
+        Code::Repeated => found.message.ends_with("never counts"),
+        _ => false,
+    });
+    never.filter_map(|found| found.place.clone()).collect()
+}
+
 /// That a refusal names errors, and places that are there.
 fn assert_well_formed(rejected: &Rejected) {
     assert!(!rejected.diagnostics.is_empty());
@@ -265,6 +302,8 @@ fn babble() -> impl Strategy<Value = String> {
         "when",
         "log",
         "why",
+        "accept",
+        "W001",
         "mask",
         "keep",
         "set",
@@ -398,8 +437,7 @@ proptest! {
         let mut policy = Policy::parse("p.toml", &policy.to_string()).expect("reads back");
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
         let findings = check(&policy, &map, Some(&cpuid));
-        let unreachable = findings.iter().filter(|found| found.code == Code::Unreachable);
-        let unreachable: Vec<Place> = unreachable.filter_map(|found| found.place.clone()).collect();
+        let unreachable = never_counting(&findings);
         policy.rules.retain(|rule| !unreachable.contains(&rule.place));
         let without = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
         prop_assert_eq!(meaning(&map), meaning(&without));
@@ -413,6 +451,23 @@ proptest! {
     }
 
     #[test]
+    fn a_rule_that_is_reported_as_useless_can_go(policy in policy(), cpuid in cpuid()) {
+        let mut policy = Policy::parse("p.toml", &policy.to_string()).expect("reads back");
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        // It is said of what is left when those are gone that never count.
+        let unreachable = never_counting(&check(&policy, &map, Some(&cpuid)));
+        policy.rules.retain(|rule| !unreachable.contains(&rule.place));
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
+        for found in check(&policy, &map, Some(&cpuid)).iter().filter(|found| found.code == Code::Useless) {
+            let mut without = policy.clone();
+            without.rules.retain(|rule| Some(&rule.place) != found.place.as_ref());
+            prop_assert_eq!(without.rules.len() + 1, policy.rules.len());
+            let without = without.decision_map(Some(&cpuid)).expect("a CPUID is there");
+            prop_assert_eq!(meaning(&map), meaning(&without));
+        }
+    }
+
+    #[test]
     fn no_text_makes_the_parser_panic(text in text()) {
         assert_read_or_refused(&text);
     }
@@ -420,7 +475,7 @@ proptest! {
     #[test]
     fn no_order_of_the_languages_words_makes_the_parser_panic(
         start in select(vec!["", "extends = ", "unknown = ", "[[rule]]\nmsr = ", "[[rule]]\nread = ", "[[rule]]\nwrite = ",
-            "[[rule]]\nwhen = ", "[[rule]]\nlog = "]),
+            "[[rule]]\nwhen = ", "[[rule]]\nlog = ", "accept = "]),
         text in babble(),
     ) {
         assert_read_or_refused(&format!("version = 1\ndefault = \"deny\"\n{start}{text}"));

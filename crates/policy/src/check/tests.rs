@@ -16,8 +16,14 @@ fn codes(rest: &str) -> Vec<&'static str> {
     let map = policy.decision_map(None).unwrap();
     check(&policy, &map, None)
         .iter()
+        .filter(|found| found.is_open())
         .map(|found| found.code.code())
         .collect()
+}
+
+/// A rule, as its text.
+fn rule(msr: &str, rest: &str) -> String {
+    format!("[[rule]]\nmsr = {msr}\n{rest}\n")
 }
 
 #[test]
@@ -25,8 +31,104 @@ fn a_rule_that_never_counts_is_found() {
     let overshadowed =
         "default = \"deny\"\n[[rule]]\nmsr = \"0..=0xff\"\nread = \"allow\"\n[[rule]]\nmsr = 0x10\nread = \"zero\"\n";
     assert_eq!(codes(overshadowed), ["W001"]);
-    let partly = "default = \"deny\"\n[[rule]]\nmsr = \"0..=0xff\"\nread = \"allow\"\n[[rule]]\nmsr = 0x10\nread = \"zero\"\nwrite = \"ignore\"\n";
+    let partly = "default = \"deny\"\n[[rule]]\nmsr = 0x10\nread = \"allow\"\n[[rule]]\nmsr = \"0..=0xff\"\nread = \"zero\"\nwrite = \"ignore\"\n";
     assert_eq!(codes(partly), [""; 0]);
+}
+
+#[test]
+fn a_rule_of_which_a_wider_one_before_it_takes_a_part_is_found() {
+    let wide = rule("\"0..=0xff\"", "read = \"allow\"");
+    let hidden = |later: &str| codes(&format!("default = \"deny\"\n{wide}{later}"));
+    assert_eq!(hidden(&rule("0x10", "read = \"zero\"\nwrite = \"ignore\"")), ["W005"]);
+    assert_eq!(hidden(&rule("[0x10, 0x100]", "read = \"zero\"")), ["W005"]);
+    assert_eq!(hidden(&rule("\"0xe0..=0x110\"", "read = \"zero\"")), ["W005"]);
+    // A class behind an exception to it, a range that only begins there, the other direction: the language's ways.
+    assert_eq!(hidden(&rule("\"0xe0..=0x1ff\"", "read = \"zero\"")), [""; 0]);
+    assert_eq!(hidden(&rule("0x10", "write = \"ignore\"")), [""; 0]);
+    let override_one = rule("0x176", "write = { once = true }") + &rule("0x176", "read = \"allow\"\nwrite = \"allow\"");
+    assert_eq!(codes(&format!("default = \"deny\"\n{override_one}")), [""; 0]);
+}
+
+#[test]
+fn a_rule_that_says_again_what_one_before_it_says_is_found() {
+    let two = rule("[0x10, 0x11]", "read = \"allow\"");
+    assert_eq!(
+        codes(&format!(
+            "default = \"deny\"\n{two}{}",
+            rule("\"0x10..=0x11\"", "read = \"allow\"")
+        )),
+        ["W006"]
+    );
+    assert_eq!(
+        codes(&format!(
+            "default = \"deny\"\n{two}{}",
+            rule("[0x11, 0x12]", "read = \"allow\"")
+        )),
+        ["W006"]
+    );
+    assert_eq!(
+        codes(&format!(
+            "default = \"deny\"\n{two}{}",
+            rule("\"0x11..=0x12\"", "read = \"allow\"")
+        )),
+        [""; 0]
+    );
+}
+
+#[test]
+fn a_rule_that_says_what_the_rest_says_anyway_is_found() {
+    assert_eq!(
+        codes(&format!("default = \"deny\"\n{}", rule("0x10", "read = \"deny\""))),
+        ["W007"]
+    );
+    assert_eq!(
+        codes(&format!(
+            "default = \"deny\"\n{}",
+            rule("0x10", "read = \"deny\"\nlog = \"all\"")
+        )),
+        [""; 0]
+    );
+    assert_eq!(
+        codes(&format!(
+            "default = \"deny\"\n{}",
+            rule("0x10", "read = \"deny\"\nwrite = \"ignore\"")
+        )),
+        [""; 0]
+    );
+    let before_its_class = rule("0x10", "read = \"zero\"") + &rule("\"0..=0xff\"", "read = \"zero\"");
+    assert_eq!(codes(&format!("default = \"deny\"\n{before_its_class}")), ["W007"]);
+}
+
+#[test]
+fn what_is_accepted_does_not_count_and_what_accepts_nothing_does() {
+    let useless = |accept: &str| rule("0x10", &format!("read = \"deny\"{accept}"));
+    let accepted = useless("\naccept = { W007 = \"said for the reader\" }");
+    assert_eq!(codes(&format!("default = \"deny\"\n{accepted}")), [""; 0]);
+    let by_the_policy = "default = \"deny\"\naccept = { W007 = \"said for the reader\" }\n";
+    assert_eq!(codes(&format!("{by_the_policy}{}", useless(""))), [""; 0]);
+    assert_eq!(codes(&format!("{by_the_policy}{accepted}")), ["W010"]);
+    // A rule accepts for itself alone, and only the code that it names.
+    let another = accepted.clone() + &rule("0x20", "read = \"deny\"");
+    assert_eq!(codes(&format!("default = \"deny\"\n{another}")), ["W007"]);
+    let wrong = useless("\naccept = { W001 = \"said for the reader\" }");
+    assert_eq!(codes(&format!("default = \"deny\"\n{wrong}")), ["W007", "W010"]);
+    let policy = policy(&format!("default = \"deny\"\n{accepted}"));
+    let found = check(&policy, &policy.decision_map(None).unwrap(), None);
+    assert_eq!(found[0].accepted.as_deref(), Some("said for the reader"));
+}
+
+#[test]
+fn a_rule_about_msrs_that_the_cpu_model_lacks_is_told_so() {
+    let policy = policy(&format!(
+        "default = \"deny\"\nvalid = \"cpu-model\"\n{}",
+        rule("\"IA32_MCG_CAP\"", "read = \"allow\"")
+    ));
+    let amd = Cpuid::parse_raw(AMD).unwrap();
+    let found = check(&policy, &policy.decision_map(Some(&amd)).unwrap(), Some(&amd));
+    assert!(
+        found[0].code == Code::Unreachable && found[0].message.contains("CPUID"),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -39,6 +141,8 @@ fn a_rule_that_no_filter_can_enforce_is_found() {
         codes("default = \"allow\"\n[[rule]]\nmsr = \"0..=0x1fff\"\nwrite = \"deny\"\n"),
         [""; 0]
     );
+    let among_others = rule("[0x10, \"IA32_X2APIC_TPR\"]", "write = \"deny\"");
+    assert_eq!(codes(&format!("default = \"allow\"\n{among_others}")), ["W002"]);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::policy::When;
 use crate::{Code, Diagnostic, Pattern, Place, Rule};
 
 /// The keys of a rule.
-pub(crate) const KEYS: [&str; 6] = ["msr", "read", "write", "when", "log", "why"];
+pub(crate) const KEYS: [&str; 7] = ["msr", "read", "write", "when", "log", "why", "accept"];
 
 /// The keys of `when`.
 pub(crate) const WHEN_KEYS: [&str; 4] = ["vendor", "family", "model", "features"];
@@ -50,6 +50,7 @@ impl Reader {
         let when = table.get("when").map_or(Some(When::default()), |when| self.when(when));
         let log = table.get("log").map_or(Some(Log::None), |log| self.log(log));
         let why = table.get("why").map(|why| self.text(why, "a text"));
+        let accept = table.get("accept").map(|accept| self.accept(accept));
         Some(Rule {
             msrs: msrs?,
             read: read.map_or(Some(None), |read| read.map(Some))?,
@@ -57,6 +58,7 @@ impl Reader {
             when: when?,
             log: log?,
             why: why.map_or(Some(None), |why| why.map(Some))?,
+            accept: accept.unwrap_or_default(),
             place,
         })
     }

@@ -95,6 +95,43 @@ fn every_read_action_is_read() {
 }
 
 #[test]
+fn what_may_stand_is_read_with_its_reason() {
+    let accepted = |accept: &[Acceptance]| -> Vec<(&'static str, String)> {
+        accept.iter().map(|one| (one.code.code(), one.reason.clone())).collect()
+    };
+    let policy = policy(
+        "accept = { W001 = \"a\", W007 = \"b\" }\n[[rule]]\nmsr = 1\nread = \"zero\"\naccept = { W004 = \"c\" }",
+    );
+    assert_eq!(
+        accepted(&policy.accept),
+        [("W001", "a".to_owned()), ("W007", "b".to_owned())]
+    );
+    assert_eq!(accepted(&policy.rules[0].accept), [("W004", "c".to_owned())]);
+    let fragment =
+        "version = 1\naccept = { W001 = \"a\" }\n[[rule]]\nmsr = 1\nread = \"zero\"\naccept = { W004 = \"c\" }";
+    let files = Folder::of(&[
+        ("p.toml", "version = 1\ndefault = \"deny\"\nextends = \"f.toml\""),
+        ("f.toml", fragment),
+    ]);
+    let extending = Policy::load(Path::new("p.toml"), &files).unwrap();
+    assert_eq!((extending.accept.len(), extending.rules[0].accept.len()), (0, 1));
+}
+
+#[test]
+fn what_cannot_be_accepted_is_refused() {
+    assert_eq!(wrong("accept = \"W001\""), ["E004"]);
+    assert_eq!(wrong("accept = { W001 = 1 }"), ["E004"]);
+    assert_eq!(wrong("accept = { W001 = \" \" }"), ["E011"]);
+    for code in ["E005", "N001", "W999", "w001"] {
+        assert_eq!(
+            wrong(&format!("accept = {{ {code} = \"because\" }}")),
+            ["E003"],
+            "{code}"
+        );
+    }
+}
+
+#[test]
 fn every_write_action_is_read() {
     let write = |text: &str| rule(&format!("msr = 0x10\nwrite = {text}")).write.unwrap();
     assert_eq!(write("\"allow\""), WriteAction::Allow);
