@@ -1,8 +1,8 @@
 //! Test binaries: those that cargo built, and what a run of one says.
 //!
 //! Tests that need a live KVM are the integration tests whose names start with `live`, and those that boot Linux in a
-//! VM the ones whose names start with `nested`. Such a test prints `skipped: ` and a reason where it cannot run. They run
-//! in the lanes and nowhere else.
+//! VM the ones whose names start with `nested`. They run in the lanes and nowhere else. Those whose names start with
+//! `browser` run in a stage of their own. Such a test prints `skipped: ` and a reason where it cannot run.
 
 use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,7 @@ enum Kind {
     Test,
     LiveTest,
     NestedTest,
+    BrowserTest,
     Program,
 }
 
@@ -37,6 +38,10 @@ impl Binary {
 
     pub(crate) fn nested(&self) -> bool {
         self.kind == Kind::NestedTest
+    }
+
+    pub(crate) fn browser(&self) -> bool {
+        self.kind == Kind::BrowserTest
     }
 
     /// Whether it is a test that runs on any machine.
@@ -93,6 +98,7 @@ fn binary(message: &str) -> Option<Binary> {
     let kind = match (test, integration) {
         (true, true) if name.starts_with("live") => Kind::LiveTest,
         (true, true) if name.starts_with("nested") => Kind::NestedTest,
+        (true, true) if name.starts_with("browser") => Kind::BrowserTest,
         (true, _) => Kind::Test,
         (false, _) => Kind::Program,
     };
@@ -241,7 +247,7 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
     }
 
     #[test]
-    fn an_integration_test_named_live_or_nested_is_so_and_a_unit_test_is_not() {
+    fn an_integration_test_is_what_its_name_says_and_a_unit_test_is_not() {
         let message = |kind: &str, name: &str| {
             format!(
                 r#"{{"executable":"/t/x","manifest_path":"/w/kvm/Cargo.toml","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":true}}}}"#
@@ -251,6 +257,8 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
         assert!(live.live() && !live.unit() && live.name == "kvm::live_filter");
         let nested = binary(&message("test", "nested_qemu")).expect("it is a binary");
         assert!(nested.nested() && !nested.live() && !nested.unit());
+        let browser = binary(&message("test", "browser_report")).expect("it is a binary");
+        assert!(browser.browser() && !browser.live() && !browser.unit());
         assert!(!binary(&message("lib", "lively")).expect("it is a binary").live());
         assert!(!binary(&message("test", "filter")).expect("it is a binary").live());
     }

@@ -14,14 +14,16 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{checker, fuzz, no_std, process};
+use crate::{checker, fuzz, no_std, package, process};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
-MSRGATE_REQUIRE=host,nested,intel names lanes that fail where they would be skipped.
+MSRGATE_REQUIRE=host,nested,intel,browser names lanes, and the stage browser, that fail where they would be
+skipped.
 
 Integration tests whose names start with `live` run in the lanes only, and those whose names start with
-`nested`, which boot Linux in a VM, in the nested lane only; one at a time. They see
+`nested`, which boot Linux in a VM, in the nested lane only; one at a time. Those whose names start with `browser`
+run in the stage browser, which installs Debian's chromium as root by itself. Those in lanes see
 MSRGATE_LANE (host, nested or intel), MSRGATE_LANE_KERNEL, MSRGATE_LANE_REQUIRE=1 (a KVM that does
 not open is a failure), MSRGATE_BIN (the released msrgate) and what `cargo xtask nested --help`
 names. A test that prints a line `skipped: REASON` counts as skipped.";
@@ -58,6 +60,8 @@ enum Stage {
     Fuzz,
     /// Tests of the crates with unsafe code under a memory checker
     Memory,
+    /// Pages in a browser
+    Browser,
     /// Live tests on this machine's KVM
     Host,
     /// Live tests on kvm_amd in an emulator
@@ -229,8 +233,9 @@ fn required(list: &str) -> Result<Vec<Stage>, String> {
         "host" => Ok(&[Stage::Host][..]),
         "nested" => Ok(&[Stage::Nested, Stage::Qemu][..]),
         "intel" => Ok(&[Stage::Intel][..]),
+        "browser" => Ok(&[Stage::Browser][..]),
         _ => Err(format!(
-            "MSRGATE_REQUIRE names no lane `{name}`; the lanes are host, nested, intel"
+            "MSRGATE_REQUIRE names no lane `{name}`; there are host, nested, intel, browser"
         )),
     });
     Ok(stages.collect::<Result<Vec<_>, _>>()?.concat())
@@ -254,6 +259,7 @@ fn run(stage: Stage) -> Ending {
         Stage::Loom => checker::orders(),
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),
+        Stage::Browser => browser(),
         Stage::Host => host(),
         Stage::Nested | Stage::Qemu | Stage::Intel => Err("a lane in an emulator runs beside the others".into()),
     };
@@ -351,7 +357,7 @@ fn has(subcommand: &str) -> bool {
 }
 
 fn unit() -> Result<Ending, String> {
-    const NO_LANE: &str = "not (kind(test) & binary(/^(live|nested)/))";
+    const NO_LANE: &str = "not (kind(test) & binary(/^(live|nested|browser)/))";
     if !has("nextest") {
         return unit_by_cargo();
     }
@@ -459,6 +465,21 @@ pub(crate) fn checked(text: &str, passed: bool) -> Count {
         count.failed += 1;
     }
     count
+}
+
+fn browser() -> Result<Ending, String> {
+    if let Err(why) = package::require(&[("chromium", "chromium")]) {
+        return Ok(Ending::Skipped(why));
+    }
+    let mut count = Count::default();
+    for binary in binary::tests()?.iter().filter(|binary| binary.browser()) {
+        count += on_this_machine(binary, &[("MSRGATE_LANE_REQUIRE", "1")])?;
+    }
+    let version = process::output(process::bound("chromium").arg("--version"))?;
+    Ok(Ending::Ran {
+        count,
+        note: version.trim().to_string(),
+    })
 }
 
 fn no_live_tests() -> Ending {
@@ -625,9 +646,9 @@ mod tests {
     }
 
     #[test]
-    fn only_lanes_can_be_required() {
-        let all = [Stage::Host, Stage::Nested, Stage::Qemu, Stage::Intel];
-        assert!(required("host, nested,intel").is_ok_and(|stages| stages == all));
+    fn only_what_needs_another_machine_can_be_required() {
+        let all = [Stage::Host, Stage::Nested, Stage::Qemu, Stage::Intel, Stage::Browser];
+        assert!(required("host, nested,intel,browser").is_ok_and(|stages| stages == all));
         assert!(required("").is_ok_and(|stages| stages.is_empty()));
         assert!(required("clippy").is_err());
     }

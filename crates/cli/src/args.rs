@@ -359,7 +359,8 @@ pub(crate) enum LearnArg {
 const REPORT_AFTER: &str = "\
 Example: what a guest did under a policy, and by which rule it got what:
   msrgate run -p policy.toml --trace boot.jsonl -- qemu-system-x86_64 …
-  msrgate report -p policy.toml boot.jsonl";
+  msrgate report -p policy.toml boot.jsonl
+  msrgate report -p policy.toml boot.jsonl --html boot.html";
 
 #[derive(ClapArgs)]
 pub(crate) struct ReportArgs {
@@ -371,6 +372,9 @@ pub(crate) struct ReportArgs {
     pub(crate) policy: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    /// Write one page for a browser, with a timeline and a map, that asks nothing of any network; `-` prints it
+    #[arg(long, value_name = "FILE|-", conflicts_with = "json")]
+    pub(crate) html: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,11 +1,14 @@
 //! `msrgate report`: what traces tell, for people, for programs and for the browser.
 
+mod page;
 mod print;
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 
-use msrgate_core::{Msr, Op};
-use msrgate_policy::report::{MOST_ROWS, MOST_VCPUS, Report};
+use msrgate_core::{Did, Msr, Op, Verdict};
+use msrgate_policy::report::{Kind, MOST_ROWS, MOST_VCPUS, Report, Row};
 use msrgate_policy::trace::TraceError;
 use msrgate_policy::{Explanation, explain};
 
@@ -69,10 +72,12 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     // Where not even a header could be read there is nothing to report on.
     if readable {
         let mut out = io::stdout().lock();
-        if args.json {
-            writeln!(out, "{:#}", print::json(&told))?;
-        } else {
-            print::text(&mut out, &told)?;
+        match &args.html {
+            Some(path) if path == Path::new("-") => out.write_all(page::page(&told).as_bytes())?,
+            Some(path) => fs::write(path, page::page(&told))
+                .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?,
+            None if args.json => writeln!(out, "{:#}", print::json(&told))?,
+            None => print::text(&mut out, &told)?,
         }
     }
     Ok(if broken { Exit::Input } else { Exit::Yes })
@@ -83,6 +88,27 @@ impl Told {
     fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
         let Loaded { policy, map, plan } = self.policy.as_ref()?;
         Some(explain(policy, map, plan, msr, op))
+    }
+
+    /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.
+    fn decides(&self, row: &Row) -> Kind {
+        match self.explain(row.msr, row.op) {
+            Some(explained) if explained.verdict == Verdict::Deny => {
+                Did::from_name(explained.action).map_or(Kind::Faulted, Kind::of)
+            }
+            _ => Kind::Allowed,
+        }
+    }
+
+    /// Whether the policy denies what the guest was served with.
+    fn breaks(&self, row: &Row) -> bool {
+        self.decides(row) == Kind::Faulted && row.served() > 0
+    }
+
+    /// How many accesses the policy denies that the guest was served with.
+    fn broken(&self) -> u64 {
+        let broken = self.report.rows().filter(|row| self.breaks(row));
+        broken.map(Row::served).sum()
     }
 
     /// How many accesses each rule of the policy decides, by its number.

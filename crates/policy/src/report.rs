@@ -370,6 +370,12 @@ impl Report {
 }
 
 impl Row {
+    /// How many did not fault.
+    pub fn served(&self) -> u64 {
+        let [allowed, emulated, _] = self.kinds;
+        allowed + emulated
+    }
+
     fn add(&mut self, event: &Event, moment: Moment, kind: Kind, vcpu: Option<u16>) {
         self.count += 1;
         count(&mut self.kinds, kind);

@@ -1,0 +1,283 @@
+//! The page that `report --html` writes, in a browser. Skipped where there is none, unless MSRGATE_LANE_REQUIRE is 1.
+
+mod browser;
+mod command;
+
+use std::path::PathBuf;
+
+use browser::{Look, Page, chromium};
+use command::Folder;
+use serde_json::json;
+
+const LOOKS: [Look; 4] = [
+    look(1280, 900, "light"),
+    look(1280, 900, "dark"),
+    look(390, 844, "light"),
+    look(390, 844, "dark"),
+];
+
+const fn look(width: u32, height: u32, scheme: &'static str) -> Look {
+    Look {
+        width,
+        height,
+        scheme,
+        script: true,
+    }
+}
+
+/// A page over both traces and a policy, and one over a single trace.
+fn pages(folder: &Folder) -> [(&'static str, PathBuf); 2] {
+    let both = ["traces/linux-6.1-microvm.jsonl", "traces/linux-6.1-pc-smp2.jsonl"];
+    let policy = ["-p", "policies/fixed-microcode.toml"];
+    folder
+        .run(&[&["report", "--html", "both.html"], &policy[..], &both].concat())
+        .code(0);
+    folder.run(&["report", "--html", "one.html", both[1]]).code(0);
+    ["both", "one"].map(|name| (name, folder.path().join(format!("{name}.html"))))
+}
+
+/// The indices that the table shows, from top to bottom.
+fn shown(page: &mut Page) -> Vec<String> {
+    let cells = page.value(
+        "[...document.querySelectorAll('#accesses tbody tr:not([hidden])')].map(row => row.cells[0].textContent + row.dataset.op)",
+    );
+    serde_json::from_value(cells).expect("texts")
+}
+
+/// What has less contrast than WCAG's 4.5 with what is behind it: texts, with both colours.
+const FAINT: &str = r"(() => {
+    const parse = (text) => (text.match(/[\d.]+/g) || []).map(Number);
+    const light = ([r, g, b]) => {
+        const [x, y, z] = [r, g, b].map((c) => c / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+    };
+    const behind = (element) => {
+        for (let at = element; at; at = at.parentElement) {
+            const [r, g, b, a = 1] = parse(getComputedStyle(at).backgroundColor);
+            if (a === 1) return [r, g, b];
+            if (a !== 0) throw new Error('a background that is neither there nor not');
+        }
+        return [255, 255, 255];
+    };
+    const faint = [];
+    let seen = 0;
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        const element = node.parentElement;
+        if (!node.data.trim() || ['SCRIPT', 'STYLE', 'TITLE', 'title'].includes(element.tagName)) continue;
+        if (!element.checkVisibility()) continue;
+        seen += 1;
+        const style = getComputedStyle(element);
+        const [r, g, b, a = 1] = parse(element instanceof SVGElement ? style.fill : style.color);
+        const back = behind(element);
+        const ink = [r, g, b].map((c, i) => c * a + back[i] * (1 - a));
+        const [high, low] = [light(ink), light(back)].sort((x, y) => y - x);
+        const ratio = (high + 0.05) / (low + 0.05);
+        if (ratio < 4.5) faint.push(`${node.data.trim()}: ${ratio.toFixed(2)}, ${ink} on ${back}`);
+    }
+    return { seen, faint };
+})()";
+
+#[test]
+fn a_page_fits_asks_nothing_and_can_be_read_on_desktop_and_phone_light_and_dark() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::furnished();
+    let mut page = Page::new(&chromium, folder.path());
+    for (name, file) in pages(&folder) {
+        for look in LOOKS {
+            page.show(&file, look);
+            let widths = page.value("[document.documentElement.scrollWidth, innerWidth]");
+            assert_eq!(widths, json!([look.width, look.width]), "{name} {look:?} overflows");
+            let table = page.value(
+                "(({ scrollWidth, clientWidth }) => [scrollWidth, clientWidth])(document.querySelector('.tall'))",
+            );
+            assert!(
+                look.width > 600 || table[0].as_u64() > table[1].as_u64(),
+                "the table scrolls in its own box: {table}"
+            );
+            let contrast = page.value(FAINT);
+            assert!(contrast["seen"].as_u64() > Some(500), "{contrast}");
+            assert_eq!(contrast["faint"], json!([]), "{name} {look:?}");
+            assert_eq!(page.complaints(), [""; 0], "{name} {look:?}");
+            page.picture(&format!("{name}-{}-{}", look.width, look.scheme));
+        }
+    }
+}
+
+#[test]
+fn the_table_is_sorted_by_a_click_and_by_keys_and_says_so() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::furnished();
+    let [(_, file), _] = pages(&folder);
+    let mut page = Page::new(&chromium, folder.path());
+    page.show(&file, LOOKS[0]);
+    let by_msr = shown(&mut page);
+    assert_eq!(
+        page.value("document.querySelector('thead th[aria-sort]').textContent"),
+        "MSR"
+    );
+    let counts = "[...document.querySelectorAll('#accesses tbody tr')].map(row => Number(row.dataset.count))";
+    let sorted = "[...document.querySelectorAll('thead th[aria-sort]')].map(th => [th.textContent, th.getAttribute('aria-sort')])";
+    page.click("#accesses th:nth-child(4) button");
+    let up: Vec<u64> = serde_json::from_value(page.value(counts)).expect("counts");
+    assert!(up.is_sorted() && up.first() < up.last(), "{up:?}");
+    assert_eq!(page.value(sorted), json!([["Count", "ascending"]]));
+    assert_ne!(shown(&mut page), by_msr);
+    // From there with the keyboard: once more for the other direction, and on to the next column.
+    page.press("Enter", "\r");
+    let down: Vec<u64> = serde_json::from_value(page.value(counts)).expect("counts");
+    assert!(down.iter().rev().is_sorted() && down.len() == up.len(), "{down:?}");
+    assert_eq!(page.value(sorted), json!([["Count", "descending"]]));
+    page.press("Tab", "");
+    page.press(" ", " ");
+    assert_eq!(page.value(sorted), json!([["First s", "ascending"]]));
+    // A region that scrolls takes the keys too.
+    assert_eq!(page.value("document.querySelector('.tall').tabIndex"), 0);
+    page.click("#accesses th:nth-child(1) button");
+    assert_eq!(shown(&mut page), by_msr);
+    assert_eq!(page.complaints(), [""; 0]);
+}
+
+#[test]
+fn the_table_is_filtered_by_text_direction_and_what_was_got() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::furnished();
+    folder.write(
+        "deny.toml",
+        "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = \"@mtrr\"\nread = \"allow\"\nwrite = \"allow\"\n",
+    );
+    let traces = ["traces/linux-6.1-microvm.jsonl", "traces/linux-6.1-pc-smp2.jsonl"];
+    folder
+        .run(&[&["report", "--html", "page.html", "-p", "deny.toml"], &traces[..]].concat())
+        .code(0);
+    let mut page = Page::new(&chromium, folder.path());
+    page.show(&folder.path().join("page.html"), LOOKS[2]);
+    let all = shown(&mut page);
+    let status = "document.querySelector('[role=status]').textContent";
+    assert_eq!(page.value(status), format!("{} rows, 1,051 accesses", all.len()));
+    // What the policy denies, and so all but the MTRRs.
+    page.click("input[name=broken]");
+    let broken = shown(&mut page);
+    assert!(
+        broken.len() < all.len() && broken.iter().all(|row| !row.starts_with("0x20")),
+        "{broken:?}"
+    );
+    page.click("input[name=broken]");
+    page.click("#find");
+    for key in "TSC write".chars() {
+        page.press(&key.to_string(), &key.to_string());
+    }
+    assert_eq!(shown(&mut page), [""; 0]);
+    assert_eq!(page.value("document.querySelector('.none').hidden"), false);
+    page.value("document.querySelector('#find').value = 'lstar Syscall'; document.querySelector('#find').dispatchEvent(new Event('input'))");
+    assert_eq!(shown(&mut page), ["0xc0000082wrmsr"]);
+    assert!(
+        page.value(status)
+            .as_str()
+            .is_some_and(|text| text.starts_with("1 of "))
+    );
+    page.click("input[value=wrmsr]");
+    assert_eq!(shown(&mut page), [""; 0]);
+    // The map leads to a row that the filter hides.
+    page.value("location.hash = '#wrmsr-0xc0000082'");
+    page.value("new Promise(done => setTimeout(done, 50))");
+    assert_eq!(shown(&mut page), all);
+    page.click("input[value=allowed]");
+    let faulted = shown(&mut page);
+    assert!((1..all.len()).contains(&faulted.len()), "{faulted:?}");
+    assert_eq!(page.complaints(), [""; 0]);
+}
+
+#[test]
+fn without_its_script_a_page_has_everything_but_its_tools() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::furnished();
+    let [(_, file), _] = pages(&folder);
+    let look = Look {
+        script: false,
+        ..LOOKS[2]
+    };
+    let mut page = Page::new(&chromium, folder.path());
+    page.show(&file, look);
+    assert_eq!(page.value("document.querySelector('.tools').checkVisibility()"), false);
+    assert_eq!(page.value("document.querySelectorAll('button').length"), 0);
+    assert!(shown(&mut page).len() > 100);
+    assert_eq!(page.value("document.documentElement.scrollWidth"), 390);
+    assert_eq!(page.complaints(), [""; 0]);
+}
+
+#[test]
+fn a_hostile_trace_runs_nothing_fetches_nothing_and_breaks_no_layout() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::new();
+    let evil = "</title></script></style><script>document.title='owned'</script><img src=http://192.0.2.1/x onerror=\"document.title='owned'\">\u{202e}\u{0}";
+    let header = json!({
+        "msrgate_trace": 1, "guest": evil, "vmm": format!("{evil}{}", "x".repeat(10_000)), "host": "y".repeat(500),
+        "kernel": evil, "mode": evil, "cpu": evil, "policy": evil,
+    });
+    let name = "<script>document.title=\"owned\"<\u{2044}script>&'.jsonl";
+    let mut text = format!("{header}\n");
+    for t in [0, u64::MAX, 5] {
+        text.push_str(&format!("{{\"op\":\"rdmsr\",\"msr\":4294967295,\"t\":{t},\"vm\":4294967295,\"vcpu\":{},\"rule\":4294967295,\"cost\":{t},\"rip\":18446744073709551615}}\n", t % 7));
+    }
+    folder.write(name, text);
+    let evil_in_toml = "</script><script>document.title='owned'</script>".replace('\'', "\\\"");
+    folder.write("p.toml", format!("version = 1\nname = \"{evil_in_toml}\"\ndefault = \"allow\"\n[[rule]]\nmsr = 5\nread = \"zero\"\nwhy = \"{evil_in_toml}\"\n"));
+    folder
+        .run(&["report", "-p", "p.toml", "--html", "page.html", name, name])
+        .code(0);
+    let mut page = Page::new(&chromium, folder.path());
+    for look in [LOOKS[0], LOOKS[3]] {
+        page.show(&folder.path().join("page.html"), look);
+        assert_eq!(page.value("document.title"), "MSR accesses: 2 traces");
+        assert_eq!(page.value("document.scripts.length + document.images.length"), 1);
+        assert_eq!(page.value("document.documentElement.scrollWidth"), look.width);
+        assert!(
+            page.value("document.body.textContent")
+                .as_str()
+                .is_some_and(|text| text.contains("<img src=http"))
+        );
+        assert_eq!(page.complaints(), [""; 0]);
+        page.picture(&format!("hostile-{}", look.width));
+    }
+}
+
+#[test]
+fn a_guest_that_touches_everything_makes_no_endless_page() {
+    let Some(chromium) = chromium() else {
+        return;
+    };
+    let folder = Folder::new();
+    let mut text = "{\"msrgate_trace\":1}\n".to_owned();
+    for msr in 0..40_000_u32 {
+        let index = msr.wrapping_mul(97) % 0x10000 + if msr % 2 == 0 { 0 } else { 0xc000_0000 };
+        text.push_str(&format!(
+            "{{\"t\":{msr},\"vcpu\":{},\"op\":\"rdmsr\",\"msr\":{index}}}\n",
+            msr % 300
+        ));
+    }
+    folder.write("all.jsonl", text);
+    let html = folder.run(&["report", "--html", "-", "all.jsonl"]).code(0).out;
+    assert!(html.len() < 16 << 20, "{} bytes", html.len());
+    folder.write("page.html", &html);
+    let mut page = Page::new(&chromium, folder.path());
+    page.show(&folder.path().join("page.html"), LOOKS[0]);
+    assert_eq!(shown(&mut page).len(), 4096);
+    page.click("#accesses th:nth-child(4) button");
+    assert!(
+        page.value("document.querySelector('.notes').textContent")
+            .as_str()
+            .is_some_and(|text| text.contains("4,096 MSRs"))
+    );
+    assert_eq!(page.complaints(), [""; 0]);
+}
