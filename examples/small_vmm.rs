@@ -1,7 +1,7 @@
 //! A small VMM of its own make, which knows nothing of msrgate: real-mode guests that access MSRs, on kvm-ioctls.
 //!
 //! ```text
-//! small_vmm [--filter] [--vcpus N] ACCESS…
+//! small_vmm [--filter] [--vcpus N] [--set INDEX=VALUE] ACCESS…
 //! msrgate run -p policies/fixed-microcode.toml -- small_vmm r:0x8b w:0x174=8 r:0x174
 //! ```
 //!
@@ -11,6 +11,9 @@
 //! `--filter` gives the VM a filter of this VMM's own, and handlers for what it denies: a read of 0x35 (cores and
 //! threads) gets 0x20004, as some VMMs do it. An exit that it has no handler for ends this VMM with a panic, as it
 //! ends others.
+//!
+//! `--set` puts a value into each vCPU's MSR before it runs (KVM_SET_MSRS), and prints what the VMM reads there after
+//! it has run (KVM_GET_MSRS): `vmm 0x8b 0x7`.
 
 #![expect(unsafe_code, reason = "guest memory is mapped by hand")]
 
@@ -19,7 +22,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
 
@@ -45,6 +49,7 @@ enum Access {
 struct Options {
     filter: bool,
     vcpus: usize,
+    set: Vec<(u32, u64)>,
     accesses: Vec<Access>,
 }
 
@@ -59,8 +64,9 @@ pub(crate) fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), B
     let threads: Vec<_> = (0..options.vcpus.max(1))
         .map(|id| {
             let vcpu = new_vcpu(&vm, id, &options.accesses)?;
-            let accesses = options.accesses.clone();
-            Ok(std::thread::spawn(move || run(vcpu, &accesses)))
+            set(&vcpu, &options.set)?;
+            let (accesses, msrs) = (options.accesses.clone(), options.set.clone());
+            Ok(std::thread::spawn(move || run(vcpu, &accesses, &msrs)))
         })
         .collect::<Result<_, Box<dyn Error>>>()?;
     for thread in threads {
@@ -88,6 +94,11 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, Box<dyn
             None if argument == "--filter" => options.filter = true,
             None if argument == "--vcpus" => {
                 options.vcpus = arguments.next().ok_or("--vcpus takes a number")?.parse()?
+            }
+            None if argument == "--set" => {
+                let argument = arguments.next().unwrap_or_default();
+                let (msr, value) = argument.split_once('=').ok_or("--set takes INDEX=VALUE")?;
+                options.set.push((u32::try_from(number(msr)?)?, number(value)?));
             }
             Some(("r", msr)) => options.accesses.push(Access::Read(u32::try_from(number(msr)?)?)),
             Some(("w", access)) => {
@@ -176,6 +187,33 @@ fn new_vcpu(vm: &VmFd, id: usize, accesses: &[Access]) -> Result<VcpuFd, Box<dyn
     Ok(vcpu)
 }
 
+fn entries(msrs: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, String> {
+    let entry = |(index, data)| kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    Msrs::from_entries(&msrs.map(entry).collect::<Vec<_>>()).map_err(|error| format!("{error:?}"))
+}
+
+fn set(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), Box<dyn Error>> {
+    match vcpu.set_msrs(&entries(msrs.iter().copied())?)? {
+        count if count == msrs.len() => Ok(()),
+        count => Err(format!("the kernel takes {count} MSRs of {}", msrs.len()).into()),
+    }
+}
+
+/// What the VMM reads of the MSRs that it has set.
+fn vmms(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<String, String> {
+    let mut entries = entries(msrs.iter().map(|(msr, _)| (*msr, 0)))?;
+    vcpu.get_msrs(&mut entries)
+        .map_err(|error| format!("KVM_GET_MSRS: {error}"))?;
+    let lines = entries.as_slice().iter();
+    Ok(lines
+        .map(|entry| format!("vmm {:#x} {:#x}\n", entry.index, entry.data))
+        .collect())
+}
+
 /// Real-mode code that makes the accesses and reports each.
 fn program(accesses: &[Access]) -> Vec<u8> {
     let mut code = Vec::new();
@@ -206,7 +244,7 @@ fn program(accesses: &[Access]) -> Vec<u8> {
     code
 }
 
-fn run(mut vcpu: VcpuFd, accesses: &[Access]) -> Result<String, String> {
+fn run(mut vcpu: VcpuFd, accesses: &[Access], msrs: &[(u32, u64)]) -> Result<String, String> {
     let mut lines = String::new();
     let mut reported = [0; 2];
     let mut accesses = accesses.iter();
@@ -239,7 +277,7 @@ fn run(mut vcpu: VcpuFd, accesses: &[Access]) -> Result<String, String> {
                 *exit.data = 0x2_0004;
                 *exit.error = 0;
             }
-            Ok(VcpuExit::Hlt) => return Ok(lines),
+            Ok(VcpuExit::Hlt) => return Ok(lines + &vmms(&vcpu, msrs)?),
             Ok(exit) => panic!("no handler for {exit:?}"),
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(format!("KVM_RUN: {error}")),

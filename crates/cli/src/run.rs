@@ -29,14 +29,13 @@ const LD_PRELOAD: &str = "LD_PRELOAD";
 const DRAIN: Duration = Duration::from_millis(10);
 
 pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
-    let map = policy(args)?;
+    let mut map = policy(args)?;
     let Some((name, arguments)) = args.command.split_first() else {
         return Err(Failure::input("no VMM is named"));
     };
     let program = program::find(name)?;
     program::check(&program)?;
     let library = library::find()?;
-    let plan = plan(&map)?;
 
     let machine = |error: io::Error| {
         let line = format!("the policy cannot be handed over: {error}");
@@ -57,9 +56,18 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         events: args.trace.is_some(),
         rip: args.rip,
     };
+    // What makes no exit makes no event. A vCPU has no CPUID yet where it is given its presets. Where there is no KVM the
+    // VMM may not need it.
+    if mode == Mode::Enforce
+        && !wanted.events
+        && let Ok(held) = load::held(map.clone(), None)
+    {
+        map = held;
+    }
+    let plan = plan(&map)?;
     let handover = Handover::new(&map, wanted).map_err(machine)?;
     let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, &plan))?;
-    let mut record = Record::new(handover.board(), trace, mode, args.json);
+    let mut record = Record::new(handover.board(), trace, mode, plan.presets(), args.json);
     let mut command = Command::new(&program);
     command
         .arg0(name)

@@ -72,7 +72,7 @@ fn under(folder: &Folder, options: &[&str], vmm: &str) -> Ran {
 fn seen(ran: &Ran) -> Vec<&str> {
     let lines = ran.out.lines();
     lines
-        .filter(|line| line.starts_with("rdmsr") || line.starts_with("wrmsr"))
+        .filter(|line| ["rdmsr", "wrmsr", "vmm "].iter().any(|start| line.starts_with(start)))
         .collect()
 }
 
@@ -222,9 +222,9 @@ fn the_summary_says_what_each_msr_cost_and_all_together() {
     if !ready() {
         return;
     }
-    let accesses = "--vcpus 2 r:0x8b r:0x8b w:0x8b=1 r:0x174";
-    let folder = Folder::furnished();
-    let ran = under(&folder, &[MICROCODE, &["--json"]].concat(), accesses).code(0);
+    let accesses = "--vcpus 2 r:0x174 r:0x174 w:0x174=1 r:0x8b";
+    let folder = with_policy("default = \"allow\"\n[[rule]]\nmsr = \"0x174\"\nread = \"zero\"\nwrite = \"ignore\"\n");
+    let ran = under(&folder, &["-p", "policy.toml", "--json"], accesses).code(0);
     let summary = summary(&ran);
     let costs: Vec<u64> = list(&summary, "by_msr")
         .iter()
@@ -239,8 +239,46 @@ fn the_summary_says_what_each_msr_cost_and_all_together() {
         count(&summary, "cost_ns").abs_diff(costs.iter().sum()) < 2,
         "{summary:#}"
     );
-    let ran = under(&folder, MICROCODE, accesses).code(0);
+    let ran = under(&folder, &["-p", "policy.toml"], accesses).code(0);
     ran.says(&["1 VM and 2 vCPUs, 6 accesses answered in ", " each "]);
+}
+
+#[test]
+fn a_fixed_answer_that_the_kernel_holds_makes_no_exit_and_outlasts_what_the_vmm_puts_there() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let accesses = "--vcpus 2 --set 0x8b=7 --set 0x174=8 r:0x8b r:0x174";
+    let each = [
+        "rdmsr 0x8b 0x100000000000000",
+        "rdmsr 0x174 0x8",
+        // What the VMM would see without a policy.
+        "vmm 0x8b 0x7",
+        "vmm 0x174 0x8",
+    ];
+    let ran = under(&folder, &[MICROCODE, &["--json"]].concat(), accesses).code(0);
+    assert_eq!(seen(&ran), [each, each].concat());
+    let told = summary(&ran);
+    assert!(list(&told, "by_msr").is_empty(), "{told:#}");
+    let presets = list(&told, "presets");
+    assert_eq!(
+        (presets.len(), text(&presets[0], "msr"), text(&presets[0], "value")),
+        (1, "0x8b", "0x100000000000000")
+    );
+    let ran = under(&folder, MICROCODE, accesses).code(0);
+    ran.says(&[
+        "no access answered",
+        "the kernel holds the policy's fixed answers of 0x8b",
+    ]);
+
+    // What is to be written down makes an exit.
+    let options = [MICROCODE, &["--json", "--trace", "trace.jsonl"]].concat();
+    let ran = under(&folder, &options, accesses).code(0);
+    assert_eq!(seen(&ran), [each, each].concat());
+    let told = summary(&ran);
+    assert!(list(&told, "presets").is_empty(), "{told:#}");
+    assert_eq!(count(&list(&told, "by_msr")[0], "count"), 2);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What becomes of each call.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libc::{EACCES, EBADF, EINVAL, c_int, c_uint, c_ulong};
@@ -20,6 +21,14 @@ const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
 /// `_IOW(KVMIO, 0x99, struct kvm_mp_state)`.
 const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
+/// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.
+const KVM_GET_MSRS: u32 = 0xc008_ae88;
+/// `_IOW(KVMIO, 0x89, struct kvm_msrs)`.
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+/// `_IOW(KVMIO, 0xab, struct kvm_one_reg)`, which newer kernels take for MSRs too.
+const KVM_GET_ONE_REG: u32 = 0x4010_aeab;
+/// `_IOW(KVMIO, 0xac, struct kvm_one_reg)`.
+const KVM_SET_ONE_REG: u32 = 0x4010_aeac;
 /// Bytes of `struct kvm_enable_cap`.
 const ENABLE_CAP_SIZE: usize = 104;
 
@@ -37,6 +46,8 @@ pub struct Hook<K: Kernel> {
     turn: Turn,
     objects: Mutex<Objects<K::Gate>>,
     setup: Box<dyn Fn() -> Result<Setup, String> + Send + Sync>,
+    /// Whether some vCPU has presets.
+    presets: AtomicBool,
     /// Whose descriptors are kept track of: the child of a `vfork` has this memory and descriptors of its own.
     process: AtomicU32,
 }
@@ -81,6 +92,7 @@ impl<K: Kernel> Hook<K> {
                 vcpu_descriptors: Vec::new(),
             }),
             setup: Box::new(setup),
+            presets: AtomicBool::new(false),
             process: AtomicU32::new(std::process::id()),
         }
     }
@@ -96,6 +108,7 @@ impl<K: Kernel> Hook<K> {
         match request as u32 {
             KVM_RUN => self.run(fd, request, argument),
             KVM_SET_MP_STATE => self.set_mp_state(fd, request, argument),
+            KVM_GET_MSRS | KVM_SET_MSRS | KVM_GET_ONE_REG | KVM_SET_ONE_REG => self.msrs(fd, request, argument),
             KVM_CREATE_VM => self.managed(fd, request, argument, Self::create_vm),
             KVM_CREATE_VCPU => self.managed(fd, request, argument, Self::create_vcpu),
             abi::SET_MSR_FILTER => self.managed(fd, request, argument, Self::set_msr_filter),
@@ -202,7 +215,9 @@ impl<K: Kernel> Hook<K> {
         self.with_objects(|objects| {
             let object = objects.vm(number).ok_or("its VM was closed")?;
             let vm = Arc::clone(&object.vm);
+            let registers = self.registers(fd, vm.policy.presets())?;
             let vcpu = vm.gate.vcpu(fd, id)?;
+            self.presets.fetch_or(!registers.is_empty(), Ordering::Relaxed);
             let board = vm.policy.board.as_ref();
             let slate = board.and_then(Board::slate);
             let wanted = board.map(Board::wanted).unwrap_or_default();
@@ -210,6 +225,8 @@ impl<K: Kernel> Hook<K> {
                 vm,
                 vcpu,
                 id,
+                registers,
+                ready: Cell::new(true),
                 slate,
                 wanted,
             });
@@ -449,5 +466,7 @@ fn beyond(fd: c_int) -> String {
 }
 
 mod run;
+mod msrs;
+pub(crate) use msrs::Register;
 #[cfg(test)]
 mod tests;

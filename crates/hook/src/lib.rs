@@ -10,6 +10,7 @@
 //!                       └─→ the VMM's: as it came
 //! KVM_X86_SET_MSR_FILTER ─→ VMM ∩ policy, planned anew
 //! KVM_ENABLE_CAP 188 ─────→ VMM ∪ policy
+//! KVM_GET_MSRS, _SET_MSRS → on the VMM's values, where presets are
 //! dup, close, fork ───────→ which descriptor is which
 //! ```
 //!

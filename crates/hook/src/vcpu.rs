@@ -2,11 +2,12 @@
 
 #![expect(unsafe_code, reason = "a cell that a state machine guards")]
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use crate::board::{Slate, Wanted};
+use crate::hook::Register;
 use crate::vm::Vm;
 
 /// What a vCPU's thread needs.
@@ -15,6 +16,10 @@ pub(crate) struct Body<G, V> {
     pub(crate) vm: Arc<Vm<G>>,
     pub(crate) vcpu: V,
     pub(crate) id: u32,
+    /// Those that hold presets.
+    pub(crate) registers: Box<[Register]>,
+    /// Whether the policy is in force on it.
+    pub(crate) ready: Cell<bool>,
     /// Where its accesses are written down.
     pub(crate) slate: Option<Slate>,
     pub(crate) wanted: Wanted,

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use msrgate_core::{
-    ActionTable, Did, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
+    Access, Did, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
 };
-use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, PlanError};
+use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, PlanError, Preset};
 
 use crate::board::{Board, Mode};
 use crate::kernel::RawExit;
@@ -24,9 +24,11 @@ pub(crate) struct Policy {
 
 impl Policy {
     pub(crate) fn new(map: DecisionMap, board: Option<Board>) -> Result<Policy, PlanError> {
+        let plan = Plan::compile(&map)?;
         Ok(Policy {
-            plan: Plan::compile(&map)?,
-            map,
+            // A vCPU cannot be given a preset later, so that other plans of this policy have none but these.
+            map: map.holding(plan.presets().to_vec()),
+            plan,
             mode: board.as_ref().map_or(Mode::Enforce, |board| board.wanted().mode),
             board,
         })
@@ -50,9 +52,35 @@ impl Policy {
         Ok(plan.handing_over(mask))
     }
 
+    /// What each vCPU is given.
+    pub(crate) fn presets(&self) -> &[Preset] {
+        match self.mode {
+            Mode::Enforce => self.plan.presets(),
+            Mode::Audit | Mode::Learn | Mode::LearnAll => &[],
+        }
+    }
+
     /// Whether vCPUs remember something.
     pub(crate) fn remembers(&self) -> bool {
         self.plan.table().remembers()
+    }
+
+    /// Whether it says by itself what such an exit gets.
+    fn decides(&self, access: Access, reason: Reason) -> bool {
+        let (table, msr, op) = (self.plan.table(), access.msr(), access.op());
+        let by = |pair: &(ReadAction, WriteAction)| match op {
+            Op::Read => pair.0 != ReadAction::Deny,
+            Op::Write => pair.1 != WriteAction::Deny,
+        };
+        match (reason, op) {
+            // Beside the VMM's filter a preset may not fit, and then it is an exit.
+            (Reason::Filter, Op::Read) => {
+                names(table.reads(), msr) || self.plan.presets().iter().any(|preset| preset.msr == msr)
+            }
+            (Reason::Filter, Op::Write) => names(table.writes(), msr),
+            (Reason::Unknown, _) => by(table.unknown()),
+            (Reason::Invalid, _) => by(table.invalid()),
+        }
     }
 
     /// Whether the first touch of an MSR is waited for.
@@ -209,7 +237,7 @@ impl<G> Vm<G> {
             return Owner::Policy;
         };
         let decided = match (self.policy.mode, reason) {
-            (Mode::Enforce, _) => decides(self.policy.plan.table(), exit.access.msr(), exit.access.op(), reason),
+            (Mode::Enforce, _) => self.policy.decides(exit.access, reason),
             (_, Reason::Filter) => return Owner::Watch,
             _ => false,
         };
@@ -242,20 +270,6 @@ impl<G> Vm<G> {
         } else {
             Touch::Open
         }
-    }
-}
-
-/// Whether the table says by itself what such an exit gets.
-fn decides(table: &ActionTable, msr: Msr, op: Op, reason: Reason) -> bool {
-    let by = |pair: &(ReadAction, WriteAction)| match op {
-        Op::Read => pair.0 != ReadAction::Deny,
-        Op::Write => pair.1 != WriteAction::Deny,
-    };
-    match (reason, op) {
-        (Reason::Filter, Op::Read) => names(table.reads(), msr),
-        (Reason::Filter, Op::Write) => names(table.writes(), msr),
-        (Reason::Unknown, _) => by(table.unknown()),
-        (Reason::Invalid, _) => by(table.invalid()),
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use msrgate_core::{Event, Log, Msr, Op};
 use msrgate_hook::{Board, Clock, Missing, Mode, Reader, SLATES, Tally};
+use msrgate_plan::Preset;
 use msrgate_policy::trace::{Header, write_event};
 use serde_json::{Value, json};
 
@@ -20,17 +21,19 @@ pub(crate) struct Record<'a> {
     clock: Clock,
     trace: Trace,
     mode: Mode,
+    presets: &'a [Preset],
     json: bool,
 }
 
 impl<'a> Record<'a> {
-    pub(crate) fn new(board: &'a Board, trace: Trace, mode: Mode, json: bool) -> Record<'a> {
+    pub(crate) fn new(board: &'a Board, trace: Trace, mode: Mode, presets: &'a [Preset], json: bool) -> Record<'a> {
         Record {
             board,
             reader: board.reader(),
             clock: Clock::start(),
             trace,
             mode,
+            presets,
             json,
         }
     }
@@ -82,6 +85,10 @@ impl<'a> Record<'a> {
             "vcpus": self.board.vcpus(),
             "refused": self.board.refusals(),
             "cost_ns": rate.lasting(ticks(tallies)),
+            "presets": self.presets.iter().map(|preset| json!({
+                "msr": preset.msr.to_string(),
+                "value": format!("{:#x}", preset.value),
+            })).collect::<Vec<_>>(),
             "by_msr": rows.collect::<Vec<_>>(),
             "lost": {
                 "events": missing.events,
@@ -143,6 +150,14 @@ impl<'a> Record<'a> {
         );
         if accesses > 0 {
             text.push_str(&render::text(&table));
+        }
+        if !self.presets.is_empty() {
+            let presets: Vec<String> = self.presets.iter().map(|preset| preset.msr.to_string()).collect();
+            text.push_str(&format!(
+                "msrgate: the kernel holds the policy's fixed answers of {}: reads of these make no exit and are not \
+                 counted\n",
+                presets.join(", ")
+            ));
         }
         if missing.accesses > 0 {
             text.push_str(&format!(

@@ -1,9 +1,9 @@
 //! KVM_RUN: whose each exit is, and what becomes of it.
 
-use libc::{EINTR, c_int, c_ulong};
-use msrgate_core::{Access, Answer, Did, Event, Log, Msr, Outcome, Reason, Why};
+use libc::{EACCES, EINTR, c_int, c_ulong};
+use msrgate_core::{Access, Answer, Did, Event, Log, Outcome, Reason, Why};
 
-use super::{BodyOf, Hook, failed};
+use super::{BodyOf, Hook, KVM_SET_MSRS, failed};
 use crate::board::Mode;
 use crate::clock::ticks;
 use crate::descriptor::Object;
@@ -14,10 +14,6 @@ use crate::vm::{Owner, Touch};
 
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.
 const KVM_GET_REGS: u32 = 0x8090_ae81;
-/// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.
-const KVM_GET_MSRS: u32 = 0xc008_ae88;
-/// `_IOW(KVMIO, 0x89, struct kvm_msrs)`.
-const KVM_SET_MSRS: u32 = 0x4008_ae89;
 
 impl<K: Kernel> Hook<K> {
     /// KVM_RUN until something is the VMM's. Not inlined, so that what it reaches can be read off the library's text.
@@ -34,6 +30,9 @@ impl<K: Kernel> Hook<K> {
             set_errno(EINTR);
             return -1;
         };
+        if !body.ready.get() {
+            return failed(EACCES);
+        }
         let before = errno();
         // Looked at here, since a VMM resets a vCPU before it loads a saved state too, which undoes no lock.
         if entered.as_ref().is_some_and(Entered::was_placed) && body.vm.policy.remembers() && body.vcpu.is_reset(fd) {
@@ -136,19 +135,6 @@ impl<K: Kernel> Hook<K> {
             },
             None => Answer::fault(Why::KernelRefused, None),
         }
-    }
-
-    /// The kernel's value of an MSR, where it gives one. The guest's own RDMSR may get another.
-    fn host_read(&self, vcpu: c_int, msr: Msr) -> Option<u64> {
-        self.one_msr(vcpu, KVM_GET_MSRS, msr, 0)
-    }
-
-    fn one_msr(&self, vcpu: c_int, request: u32, msr: Msr, value: u64) -> Option<u64> {
-        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
-        let mut one = [1, u64::from(msr.0), value];
-        let address = one.as_mut_ptr().expose_provenance();
-        let done = self.kernel.ioctl(vcpu, c_ulong::from(request), address);
-        (done == 1).then_some(one[2])
     }
 
     /// Neither locks nor allocates, and makes a system call only where the guest's RIP is wanted. `began` is when the

@@ -43,6 +43,45 @@ struct World {
     reset: bool,
     forgotten: u32,
     memory: Vec<u8>,
+    /// The MSRs that the kernel has, with what a new vCPU's hold.
+    known: HashMap<u32, u64>,
+    /// What those of vCPUs hold that were written, by descriptor.
+    msrs: HashMap<(c_int, u32), u64>,
+    /// One that keeps its value.
+    stuck: Option<u32>,
+    /// What the host's calls on MSRs were.
+    asked: Vec<u32>,
+}
+
+impl World {
+    /// KVM_GET_MSRS or KVM_SET_MSRS.
+    #[expect(unsafe_code, reason = "a structure that the caller points to")]
+    fn msrs(&mut self, fd: c_int, request: u32, address: usize) -> c_int {
+        self.asked.push(request);
+        let words = std::ptr::with_exposed_provenance_mut::<u64>(address);
+        // SAFETY: every test and the hook give the address of a live `struct kvm_msrs`, which begins with its count.
+        let count = unsafe { words.read() } as usize;
+        let first = words.wrapping_add(1).cast::<[u64; 2]>();
+        // SAFETY: so many entries of two words follow the first one, and nothing else refers to them over the call.
+        let entries = unsafe { std::slice::from_raw_parts_mut(first, count) };
+        for (done, [index, data]) in (0..).zip(entries) {
+            let index = *index as u32;
+            let Some(initial) = self.known.get(&index) else {
+                return done;
+            };
+            let register = self.msrs.entry((fd, index)).or_insert(*initial);
+            match request {
+                KVM_GET_MSRS => *data = *register,
+                _ if self.stuck == Some(index) => {}
+                _ => *register = *data,
+            }
+        }
+        count as c_int
+    }
+
+    fn register(&self, fd: c_int, msr: u32) -> u64 {
+        self.msrs.get(&(fd, msr)).copied().unwrap_or(self.known[&msr])
+    }
 }
 
 #[derive(Clone, Default)]
@@ -62,9 +101,10 @@ fn fail(error: c_int) -> c_int {
 impl Kernel for Fake {
     type Gate = FakeGate;
 
-    fn ioctl(&self, fd: c_int, request: c_ulong, _: usize) -> c_int {
+    fn ioctl(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let mut world = self.world();
         match request as u32 {
+            request @ (KVM_GET_MSRS | KVM_SET_MSRS) => world.msrs(fd, request, argument),
             KVM_CREATE_VM | KVM_CREATE_VCPU => {
                 world.next += 1;
                 100 + world.next
@@ -105,8 +145,8 @@ impl Kernel for Fake {
         if world.refuse {
             return Err("the kernel does not".to_owned());
         }
-        world.plans.push(plan);
-        Ok(FakeGate(self.clone()))
+        world.plans.push(Arc::clone(&plan));
+        Ok(FakeGate(self.clone(), plan))
     }
 
     fn read(&self, address: u64, to: &mut [u8]) -> bool {
@@ -122,14 +162,19 @@ impl Kernel for Fake {
     }
 }
 
-struct FakeGate(Fake);
+/// With the plan that it was made with.
+struct FakeGate(Fake, Arc<Plan>);
 
 impl Gate for FakeGate {
     type Vcpu = FakeVcpu;
 
     fn vcpu(&self, fd: c_int, _: u32) -> Result<FakeVcpu, String> {
         let page = Arc::default();
-        self.0.world().pages.insert(fd, Arc::clone(&page));
+        let mut world = self.0.world();
+        world.pages.insert(fd, Arc::clone(&page));
+        for preset in self.1.presets() {
+            world.msrs.insert((fd, preset.msr.0), preset.value);
+        }
         Ok(FakeVcpu {
             kernel: self.0.clone(),
             page,
@@ -768,6 +813,126 @@ mod beside_the_engine {
 fn taken_back_and_answered(fake: &Fake) -> (u32, usize) {
     let world = fake.world();
     (world.taken_back, world.answers.len())
+}
+
+/// The fixed revision is one that the kernel holds; its own is 1.
+fn held() -> (Hook<Fake>, Fake) {
+    let writes = [(MsrRange::single(Msr(MICROCODE)), Decision::of(WriteAction::Ignore))];
+    let map = DecisionMap {
+        writes: Intervals::first_match(Decision::of(WriteAction::Allow), writes),
+        ..policy()
+    };
+    let preset = map.preset(Msr(MICROCODE)).unwrap();
+    let (hook, fake) = hook(map.holding(vec![preset]));
+    fake.world().known = HashMap::from([(MICROCODE, 1), (9, 0)]);
+    (hook, fake)
+}
+
+/// What a VMM's call gives, and the values that it finds or gives.
+fn msrs<const N: usize>(hook: &Hook<Fake>, vcpu: c_int, request: u32, entries: &mut [(u32, u64); N]) -> c_int {
+    let mut words = vec![N as u64];
+    words.extend(entries.iter().flat_map(|(msr, value)| [u64::from(*msr), *value]));
+    let result = ioctl(hook, vcpu, request, words.as_mut_ptr().expose_provenance());
+    for (entry, word) in entries.iter_mut().zip(words[1..].chunks(2)) {
+        entry.1 = word[1];
+    }
+    result
+}
+
+#[test]
+fn a_preset_stays_where_it_is_and_the_vmm_sees_what_it_would_see_without_it() {
+    let (hook, fake) = held();
+    let vm = vm(&hook);
+    let vcpus = [vcpu(&hook, vm, &fake, &[]), vcpu(&hook, vm, &fake, &[])];
+    let preset = |fd| fake.world().register(fd, MICROCODE) == 5;
+    let plan = Arc::clone(&fake.world().plans[0]);
+    assert_eq!(plan.filter().verdict(Msr(MICROCODE), Op::Read), Verdict::Allow);
+    assert!(preset(vcpus[0]) && preset(vcpus[1]));
+    let sees = |fd| {
+        let mut entries = [(9, 0), (MICROCODE, 0)];
+        assert_eq!(msrs(&hook, fd, KVM_GET_MSRS, &mut entries), 2);
+        assert!(preset(fd));
+        entries.map(|(_, value)| value)
+    };
+    assert_eq!(sees(vcpus[0]), [0, 1], "the kernel's own");
+    set_errno(EBUSY);
+    // As a VMM does it where it resets a vCPU or loads its state; the last is the preset by chance.
+    for value in [7, 7, 8, 5] {
+        assert_eq!(
+            msrs(&hook, vcpus[0], KVM_SET_MSRS, &mut [(MICROCODE, value), (9, value)]),
+            2
+        );
+        assert!(preset(vcpus[0]));
+        assert_eq!((sees(vcpus[0]), sees(vcpus[1])), ([value; 2], [0, 1]));
+    }
+    assert_eq!(errno(), EBUSY);
+    // One that breaks off behind the register.
+    assert_eq!(
+        msrs(&hook, vcpus[1], KVM_SET_MSRS, &mut [(MICROCODE, 7), (99, 7), (9, 7)]),
+        1
+    );
+    assert_eq!(sees(vcpus[1]), [0, 7]);
+}
+
+#[test]
+fn calls_that_are_no_vcpus_or_meet_no_preset_go_on_as_they_came() {
+    let (hook, fake) = held();
+    let vm = vm(&hook);
+    vcpu(&hook, vm, &fake, &[]);
+    fake.world().asked.clear();
+    assert_eq!(msrs(&hook, KVM, KVM_GET_MSRS, &mut [(9, 0)]), 1);
+    assert_eq!(fake.world().asked, [KVM_GET_MSRS]);
+
+    let (hook, fake) = super::tests::hook(policy());
+    fake.world().known = HashMap::from([(MICROCODE, 1)]);
+    let vm = super::tests::vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    assert_eq!(msrs(&hook, vcpu, KVM_SET_MSRS, &mut [(MICROCODE, 7)]), 1);
+    let world = fake.world();
+    assert_eq!((world.register(vcpu, MICROCODE), world.asked.len()), (7, 1));
+}
+
+#[test]
+fn a_vcpu_on_which_the_kernel_no_longer_holds_a_preset_does_not_run() {
+    let (hook, fake) = held();
+    let vm = vm(&hook);
+    let vcpus = [vcpu(&hook, vm, &fake, &[]), vcpu(&hook, vm, &fake, &[])];
+    fake.world().msrs.insert((vcpus[0], MICROCODE), 7);
+    fake.world().stuck = Some(MICROCODE);
+    assert_eq!(
+        (msrs(&hook, vcpus[0], KVM_SET_MSRS, &mut [(9, 7)]), errno()),
+        (-1, EACCES)
+    );
+    assert!(
+        fake.world().said[0].contains("no longer holds 0x5 in 0x8b"),
+        "{:?}",
+        fake.world().said
+    );
+    assert_eq!((run(&hook, &fake, vcpus[0], &[Ran::Other]).0, errno()), (-1, EACCES));
+    assert_eq!(run(&hook, &fake, vcpus[1], &[Ran::Other]).0, 0);
+    // Nor is one made where the kernel has no such register.
+    fake.world().known.clear();
+    assert_eq!((ioctl(&hook, vm, KVM_CREATE_VCPU, 0), errno()), (-1, EACCES));
+}
+
+#[test]
+fn a_preset_that_does_not_fit_beside_the_vmms_filter_is_the_policys_exit() {
+    let (hook, fake) = held();
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    assert_eq!(set_mask(&hook, &fake, vm, 4), 0);
+    // Sixteen ranges of the VMM's, one of which the denial of both directions fits into and that of writes does not.
+    let mut ranges: Vec<(u32, u32, u32, &[u8])> = (1..16).map(|i| (3, i << 20, 1, &[0_u8; 8][..])).collect();
+    ranges.push((3, MICROCODE + 1, 1, &[0; 8]));
+    assert_eq!(set_filter(&hook, &fake, vm, raw_filter(0, &ranges)), 0);
+    let plan = Arc::clone(fake.world().plans.last().unwrap());
+    assert_eq!(
+        (plan.presets().len(), plan.filter().verdict(Msr(MICROCODE), Op::Read)),
+        (0, Verdict::Deny)
+    );
+    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpu, &[exit, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Value(5)]);
 }
 
 #[test]
