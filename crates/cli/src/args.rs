@@ -71,7 +71,8 @@ pub(crate) enum Command {
 /// The guest's CPUID, for policies that depend on it.
 #[derive(ClapArgs)]
 pub(crate) struct CpuidArgs {
-    /// The guest's CPUID: `host` for what KVM on this machine offers a guest, or a file with what `cpuid -r -1` printed
+    /// The guest's CPUID: `host` for what KVM on this machine offers a guest, a file with what `cpuid -r -1` printed, or
+    /// a trace whose header has it
     #[arg(long, value_name = "FILE|host")]
     pub(crate) cpuid: Option<PathBuf>,
 }

@@ -1,12 +1,13 @@
 //! Policies and CPUIDs from files.
 
-use std::fs;
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use msrgate_plan::{By, DecisionMap, Plan};
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
+use msrgate_policy::trace::Lines;
 use msrgate_policy::{Diagnostic, Files, Policy, Rejected, Source};
 
 use crate::args::CpuidArgs;
@@ -176,14 +177,31 @@ pub(crate) fn cpuid(args: &CpuidArgs) -> Result<Option<Cpuid>, Failure> {
     match &args.cpuid {
         None => Ok(None),
         Some(path) if path == Path::new("host") => host_cpuid().map(Some),
-        Some(path) => {
-            let name = path.display();
-            let text =
-                fs::read_to_string(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
-            let cpuid = Cpuid::parse_raw(&text).map_err(|error| Failure::input(format!("{name}: {error}")))?;
-            Ok(Some(cpuid))
-        }
+        Some(path) => file_cpuid(path).map(Some),
     }
+}
+
+/// What `cpuid -r` printed, or what the header of a trace says; the rest of the trace is not read.
+fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
+    let name = path.display();
+    let unreadable = |error: io::Error| Failure::input(format!("cannot read `{name}`: {error}"));
+    let malformed = |error: &dyn std::fmt::Display| Failure::input(format!("{name}: {error}"));
+    let mut file = BufReader::new(File::open(path).map_err(unreadable)?);
+    if file
+        .fill_buf()
+        .map_err(unreadable)?
+        .trim_ascii_start()
+        .starts_with(b"{")
+    {
+        let lines = Lines::new(file).map_err(|error| malformed(&error))?;
+        let cpuid = lines.header().parse_cpuid();
+        let cpuid =
+            cpuid.ok_or_else(|| malformed(&"the trace's header has no `cpuid`, so give `cpuid -r -1`'s output"))?;
+        return cpuid.map_err(|error| malformed(&error));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(unreadable)?;
+    Cpuid::parse_raw(&text).map_err(|error| malformed(&error))
 }
 
 /// What KVM on this machine offers a guest.

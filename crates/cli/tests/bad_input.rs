@@ -249,6 +249,22 @@ fn a_policy_for_certain_guests_asks_for_their_cpuid() {
         "read",
     ];
     assert_eq!(folder.run(&with).code(0).json()["action"], "deny");
+    // A trace of such a guest does as well; what else stands in it is not looked at.
+    let header = "{\"msrgate_trace\":1,\"cpuid\":\"CPU:\\n   0x00000000 0x00: eax=0x1 ebx=0x68747541 ecx=0x444d4163 edx=0x69746e65\\n\"}";
+    folder.write("amd.jsonl", format!("{header}\nno event\n"));
+    let with = [
+        "explain",
+        "--json",
+        "--cpuid",
+        "amd.jsonl",
+        "when.toml",
+        "IA32_TSC",
+        "read",
+    ];
+    assert_eq!(folder.run(&with).code(0).json()["action"], "allow");
+    folder.write("none.jsonl", "{\"msrgate_trace\":1}\n");
+    let with = ["check", "--cpuid", "none.jsonl", "when.toml"];
+    folder.run(&with).code(2).says(&["none.jsonl", "no `cpuid`"]);
     folder.write("garbage.txt", "no leaves at all\n");
     let with = ["check", "--cpuid", "garbage.txt", "when.toml"];
     folder.run(&with).code(2).says(&["garbage.txt"]);

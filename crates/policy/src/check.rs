@@ -1,12 +1,15 @@
 //! What a policy says and most likely does not mean.
 
 mod accept;
+mod model;
 mod order;
+mod tenant;
 
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Group, PlanError};
 
 use crate::cpuid::Cpuid;
+use crate::database::Entry;
 use crate::{Code, Diagnostic, Pattern, Policy, Rule};
 
 /// Findings about a policy that can be used, in the order of the text; those that it accepts are marked. `map` is its
@@ -21,6 +24,11 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         findings.extend(logs_nothing(rule));
         findings.extend(half_a_shadow(map, rule));
     }
+    findings.extend(tenant::check(map, &rules));
+    if let Some(cpuid) = cpuid {
+        findings.extend(model::check(policy, map, &rules, cpuid));
+    }
+    findings.extend(tenant::notes(map));
     accept::settle(policy, &rules, &mut findings);
     let place = |found: &Diagnostic| found.place.as_ref().map(|place| (place.source, place.span.start));
     findings.sort_by_key(|found| (found.place.is_none(), place(found), found.code));
@@ -106,6 +114,20 @@ fn shadow_partner(map: &DecisionMap, rule: &Rule, reads: bool) -> bool {
 fn listed(patterns: &[&Pattern]) -> String {
     let names: Vec<String> = patterns.iter().map(|pattern| format!("`{pattern}`")).collect();
     names.join(", ")
+}
+
+/// The names of some MSRs, in a sentence.
+fn named(entries: &[&Entry]) -> String {
+    let names: Vec<String> = entries.iter().map(|entry| entry.name.to_owned()).collect();
+    some(&names)
+}
+
+/// The first of many, and how many more there are.
+fn some(names: &[String]) -> String {
+    match names.split_at_checked(5) {
+        Some((first, more)) if more.len() > 1 => format!("{} and {} more", first.join(", "), more.len()),
+        _ => names.join(", "),
+    }
 }
 
 impl Policy {

@@ -18,7 +18,7 @@ mod table;
 
 use std::fmt;
 
-use msrgate_core::{Msr, MsrRange};
+use msrgate_core::{Msr, MsrRange, Op};
 
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
@@ -99,6 +99,17 @@ pub enum Exists {
     AnyFeature(&'static [&'static str]),
 }
 
+impl Exists {
+    /// The features of which CPUID must name one; none where CPUID has no say.
+    pub fn features(&self) -> &[&'static str] {
+        match self {
+            Exists::Always | Exists::Model => &[],
+            Exists::Feature(feature) => std::slice::from_ref(feature),
+            Exists::AnyFeature(features) => features,
+        }
+    }
+}
+
 /// The feature, several joined by `|`, or `-` where CPUID has no say.
 impl fmt::Display for Exists {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -119,6 +130,17 @@ pub enum Access {
     ReadOnly,
     /// A read faults.
     WriteOnly,
+}
+
+impl Access {
+    /// The accesses that do not fault.
+    pub const fn ops(self) -> &'static [Op] {
+        match self {
+            Access::ReadWrite => &Op::ALL,
+            Access::ReadOnly => &[Op::Read],
+            Access::WriteOnly => &[Op::Write],
+        }
+    }
 }
 
 impl fmt::Display for Access {
@@ -161,6 +183,14 @@ impl Entry {
     /// Whether the value identifies the machine or tells of what others do or did on it: what a tenant must not see.
     pub fn is_secret(&self) -> bool {
         matches!(self.host, Host::Identity | Host::Activity | Host::Trace)
+    }
+
+    /// Whether KVM may let a guest read the hardware's value, where the VMM asks for it.
+    ///
+    /// `KVM_CAP_X86_DISABLE_EXITS` passes them through (`vmx_possible_passthrough_msrs`, `svm_recalc_msr_intercepts`). Of
+    /// all others that tell of the host KVM keeps a value for the guest, or does not know them.
+    pub fn hardware_reaches_guest(&self) -> bool {
+        matches!(self.msr.0, 0xe7 | 0xe8 | 0x3fc..=0x3fe | 0x660)
     }
 
     /// Whether a KVM filter can stop every access to it, on every kernel that is known, except where

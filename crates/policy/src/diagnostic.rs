@@ -59,11 +59,16 @@ pub enum Code {
     PartlyHidden,
     Repeated,
     Useless,
+    TellsOfHost,
     AcceptsNothing,
+    AllowsAbsent,
+    DeniesShown,
+    StateUnlisted,
+    StateKept,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 29] = [
+    const ALL: [(Code, &'static str, &'static str); 34] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -116,7 +121,28 @@ impl Code {
         ),
         (Code::Repeated, "W006", "a rule says again what rules before it say"),
         (Code::Useless, "W007", "without the rule, everything would be the same"),
+        (
+            Code::TellsOfHost,
+            "W009",
+            "a guest reads what tells of the host and its other guests",
+        ),
         (Code::AcceptsNothing, "W010", "an acceptance accepts nothing"),
+        (
+            Code::AllowsAbsent,
+            "W011",
+            "a rule allows an MSR that the guest's CPUID does not show",
+        ),
+        (
+            Code::DeniesShown,
+            "W012",
+            "the policy denies MSRs that the guest's CPUID shows",
+        ),
+        (
+            Code::StateUnlisted,
+            "N021",
+            "a snapshot must save MSRs that KVM does not list",
+        ),
+        (Code::StateKept, "N022", "the policy keeps state that no snapshot has"),
     ];
 
     fn entry(self) -> &'static (Code, &'static str, &'static str) {

@@ -227,7 +227,7 @@ impl CpuidNeeded {
             Some(place) => Diagnostic::at(Code::CpuidNeeded, place.clone(), self.to_string()),
             None => Diagnostic::whole(Code::CpuidNeeded, self.to_string()),
         };
-        diagnostic.help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest")
+        diagnostic.help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest, or with a trace of one")
     }
 }
 

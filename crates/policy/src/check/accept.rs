@@ -1,6 +1,6 @@
 //! Which findings a policy lets stand.
 
-use crate::{Code, Diagnostic, Place, Policy, Rule, Severity};
+use crate::{Acceptance, Code, Diagnostic, Place, Policy, Rule, Severity};
 
 /// Marks the warnings that the policy or their rule accepts, and adds one for each acceptance that accepts nothing.
 ///
@@ -22,9 +22,10 @@ pub(super) fn settle(policy: &Policy, rules: &[(u32, &Rule)], findings: &mut Vec
     if policy.asks_cpuid() {
         return;
     }
+    let depends_on_guest = |one: &Acceptance| matches!(one.code, Code::AllowsAbsent | Code::DeniesShown);
     let own = rules.iter().filter(|(_, rule)| rule.place.source == 0);
     let all = policy.accept.iter().chain(own.flat_map(|(_, rule)| &rule.accept));
-    let idle = all.filter(|one| !used.contains(&&one.place));
+    let idle = all.filter(|one| !used.contains(&&one.place) && !depends_on_guest(one));
     findings.extend(idle.map(|one| {
         let message = format!("there is no {} here to accept", one.code);
         Diagnostic::at(Code::AcceptsNothing, one.place.clone(), message)

@@ -117,6 +117,105 @@ fn what_is_accepted_does_not_count_and_what_accepts_nothing_does() {
     assert_eq!(found[0].accepted.as_deref(), Some("said for the reader"));
 }
 
+/// Codes and messages for a guest with this CPUID.
+fn found(rest: &str, cpuid: &Cpuid) -> Vec<(&'static str, String)> {
+    let policy = policy(rest);
+    let findings = check(&policy, &policy.decision_map(Some(cpuid)).unwrap(), Some(cpuid)).into_iter();
+    let open = findings.filter(Diagnostic::is_open);
+    open.map(|found| (found.code.code(), found.message)).collect()
+}
+
+#[test]
+fn what_tells_of_the_host_is_found_where_a_rule_means_it() {
+    let denying = |rules: &str| codes(&format!("default = \"deny\"\n{rules}"));
+    assert_eq!(denying(&rule("\"MSR_PKG_ENERGY_STATUS\"", "read = \"host\"")), ["W009"]);
+    assert_eq!(denying(&rule("\"0x610..=0x620\"", "read = \"host\"")), ["W009"]);
+    assert_eq!(denying(&rule("\"IA32_APERF\"", "read = \"allow\"")), ["W009"]);
+    // How the host is set up is no secret; KVM has no energy of its own to give; a range means no MSR of it.
+    assert_eq!(denying(&rule("\"MSR_RAPL_POWER_UNIT\"", "read = \"host\"")), [""; 0]);
+    assert_eq!(denying(&rule("\"MSR_PKG_ENERGY_STATUS\"", "read = \"allow\"")), [""; 0]);
+    assert_eq!(denying(&rule("\"0..=0xfff\"", "read = \"allow\"")), [""; 0]);
+    // A rule before it answers otherwise.
+    let policy = policy(&format!(
+        "default = \"deny\"\n{}{}",
+        rule("\"IA32_APERF\"", "read = \"zero\""),
+        rule("\"@pstate\"", "read = \"allow\"")
+    ));
+    let found = check(&policy, &policy.decision_map(None).unwrap(), None);
+    assert!(
+        found[0].message.contains("IA32_MPERF") && !found[0].message.contains("APERF"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn what_the_guests_cpuid_shows_and_the_policy_denies_is_found() {
+    // Leaf 1 of this guest shows the MTRRs and nothing else.
+    let amd = Cpuid::parse_raw(AMD).unwrap();
+    let by_rule = found(
+        &format!(
+            "default = \"allow\"\n{}",
+            rule("\"@mtrr\"", "read = \"deny\"\nwrite = \"deny\"")
+        ),
+        &amd,
+    );
+    assert!(
+        by_rule.len() == 1 && by_rule[0].0 == "W012" && by_rule[0].1.contains("`mtrr`"),
+        "{by_rule:?}"
+    );
+    let by_default = found("default = \"deny\"\n", &amd);
+    assert!(
+        by_default.len() == 1 && by_default[0].0 == "W012" && by_default[0].1.contains("no rule"),
+        "{by_default:?}"
+    );
+    // One direction is enough to use it, one MSR to use the feature.
+    let served = format!("default = \"deny\"\n{}", rule("\"IA32_MTRRCAP\"", "read = \"allow\""));
+    assert_eq!(found(&served, &amd), []);
+    let served = format!(
+        "default = \"allow\"\n{}",
+        rule("\"IA32_MTRR_DEF_TYPE\"", "write = \"deny\"")
+    );
+    assert_eq!(found(&served, &amd), []);
+}
+
+#[test]
+fn what_a_rule_allows_by_name_and_the_guests_cpuid_lacks_is_found() {
+    let amd = Cpuid::parse_raw(AMD).unwrap();
+    let allows = |msr: &str| {
+        found(
+            &format!(
+                "default = \"allow\"\ninvalid = \"ignore\"\naccept = {{ W007 = \"not the question\" }}\n{}",
+                rule(msr, "read = \"allow\"\nwrite = \"allow\"")
+            ),
+            &amd,
+        )
+    };
+    let one = allows("[\"IA32_TSC_DEADLINE\", \"IA32_MTRRCAP\"]");
+    assert!(
+        one.len() == 1 && one[0].0 == "W011" && one[0].1.contains("IA32_TSC_DEADLINE") && !one[0].1.contains("MTRRCAP"),
+        "{one:?}"
+    );
+    assert_eq!(allows("0x6e0").len(), 1);
+    assert_eq!(allows("\"@apic\""), []);
+    assert_eq!(allows("\"IA32_MISC_ENABLE\""), []);
+}
+
+#[test]
+fn what_a_snapshot_must_save_is_a_note_that_counts_for_nothing() {
+    let policy = policy(&format!(
+        "default = \"deny\"\n{}{}",
+        rule("\"IA32_MTRR_DEF_TYPE\"", "write = \"allow\""),
+        rule("0x176", "write = { once = true }")
+    ));
+    let found = check(&policy, &policy.decision_map(None).unwrap(), None);
+    assert_eq!(
+        found.iter().map(|found| found.code.code()).collect::<Vec<_>>(),
+        ["N021", "N022"]
+    );
+    assert!(found[0].message.contains("IA32_MTRR_DEF_TYPE") && found[1].message.contains("IA32_SYSENTER_EIP"));
+    assert!(!found.iter().any(Diagnostic::is_open));
+}
+
 #[test]
 fn a_rule_about_msrs_that_the_cpu_model_lacks_is_told_so() {
     let policy = policy(&format!(

@@ -48,12 +48,7 @@ fn every_entry_has_a_class_a_vendor_and_a_source_without_repeats() {
 #[test]
 fn every_feature_is_known_to_cpuid() {
     for entry in all() {
-        let features = match &entry.exists {
-            Exists::Always | Exists::Model => &[][..],
-            Exists::Feature(feature) => std::slice::from_ref(feature),
-            Exists::AnyFeature(features) => features,
-        };
-        for name in features {
+        for name in entry.exists.features() {
             assert!(cpuid::is_feature(name), "{name} of {}", entry.name);
         }
     }

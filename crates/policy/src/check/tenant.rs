@@ -1,0 +1,103 @@
+//! What a policy lets one guest learn of others, and what must travel when a guest is saved.
+
+use msrgate_core::{MsrRange, ReadAction, WriteAction};
+use msrgate_plan::DecisionMap;
+
+use super::{named, some};
+use crate::database::{self, Entry, Host, State};
+use crate::{Code, Diagnostic, Pattern, Rule};
+
+/// Rules by which a guest reads what tells of the host and its other guests.
+pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
+    rules
+        .iter()
+        .filter_map(|(index, rule)| tells_of_host(map, rule, *index))
+        .collect()
+}
+
+/// What whoever saves a guest of this policy must know.
+pub(super) fn notes(map: &DecisionMap) -> Vec<Diagnostic> {
+    unlisted(map).into_iter().chain(kept(map)).collect()
+}
+
+fn tells_of_host(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
+    // Only of what a rule names can be said that it is meant.
+    let named_by_rule = |entry: &&Entry| {
+        let names = |pattern: &Pattern| pattern.ranges().iter().any(|range| range.contains(entry.msr));
+        let meant = |pattern: &&Pattern| !matches!(pattern, Pattern::Range(range) if range.len() > 1);
+        match rule.read {
+            Some(ReadAction::Host) => rule.msrs.iter().any(names),
+            Some(ReadAction::Allow) => entry.hardware_reaches_guest() && rule.msrs.iter().filter(meant).any(names),
+            _ => false,
+        }
+    };
+    let told = database::all()
+        .iter()
+        .filter(|entry| entry.is_secret())
+        .filter(named_by_rule);
+    let told: Vec<&Entry> = told
+        .filter(|entry| map.reads.get(entry.msr).rule == Some(index))
+        .collect();
+    if told.is_empty() {
+        return None;
+    }
+    let mut what: Vec<String> = Vec::new();
+    for kind in [Host::Identity, Host::Activity, Host::Trace] {
+        if told.iter().any(|entry| entry.host == kind) {
+            what.push(kind.to_string());
+        }
+    }
+    let how = match rule.read {
+        Some(ReadAction::Host) => "gives the guest the physical CPU's",
+        _ => "lets the guest have the physical CPU's, where the VMM turns exits off,",
+    };
+    let message = format!("this rule {how} {}: {}", named(&told), what.join("; "));
+    Some(Diagnostic::at(Code::TellsOfHost, rule.place.clone(), message).help(
+        "answer with `zero`, or with a handler that gives the guest its own share; where the guest is the operator's: \
+         `accept = { W009 = \"who may know\" }`",
+    ))
+}
+
+fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
+    let reaches_kernel = |entry: &&Entry| {
+        let decision = map.writes.get(entry.msr);
+        let stored = matches!(
+            decision.action,
+            WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
+        );
+        // What no rule names is as without a policy.
+        stored && decision.rule.is_some()
+    };
+    let unlisted = database::all()
+        .iter()
+        .filter(|entry| entry.state == State::Unlisted && entry.holds_guest_state());
+    let unlisted: Vec<&Entry> = unlisted.filter(reaches_kernel).collect();
+    (!unlisted.is_empty()).then(|| {
+        let message = format!(
+            "the guest may write {}: a snapshot must save them by KVM_GET_MSRS though KVM_GET_MSR_INDEX_LIST does not name them",
+            named(&unlisted)
+        );
+        Diagnostic::whole(Code::StateUnlisted, message)
+    })
+}
+
+fn kept(map: &DecisionMap) -> Option<Diagnostic> {
+    let keeps = map.reads.zip(&map.writes, |read, write| {
+        matches!(read.action, ReadAction::Shadow(_)) || matches!(write.action, WriteAction::Shadow | WriteAction::Once)
+    });
+    let kept = keeps.iter().filter(|(_, keeps)| **keeps);
+    let kept: Vec<String> = kept.map(|(range, _)| name(range)).collect();
+    (!kept.is_empty()).then(|| {
+        let message = format!(
+            "what `shadow` and `once` remember of {} is no state of KVM's: no snapshot and no migration stream has it",
+            some(&kept)
+        );
+        Diagnostic::whole(Code::StateKept, message)
+    })
+}
+
+/// The name of a single MSR that has one, else the range.
+fn name(range: MsrRange) -> String {
+    let single = database::by_msr(range.first()).filter(|_| range.len() == 1);
+    single.map_or_else(|| range.to_string(), |entry| entry.name.to_owned())
+}
