@@ -2,12 +2,14 @@
 //!
 //! - `test` is what continuous integration runs: formatting, lints, tests, documentation, the build
 //!   without std, licences, and the tests that need a live KVM, in every lane that this machine has.
+//! - `bench` measures what msrgate costs, each figure beside its baseline.
 //! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
 //!   on a machine that needs no virtualization of its own.
 #![forbid(unsafe_code)]
 
 mod test;
+mod bench;
 
 mod binary;
 mod no_std;
@@ -43,6 +45,9 @@ enum Chore {
     /// Run every check and test; the last line counts them
     #[command(after_help = test::HELP)]
     Test(test::Arguments),
+    /// Measure what msrgate costs, each figure beside its baseline of the same run
+    #[command(disable_help_flag = true)]
+    Bench(bench::Arguments),
     /// Look for inputs that break filters, policies, traces or maps
     #[command(after_help = fuzz::HELP)]
     Fuzz(fuzz::Arguments),
@@ -61,6 +66,7 @@ enum Chore {
 fn main() -> ExitCode {
     match Arguments::parse().chore {
         Chore::Test(arguments) => test::main(&arguments),
+        Chore::Bench(arguments) => bench::main(&arguments),
         Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
         Chore::CheckMemory => test::tell(checker::memory()),
         Chore::CheckOrders => test::tell(checker::orders()),

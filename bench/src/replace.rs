@@ -1,0 +1,154 @@
+//! `replace`: a filter replaced under readers, beside `arc-swap` and a lock.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+use std::thread;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use msrgate_core::{Filter, FilterRange, Msr, Op, Ops, Verdict};
+use msrgate_engine::{Intercepts, Vcpu, Vm};
+
+use crate::figure::{Aim, Figure};
+use crate::rounds::{nanoseconds, rounds};
+use crate::{Effort, Measured};
+
+/// How long a writer rests between two replacements.
+const REST: Duration = Duration::from_micros(100);
+
+pub(crate) fn measure(effort: Effort) -> Measured {
+    let [a, b] = [0, u64::MAX].map(|bits| filter(bits).map_err(|error| error.to_string()));
+    let (a, b) = (a?, b?);
+
+    let vm = Arc::new(Vm::new());
+    vm.install(a.clone());
+    let swap = ArcSwap::from_pointee(a.clone());
+    let lock = RwLock::new(Arc::new(a.clone()));
+    let ours = Store {
+        replace: &|filter| vm.install(filter.clone()),
+        reader: || {
+            let mut vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::all());
+            move |msr, op| vcpu.verdict(msr, op)
+        },
+    };
+    let swapped = Store {
+        replace: &|filter| swap.store(Arc::new(filter.clone())),
+        reader: || |msr, op| swap.load().verdict(msr, op),
+    };
+    let locked = Store {
+        replace: &|filter| {
+            if let Ok(mut held) = lock.write() {
+                *held = Arc::new(filter.clone());
+            }
+        },
+        reader: || |msr, op| lock.read().map_or(Verdict::Deny, |filter| filter.verdict(msr, op)),
+    };
+
+    let times = effort.of(2_000, 20);
+    let mut figures = Vec::new();
+    let [mine, arc_swap, rw_lock] = rounds(
+        effort.of(20, 1),
+        &mut (),
+        [
+            &|()| ours.replacement(times, &a, &b),
+            &|()| swapped.replacement(times, &a, &b),
+            &|()| locked.replacement(times, &a, &b),
+        ],
+    )?;
+    let figure = || Figure::new("a replacement", "ns", mine.least());
+    figures.push(figure().beside("arc-swap", arc_swap.least()));
+    figures.push(figure().beside("RwLock", rw_lock.least()));
+
+    let asked = effort.of(2_000_000, 2_000);
+    for readers in [1, 2, 4] {
+        let [busy, calm, arc_swap, rw_lock] = rounds(
+            effort.of(5, 1),
+            &mut (),
+            [
+                &|()| ours.verdict(readers, asked, Some((&a, &b))),
+                &|()| ours.verdict(readers, asked, None),
+                &|()| swapped.verdict(readers, asked, Some((&a, &b))),
+                &|()| locked.verdict(readers, asked, Some((&a, &b))),
+            ],
+        )?;
+        let what = format!(
+            "a verdict, {readers} thread{}, replacing",
+            if readers == 1 { "" } else { "s" }
+        );
+        let figure = || Figure::new(what.clone(), "ns", busy.least());
+        figures.push(figure().beside("not replacing", calm.least()).aim(Aim::Ratio(1.05)));
+        figures.push(figure().beside("arc-swap, replacing", arc_swap.least()));
+        figures.push(figure().beside("RwLock, replacing", rw_lock.least()));
+    }
+    Ok(figures)
+}
+
+fn filter(bits: u64) -> Result<Filter, msrgate_core::FilterError> {
+    let ranges = (0..4).map(|slot| FilterRange::new(0x1000_0000 * slot, 0x1000, Ops::BOTH, [bits; 64]));
+    Filter::new(Verdict::Deny, ranges.collect::<Result<Vec<_>, _>>()?)
+}
+
+/// Something that holds a filter.
+struct Store<'a, R> {
+    replace: &'a (dyn Fn(&Filter) + Sync),
+    /// Makes what a thread asks.
+    reader: R,
+}
+
+impl<R, V> Store<'_, R>
+where
+    R: Fn() -> V + Sync,
+    V: FnMut(Msr, Op) -> Verdict,
+{
+    /// Nanoseconds of a replacement that nobody watches.
+    fn replacement(&self, times: usize, a: &Filter, b: &Filter) -> Result<f64, String> {
+        nanoseconds(2 * times, || {
+            for _ in 0..times {
+                (self.replace)(a);
+                (self.replace)(b);
+            }
+            Ok::<(), String>(())
+        })
+    }
+
+    /// Nanoseconds of processor time that a verdict takes on so many threads, while two filters replace each other or
+    /// one stands still.
+    fn verdict(&self, readers: usize, asked: usize, replaced: Option<(&Filter, &Filter)>) -> Result<f64, String> {
+        let over = &AtomicBool::new(false);
+        thread::scope(|scope| {
+            if let Some((a, b)) = replaced {
+                scope.spawn(move || {
+                    for filter in [a, b].into_iter().cycle() {
+                        if over.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        (self.replace)(filter);
+                        thread::sleep(REST);
+                    }
+                });
+            }
+            let threads: Vec<_> = (0..readers).map(|_| scope.spawn(|| self.asks(asked))).collect();
+            let times = threads
+                .into_iter()
+                .map(|thread| thread.join().map_err(|_| "a reader panicked")?);
+            let sum: Result<f64, String> = times.sum();
+            over.store(true, Ordering::Relaxed);
+            Ok(sum? / readers as f64)
+        })
+    }
+
+    /// Nanoseconds that a verdict takes on this thread.
+    fn asks(&self, asked: usize) -> Result<f64, String> {
+        let mut verdict = (self.reader)();
+        nanoseconds(asked, || {
+            let mut allowed = 0u32;
+            for place in 0..asked {
+                let msr = Msr(black_box(0x1000_0000 * (place as u32 % 5) + (place as u32 & 0xfff)));
+                allowed += u32::from(verdict(msr, Op::Read) == Verdict::Allow);
+            }
+            black_box(allowed);
+            Ok::<(), String>(())
+        })
+    }
+}
