@@ -103,6 +103,7 @@ fn events(count: usize) -> Vec<Event> {
             why: None,
             rule,
             rip: Some(0xffff_ffff_8100_0000 + (place as u64 & 0xfff0)),
+            cost: reason.map(|_| place as u64 & 0xfff),
         }
     };
     (0..count).map(event).collect()
@@ -153,6 +154,8 @@ struct Obvious {
     rule: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     rip: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost: Option<u64>,
 }
 
 impl Obvious {
@@ -168,6 +171,7 @@ impl Obvious {
             did: event.did.to_string(),
             rule: event.rule,
             rip: event.rip.map(|rip| format!("{rip:#x}")),
+            cost: event.cost,
         }
     }
 
