@@ -7,14 +7,17 @@ use nix::time::{ClockId, clock_gettime};
 /// What one thing cost in each round.
 pub(crate) struct Costs(Vec<f64>);
 
-/// Measures each of `things` once a round, all with `what` they share. Each gives what it cost.
+/// Does something with what all share, and gives what it cost.
+pub(crate) type Thing<'a, T> = &'a dyn Fn(&mut T) -> Result<f64, String>;
+
+/// Measures each of `things` once a round, all with the same `what`.
 ///
 /// The first of a round is another each time, so that none always follows the same one. A round before the first warms
 /// caches and is not counted.
 pub(crate) fn rounds<T: ?Sized, const N: usize>(
     count: usize,
     what: &mut T,
-    things: [&dyn Fn(&mut T) -> Result<f64, String>; N],
+    things: [Thing<'_, T>; N],
 ) -> Result<[Costs; N], String> {
     let mut costs: [Costs; N] = std::array::from_fn(|_| Costs(Vec::with_capacity(count)));
     for round in 0..=count {
