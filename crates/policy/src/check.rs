@@ -1,6 +1,7 @@
 //! What a policy says and most likely does not mean.
 
 mod accept;
+mod guest;
 mod model;
 mod order;
 mod tenant;
@@ -24,6 +25,7 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         findings.extend(logs_nothing(rule));
         findings.extend(half_a_shadow(map, rule));
     }
+    findings.extend(guest::check(map, &rules, cpuid));
     findings.extend(tenant::check(map, &rules));
     if let Some(cpuid) = cpuid {
         findings.extend(model::check(policy, map, &rules, cpuid));

@@ -14,6 +14,7 @@
 
 mod class;
 mod facts;
+mod need;
 mod table;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
+pub use self::need::{Need, System, needs};
 use crate::cpuid::{CpuVendor, Cpuid};
 
 /// One MSR.
@@ -213,6 +215,12 @@ impl Entry {
             Msr(0x10) => Some("RDTSC reads it too"),
             _ => None,
         }
+    }
+
+    /// Which operating systems need it, and what for.
+    pub fn needs(&self) -> impl Iterator<Item = &'static Need> + use<> {
+        let msr = self.msr;
+        needs().iter().filter(move |need| need.msr == msr)
     }
 
     /// Whether the MSR is of this maker; `None` for a maker that the table does not follow.

@@ -59,16 +59,18 @@ pub enum Code {
     PartlyHidden,
     Repeated,
     Useless,
+    BreaksGuest,
     TellsOfHost,
     AcceptsNothing,
     AllowsAbsent,
     DeniesShown,
+    NoGuestStarts,
     StateUnlisted,
     StateKept,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 34] = [
+    const ALL: [(Code, &'static str, &'static str); 36] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -122,6 +124,11 @@ impl Code {
         (Code::Repeated, "W006", "a rule says again what rules before it say"),
         (Code::Useless, "W007", "without the rule, everything would be the same"),
         (
+            Code::BreaksGuest,
+            "W008",
+            "a rule denies what an operating system does unguarded",
+        ),
+        (
             Code::TellsOfHost,
             "W009",
             "a guest reads what tells of the host and its other guests",
@@ -136,6 +143,11 @@ impl Code {
             Code::DeniesShown,
             "W012",
             "the policy denies MSRs that the guest's CPUID shows",
+        ),
+        (
+            Code::NoGuestStarts,
+            "N020",
+            "no rule allows what an operating system does unguarded",
         ),
         (
             Code::StateUnlisted,

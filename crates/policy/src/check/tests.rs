@@ -126,6 +126,71 @@ fn found(rest: &str, cpuid: &Cpuid) -> Vec<(&'static str, String)> {
 }
 
 #[test]
+fn a_rule_that_denies_what_a_system_does_unguarded_is_found() {
+    let allowing = |rules: &str| {
+        let policy = policy(&format!("default = \"allow\"\n{rules}"));
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None).into_iter();
+        let open = findings.filter(Diagnostic::is_open);
+        open.map(|found| (found.code.code(), found.message)).collect::<Vec<_>>()
+    };
+    let found = allowing(&rule("\"IA32_EFER\"", "write = \"deny\""));
+    assert!(found.len() == 1 && found[0].0 == "W008", "{found:?}");
+    for wanted in ["wrmsr IA32_EFER", "Linux and Windows and FreeBSD", "long mode"] {
+        assert!(found[0].1.contains(wanted), "{}", found[0].1);
+    }
+    let found = allowing(&rule("\"@syscall\"", "write = \"deny\""));
+    assert!(found.len() == 1 && found[0].1.contains("wrmsr IA32_LSTAR"), "{found:?}");
+    // The other direction, an answer in another way, and what only a hypervisor has.
+    assert_eq!(allowing(&rule("\"IA32_STAR\"", "read = \"deny\"")), []);
+    assert_eq!(allowing(&rule("\"IA32_EFER\"", "write = \"ignore\"")), []);
+    assert_eq!(allowing(&rule("\"@hyperv\"", "read = \"deny\"\nwrite = \"deny\"")), []);
+}
+
+#[test]
+fn what_a_system_needs_of_a_hypervisor_it_needs_where_cpuid_shows_it() {
+    let leaves = |features: u32| {
+        Cpuid::from_entries([
+            (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
+            (0x4000_0000, 0, [0x4000_0005, 0x7263_694d, 0x666f_736f, 0x7648_2074]),
+            (0x4000_0001, 0, [u32::from_le_bytes(*b"Hv#1"), 0, 0, 0]),
+            (0x4000_0003, 0, [features, 0, 0, 0]),
+        ])
+    };
+    let closed = rule("\"HV_X64_MSR_HYPERCALL\"", "read = \"deny\"\nwrite = \"deny\"");
+    let breaks = |features| {
+        let found = found(&format!("default = \"allow\"\n{closed}"), &leaves(features));
+        found
+            .iter()
+            .any(|(code, message)| *code == "W008" && message.contains("Windows"))
+    };
+    assert!(breaks(1 << 5));
+    assert!(!breaks(0));
+}
+
+#[test]
+fn what_no_rule_allows_and_a_system_needs_is_a_note() {
+    let note = |rules: &str| {
+        let policy = policy(&format!("default = \"deny\"\n{rules}"));
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None).into_iter();
+        let mut notes = findings.filter(|found| found.code == Code::NoGuestStarts);
+        notes.next().map(|found| found.message)
+    };
+    let all = note("").unwrap();
+    for system in ["Linux does", "Windows does", "FreeBSD does"] {
+        assert!(all.contains(system), "{all}");
+    }
+    assert_eq!(
+        note(&rule("\"0..=0xffffffff\"", "read = \"allow\"\nwrite = \"allow\"")),
+        None
+    );
+    // What a rule denies is the rule's finding.
+    assert_eq!(
+        note(&rule("\"0..=0xffffffff\"", "read = \"deny\"\nwrite = \"deny\"")),
+        None
+    );
+}
+
+#[test]
 fn what_tells_of_the_host_is_found_where_a_rule_means_it() {
     let denying = |rules: &str| codes(&format!("default = \"deny\"\n{rules}"));
     assert_eq!(denying(&rule("\"MSR_PKG_ENERGY_STATUS\"", "read = \"host\"")), ["W009"]);
@@ -152,20 +217,16 @@ fn what_tells_of_the_host_is_found_where_a_rule_means_it() {
 fn what_the_guests_cpuid_shows_and_the_policy_denies_is_found() {
     // Leaf 1 of this guest shows the MTRRs and nothing else.
     let amd = Cpuid::parse_raw(AMD).unwrap();
-    let by_rule = found(
-        &format!(
-            "default = \"allow\"\n{}",
-            rule("\"@mtrr\"", "read = \"deny\"\nwrite = \"deny\"")
-        ),
-        &amd,
-    );
+    let shown = |rest: &str| -> Vec<String> {
+        let found = found(rest, &amd).into_iter().filter(|(code, _)| *code == "W012");
+        found.map(|(_, message)| message).collect()
+    };
+    let closed = rule("\"@mtrr\"", "read = \"deny\"\nwrite = \"deny\"");
+    let by_rule = shown(&format!("default = \"allow\"\n{closed}"));
+    assert!(by_rule.len() == 1 && by_rule[0].contains("`mtrr`"), "{by_rule:?}");
+    let by_default = shown("default = \"deny\"\n");
     assert!(
-        by_rule.len() == 1 && by_rule[0].0 == "W012" && by_rule[0].1.contains("`mtrr`"),
-        "{by_rule:?}"
-    );
-    let by_default = found("default = \"deny\"\n", &amd);
-    assert!(
-        by_default.len() == 1 && by_default[0].0 == "W012" && by_default[0].1.contains("no rule"),
+        by_default.len() == 1 && by_default[0].contains("no rule"),
         "{by_default:?}"
     );
     // One direction is enough to use it, one MSR to use the feature.
@@ -210,9 +271,9 @@ fn what_a_snapshot_must_save_is_a_note_that_counts_for_nothing() {
     let found = check(&policy, &policy.decision_map(None).unwrap(), None);
     assert_eq!(
         found.iter().map(|found| found.code.code()).collect::<Vec<_>>(),
-        ["N021", "N022"]
+        ["N020", "N021", "N022"]
     );
-    assert!(found[0].message.contains("IA32_MTRR_DEF_TYPE") && found[1].message.contains("IA32_SYSENTER_EIP"));
+    assert!(found[1].message.contains("IA32_MTRR_DEF_TYPE") && found[2].message.contains("IA32_SYSENTER_EIP"));
     assert!(!found.iter().any(Diagnostic::is_open));
 }
 
@@ -237,7 +298,7 @@ fn a_rule_that_no_filter_can_enforce_is_found() {
         ["W002"]
     );
     assert_eq!(
-        codes("default = \"allow\"\n[[rule]]\nmsr = \"0..=0x1fff\"\nwrite = \"deny\"\n"),
+        codes("default = \"allow\"\n[[rule]]\nmsr = \"0x7f0..=0x8ff\"\nwrite = \"deny\"\n"),
         [""; 0]
     );
     let among_others = rule("[0x10, \"IA32_X2APIC_TPR\"]", "write = \"deny\"");

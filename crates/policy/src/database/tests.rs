@@ -134,6 +134,41 @@ fn every_msr_of_the_recorded_guests_has_an_entry() {
 }
 
 #[test]
+fn needs_are_in_order_once_each_and_of_accesses_that_there_are() {
+    let key = |need: &Need| (need.msr, need.op, need.system);
+    assert!(needs().is_sorted_by(|a, b| key(a) < key(b)));
+    for need in needs() {
+        let entry = by_msr(need.msr).unwrap_or_else(|| panic!("{} has no entry", need.msr));
+        assert!(entry.access.ops().contains(&need.op), "{} of {}", need.op, entry.name);
+        assert!(
+            entry.is_filterable() && entry.needs().any(|one| one == need),
+            "{}",
+            entry.name
+        );
+        let said = !need.why.is_empty() && !need.why.ends_with('.') && !need.source.is_empty();
+        assert!(said, "{} of {}", need.op, entry.name);
+    }
+    for system in System::ALL {
+        let count = needs().iter().filter(|need| need.system == system).count();
+        assert!(count > 10, "{system}");
+    }
+}
+
+#[test]
+fn what_linux_needs_the_recorded_guests_did() {
+    let traces = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../traces");
+    let read = |name| std::fs::read_to_string(traces.join(name)).unwrap();
+    let texts = ["linux-6.1-microvm.jsonl", "linux-6.1-pc-smp2.jsonl"].map(read);
+    // Their processor is AMD's as QEMU emulates it, and has none of these.
+    let absent = ["IA32_MISC_ENABLE", "IA32_SPEC_CTRL", "IA32_XSS"].map(|name| by_name(name).unwrap().msr);
+    for need in needs().iter().filter(|need| need.system == System::Linux) {
+        let done = format!("\"op\":\"{}\",\"msr\":\"{}\"", need.op, need.msr);
+        let seen = texts.iter().any(|text| text.contains(&done));
+        assert!(seen || absent.contains(&need.msr), "{done}");
+    }
+}
+
+#[test]
 fn a_class_does_not_take_in_what_every_guest_needs() {
     // Denying these classes must leave a guest able to boot.
     for class in [

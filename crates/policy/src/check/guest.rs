@@ -1,0 +1,101 @@
+//! Denials that stop operating systems, or leave them crippled.
+
+use msrgate_core::{Op, ReadAction, WriteAction};
+use msrgate_plan::DecisionMap;
+
+use super::some;
+use crate::cpuid::Cpuid;
+use crate::database::{self, Need, System, Vendor};
+use crate::{Code, Diagnostic, Rule};
+
+/// Needs that a rule denies, and a note on those that no rule allows.
+///
+/// A policy does not say which system it is for. A rule that denies what one needs is most likely a mistake; a default that
+/// does may be meant for another guest.
+pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cpuid>) -> Vec<Diagnostic> {
+    let denied: Vec<&Need> = database::needs()
+        .iter()
+        .filter(|need| applies(need, cpuid) && denies(map, need))
+        .collect();
+    let by = |rule: Option<u32>| -> Vec<&Need> {
+        let by_rule = denied.iter().filter(|need| decider(map, need) == rule);
+        by_rule.copied().collect()
+    };
+    let by_rules = rules.iter().filter_map(|(index, rule)| breaks(rule, &by(Some(*index))));
+    let mut findings: Vec<Diagnostic> = by_rules.collect();
+    findings.extend(none_starts(&by(None)));
+    findings
+}
+
+/// Whether a guest has the register. One of a hypervisor it has only where its CPUID says so.
+fn applies(need: &Need, cpuid: Option<&Cpuid>) -> bool {
+    let Some(entry) = database::by_msr(need.msr) else {
+        return true;
+    };
+    match cpuid {
+        Some(cpuid) => entry.exists_on(cpuid) != Some(false),
+        None => entry
+            .vendors
+            .iter()
+            .any(|vendor| matches!(vendor, Vendor::Intel | Vendor::Amd)),
+    }
+}
+
+fn denies(map: &DecisionMap, need: &Need) -> bool {
+    match need.op {
+        Op::Read => map.reads.get(need.msr).action == ReadAction::Deny,
+        Op::Write => map.writes.get(need.msr).action == WriteAction::Deny,
+    }
+}
+
+fn decider(map: &DecisionMap, need: &Need) -> Option<u32> {
+    match need.op {
+        Op::Read => map.reads.get(need.msr).rule,
+        Op::Write => map.writes.get(need.msr).rule,
+    }
+}
+
+fn breaks(rule: &Rule, needs: &[&Need]) -> Option<Diagnostic> {
+    let first = needs.first()?;
+    let same = needs.iter().filter(|need| (need.msr, need.op) == (first.msr, first.op));
+    let systems: Vec<String> = same.map(|need| need.system.to_string()).collect();
+    let mut others: Vec<String> = needs.iter().map(|need| access(need)).collect();
+    others.dedup();
+    others.retain(|other| *other != access(first));
+    let mut message = format!(
+        "this rule denies {}, which {} {} unguarded: {}",
+        access(first),
+        systems.join(" and "),
+        if systems.len() == 1 { "does" } else { "do" },
+        first.why
+    );
+    if !others.is_empty() {
+        message.push_str(&format!("; and also {}", some(&others)));
+    }
+    Some(Diagnostic::at(Code::BreaksGuest, rule.place.clone(), message).help(
+        "allow it, or answer in another way than by #GP; where no such guest runs: `accept = { W008 = \"who runs\" }`",
+    ))
+}
+
+fn none_starts(needs: &[&Need]) -> Option<Diagnostic> {
+    let mut parts = Vec::new();
+    for system in System::ALL {
+        let of_system = needs.iter().filter(|need| need.system == system);
+        let accesses: Vec<String> = of_system.map(|need| access(need)).collect();
+        if !accesses.is_empty() {
+            parts.push(format!("{system} does {}", some(&accesses)));
+        }
+    }
+    (!parts.is_empty()).then(|| {
+        let message = format!("unguarded, and allowed by no rule: {}", parts.join("; "));
+        Diagnostic::whole(Code::NoGuestStarts, message)
+    })
+}
+
+/// `wrmsr IA32_EFER`.
+fn access(need: &Need) -> String {
+    match database::by_msr(need.msr) {
+        Some(entry) => format!("{} {}", need.op, entry.name),
+        None => format!("{} {}", need.op, need.msr),
+    }
+}
