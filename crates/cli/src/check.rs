@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use crate::args::CheckArgs;
 use crate::exit::{Exit, Failure};
-use crate::load::{self, Loaded};
-use crate::render;
+use crate::load::{self, Loaded, TooMany};
+use crate::{refusal, render};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -44,6 +44,7 @@ struct Checked {
     sources: Vec<Source>,
     findings: Vec<Diagnostic>,
     loaded: Option<Loaded>,
+    too_many: Option<Box<TooMany>>,
 }
 
 fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
@@ -60,6 +61,7 @@ fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
                 sources: loaded.policy.sources.clone(),
                 findings,
                 loaded: Some(loaded),
+                too_many: None,
             }
         }
         Err(refused) => Checked {
@@ -67,6 +69,7 @@ fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
             sources: refused.sources,
             findings: refused.diagnostics,
             loaded: None,
+            too_many: refused.too_many,
         },
     }
 }
@@ -111,11 +114,15 @@ impl Checked {
         let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
         let hash = self.loaded.as_ref().map(|loaded| load::hex(&loaded.plan.hash()));
-        json!({
+        let mut object = json!({
             "ok": self.exit == Exit::Yes,
             "policy": { "name": name, "hash": hash },
             "findings": findings,
-        })
+        });
+        if let Some(too_many) = &self.too_many {
+            object["refused"] = refusal::json(too_many);
+        }
+        object
     }
 
     fn print(&self, path: &Path) -> Result<(), Failure> {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::process::ExitCode;
 
+use crate::load::TooMany;
+
 /// The exit codes, the same for every subcommand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Exit {
@@ -32,6 +34,8 @@ pub(crate) enum Failure {
     Output(io::Error),
     /// Told already, with its place.
     Reported(Exit),
+    /// The policy needs more ranges than a filter has, which was told already.
+    TooMany(Box<TooMany>),
     /// One line that says what is wrong and what to do.
     Line(Exit, String),
 }
@@ -44,6 +48,7 @@ impl Failure {
     pub(crate) fn exit(&self) -> Exit {
         match self {
             Failure::Output(_) => Exit::Input,
+            Failure::TooMany(_) => Exit::No,
             Failure::Reported(exit) | Failure::Line(exit, _) => *exit,
         }
     }
@@ -53,7 +58,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Output(error) => write!(f, "the output cannot be written: {error}"),
-            Failure::Reported(_) => f.write_str("not done, for the reasons above"),
+            Failure::Reported(_) | Failure::TooMany(_) => f.write_str("not done, for the reasons above"),
             Failure::Line(_, line) => f.write_str(line),
         }
     }

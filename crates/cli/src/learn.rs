@@ -54,7 +54,7 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     }
     if let Err(error) = &plan {
         exit = Exit::No;
-        writeln!(stderr, "msrgate: {}", policy.explain_error(error).message)?;
+        writeln!(stderr, "msrgate: {}", policy.explain_error(error, None).message)?;
     }
     Ok(exit)
 }

@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use msrgate_plan::{By, DecisionMap, Plan};
+use msrgate_plan::{By, DecisionMap, Plan, PlanError};
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
 use msrgate_policy::trace::Lines;
-use msrgate_policy::{Diagnostic, Files, Policy, Rejected, Source};
+use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
 
 use crate::args::CpuidArgs;
 use crate::exit::{Exit, Failure};
@@ -43,12 +43,22 @@ pub(crate) struct Refused {
     pub(crate) sources: Vec<Source>,
     pub(crate) diagnostics: Vec<Diagnostic>,
     pub(crate) exit: Exit,
+    /// Where 16 ranges do not suffice: the numbers, and what would fit.
+    pub(crate) too_many: Option<Box<TooMany>>,
+}
+
+/// A policy that needs too many ranges.
+#[derive(Debug)]
+pub(crate) struct TooMany {
+    pub(crate) policy: Policy,
+    pub(crate) error: PlanError,
+    pub(crate) fit: Fit,
 }
 
 /// Reads, resolves and compiles a policy.
 pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
     let (policy, map) = resolved(path, cpuid)?;
-    compiled(policy, map)
+    compiled(policy, map, cpuid)
 }
 
 /// The same for subcommands that only go on with a plan: what is wrong is printed.
@@ -60,7 +70,7 @@ pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loa
 pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
     let (policy, map) = resolved(path, cpuid).map_err(|refused| refused.report())?;
     let map = held(map, cpuid)?;
-    compiled(policy, map).map_err(|refused| refused.report())
+    compiled(policy, map, cpuid).map_err(|refused| refused.report())
 }
 
 /// The map with what this machine's kernel holds of its fixed answers.
@@ -138,6 +148,7 @@ fn understood(read: Result<Policy, Rejected>, cpuid: Option<&Cpuid>) -> Result<(
             sources: rejected.sources,
             diagnostics: rejected.diagnostics,
             exit: Exit::Input,
+            too_many: None,
         })
     })?;
     match policy.decision_map(cpuid) {
@@ -146,12 +157,19 @@ fn understood(read: Result<Policy, Rejected>, cpuid: Option<&Cpuid>) -> Result<(
     }
 }
 
-fn compiled(policy: Policy, map: DecisionMap) -> Result<Loaded, Box<Refused>> {
-    match Plan::compile(&map) {
-        Ok(plan) => Ok(Loaded { policy, map, plan }),
-        // The policy is fine; it does not fit what the kernel can hold.
-        Err(error) => Err(refused(&policy, policy.explain_error(&error), Exit::No)),
+fn compiled(policy: Policy, map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
+    let error = match Plan::compile(&map) {
+        Ok(plan) => return Ok(Loaded { policy, map, plan }),
+        Err(error) => error,
+    };
+    // The policy is fine; it does not fit what the kernel can hold.
+    if !matches!(error, PlanError::TooManyRanges { .. }) {
+        return Err(refused(&policy, policy.explain_error(&error, None), Exit::No));
     }
+    let fit = Fit::search(&policy, &map, cpuid);
+    let mut refused = refused(&policy, policy.explain_error(&error, Some(&fit)), Exit::No);
+    refused.too_many = Some(Box::new(TooMany { policy, error, fit }));
+    Err(refused)
 }
 
 fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> {
@@ -159,16 +177,20 @@ fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> 
         sources: policy.sources.clone(),
         diagnostics: vec![diagnostic],
         exit,
+        too_many: None,
     })
 }
 
 impl Refused {
-    fn report(&self) -> Failure {
+    fn report(self) -> Failure {
         let mut stderr = std::io::stderr().lock();
         for found in &self.diagnostics {
             let _ = writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources));
         }
-        Failure::Reported(self.exit)
+        match self.too_many {
+            Some(too_many) => Failure::TooMany(too_many),
+            None => Failure::Reported(self.exit),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ mod learn;
 mod msr;
 mod manual;
 mod render;
+mod refusal;
 mod exit;
 
 use std::io::{self, Write};

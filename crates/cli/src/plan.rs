@@ -12,15 +12,22 @@ use serde_json::{Map, Value, json};
 use crate::args::{Emit, PlanArgs};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::render;
+use crate::{refusal, render};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
     let loaded = match args.host {
-        true => load::policy_for_host(&args.policy, cpuid.as_ref())?,
-        false => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+        true => load::policy_for_host(&args.policy, cpuid.as_ref()),
+        false => load::policy_or_report(&args.policy, cpuid.as_ref()),
     };
     let mut out = io::stdout().lock();
+    let loaded = match loaded {
+        Err(Failure::TooMany(too_many)) if args.json || args.emit == Some(Emit::Json) => {
+            writeln!(out, "{:#}", json!({ "refused": refusal::json(&too_many) }))?;
+            return Err(Failure::TooMany(too_many));
+        }
+        loaded => loaded?,
+    };
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
         Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
@@ -94,10 +101,7 @@ fn json(plan: &Plan) -> Value {
             "ranges": minimum.ranges,
             "proved": minimum.proved,
             "separate": minimum.separate,
-            "witness": minimum.witness.as_ref().map(|accesses| accesses.iter().map(|(msr, op)| json!({
-                "msr": msr.to_string(),
-                "op": op.name(),
-            })).collect::<Vec<_>>()),
+            "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
         "hash": load::hex(&plan.hash()),
     })

@@ -212,3 +212,105 @@ fn people_see_ranges_reasons_and_what_user_space_answers() {
         "note N001",
     ]);
 }
+
+/// What a policy asks of the filter, from a plan's JSON alone: the accesses that `actions` names are denied, all others
+/// are allowed.
+fn denied(plan: &serde_json::Value, msr: u64, op: &str) -> bool {
+    list(plan, "actions").iter().any(|action| {
+        let range = command::hex(action, "first")..=command::hex(action, "last");
+        text(action, "op") == op && range.contains(&msr)
+    })
+}
+
+#[test]
+fn the_witness_of_a_plan_proves_its_number_of_ranges_without_the_planner() {
+    /// `KVM_MSR_FILTER_MAX_BITMAP_SIZE` in bits.
+    const LONGEST: u64 = 0x600 * 8;
+    let folder = Folder::furnished();
+    folder.write(
+        "deny.toml",
+        "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = [1, \"0x5000..=0x9000\"]\nread = \"allow\"\n",
+    );
+    let mut proved = 0;
+    let paths = POLICIES.iter().map(|(name, _)| format!("policies/{name}"));
+    for path in paths.chain(["deny.toml".to_owned()]) {
+        let plan = folder.run(&["plan", "--json", &path]).code(0).json();
+        let Some(witness) = plan["minimum"]["witness"].as_array() else {
+            continue;
+        };
+        assert_eq!(witness.len() as u64, count(&plan["minimum"], "ranges"), "{path}");
+        let allows = plan["default"] == "allow";
+        let mut msrs = Vec::new();
+        for access in witness {
+            let msr = command::hex(access, "msr");
+            // The default gives it the wrong verdict, so some range has to serve it.
+            assert_eq!(denied(&plan, msr, text(access, "op")), allows, "{path}: {access}");
+            msrs.push(msr);
+        }
+        msrs.sort_unstable();
+        for pair in msrs.windows(2) {
+            assert!(pair[1] - pair[0] >= LONGEST, "{path}: one range can serve {pair:x?}");
+        }
+        proved += witness.len();
+    }
+    assert!(proved > 10, "{proved}");
+}
+
+#[test]
+fn a_refusal_gives_its_witness_and_a_change_that_fits() {
+    let folder = Folder::new();
+    let islands: Vec<u64> = (0..18).map(|i| i * 0x10000).collect();
+    let msrs: Vec<String> = islands.iter().map(|msr| format!("{msr:#x}")).collect();
+    let rules = format!(
+        "[[rule]]\nmsr = [{}]\nread = \"zero\"\n\n[[rule]]\nmsr = \"0x200000..=0x200003\"\nread = \"deny\"\n",
+        msrs.join(", ")
+    );
+    let head = "version = 1\ndefault = \"allow\"\n";
+    folder.write("wide.toml", format!("{head}{rules}"));
+    for command in ["plan", "check"] {
+        let ran = folder.run(&[command, "--json", "wide.toml"]).code(1);
+        let refused = &ran.json()["refused"];
+        assert_eq!((count(refused, "needed"), &refused["exact"]), (19, &true.into()));
+        assert_eq!(count(refused, "separate"), 19);
+        let witness = list(refused, "witness");
+        assert_eq!(witness.len(), 19);
+        for (access, msr) in witness.iter().zip(islands.iter().chain([&0x200000])) {
+            assert_eq!((command::hex(access, "msr"), text(access, "op")), (*msr, "rdmsr"));
+        }
+        let ranges = list(refused, "ranges");
+        assert_eq!((ranges.len(), count(&ranges[18], "accesses")), (19, 4));
+        assert_eq!(
+            (&ranges[18]["read"], &ranges[18]["write"]),
+            (&true.into(), &false.into())
+        );
+        assert_eq!(
+            (command::hex(&ranges[18], "first"), command::hex(&ranges[18], "last")),
+            (0x200000, 0x200003)
+        );
+        assert_eq!(ranges[18]["rules"], serde_json::json!([1]));
+        let change = &refused["change"];
+        assert_eq!((count(change, "accesses"), &change["proved"]), (3, &true.into()));
+        // With what it says put first, the policy fits.
+        let mut parts = String::new();
+        for part in list(change, "parts") {
+            assert_eq!((text(part, "op"), text(part, "to")), ("rdmsr", "allow"));
+            assert_eq!((count(part, "rule"), text(part, "place")), (0, "wide.toml:3"));
+            let range = format!("{}..={}", text(part, "first"), text(part, "last"));
+            parts += &format!("[[rule]]\nmsr = \"{range}\"\nread = \"allow\"\n");
+        }
+        folder.write("mended.toml", format!("{head}{parts}{rules}"));
+        let plan = folder.run(&["plan", "--json", "mended.toml"]).code(0).json();
+        assert_eq!(list(&plan, "ranges").len(), 16);
+        assert_eq!(refused["without"], serde_json::json!({ "rules": [0], "accesses": 18 }));
+    }
+    let ran = folder.run(&["plan", "wide.toml"]).code(1);
+    assert_eq!(ran.out, "");
+    ran.says(&[
+        "error[E020]",
+        "the policy needs 19 filter ranges",
+        "no range can serve two of these 17: rdmsr 0x0, rdmsr 0x10000",
+        "the smallest change that fits changes 3 accesses",
+        "against the rule at wide.toml:3",
+        "by leaving out the rule at wide.toml:3, which changes 18 accesses",
+    ]);
+}

@@ -91,14 +91,14 @@ pub(crate) struct TooMany {
 const SEARCH_LIMIT: u64 = 1024;
 
 /// How far the last range of each kind reaches: the first MSR that it does not cover; 0 where it has ended.
-type Reach = [u64; 3];
-const READ: usize = 0;
-const WRITE: usize = 1;
-const BOTH: usize = 2;
+pub(crate) type Reach = [u64; 3];
+pub(crate) const READ: usize = 0;
+pub(crate) const WRITE: usize = 1;
+pub(crate) const BOTH: usize = 2;
 
 /// What may start at one place, smaller sets first. A set is taken only where no part of it would do: what is not needed
 /// there starts where it is.
-const STARTS: [[bool; 3]; 8] = [
+pub(crate) const STARTS: [[bool; 3]; 8] = [
     [false, false, false],
     [true, false, false],
     [false, true, false],

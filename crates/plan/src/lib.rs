@@ -35,14 +35,17 @@ extern crate alloc;
 mod intervals;
 mod map;
 mod cover;
+mod shortfall;
 mod preset;
 mod plan;
 mod proof;
+mod change;
 mod note;
 mod compose;
 mod differ;
 mod encode;
 
+pub use change::{Change, ChangedPart};
 pub use cover::{Covering, Direction};
 pub use differ::{By, Differences, Fallback};
 pub use encode::DecodeError;

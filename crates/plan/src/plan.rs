@@ -153,6 +153,7 @@ fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verd
         needed: at_least,
         exact: false,
         separate,
+        witness: None,
         groups: Vec::new(),
     })?;
     if covering.ranges.len() > MAX_RANGES {
@@ -160,6 +161,7 @@ fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verd
             needed: covering.ranges.len() as u64,
             exact: true,
             separate: covering.separate,
+            witness: covering.witness.clone(),
             groups: covering
                 .ranges
                 .iter()
@@ -321,6 +323,8 @@ pub enum PlanError {
         exact: bool,
         /// What planning reads and writes apart would take.
         separate: u64,
+        /// As [`Minimum::witness`].
+        witness: Option<Vec<(Msr, Op)>>,
         /// The ranges that would be needed; empty where they are too many to search.
         groups: Vec<Group>,
     },

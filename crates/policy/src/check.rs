@@ -7,7 +7,7 @@ mod order;
 mod tenant;
 
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
-use msrgate_plan::{DecisionMap, Group, PlanError};
+use msrgate_plan::DecisionMap;
 
 use crate::cpuid::Cpuid;
 use crate::database::Entry;
@@ -129,70 +129,6 @@ fn some(names: &[String]) -> String {
     match names.split_at_checked(5) {
         Some((first, more)) if more.len() > 1 => format!("{} and {} more", first.join(", "), more.len()),
         _ => names.join(", "),
-    }
-}
-
-impl Policy {
-    /// A failed compile as a finding: with the numbers, who asks for the ranges, and what to change.
-    pub fn explain_error(&self, error: &PlanError) -> Diagnostic {
-        match error {
-            PlanError::TooManyRanges { groups, .. } => {
-                let mut message = error.to_string();
-                for group in groups {
-                    message.push_str(&format!("\n  {}", self.group(group)));
-                }
-                let cheapest = groups.iter().min_by_key(|group| group.accesses);
-                let help = match cheapest {
-                    Some(group) => format!(
-                        "leave out rules of {} of these groups, or join neighbours by giving the MSRs between them the same \
-                         treatment; the least is lost with {}",
-                        groups.len().saturating_sub(msrgate_core::abi::MAX_RANGES),
-                        group.range
-                    ),
-                    None => {
-                        "the rules differ from the default over too much of the MSR space: choose the other default, \
-                             and name what differs from it"
-                            .to_owned()
-                    }
-                };
-                Diagnostic::whole(Code::TooManyRanges, message).help(help)
-            }
-            PlanError::Table(_) => Diagnostic::whole(Code::TooMuchState, error.to_string())
-                .help("name the MSRs that keep a state (`shadow`, `once`) one by one, or in smaller ranges"),
-            _ => Diagnostic::whole(Code::PlannerBug, error.to_string()).help("please report it with the policy"),
-        }
-    }
-
-    fn group(&self, group: &Group) -> String {
-        let direction = match group.direction {
-            msrgate_plan::Direction::Read => "reads",
-            msrgate_plan::Direction::Write => "writes",
-            msrgate_plan::Direction::Both => "reads and writes",
-        };
-        let rules: Vec<String> = group.rules.iter().filter_map(|rule| self.rule_place(*rule)).collect();
-        let rules = match rules.len() {
-            0 => "the default".to_owned(),
-            1..=4 => format!("rules at {}", rules.join(", ")),
-            n => format!("{n} rules, the first at {}", rules.first().map_or("?", |place| place)),
-        };
-        {
-            let accesses = match group.accesses {
-                1 => "1 access".to_owned(),
-                n => format!("{n} accesses"),
-            };
-            format!("{direction} of {}: {accesses}, {rules}", group.range)
-        }
-    }
-
-    /// File and line of a rule, by its number.
-    pub fn rule_place(&self, rule: u32) -> Option<String> {
-        let rule = self.rules.get(usize::try_from(rule).ok()?)?;
-        let source = self.sources.get(rule.place.source)?;
-        Some(format!(
-            "{}:{}",
-            source.path.display(),
-            source.line_column(rule.place.span.start).0
-        ))
     }
 }
 

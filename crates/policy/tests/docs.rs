@@ -125,7 +125,7 @@ fn findings(name: &Path, wanted: Option<&str>, files: &Examples) -> Vec<String> 
         Ok(plan) => warnings
             .chain(plan.notes().iter().map(|note| note.code.to_string()))
             .collect(),
-        Err(error) => vec![policy.explain_error(&error).code.to_string()],
+        Err(error) => vec![policy.explain_error(&error, None).code.to_string()],
     }
 }
 

@@ -121,11 +121,14 @@ fn seventeen_far_apart_msrs_are_refused_with_the_groups() {
         exact,
         groups,
         separate,
+        witness,
     }) = Plan::compile(&map(Verdict::Allow, &rules))
     else {
         panic!("17 ranges fit");
     };
     assert_eq!((needed, exact, groups.len(), separate), (17, true, 17, 34));
+    let far: Vec<(Msr, Op)> = (0..17).map(|i| (Msr(i * 0x10000), Op::Read)).collect();
+    assert_eq!(witness, Some(far));
     assert_eq!(
         (groups[3].range, &groups[3].rules[..], groups[3].accesses),
         (range(0x30000, 0x30000), &[3][..], 2)

@@ -1,6 +1,7 @@
 use msrgate_plan::Plan;
 
 use super::*;
+use crate::Fit;
 use crate::cpuid::Cpuid;
 
 const AMD: &str = "0x00000000 0x00: eax=0x0000000d ebx=0x68747541 ecx=0x444d4163 edx=0x69746e65\n\
@@ -335,7 +336,8 @@ fn too_many_ranges_are_told_with_groups_and_places() {
         .collect();
     let policy = policy(&format!("default = \"allow\"\n{rules}"));
     let error = Plan::compile(&policy.decision_map(None).unwrap()).unwrap_err();
-    let diagnostic = policy.explain_error(&error);
+    let fit = Fit::search(&policy, &policy.decision_map(None).unwrap(), None);
+    let diagnostic = policy.explain_error(&error, Some(&fit));
     assert_eq!(diagnostic.code, Code::TooManyRanges);
     assert!(
         diagnostic.message.starts_with("the policy needs 17 filter ranges"),
@@ -349,6 +351,37 @@ fn too_many_ranges_are_told_with_groups_and_places() {
         "{}",
         diagnostic.message
     );
+    let help = diagnostic.help.unwrap();
+    let change = "the smallest change that fits changes 1 access:\n  reads of 0x0: left to the kernel, against the rule at p.toml:3\n";
+    assert!(help.starts_with(change), "{help}");
+    let removal = "\nby leaving out the rule at p.toml:3, which changes 1 access";
+    assert!(help.ends_with(removal), "{help}");
+    assert!(!help.contains("before all other rules"), "{help}");
+}
+
+#[test]
+fn the_rule_to_paste_makes_a_policy_fit() {
+    let msrs: Vec<String> = (0..18).map(|i| format!("{:#x}", i * 0x10000)).collect();
+    let rules = format!(
+        "[[rule]]\nmsr = [{}]\nread = \"zero\"\nwrite = \"ignore\"\n",
+        msrs.join(", ")
+    );
+    let refused = policy(&format!("default = \"allow\"\n{rules}"));
+    let map = refused.decision_map(None).unwrap();
+    let error = Plan::compile(&map).unwrap_err();
+    let fit = Fit::search(&refused, &map, None);
+    assert_eq!(fit.change.as_ref().unwrap().accesses, 4);
+    let help = refused.explain_error(&error, Some(&fit)).help.unwrap();
+    let pasted = help
+        .split("all other rules:")
+        .nth(1)
+        .unwrap()
+        .split("\nby leaving")
+        .next()
+        .unwrap();
+    let mended = policy(&format!("default = \"allow\"\n{pasted}\n{rules}"));
+    let plan = Plan::compile(&mended.decision_map(None).unwrap()).unwrap();
+    assert_eq!(plan.filter().ranges().len(), 16);
 }
 
 #[test]

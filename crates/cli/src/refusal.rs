@@ -1,0 +1,70 @@
+//! What programs read of a policy that needs more ranges than a filter has.
+
+use msrgate_core::{Msr, Op};
+use msrgate_plan::{Change, PlanError};
+use msrgate_policy::Policy;
+use serde_json::{Value, json};
+
+use crate::load::TooMany;
+use crate::plan::word;
+
+/// The numbers of a refusal, its witness, and what would fit.
+pub(crate) fn json(too_many: &TooMany) -> Value {
+    let TooMany { policy, error, fit } = too_many;
+    let PlanError::TooManyRanges {
+        needed,
+        exact,
+        separate,
+        witness,
+        groups,
+    } = error
+    else {
+        return Value::Null;
+    };
+    let groups = groups.iter().map(|group| {
+        json!({
+            "first": group.range.first().to_string(),
+            "last": group.range.last().to_string(),
+            "read": group.direction.ops().contains(Op::Read),
+            "write": group.direction.ops().contains(Op::Write),
+            "accesses": group.accesses,
+            "rules": group.rules,
+        })
+    });
+    json!({
+        "needed": needed,
+        "exact": exact,
+        "separate": separate,
+        "witness": witness.as_deref().map(accesses),
+        "ranges": groups.collect::<Vec<_>>(),
+        "change": fit.change.as_ref().map(|found| change(policy, found)),
+        "without": fit.without.as_ref().map(|without| json!({
+            "rules": without.rules,
+            "accesses": without.accesses,
+        })),
+    })
+}
+
+/// Single accesses, as a witness has them.
+pub(crate) fn accesses(accesses: &[(Msr, Op)]) -> Vec<Value> {
+    let access = |(msr, op): &(Msr, Op)| json!({ "msr": msr.to_string(), "op": op.name() });
+    accesses.iter().map(access).collect()
+}
+
+fn change(policy: &Policy, change: &Change) -> Value {
+    let parts = change.parts.iter().map(|part| {
+        json!({
+            "first": part.range.first().to_string(),
+            "last": part.range.last().to_string(),
+            "op": part.op.name(),
+            "to": word(part.to),
+            "rule": part.rule,
+            "place": part.rule.and_then(|rule| policy.rule_place(rule)),
+        })
+    });
+    json!({
+        "accesses": change.accesses,
+        "proved": change.proved,
+        "parts": parts.collect::<Vec<_>>(),
+    })
+}
