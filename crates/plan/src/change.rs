@@ -124,7 +124,6 @@ mod tests {
     use msrgate_core::Msr;
 
     use super::*;
-    use crate::PlanError;
 
     fn range(first: u32, last: u32) -> MsrRange {
         MsrRange::new(Msr(first), Msr(last)).unwrap()
