@@ -232,7 +232,7 @@ struct Savings {
 impl Savings {
     /// Prices that are never paid are left out, so that less is known of them.
     fn of(stretches: &[Stretch], length: u64) -> Savings {
-        let prices = stretches.iter().map(|stretch| Savings::price(stretch));
+        let prices = stretches.iter().map(Savings::price);
         Savings {
             ahead: (stretches.iter().zip(prices.clone())).fold(0, |sum, (stretch, price)| {
                 sum.saturating_add(price.saturating_mul(stretch.end - stretch.first))

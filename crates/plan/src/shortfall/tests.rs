@@ -13,6 +13,9 @@ impl Dice {
     }
 }
 
+/// Kind, first MSR, and the first MSR after it.
+type Range = (usize, u64, u64);
+
 type Cell = ((bool, bool), Price);
 
 fn of_cells<V: Clone + Eq>(default: V, cells: impl Iterator<Item = V>) -> Intervals<V> {
@@ -38,12 +41,7 @@ fn brute_force(cells: &[Cell], default: bool, length: u64, slots: u64) -> u64 {
             }
         }
     }
-    fn search(
-        all: &[(usize, u64, u64)],
-        picked: &mut Vec<(usize, u64, u64)>,
-        left: u64,
-        cost: &dyn Fn(&[(usize, u64, u64)]) -> u64,
-    ) -> u64 {
+    fn search(all: &[Range], picked: &mut Vec<Range>, left: u64, cost: &dyn Fn(&[Range]) -> u64) -> u64 {
         let mut best = cost(picked);
         if left > 0 {
             for (i, range) in all.iter().enumerate() {
@@ -55,7 +53,7 @@ fn brute_force(cells: &[Cell], default: bool, length: u64, slots: u64) -> u64 {
         best
     }
     // What the verdicts of an MSR may be, by definition of the first match: each range has a bit of its own.
-    let cost = |ranges: &[(usize, u64, u64)]| {
+    let cost = |ranges: &[Range]| {
         (0u64..).zip(cells).fold(0u64, |sum, (msr, ((read, write), price))| {
             let covers = |kind| {
                 ranges
