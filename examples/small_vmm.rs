@@ -1,7 +1,7 @@
 //! A small VMM of its own make, which knows nothing of msrgate: real-mode guests that access MSRs, on kvm-ioctls.
 //!
 //! ```text
-//! small_vmm [--filter] [--vcpus N] [--set INDEX=VALUE] ACCESS…
+//! small_vmm [--filter] [--vcpus N] [--set INDEX=VALUE] [--vendors NAME,…] ACCESS…
 //! msrgate run -p policies/fixed-microcode.toml -- small_vmm r:0x8b w:0x174=8 r:0x174
 //! ```
 //!
@@ -14,6 +14,9 @@
 //!
 //! `--set` puts a value into each vCPU's MSR before it runs (KVM_SET_MSRS), and prints what the VMM reads there after
 //! it has run (KVM_GET_MSRS): `vmm 0x8b 0x7`.
+//!
+//! `--vendors` gives the vCPUs a CPUID, in the order of the list: that of KVM, by the maker `intel` or `amd`. Without it
+//! they have none.
 
 #![expect(unsafe_code, reason = "guest memory is mapped by hand")]
 
@@ -22,7 +25,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
@@ -50,6 +53,7 @@ struct Options {
     filter: bool,
     vcpus: usize,
     set: Vec<(u32, u64)>,
+    vendors: Vec<String>,
     accesses: Vec<Access>,
 }
 
@@ -64,6 +68,9 @@ pub(crate) fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), B
     let threads: Vec<_> = (0..options.vcpus.max(1))
         .map(|id| {
             let vcpu = new_vcpu(&vm, id, &options.accesses)?;
+            if let Some(vendor) = options.vendors.get(id) {
+                set_cpuid(&kvm, &vcpu, vendor)?;
+            }
             set(&vcpu, &options.set)?;
             let (accesses, msrs) = (options.accesses.clone(), options.set.clone());
             Ok(std::thread::spawn(move || run(vcpu, &accesses, &msrs)))
@@ -99,6 +106,10 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, Box<dyn
                 let argument = arguments.next().unwrap_or_default();
                 let (msr, value) = argument.split_once('=').ok_or("--set takes INDEX=VALUE")?;
                 options.set.push((u32::try_from(number(msr)?)?, number(value)?));
+            }
+            None if argument == "--vendors" => {
+                let list = arguments.next().unwrap_or_default();
+                options.vendors = list.split(',').map(str::to_owned).collect();
             }
             Some(("r", msr)) => options.accesses.push(Access::Read(u32::try_from(number(msr)?)?)),
             Some(("w", access)) => {
@@ -185,6 +196,22 @@ fn new_vcpu(vm: &VmFd, id: usize, accesses: &[Access]) -> Result<VcpuFd, Box<dyn
     registers.rflags = 2;
     vcpu.set_regs(&registers)?;
     Ok(vcpu)
+}
+
+fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, vendor: &str) -> Result<(), Box<dyn Error>> {
+    let name = match vendor {
+        "intel" => b"GenuineIntel",
+        "amd" => b"AuthenticAMD",
+        _ => return Err(format!("`{vendor}` is no maker").into()),
+    };
+    let word = |at: usize| name[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 0) {
+        (leaf.ebx, leaf.edx, leaf.ecx) = (word(0), word(4), word(8));
+    }
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(|error| format!("KVM_SET_CPUID2: {error}"))?;
+    Ok(())
 }
 
 fn entries(msrs: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, String> {

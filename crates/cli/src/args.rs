@@ -314,6 +314,8 @@ prints the summary so far on standard error; it is printed at the end too.
 VMMs that make system calls without the C library (static programs, Go) are refused: nothing can be put between
 them and the kernel in this way.
 
+A policy that depends on the guest's CPUID is resolved for the one that the VMM sets, without --cpuid.
+
 The library that is loaded into the VMM, libmsrgate_preload.so, is looked for in MSRGATE_PRELOAD (its path), beside
 this program, in deps/ beside it, and in ../lib/msrgate/.";
 

@@ -138,23 +138,32 @@ fn resolved_from(path: &Path, bytes: &[u8], cpuid: Option<&Cpuid>) -> Result<(Po
     }
 }
 
+/// Reads a policy and nothing more; what is wrong is printed.
+pub(crate) fn unresolved(path: &Path) -> Result<Policy, Failure> {
+    accepted(Policy::load(path, &Disk)).map_err(|refused| refused.report())
+}
+
 fn resolved(path: &Path, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
     understood(Policy::load(path, &Disk), cpuid)
 }
 
 fn understood(read: Result<Policy, Rejected>, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    let policy = read.map_err(|rejected| {
+    let policy = accepted(read)?;
+    match policy.decision_map(cpuid) {
+        Ok(map) => Ok((policy, map)),
+        Err(needed) => Err(refused(&policy, needed.diagnostic(), Exit::Input)),
+    }
+}
+
+fn accepted(read: Result<Policy, Rejected>) -> Result<Policy, Box<Refused>> {
+    read.map_err(|rejected| {
         Box::new(Refused {
             sources: rejected.sources,
             diagnostics: rejected.diagnostics,
             exit: Exit::Input,
             too_many: None,
         })
-    })?;
-    match policy.decision_map(cpuid) {
-        Ok(map) => Ok((policy, map)),
-        Err(needed) => Err(refused(&policy, needed.diagnostic(), Exit::Input)),
-    }
+    })
 }
 
 fn compiled(policy: Policy, map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {

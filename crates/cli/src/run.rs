@@ -8,20 +8,21 @@ use std::process::Command;
 use std::time::Duration;
 use std::{fs, io};
 
-use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_hook::{Handover, Mode, VARIABLE, Wanted};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::Plan;
 use msrgate_policy::trace::{self, Header};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::run::record::{Record, Trace};
+use crate::run::resolve::Resolved;
 
 mod child;
 mod library;
 mod program;
 mod record;
+mod resolve;
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 
@@ -29,7 +30,7 @@ const LD_PRELOAD: &str = "LD_PRELOAD";
 const DRAIN: Duration = Duration::from_millis(10);
 
 pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
-    let mut map = policy(args)?;
+    let mut resolved = Resolved::new(args)?;
     let Some((name, arguments)) = args.command.split_first() else {
         return Err(Failure::input("no VMM is named"));
     };
@@ -55,18 +56,20 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         mode,
         events: args.trace.is_some(),
         rip: args.rip,
+        by_cpuid: resolved.by_cpuid.is_some(),
     };
     // What makes no exit makes no event. A vCPU has no CPUID yet where it is given its presets. Where there is no KVM the
     // VMM may not need it.
     if mode == Mode::Enforce
         && !wanted.events
-        && let Ok(held) = load::held(map.clone(), None)
+        && let Ok(held) = load::held(resolved.map.clone(), None)
     {
-        map = held;
+        resolved.map = held;
     }
-    let plan = plan(&map)?;
-    let handover = Handover::new(&map, wanted).map_err(machine)?;
-    let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, &plan))?;
+    let plan = resolve::plan(&resolved.map)?;
+    let handover = Handover::new(&resolved.map, wanted).map_err(machine)?;
+    let known = resolved.by_cpuid.is_none().then_some(&plan);
+    let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, known))?;
     let mut record = Record::new(handover.board(), trace, mode, plan.presets(), args.json);
     let mut command = Command::new(&program);
     command
@@ -74,7 +77,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         .args(arguments)
         .env(VARIABLE, handover.variable().map_err(machine)?)
         .env(LD_PRELOAD, preloaded(library.into_os_string()));
-    let every = (wanted.events || logs(&plan)).then_some(DRAIN);
+    let every = (wanted.events || resolved.logs()).then_some(DRAIN);
+    resolved.serve(handover.board()).map_err(machine)?;
     let status = child::run(command, &program, every, &mut record)?;
     record.drain();
     record.summary();
@@ -86,7 +90,7 @@ const PASSED_ON: &str = "every access is denied to the guest and passed on with 
                          not always what the guest's own instruction would have got";
 
 /// What a trace says of itself.
-fn header(vmm: &Path, mode: Mode, plan: &Plan) -> Header {
+fn header(vmm: &Path, mode: Mode, plan: Option<&Plan>) -> Header {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
     let kernel = read("/proc/sys/kernel/osrelease");
     Header {
@@ -108,44 +112,11 @@ fn header(vmm: &Path, mode: Mode, plan: &Plan) -> Header {
             }
             .to_owned(),
         ),
-        policy: matches!(mode, Mode::Enforce | Mode::Audit).then(|| load::hex(&plan.hash())),
+        policy: plan
+            .filter(|_| matches!(mode, Mode::Enforce | Mode::Audit))
+            .map(|plan| load::hex(&plan.hash())),
         ..Header::default()
     }
-}
-
-/// Whether some rule wants its accesses told.
-fn logs(plan: &Plan) -> bool {
-    let table = plan.table();
-    let mut logs = table.reads().iter().map(|entry| entry.log);
-    let mut writes = table.writes().iter().map(|entry| entry.log);
-    logs.any(|log| log != Log::None) || writes.any(|log| log != Log::None)
-}
-
-/// What each access of a guest gets.
-fn policy(args: &RunArgs) -> Result<DecisionMap, Failure> {
-    let mut map = match &args.policy {
-        None => DecisionMap::allow_all(),
-        Some(path) => {
-            let cpuid = load::cpuid(&args.cpuid)?;
-            load::policy_or_report(path, cpuid.as_ref())?.map
-        }
-    };
-    if args.ignore_unknown {
-        map.unknown = (ReadAction::Value(0), WriteAction::Ignore);
-    }
-    Ok(map)
-}
-
-/// The plan, if `run` can carry it out. Whether there is KVM is not asked: the VMM may not need it.
-fn plan(map: &DecisionMap) -> Result<Plan, Failure> {
-    let plan = Plan::compile(map).map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
-    if let Some(name) = plan.table().handlers().next() {
-        return Err(Failure::input(format!(
-            "the policy names the handler `{name}`, which is code of a VMM: one that links msrgate can have it, `run` \
-             cannot; give the rule another action"
-        )));
-    }
-    Ok(plan)
 }
 
 /// Ahead of what is preloaded already.

@@ -4,6 +4,7 @@
 //! page 0    what is asked for, how many vCPUs there have been
 //! slate 0   of the first vCPU: counts by MSR and direction, and a ring of events
 //! slate 1   …
+//! desk      where the policy for a CPUID is asked for
 //! ```
 //!
 //! A vCPU's thread is the only one that writes to its slate, and never waits: where the ring is full the event is
@@ -17,7 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
 
-use crate::mapping::Mapping;
+use crate::desk::Desk;
+use crate::mapping::{Mapping, get, set, word};
 
 const PAGE: usize = 4096;
 /// vCPUs of one run that have a slate; of further ones it is only counted how many accesses they made.
@@ -59,20 +61,6 @@ const EVENT: usize = 8;
 const SLATE_BYTES: usize = (slate::EVENTS + EVENTS * EVENT) * 8;
 const _: () = assert!(SLATE_BYTES.is_multiple_of(PAGE));
 
-/// A word of a list that is long enough by construction; a list that is not is written nowhere.
-fn word(words: &[AtomicU64], at: usize) -> &AtomicU64 {
-    static NOWHERE: AtomicU64 = AtomicU64::new(0);
-    words.get(at).unwrap_or(&NOWHERE)
-}
-
-fn get(words: &[AtomicU64], at: usize) -> u64 {
-    word(words, at).load(Ordering::Relaxed)
-}
-
-fn set(words: &[AtomicU64], at: usize, value: u64) {
-    word(words, at).store(value, Ordering::Relaxed);
-}
-
 /// What becomes of what the policy decides.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Mode {
@@ -98,16 +86,20 @@ pub struct Wanted {
     pub events: bool,
     /// The guest's instruction pointer, which takes a system call for each access.
     pub rip: bool,
+    /// The policy depends on the guest's CPUID: what it is, the [`Desk`] tells, and the map that is handed over is in
+    /// force until then.
+    pub by_cpuid: bool,
 }
 
 impl Wanted {
     fn bits(self) -> u64 {
-        u64::from(self.events) | u64::from(self.rip) << 1 | (self.mode as u64) << 2
+        let flags = [self.events, self.rip, self.by_cpuid].into_iter().zip(0..);
+        flags.fold((self.mode as u64) << 3, |bits, (flag, at)| bits | u64::from(flag) << at)
     }
 
     fn from_bits(bits: u64) -> Wanted {
         Wanted {
-            mode: match bits >> 2 {
+            mode: match bits >> 3 {
                 0 => Mode::Enforce,
                 1 => Mode::Audit,
                 2 => Mode::Learn,
@@ -115,9 +107,13 @@ impl Wanted {
             },
             events: bits & 1 != 0,
             rip: bits & 2 != 0,
+            by_cpuid: bits & 4 != 0,
         }
     }
 }
+
+/// Where the desk begins.
+const DESK: u64 = (PAGE + SLATES * SLATE_BYTES) as u64;
 
 /// The shared memory as a whole.
 #[derive(Debug)]
@@ -130,7 +126,7 @@ pub struct Board {
 
 impl Board {
     /// Bytes of the file.
-    pub(crate) const BYTES: u64 = (PAGE + SLATES * SLATE_BYTES) as u64;
+    pub(crate) const BYTES: u64 = DESK + Desk::BYTES as u64;
 
     /// On an empty file of [`Board::BYTES`] bytes.
     pub(crate) fn new(file: File, wanted: Wanted) -> io::Result<Board> {
@@ -182,6 +178,14 @@ impl Board {
         // Touched here, so that no access of the guest waits for the page.
         set(slate.words(), slate::LOST, 0);
         Some(slate)
+    }
+
+    /// Where the policy for a CPUID is asked for and told.
+    ///
+    /// # Errors
+    /// The kernel's, where it does not map it.
+    pub fn desk(&self) -> io::Result<Desk> {
+        Mapping::new(&self.file, DESK, Desk::BYTES).map(Desk::new)
     }
 
     /// Counts an access of a vCPU that has no slate.

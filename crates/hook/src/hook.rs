@@ -1,6 +1,7 @@
 //! What becomes of each call.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,11 +11,12 @@ use msrgate_plan::DecisionMap;
 
 use crate::board::Board;
 use crate::descriptor::{Beyond, Descriptors, Object};
+use crate::hook::cpuid::{KVM_SET_CPUID, KVM_SET_CPUID2};
 use crate::kernel::{Gate, Kernel, errno, set_errno};
 use crate::turn::{Inside, Turn};
 use crate::user_filter::{self, word};
 use crate::vcpu::{Body, Slots};
-use crate::vm::{Policy, State, Vm, is_weaker};
+use crate::vm::{Policy, Shared, State, Vm, is_weaker};
 
 const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
@@ -64,7 +66,7 @@ pub struct Setup {
 /// What descriptors stand for, by number.
 struct Objects<G> {
     /// Read when the first VM is made.
-    policy: Option<Arc<Policy>>,
+    shared: Option<Arc<Shared>>,
     vms: Vec<Option<VmObject<G>>>,
     /// How many descriptors a vCPU's slot has.
     vcpu_descriptors: Vec<u32>,
@@ -87,7 +89,7 @@ impl<K: Kernel> Hook<K> {
             vcpus: Slots::new(Self::VCPUS),
             turn: Turn::new(),
             objects: Mutex::new(Objects {
-                policy: None,
+                shared: None,
                 vms: Vec::new(),
                 vcpu_descriptors: Vec::new(),
             }),
@@ -107,6 +109,7 @@ impl<K: Kernel> Hook<K> {
         // The kernel takes 32 bits of it; callers that have an int extend its sign.
         match request as u32 {
             KVM_RUN => self.run(fd, request, argument),
+            KVM_SET_CPUID | KVM_SET_CPUID2 => self.managed(fd, request, argument, Self::set_cpuid),
             KVM_SET_MP_STATE => self.set_mp_state(fd, request, argument),
             KVM_GET_MSRS | KVM_SET_MSRS | KVM_GET_ONE_REG | KVM_SET_ONE_REG => self.msrs(fd, request, argument),
             KVM_CREATE_VM => self.managed(fd, request, argument, Self::create_vm),
@@ -154,7 +157,7 @@ impl<K: Kernel> Hook<K> {
         self.kernel.say(line);
         self.kernel.close(fd);
         self.with_objects(|objects| {
-            let board = objects.policy.as_ref().and_then(|policy| policy.board.as_ref());
+            let board = objects.shared.as_ref().and_then(|shared| shared.board.as_ref());
             board.inspect(|board| board.refused());
         });
         set_errno(EACCES);
@@ -163,15 +166,11 @@ impl<K: Kernel> Hook<K> {
 
     fn adopt_vm(&self, kvm: c_int, fd: c_int) -> Result<(), String> {
         self.with_objects(|objects| {
-            let policy = match &objects.policy {
-                Some(policy) => Arc::clone(policy),
-                None => {
-                    let Setup { map, board } = (self.setup)()?;
-                    let policy = Policy::new(map, board).map_err(|error| error.to_string())?;
-                    Arc::clone(objects.policy.insert(Arc::new(policy)))
-                }
+            let shared = match &objects.shared {
+                Some(shared) => Arc::clone(shared),
+                None => Arc::clone(objects.shared.insert(Arc::new(self.shared()?))),
             };
-            let plan = policy.composed(&State::default(), Reasons::NONE);
+            let plan = shared.policy.composed(None, &BTreeSet::new(), Reasons::NONE);
             let plan = Arc::new(plan.map_err(|error| error.to_string())?);
             let gate = self.kernel.install(kvm, fd, plan)?;
             let number = objects.vms.iter().position(Option::is_none);
@@ -181,13 +180,25 @@ impl<K: Kernel> Hook<K> {
             });
             if let Some(place) = objects.vms.get_mut(number) {
                 *place = Some(VmObject {
-                    vm: Arc::new(Vm::new(gate, policy)),
+                    vm: Arc::new(Vm::new(gate, shared)),
                     descriptors: 0,
                 });
             }
             let number = u32::try_from(number).map_err(|_| "too many VMs")?;
             self.track(objects, fd, Some(Object::Vm(number)))
                 .map_err(|Beyond| beyond(fd))
+        })
+    }
+
+    fn shared(&self) -> Result<Shared, String> {
+        let Setup { map, board } = (self.setup)()?;
+        let wanted = board.as_ref().map(Board::wanted).unwrap_or_default();
+        let policy = Policy::new(map, wanted.mode).map_err(|error| error.to_string())?;
+        let desk = board.as_ref().filter(|_| wanted.by_cpuid).map(Board::desk).transpose();
+        Ok(Shared {
+            policy: Arc::new(policy),
+            desk: desk.map_err(|error| format!("the memory that is shared with `msrgate run`: {error}"))?,
+            board,
         })
     }
 
@@ -215,18 +226,20 @@ impl<K: Kernel> Hook<K> {
         self.with_objects(|objects| {
             let object = objects.vm(number).ok_or("its VM was closed")?;
             let vm = Arc::clone(&object.vm);
-            let registers = self.registers(fd, vm.policy.presets())?;
+            let registers = self.registers(fd, vm.shared.policy.presets())?;
             let vcpu = vm.gate.vcpu(fd, id)?;
             self.presets.fetch_or(!registers.is_empty(), Ordering::Relaxed);
-            let board = vm.policy.board.as_ref();
+            let board = vm.shared.board.as_ref();
             let slate = board.and_then(Board::slate);
             let wanted = board.map(Board::wanted).unwrap_or_default();
+            let (policy, ready) = (Arc::clone(&vm.shared.policy), vm.shared.desk.is_none());
             let slot = self.vcpus.put(Body {
                 vm,
                 vcpu,
                 id,
                 registers,
-                ready: Cell::new(true),
+                policy: RefCell::new(policy),
+                ready: Cell::new(ready),
                 slate,
                 wanted,
             });
@@ -299,7 +312,7 @@ impl<K: Kernel> Hook<K> {
 
     /// Puts in force what policy and VMM say together; on an error what was in force still is, and `so` is said.
     fn compose(&self, vm: &Vm<K::Gate>, state: &mut State, mask: Reasons, so: &str) -> Result<(), c_int> {
-        let plan = vm.policy.composed(state, mask).map_err(|error| {
+        let plan = state.composed(mask).map_err(|error| {
             self.kernel
                 .say(&format!("{so}: together with the VMM's own MSR filter {error}"));
             libc::E2BIG
@@ -467,6 +480,7 @@ fn beyond(fd: c_int) -> String {
 
 mod run;
 mod msrs;
+mod cpuid;
 pub(crate) use msrs::Register;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@
 //! ```text
 //! KVM_CREATE_VM ──────────→ install the plan, or no VM
 //! KVM_CREATE_VCPU ────────→ a slot for the vCPU
+//! KVM_SET_CPUID2 ─────────→ what the policy is for it, where it depends on that
 //! KVM_RUN ─exit 29, 30──┬─→ the policy's: answer, run again
 //!                       └─→ the VMM's: as it came
 //! KVM_X86_SET_MSR_FILTER ─→ VMM ∩ policy, planned anew
@@ -13,6 +14,9 @@
 //! KVM_GET_MSRS, _SET_MSRS → on the VMM's values, where presets are
 //! dup, close, fork ───────→ which descriptor is which
 //! ```
+//!
+//! A policy that depends on the guest's CPUID is the command's to resolve: it is asked over shared memory ([`Desk`]), and
+//! until it has answered nothing is allowed and no vCPU runs.
 //!
 //! The calls themselves are behind [`Kernel`], so that all of this is tested without a VMM and without KVM.
 //! `libmsrgate_preload.so` forwards libc's functions to it.
@@ -38,12 +42,14 @@ mod turn;
 mod handover;
 mod spawn;
 mod board;
+mod desk;
 mod mapping;
 mod clock;
 
 pub use board::{Board, Missing, Mode, Reader, SLATES, Tally, Wanted};
 pub use clock::{Clock, Rate};
 pub use descriptor::Descriptors;
+pub use desk::{Desk, Leaf};
 pub use handover::{Handover, HandoverError, Received, VARIABLE};
 pub use hook::{Hook, Setup};
 pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};

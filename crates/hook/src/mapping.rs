@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A part of a file that both processes have mapped.
 ///
@@ -56,4 +56,20 @@ impl Drop for Mapping {
         // SAFETY: the mapping that `new` made, in its whole length; no reference into it outlives `self`.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.words * size_of::<AtomicU64>()) };
     }
+}
+
+/// A word of a list that is long enough by construction; a list that is not is written nowhere.
+pub(crate) fn word(words: &[AtomicU64], at: usize) -> &AtomicU64 {
+    static NOWHERE: AtomicU64 = AtomicU64::new(0);
+    words.get(at).unwrap_or(&NOWHERE)
+}
+
+/// What a word holds.
+pub(crate) fn get(words: &[AtomicU64], at: usize) -> u64 {
+    word(words, at).load(Ordering::Relaxed)
+}
+
+/// Changes a word.
+pub(crate) fn set(words: &[AtomicU64], at: usize, value: u64) {
+    word(words, at).store(value, Ordering::Relaxed);
 }

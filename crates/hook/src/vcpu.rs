@@ -2,13 +2,13 @@
 
 #![expect(unsafe_code, reason = "a cell that a state machine guards")]
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::{Cell, RefCell, UnsafeCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use crate::board::{Slate, Wanted};
 use crate::hook::Register;
-use crate::vm::Vm;
+use crate::vm::{Policy, Vm};
 
 /// What a vCPU's thread needs.
 #[derive(Debug)]
@@ -18,7 +18,9 @@ pub(crate) struct Body<G, V> {
     pub(crate) id: u32,
     /// Those that hold presets.
     pub(crate) registers: Box<[Register]>,
-    /// Whether the policy is in force on it.
+    /// What is in force on it.
+    pub(crate) policy: RefCell<Arc<Policy>>,
+    /// Whether something is that it may run under.
     pub(crate) ready: Cell<bool>,
     /// Where its accesses are written down.
     pub(crate) slate: Option<Slate>,

@@ -10,41 +10,64 @@ use msrgate_core::{
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, PlanError, Preset};
 
 use crate::board::{Board, Mode};
+use crate::desk::Desk;
 use crate::kernel::RawExit;
 
-/// A policy as every VM of the process gets it.
+/// What the VMs of a process have in common.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// What a VM begins with.
+    pub(crate) policy: Arc<Policy>,
+    /// Where accesses are written down.
+    pub(crate) board: Option<Board>,
+    /// Where the policy for a CPUID is asked for, if it depends on that.
+    pub(crate) desk: Option<Desk>,
+}
+
+/// A policy, and what is to become of it.
 #[derive(Debug)]
 pub(crate) struct Policy {
     map: DecisionMap,
     plan: Plan,
     mode: Mode,
-    /// Where accesses are written down.
-    pub(crate) board: Option<Board>,
 }
 
 impl Policy {
-    pub(crate) fn new(map: DecisionMap, board: Option<Board>) -> Result<Policy, PlanError> {
+    pub(crate) fn new(map: DecisionMap, mode: Mode) -> Result<Policy, PlanError> {
         let plan = Plan::compile(&map)?;
         Ok(Policy {
             // A vCPU cannot be given a preset later, so that other plans of this policy have none but these.
             map: map.holding(plan.presets().to_vec()),
             plan,
-            mode: board.as_ref().map_or(Mode::Enforce, |board| board.wanted().mode),
-            board,
+            mode,
         })
     }
 
-    /// The plan that holds for the policy and for a VMM with this filter and mask.
-    pub(crate) fn composed(&self, state: &State, mask: Reasons) -> Result<Plan, PlanError> {
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Whether it is this map's.
+    pub(crate) fn is(&self, map: &DecisionMap) -> bool {
+        self.map == *map
+    }
+
+    /// The plan that holds for the policy and for a VMM with this filter and mask, where this was touched.
+    pub(crate) fn composed(
+        &self,
+        filter: Option<&Filter>,
+        open: &BTreeSet<(Msr, Op)>,
+        mask: Reasons,
+    ) -> Result<Plan, PlanError> {
         let watched;
         let map = match self.mode {
             Mode::Enforce => &self.map,
             Mode::Audit | Mode::Learn | Mode::LearnAll => {
-                watched = self.watched(&state.open);
+                watched = self.watched(open);
                 &watched
             }
         };
-        let plan = match (&state.filter, self.mode) {
+        let plan = match (filter, self.mode) {
             (None, Mode::Enforce) => self.plan.clone(),
             (None, _) => Plan::compile(map)?,
             (Some(filter), _) => Plan::compile(&map.restricted_by(filter))?,
@@ -80,6 +103,22 @@ impl Policy {
             (Reason::Filter, Op::Write) => names(table.writes(), msr),
             (Reason::Unknown, _) => by(table.unknown()),
             (Reason::Invalid, _) => by(table.invalid()),
+        }
+    }
+
+    /// Whose an exit is, under a VMM that asked for `mask`. Neither locks nor allocates.
+    ///
+    /// What the policy decides is the policy's. The rest is there because the VMM denies it, or because the mask is
+    /// wider than one of the two asked for: it is the VMM's only where the VMM asked for such exits, since a VMM may
+    /// abort on one that it did not, and else gets the fault that the kernel would have given.
+    pub(crate) fn owner(&self, exit: &RawExit, mask: Reasons) -> Owner {
+        let Some(reason) = Reason::from_bits(exit.reason) else {
+            return Owner::Policy;
+        };
+        match (self.mode, reason) {
+            (Mode::Enforce, _) if self.decides(exit.access, reason) => Owner::Policy,
+            (Mode::Audit | Mode::Learn | Mode::LearnAll, Reason::Filter) => Owner::Watch,
+            _ => Owner::of_rest(reason, mask),
         }
     }
 
@@ -156,9 +195,26 @@ pub(crate) enum Owner {
     Watch,
 }
 
+impl Owner {
+    /// Whose an exit is that the policy does not decide.
+    pub(crate) fn of_rest(reason: Reason, mask: Reasons) -> Owner {
+        if mask.contains(reason) {
+            Owner::Vmm
+        } else {
+            Owner::Policy
+        }
+    }
+}
+
 /// What changes while a VM runs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct State {
+    /// What is in force, beside the VMM's own filter.
+    pub(crate) policy: Arc<Policy>,
+    /// The vCPUs for whose CPUIDs it is what it is.
+    pub(crate) resolved: BTreeSet<u32>,
+    /// It was said that a vCPU has no CPUID.
+    pub(crate) told_of_cpuid: bool,
     /// The VMM's own filter.
     pub(crate) filter: Option<Filter>,
     /// It was said that the VMM weakens its filter.
@@ -170,6 +226,38 @@ pub(crate) struct State {
 }
 
 impl State {
+    fn new(policy: Arc<Policy>) -> State {
+        State {
+            policy,
+            resolved: BTreeSet::new(),
+            told_of_cpuid: false,
+            filter: None,
+            told: false,
+            open: BTreeSet::new(),
+            plan: None,
+        }
+    }
+
+    /// The plan that holds for the policy and for a VMM with this filter and mask.
+    pub(crate) fn composed(&self, mask: Reasons) -> Result<Plan, PlanError> {
+        self.policy.composed(self.filter.as_ref(), &self.open, mask)
+    }
+
+    /// What a touch is.
+    pub(crate) fn touch(&self, msr: Msr, op: Op) -> Touch {
+        let denied = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
+        let denied = self.filter.as_ref().is_some_and(denied);
+        if self.policy.mode == Mode::LearnAll {
+            if denied { Touch::Denied } else { Touch::Pass }
+        } else if self.policy.watches(msr, op) && !self.open.contains(&(msr, op)) {
+            Touch::First
+        } else if denied {
+            Touch::Denied
+        } else {
+            Touch::Open
+        }
+    }
+
     /// Whether the kernel hands over what was opened all the same: no filter range covers the last MSR.
     pub(crate) fn cannot_open(&self, msr: Msr, op: Op) -> bool {
         let denies = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
@@ -194,7 +282,7 @@ pub(crate) enum Touch {
 #[derive(Debug)]
 pub(crate) struct Vm<G> {
     pub(crate) gate: G,
-    pub(crate) policy: Arc<Policy>,
+    pub(crate) shared: Arc<Shared>,
     /// What events call it.
     pub(crate) number: u32,
     /// The VMM's own mask, as [`Reasons::bits`].
@@ -203,14 +291,13 @@ pub(crate) struct Vm<G> {
 }
 
 impl<G> Vm<G> {
-    pub(crate) fn new(gate: G, policy: Arc<Policy>) -> Vm<G> {
-        let number = policy.board.as_ref().map_or(0, Board::new_vm);
+    pub(crate) fn new(gate: G, shared: Arc<Shared>) -> Vm<G> {
         Vm {
             gate,
-            policy,
-            number,
+            number: shared.board.as_ref().map_or(0, Board::new_vm),
             mask: AtomicU32::new(0),
-            state: Mutex::default(),
+            state: Mutex::new(State::new(Arc::clone(&shared.policy))),
+            shared,
         }
     }
 
@@ -225,51 +312,6 @@ impl<G> Vm<G> {
 
     pub(crate) fn set_mask(&self, mask: Reasons) {
         self.mask.store(mask.bits(), Ordering::Relaxed);
-    }
-
-    /// Whose an exit is. Neither locks nor allocates.
-    ///
-    /// What the policy decides is the policy's. The rest is there because the VMM denies it, or because the mask is
-    /// wider than one of the two asked for: it is the VMM's only where the VMM asked for such exits, since a VMM may
-    /// abort on one that it did not, and else gets the fault that the kernel would have given.
-    pub(crate) fn owner(&self, exit: &RawExit) -> Owner {
-        let Some(reason) = Reason::from_bits(exit.reason) else {
-            return Owner::Policy;
-        };
-        let decided = match (self.policy.mode, reason) {
-            (Mode::Enforce, _) => self.policy.decides(exit.access, reason),
-            (_, Reason::Filter) => return Owner::Watch,
-            _ => false,
-        };
-        self.owner_of_rest(decided, reason)
-    }
-
-    fn owner_of_rest(&self, decided: bool, reason: Reason) -> Owner {
-        if !decided && self.mask().contains(reason) {
-            Owner::Vmm
-        } else {
-            Owner::Policy
-        }
-    }
-
-    /// Whose an exit is that the VMM's own filter made.
-    pub(crate) fn owner_of_denied(&self) -> Owner {
-        self.owner_of_rest(false, Reason::Filter)
-    }
-
-    /// What a touch is.
-    pub(crate) fn touch(&self, state: &State, msr: Msr, op: Op) -> Touch {
-        let denied = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
-        let denied = state.filter.as_ref().is_some_and(denied);
-        if self.policy.mode == Mode::LearnAll {
-            if denied { Touch::Denied } else { Touch::Pass }
-        } else if self.policy.watches(msr, op) && !state.open.contains(&(msr, op)) {
-            Touch::First
-        } else if denied {
-            Touch::Denied
-        } else {
-            Touch::Open
-        }
     }
 }
 

@@ -145,6 +145,7 @@ fn answering_and_writing_down_allocates_nothing_even_where_events_are_lost() {
         mode: Mode::Enforce,
         events: true,
         rip: false,
+        by_cpuid: false,
     };
     let handover = Handover::new(&map, wanted).unwrap();
     let variable = handover.variable().unwrap();

@@ -49,6 +49,15 @@ pub struct DecisionMap {
 }
 
 impl DecisionMap {
+    /// Everything faults.
+    pub fn deny_all() -> DecisionMap {
+        DecisionMap {
+            reads: Intervals::uniform(Decision::of(ReadAction::Deny)),
+            writes: Intervals::uniform(Decision::of(WriteAction::Deny)),
+            ..DecisionMap::allow_all()
+        }
+    }
+
     /// Everything is the kernel's.
     pub fn allow_all() -> DecisionMap {
         DecisionMap {

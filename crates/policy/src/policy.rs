@@ -116,6 +116,23 @@ impl Policy {
         self.valid == Validity::CpuModel || self.rules.iter().any(|rule| !rule.when.is_always())
     }
 
+    /// The names of all handlers that some rule names, whether it holds for a guest or not.
+    pub fn handlers(&self) -> impl Iterator<Item = &str> {
+        let rules = self.rules.iter().map(|rule| (rule.read.as_ref(), rule.write.as_ref()));
+        let others = [&self.unknown, &self.invalid].map(|(read, write)| (Some(read), Some(write)));
+        rules.chain(others).flat_map(|(read, write)| {
+            let read = read.and_then(|action| match action {
+                ReadAction::Handler(name) => Some(&**name),
+                _ => None,
+            });
+            let write = write.and_then(|action| match action {
+                WriteAction::Handler(name) => Some(&**name),
+                _ => None,
+            });
+            read.into_iter().chain(write)
+        })
+    }
+
     /// What each of the 2^32 MSRs gets from this policy, in a guest with this CPUID.
     ///
     /// Fails only where the policy depends on the guest's CPUID and none is given.

@@ -86,7 +86,7 @@ impl<K: Kernel> Hook<K> {
     }
 
     /// The vCPU for this thread alone; `None` where another thread keeps it for too long.
-    fn enter_in_time(&self, fd: c_int, slot: u32) -> Option<Entered<super::BodyOf<K>>> {
+    pub(super) fn enter_in_time(&self, fd: c_int, slot: u32) -> Option<Entered<super::BodyOf<K>>> {
         for _ in 0..PATIENCE {
             if let Some(entered) = self.vcpus.enter(slot) {
                 return Some(entered);

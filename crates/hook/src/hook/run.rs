@@ -1,6 +1,6 @@
 //! KVM_RUN: whose each exit is, and what becomes of it.
 
-use libc::{EACCES, EINTR, c_int, c_ulong};
+use libc::{EINTR, c_int, c_ulong};
 use msrgate_core::{Access, Answer, Did, Event, Log, Outcome, Reason, Why};
 
 use super::{BodyOf, Hook, KVM_SET_MSRS, failed};
@@ -31,11 +31,12 @@ impl<K: Kernel> Hook<K> {
             return -1;
         };
         if !body.ready.get() {
-            return failed(EACCES);
+            return self.not_ready(body);
         }
+        let policy = body.policy.borrow();
         let before = errno();
         // Looked at here, since a VMM resets a vCPU before it loads a saved state too, which undoes no lock.
-        if entered.as_ref().is_some_and(Entered::was_placed) && body.vm.policy.remembers() && body.vcpu.is_reset(fd) {
+        if entered.as_ref().is_some_and(Entered::was_placed) && policy.remembers() && body.vcpu.is_reset(fd) {
             body.vcpu.forget();
         }
         loop {
@@ -48,7 +49,7 @@ impl<K: Kernel> Hook<K> {
                 return result;
             };
             let began = ticks();
-            let owner = match body.vm.owner(&exit) {
+            let owner = match policy.owner(&exit, body.vm.mask()) {
                 Owner::Watch => match self.touched(fd, body, &exit, began) {
                     Ok(None) => {
                         set_errno(before);
@@ -78,8 +79,8 @@ impl<K: Kernel> Hook<K> {
         let _inside = Inside::enter();
         let (msr, op) = (exit.access.msr(), exit.access.op());
         let mut state = body.vm.state();
-        match body.vm.touch(&state, msr, op) {
-            Touch::Denied => return Ok(Some(body.vm.owner_of_denied())),
+        match state.touch(msr, op) {
+            Touch::Denied => return Ok(Some(Owner::of_rest(Reason::Filter, body.vm.mask()))),
             Touch::Open => {}
             Touch::Pass => {
                 drop(state);
@@ -98,7 +99,7 @@ impl<K: Kernel> Hook<K> {
                     state.open.remove(&(msr, op));
                     return Ok(Some(Owner::Policy));
                 }
-                let (did, rule) = body.vm.policy.would(msr, op);
+                let (did, rule) = state.policy.would(msr, op);
                 let answer = Answer {
                     outcome: match exit.access {
                         Access::Read { .. } => Outcome::Value(self.host_read(fd, msr).unwrap_or(0)),
@@ -141,7 +142,7 @@ impl<K: Kernel> Hook<K> {
     /// guest had left.
     fn write_down(&self, fd: c_int, body: &BodyOf<K>, exit: &RawExit, answer: &Answer, began: u64) {
         let Some(slate) = &body.slate else {
-            body.vm.policy.board.as_ref().inspect(|board| board.without_slate());
+            body.vm.shared.board.as_ref().inspect(|board| board.without_slate());
             return;
         };
         let wanted = body.wanted.events || answer.log != Log::None;

@@ -38,6 +38,9 @@ struct World {
     plans: Vec<Arc<Plan>>,
     dropped: u32,
     refuse: bool,
+    refuse_cpuid: bool,
+    /// What was in force when the kernel took a CPUID.
+    plans_at_cpuid: Vec<Arc<Plan>>,
     taken_back: u32,
     /// A vCPU is as a reset leaves it.
     reset: bool,
@@ -125,6 +128,12 @@ impl Kernel for Fake {
                 None => fail(EBADF),
             },
             OTHER => 7,
+            KVM_SET_CPUID | KVM_SET_CPUID2 if world.refuse_cpuid => fail(libc::EINVAL),
+            KVM_SET_CPUID | KVM_SET_CPUID2 => {
+                let plan = Arc::clone(world.plans.last().unwrap());
+                world.plans_at_cpuid.push(plan);
+                0
+            }
             KVM_SET_MP_STATE => 0,
             _ => fail(ENOTTY),
         }
@@ -285,13 +294,16 @@ fn hook(map: DecisionMap) -> (Hook<Fake>, Fake) {
     (Hook::new(fake.clone(), setup), fake)
 }
 
-/// One that watches, and what it writes on.
-fn watching(mode: Mode, map: DecisionMap) -> (Hook<Fake>, Fake, Board) {
-    let wanted = Wanted {
+fn mode(mode: Mode) -> Wanted {
+    Wanted {
         mode,
         events: true,
-        rip: false,
-    };
+        ..Wanted::default()
+    }
+}
+
+/// One with a board, which is given too.
+fn watching(wanted: Wanted, map: DecisionMap) -> (Hook<Fake>, Fake, Board) {
     let file = crate::handover::memfd(c"test", Board::BYTES).unwrap();
     let ours = Board::new(file.try_clone().unwrap(), wanted).unwrap();
     let fake = Fake::default();
@@ -314,7 +326,8 @@ fn vm(hook: &Hook<Fake>) -> c_int {
 }
 
 fn vcpu(hook: &Hook<Fake>, vm: c_int, fake: &Fake, script: &[Ran]) -> c_int {
-    let vcpu = ioctl(hook, vm, KVM_CREATE_VCPU, 0);
+    let id = fake.world().pages.len();
+    let vcpu = ioctl(hook, vm, KVM_CREATE_VCPU, id);
     assert!(vcpu > 0);
     fake.world().scripts.insert(vcpu, script.iter().copied().collect());
     vcpu
@@ -935,9 +948,141 @@ fn a_preset_that_does_not_fit_beside_the_vmms_filter_is_the_policys_exit() {
     assert_eq!(fake.world().answers, [Outcome::Value(5)]);
 }
 
+/// A hook whose policy depends on the model: of 1 the revision is fixed, of 2 all is allowed, and there is no other.
+fn by_cpuid() -> (Hook<Fake>, Fake, Board) {
+    let wanted = Wanted {
+        by_cpuid: true,
+        ..Wanted::default()
+    };
+    let (hook, fake, board) = watching(wanted, DecisionMap::deny_all());
+    let desk = board.desk().unwrap();
+    std::thread::spawn(move || {
+        desk.serve(&|leaves| match leaves.iter().find(|leaf| leaf.0 == 1) {
+            Some((_, 0, [1, ..])) => Ok(policy().to_bytes()),
+            Some((_, 0, [2, ..])) => Ok(DecisionMap::allow_all().to_bytes()),
+            other => Err(format!("no such model: {other:?}")),
+        })
+    });
+    (hook, fake, board)
+}
+
+/// KVM_SET_CPUID2 with leaf 0 and leaf 1, and errno where it fails.
+fn set_model(hook: &Hook<Fake>, fake: &Fake, vcpu: c_int, model: u32) -> Result<(), c_int> {
+    // Leaf 1's index says nothing, since its flags do not say so.
+    let entries = [[0, 0, 1, 9, 9, 9, 9, 0, 0, 0], [1, 77, 0, model, 0, 0, 0, 0, 0, 0]];
+    let words = [2, 0].into_iter().chain(entries.into_iter().flatten());
+    fake.world().memory = words.flat_map(u32::to_le_bytes).collect();
+    match ioctl(hook, vcpu, KVM_SET_CPUID2, 0) {
+        0 => Ok(()),
+        _ => Err(errno()),
+    }
+}
+
+fn verdict(fake: &Fake) -> Verdict {
+    let plan = Arc::clone(fake.world().plans.last().unwrap());
+    plan.filter().verdict(Msr(MICROCODE), Op::Read)
+}
+
+#[test]
+fn the_policy_for_a_cpuid_is_in_force_before_the_vcpu_has_it() {
+    let (hook, fake, board) = by_cpuid();
+    let vm = vm(&hook);
+    let vcpus = [vcpu(&hook, vm, &fake, &[]), vcpu(&hook, vm, &fake, &[])];
+    let first = Arc::clone(&fake.world().plans[0]);
+    assert_eq!(first.filter().verdict(Msr(0x10), Op::Read), Verdict::Deny, "closed");
+    for _ in 0..2 {
+        assert_eq!((run(&hook, &fake, vcpus[0], &[Ran::Other]).0, errno()), (-1, EACCES));
+    }
+    assert_eq!(fake.world().said.len(), 1);
+    set_errno(EBUSY);
+    assert_eq!(set_model(&hook, &fake, vcpus[0], 1), Ok(()));
+    assert_eq!(errno(), EBUSY);
+    let at_cpuid = Arc::clone(&fake.world().plans_at_cpuid[0]);
+    assert_eq!(at_cpuid.filter().verdict(Msr(0x10), Op::Read), Verdict::Allow);
+    assert_eq!(at_cpuid.filter().verdict(Msr(MICROCODE), Op::Read), Verdict::Deny);
+    let exit = Ran::Msr(read(MICROCODE), Reason::Filter);
+    assert_eq!(run(&hook, &fake, vcpus[0], &[exit, Ran::Other]), (0, None));
+    assert_eq!(fake.world().answers, [Outcome::Value(5)]);
+    // Each vCPU has its own, and the same takes no plan more.
+    assert_eq!(run(&hook, &fake, vcpus[1], &[Ran::Other]).0, -1);
+    assert_eq!(set_model(&hook, &fake, vcpus[1], 1), Ok(()));
+    assert_eq!(run(&hook, &fake, vcpus[1], &[exit, Ran::Other]), (0, None));
+    assert_eq!((fake.world().plans.len(), board.refusals()), (2, 0));
+    // The VMM's own filter is kept beside it, and other VMs have a policy of their own.
+    assert_eq!(set_filter(&hook, &fake, vm, cores_denied()), 0);
+    assert_eq!(verdict(&fake), Verdict::Deny);
+    let other = super::tests::vm(&hook);
+    let vcpu = vcpu(&hook, other, &fake, &[]);
+    assert_eq!(set_model(&hook, &fake, vcpu, 2), Ok(()));
+    assert_eq!(verdict(&fake), Verdict::Allow);
+}
+
+#[test]
+fn a_vmm_may_think_better_of_a_cpuid_until_another_vcpu_has_it_too() {
+    let (hook, fake, _board) = by_cpuid();
+    let vm = vm(&hook);
+    let vcpus = [vcpu(&hook, vm, &fake, &[]), vcpu(&hook, vm, &fake, &[])];
+    for (model, expected) in [(2, Verdict::Allow), (1, Verdict::Deny), (1, Verdict::Deny)] {
+        assert_eq!(set_model(&hook, &fake, vcpus[0], model), Ok(()));
+        assert_eq!(verdict(&fake), expected);
+    }
+    assert_eq!(set_model(&hook, &fake, vcpus[1], 2), Err(EACCES));
+    assert!(fake.world().said[0].starts_with("vCPU 1 does not get this CPUID: the policy means something else"));
+    assert_eq!(
+        (verdict(&fake), run(&hook, &fake, vcpus[1], &[Ran::Other]).0),
+        (Verdict::Deny, -1)
+    );
+    assert_eq!(set_model(&hook, &fake, vcpus[1], 3), Err(EACCES));
+    assert!(
+        fake.world().said[1].contains("no such model"),
+        "{:?}",
+        fake.world().said
+    );
+    assert_eq!(set_model(&hook, &fake, vcpus[1], 1), Ok(()));
+    assert_eq!(set_model(&hook, &fake, vcpus[0], 2), Err(EACCES));
+    assert_eq!(run(&hook, &fake, vcpus[0], &[Ran::Other]).0, 0);
+}
+
+#[test]
+fn a_cpuid_that_the_kernel_or_the_filter_refuses_changes_nothing() {
+    let (hook, fake, _board) = by_cpuid();
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    fake.world().refuse_cpuid = true;
+    assert_eq!(set_model(&hook, &fake, vcpu, 2), Err(libc::EINVAL));
+    assert_eq!(
+        (verdict(&fake), run(&hook, &fake, vcpu, &[Ran::Other]).0),
+        (Verdict::Deny, -1),
+        "closed"
+    );
+    fake.world().refuse_cpuid = false;
+    fake.world().refuse = true;
+    assert_eq!(set_model(&hook, &fake, vcpu, 2), Err(EBUSY));
+    assert!(fake.world().plans_at_cpuid.is_empty());
+    fake.world().refuse = false;
+    // Bytes that cannot be read, and more leaves than there may be, are the kernel's to refuse.
+    fake.world().memory = vec![2, 0, 0, 0, 0, 0, 0, 0];
+    assert_eq!(ioctl(&hook, vcpu, KVM_SET_CPUID2, 0), 0);
+    fake.world().memory = u32::MAX.to_le_bytes().repeat(100);
+    assert_eq!(ioctl(&hook, vcpu, KVM_SET_CPUID2, 0), 0);
+    assert_eq!(
+        (verdict(&fake), run(&hook, &fake, vcpu, &[Ran::Other]).0),
+        (Verdict::Deny, -1),
+        "closed"
+    );
+    // The older call has no index.
+    let words = [1, 0, 1, 2, 0, 0, 0, 0_u32];
+    fake.world().memory = words.into_iter().flat_map(u32::to_le_bytes).collect();
+    assert_eq!(ioctl(&hook, vcpu, KVM_SET_CPUID, 0), 0);
+    assert_eq!(
+        (verdict(&fake), run(&hook, &fake, vcpu, &[Ran::Other]).0),
+        (Verdict::Allow, 0)
+    );
+}
+
 #[test]
 fn the_first_touch_of_each_msr_and_direction_is_learned_and_then_the_kernels() {
-    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let (hook, fake, board) = watching(mode(Mode::Learn), DecisionMap::allow_all());
     let vm = vm(&hook);
     let vcpu = vcpu(&hook, vm, &fake, &[]);
     let denied = |fake: &Fake, msr, op| {
@@ -963,7 +1108,7 @@ fn the_first_touch_of_each_msr_and_direction_is_learned_and_then_the_kernels() {
 
 #[test]
 fn an_msr_that_no_filter_can_open_faults_and_does_not_go_round_for_ever() {
-    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let (hook, fake, board) = watching(mode(Mode::Learn), DecisionMap::allow_all());
     let vm = vm(&hook);
     let vcpu = vcpu(&hook, vm, &fake, &[]);
     let exit = Ran::Msr(read(u32::MAX), Reason::Filter);
@@ -978,7 +1123,7 @@ fn an_msr_that_no_filter_can_open_faults_and_does_not_go_round_for_ever() {
 
 #[test]
 fn what_the_vmm_denies_is_learned_once_and_then_the_vmms() {
-    let (hook, fake, board) = watching(Mode::Learn, DecisionMap::allow_all());
+    let (hook, fake, board) = watching(mode(Mode::Learn), DecisionMap::allow_all());
     let vm = vm(&hook);
     let vcpu = vcpu(&hook, vm, &fake, &[]);
     assert_eq!(set_mask(&hook, &fake, vm, 4), 0);
@@ -998,7 +1143,7 @@ fn what_the_vmm_denies_is_learned_once_and_then_the_vmms() {
 
 #[test]
 fn what_is_passed_on_is_written_down_each_time_and_the_vmms_stays_its_own() {
-    let (hook, fake, board) = watching(Mode::LearnAll, DecisionMap::allow_all());
+    let (hook, fake, board) = watching(mode(Mode::LearnAll), DecisionMap::allow_all());
     let vm = vm(&hook);
     let vcpu = vcpu(&hook, vm, &fake, &[]);
     let write = Access::Write { msr: Msr(9), value: 3 };
@@ -1023,7 +1168,7 @@ fn what_is_passed_on_is_written_down_each_time_and_the_vmms_stays_its_own() {
 
 #[test]
 fn an_audit_watches_what_the_policy_decides_and_leaves_the_rest_alone() {
-    let (hook, fake, board) = watching(Mode::Audit, policy());
+    let (hook, fake, board) = watching(mode(Mode::Audit), policy());
     let vm = vm(&hook);
     let vcpu = vcpu(&hook, vm, &fake, &[]);
     let plan = Arc::clone(&fake.world().plans[0]);
