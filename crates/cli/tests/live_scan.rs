@@ -3,8 +3,20 @@
 mod command;
 mod live;
 
-use command::{Folder, count, hex, list, text};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use command::{Folder, POLICIES, count, hex, list, text};
+use kvm_ioctls::Kvm;
 use live::kvm_opens;
+use msrgate_core::{Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_guest::scan::{Scan, Scanner, Writes, hazard};
+use msrgate_kvm::{Fault, Handler, Handlers};
+use msrgate_plan::{Decision, DecisionMap, Plan};
+use msrgate_policy::cpuid::Cpuid;
+use msrgate_policy::{Files, Policy, database};
 use serde_json::Value;
 
 /// The keys of an object, in order.
@@ -171,4 +183,237 @@ fn more_than_a_scan_takes_is_refused_and_more_than_the_windows_is_read() {
         (&scan["written"], &scan["writable"]),
         (&serde_json::json!([]), &serde_json::json!([]))
     );
+}
+
+/// Actions that no policy of ours has.
+const OTHERS: &str = r#"version = 1
+default = "allow"
+
+[[rule]]
+msr   = "IA32_APIC_BASE"
+read  = { mask = { keep = 0xffff, set = 0x70000 } }
+write = { mask = { may_change = 0x800, otherwise = "deny" } }
+
+[[rule]]
+msr   = "IA32_SYSENTER_CS"
+read  = { mask = { keep = 0xffff, set = 0 } }
+write = { mask = { may_change = 0xff, otherwise = "drop" } }
+
+[[rule]]
+msr   = "IA32_SYSENTER_EIP"
+write = { only = [0, 1] }
+
+[[rule]]
+msr   = "IA32_SYSENTER_ESP"
+write = { only = [1, 2] }
+"#;
+
+/// The files of the disk.
+struct Disk;
+
+impl Files for Disk {
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
+        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
+        read().map_err(|error: std::io::Error| error.to_string())
+    }
+}
+
+/// What stands for the physical CPU's registers, which the test may not read.
+const HOST: u64 = 0x5eed;
+/// What stands for a handler of the VMM.
+const HANDLED: u64 = 0xfeed;
+
+struct Answers;
+
+impl Handler for Answers {
+    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
+        Ok(HANDLED)
+    }
+
+    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+/// What the kernel does without a policy, and where it says that it does not know an MSR or refuses it.
+struct Kernel {
+    plain: Scan,
+    reasons: Scan,
+}
+
+/// What [`Kernel::reasons`] reads in place of #GP.
+const UNKNOWN: u64 = 0xdead_0001;
+const INVALID: u64 = 0xdead_0002;
+
+fn read_of(scan: &Scan, msr: Msr) -> Option<u64> {
+    let found = scan.readable.binary_search_by_key(&msr, |seen| seen.msr).ok()?;
+    Some(scan.readable[found].value)
+}
+
+fn moves(scan: &Scan, msr: Msr) -> bool {
+    let found = scan.readable.binary_search_by_key(&msr, |seen| seen.msr);
+    found.is_ok_and(|found| scan.readable[found].volatile)
+}
+
+fn wrote(scan: &Scan, msr: Msr) -> Option<bool> {
+    let tried = scan.written.iter().any(|range| range.contains(msr));
+    tried.then(|| scan.writable.binary_search(&msr).is_ok())
+}
+
+/// What an action gives that does not ask the kernel.
+fn given(action: &ReadAction) -> Option<u64> {
+    match action {
+        ReadAction::Value(value) | ReadAction::Shadow(value) => Some(*value),
+        ReadAction::Handler(_) => Some(HANDLED),
+        _ => None,
+    }
+}
+
+/// What a read gets by the policy, `None` for #GP.
+fn expected_read(map: &DecisionMap, msr: Msr, kernel: &Kernel) -> Option<u64> {
+    let plain = read_of(&kernel.plain, msr);
+    match &map.reads.get(msr).action {
+        // The kernel answers before it asks the filter.
+        _ if MsrRange::X2APIC.contains(msr) => plain,
+        ReadAction::Allow => plain.or_else(|| match read_of(&kernel.reasons, msr) {
+            Some(UNKNOWN) => given(&map.unknown.0),
+            Some(INVALID) => given(&map.invalid.0),
+            _ => None,
+        }),
+        ReadAction::Mask { keep, set } => plain.map(|value| value & keep | set),
+        ReadAction::Host => Some(HOST),
+        action => given(action),
+    }
+}
+
+/// Whether the write of `value` is done by the policy; `None` where that is the kernel's to say.
+fn expected_write(map: &DecisionMap, msr: Msr, value: u64, kernel: &Kernel) -> Option<bool> {
+    let same = read_of(&kernel.plain, msr) == Some(value);
+    let plain = wrote(&kernel.plain, msr).filter(|_| same);
+    match &map.writes.get(msr).action {
+        _ if MsrRange::X2APIC.contains(msr) => plain,
+        // Where the kernel fails, the fallbacks may do it.
+        WriteAction::Allow if map.unknown.1 != WriteAction::Deny || map.invalid.1 != WriteAction::Deny => {
+            plain.filter(|done| *done)
+        }
+        WriteAction::Allow => plain,
+        WriteAction::Deny => Some(false),
+        WriteAction::Ignore | WriteAction::Shadow | WriteAction::Handler(_) => Some(true),
+        WriteAction::Only(values) if !values.contains(&value) => Some(false),
+        WriteAction::Mask { may_change, otherwise } => {
+            let old = read_of(&kernel.plain, msr)?;
+            let locked = *otherwise == Otherwise::Deny && (old ^ value) & !may_change != 0;
+            if locked { Some(false) } else { plain }
+        }
+        WriteAction::Only(_) | WriteAction::Once => plain,
+    }
+}
+
+/// The MSRs at which a policy can be held to its word: those that it names, and those that are known.
+fn of_interest(map: &DecisionMap) -> Vec<MsrRange> {
+    const LONG: u32 = 0x1000;
+    let mut ranges: Vec<MsrRange> = database::all()
+        .iter()
+        .map(|known| MsrRange::single(known.msr))
+        .collect();
+    let intervals = map.reads.iter().map(|(range, _)| range);
+    for range in intervals.chain(map.writes.iter().map(|(range, _)| range)) {
+        if range.len() <= u64::from(LONG) {
+            ranges.push(range);
+            continue;
+        }
+        let (first, last) = (range.first(), range.last());
+        ranges.extend(MsrRange::new(first, Msr(first.0 + 0x3f)));
+        ranges.extend(MsrRange::new(Msr(last.0 - 0x3f), last));
+    }
+    ranges
+}
+
+#[test]
+fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_names() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let kvm = Kvm::new().expect("/dev/kvm");
+    let probed = msrgate_kvm::probe(&kvm).expect("filters");
+    let entries = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .expect("a CPUID");
+    let entries = entries.as_slice().iter();
+    let cpuid = Cpuid::from_entries(entries.map(|entry| {
+        (
+            entry.function,
+            entry.index,
+            [entry.eax, entry.ebx, entry.ecx, entry.edx],
+        )
+    }));
+    folder.write("policies/others.toml", OTHERS);
+    let names = POLICIES.iter().map(|(name, _)| *name).chain(["others.toml"]);
+    let maps: Vec<(&str, DecisionMap)> = names
+        .map(|name| {
+            let path = folder.path().join("policies").join(name);
+            let policy = Policy::load(&path, &Disk).expect("a policy");
+            let map = policy.decision_map(Some(&cpuid)).expect("has a CPUID");
+            let reads = map.reads.map(|decision| match decision.action {
+                ReadAction::Host => Decision {
+                    action: ReadAction::Value(HOST),
+                    ..decision.clone()
+                },
+                _ => decision.clone(),
+            });
+            let map = DecisionMap { reads, ..map };
+            let held = msrgate_guest::held(&kvm, &map, None).expect("a guest");
+            (name, map.holding(held))
+        })
+        .collect();
+
+    let scanned = |scanner: Scanner<'_>, ranges: &[MsrRange]| scanner.scan(ranges, &mut |_, _| {}).expect("a scan");
+    let under = |map: &DecisionMap| {
+        let plan = Arc::new(Plan::compile(map).expect("a plan"));
+        let names: Vec<&str> = plan.table().handlers().collect();
+        let handlers = names
+            .iter()
+            .fold(Handlers::new(), |handlers, name| handlers.with(name, Answers));
+        Scanner::new(&kvm).under(&probed, Arc::clone(&plan), handlers)
+    };
+    let reasons = DecisionMap {
+        unknown: (ReadAction::Value(UNKNOWN), WriteAction::Deny),
+        invalid: (ReadAction::Value(INVALID), WriteAction::Deny),
+        ..DecisionMap::allow_all()
+    };
+    let all: Vec<MsrRange> = maps.iter().flat_map(|(_, map)| of_interest(map)).collect();
+    let kernel = Kernel {
+        plain: scanned(Scanner::new(&kvm), &all),
+        reasons: scanned(under(&reasons).writes(Writes::None), &all),
+    };
+    let mut answered: BTreeSet<&str> = BTreeSet::new();
+    for (name, map) in &maps {
+        let ruled = scanned(under(map), &of_interest(map));
+        assert!(ruled.broken.is_empty(), "{name}: {:?}", ruled.broken);
+        for msr in ruled.ranges.iter().flat_map(|range| range.iter()) {
+            let (read, write) = (&map.reads.get(msr).action, &map.writes.get(msr).action);
+            let (got, expected) = (read_of(&ruled, msr), expected_read(map, msr, &kernel));
+            let clock = moves(&kernel.plain, msr) && *read == ReadAction::Allow;
+            assert!(
+                got == expected || clock && got.is_some(),
+                "{name}: the read of {msr} by {read} is {got:x?} and not {expected:x?}"
+            );
+            answered.insert(read.name());
+            let Some(done) = wrote(&ruled, msr) else {
+                assert!(got.is_none() || hazard(msr).is_some(), "{name}: {msr} was not written");
+                continue;
+            };
+            let value = got.unwrap_or(0);
+            if let Some(expected) = expected_write(map, msr, value, &kernel) {
+                assert_eq!(done, expected, "{name}: the write of {value:#x} to {msr} by {write}");
+                answered.insert(write.name());
+            }
+        }
+    }
+    for action in [
+        "allow", "deny", "value", "mask", "handler", "ignore", "shadow", "once", "only",
+    ] {
+        assert!(answered.contains(action), "no policy has shown {action}: {answered:?}");
+    }
 }
