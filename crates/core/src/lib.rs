@@ -49,4 +49,4 @@ pub use exit::{Exit, Outcome, Reason, Reasons};
 pub use filter::{Decider, Filter, FilterError, FilterRange, Verdict};
 pub use lookup::Lookup;
 pub use msr::{Msr, MsrRange};
-pub use table::{ActionTable, Answer, Backing, Entry, TableError, VcpuState, Why};
+pub use table::{ActionTable, Answer, Backing, Entry, Memory, MemoryError, TableError, VcpuState, Why};

@@ -1,10 +1,13 @@
 //! What user space answers to an exit.
 
+mod memory;
+
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 
+pub use self::memory::{Memory, MemoryError};
 use crate::{Access, Did, Exit, Log, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, Reason, WriteAction};
 
 /// What the accesses of a range of MSRs get.

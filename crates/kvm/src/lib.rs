@@ -61,7 +61,55 @@
 //!   says nothing new, but the kernel leaves the old `exit_reason` beside it. An exit that was dispatched no longer
 //!   looks like one, so that a VMM which looks all the same does not answer twice.
 //! - Before registers are saved or shown, [`VcpuGate::drain`]: no ioctl saves a pending access.
-//! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install them anew.
+//! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install the plan anew;
+//!   [`VcpuGate::save`] gives what the vCPU remembers, and [`VcpuGate::restore`] takes it, under the same policy alone.
+//! - Of KVM's own registers, a VMM saves those that the guest can reach ([`Plan::reaches`](msrgate_plan::Plan::reaches)).
+//!   The others it leaves out: what one kernel holds there, another may have a preset for, or not know.
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use kvm_ioctls::Kvm;
+//! # use msrgate_core::{Access, Log, Msr, MsrRange, Outcome, ReadAction, WriteAction};
+//! # use msrgate_guest::{Guest, Mode, Options};
+//! # use msrgate_kvm::Handlers;
+//! # use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let Ok(kvm) = Kvm::new() else {
+//! #     println!("skipped: /dev/kvm does not open");
+//! #     return Ok(());
+//! # };
+//! # let msr = Msr(0xc001_0015);
+//! # fn shadow<A: Clone + Eq>(msr: Msr, allow: A, action: A) -> Intervals<Decision<A>> {
+//! #     let decision = Decision { action, rule: Some(0), log: Log::None };
+//! #     Intervals::first_match(Decision::of(allow), [(MsrRange::single(msr), decision)])
+//! # }
+//! # let plan = Arc::new(Plan::compile(&DecisionMap {
+//! #     reads: shadow(msr, ReadAction::Allow, ReadAction::Shadow(0)),
+//! #     writes: shadow(msr, WriteAction::Allow, WriteAction::Shadow),
+//! #     ..DecisionMap::allow_all()
+//! # })?);
+//! # let probed = msrgate_kvm::probe(&kvm)?;
+//! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
+//! # let gate = probed.install(guest.vm(), Arc::clone(&plan), Handlers::new())?;
+//! # let vcpu_gate = gate.vcpu(guest.vcpu(0)?.fd(), 0)?;
+//! # let write = [Access::Write { msr, value: 0x1000_0010 }];
+//! # guest.run(0, &write, &mut |pending| { pending.dispatch(&vcpu_gate); })?;
+//! # let vcpu = guest.vcpu(0)?.fd_mut();
+//! // Here, with the vCPU stopped: beside registers, events and MSRs.
+//! let state = vcpu_gate.save_vcpu(vcpu)?;
+//! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
+//! # let vm = guest.vm();
+//!
+//! // There, before the vCPU runs.
+//! let gate = probed.install(vm, plan, Handlers::new())?;
+//! # let vcpu = guest.vcpu(0)?.fd();
+//! let vcpu_gate = gate.vcpu(vcpu, 0)?;
+//! vcpu_gate.restore(state.as_bytes())?;
+//! # let seen = guest.run(0, &[Access::Read { msr }], &mut |pending| { pending.dispatch(&vcpu_gate); })?;
+//! # assert_eq!(seen[0].outcome, Outcome::Value(0x1000_0010));
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! # Fails closed
 //! The fault stands ready in `kvm_run` before a table or a handler is asked, and stays unless there is an answer. A
@@ -89,6 +137,7 @@ mod exit;
 mod handler;
 mod registers;
 mod preset;
+mod state;
 mod ioctl;
 pub mod raw;
 mod error;
@@ -97,4 +146,5 @@ pub use error::{InstallError, Step};
 pub use gate::Gate;
 pub use handler::{Fault, Handler, Handlers};
 pub use probe::{Capability, ProbeError, Probed, open, probe};
+pub use state::{STATE_VERSION, SaveError, StateError};
 pub use vcpu::{Answered, Dispatch, Drained, VcpuGate};

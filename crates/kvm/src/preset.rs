@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use msrgate_core::{Entry, Msr, Op, ReadAction, Verdict, WriteAction};
+use msrgate_core::Op;
 use msrgate_plan::{Plan, Preset};
 
 use crate::{InstallError, ioctl};
@@ -30,29 +30,12 @@ pub(crate) fn replaceable(presets: &[Preset], next: &Plan) -> Result<(), Install
     if let Some(late) = next.presets().iter().find(|preset| !presets.contains(preset)) {
         return Err(InstallError::PresetTooLate { msr: late.msr });
     }
+    let reached = |msr| Op::ALL.into_iter().any(|op| next.reaches(msr, op));
     let left = presets
         .iter()
-        .find(|preset| !next.presets().contains(preset) && reaches(next, preset.msr));
+        .find(|preset| !next.presets().contains(preset) && reached(preset.msr));
     match left {
         Some(preset) => Err(InstallError::PresetLeft { msr: preset.msr }),
         None => Ok(()),
     }
-}
-
-/// Whether a guest under `plan` sees what the kernel's register holds, or changes it.
-fn reaches(plan: &Plan, msr: Msr) -> bool {
-    let denied = |op| plan.filter().verdict(msr, op) == Verdict::Deny;
-    let read = find(plan.table().reads(), msr).is_none_or(|action| matches!(action, ReadAction::Mask { .. }));
-    let write = find(plan.table().writes(), msr).is_none_or(|action| {
-        !matches!(
-            action,
-            WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow | WriteAction::Handler(_)
-        )
-    });
-    !denied(Op::Read) || !denied(Op::Write) || read || write
-}
-
-fn find<A>(entries: &[Entry<A>], msr: Msr) -> Option<&A> {
-    let entry = entries.iter().find(|entry| entry.range.contains(msr))?;
-    Some(&entry.action)
 }

@@ -12,8 +12,8 @@ use msrgate_core::{Access, Answer, Event, Exit, Outcome, Reason, VcpuState, Why}
 
 use crate::exit::{self, RawExit};
 use crate::gate::{Epoch, Published, Shared};
-use crate::ioctl;
 use crate::registers::Registers;
+use crate::{SaveError, StateError, ioctl, state};
 
 /// Answers the MSR exits of one vCPU, and keeps what its MSRs remember.
 ///
@@ -216,6 +216,46 @@ impl VcpuGate {
         }
     }
 
+    /// What MSRs remember (`shadow`, `once`), as text to be saved with the vCPU, with the hash of the policy. Drains the
+    /// vCPU first ([`VcpuGate::drain`]), whose registers would not be whole without.
+    ///
+    /// The text is as valuable as the rest of a saved guest: who can change it can open an MSR again that is locked.
+    pub fn save(&self, run: &mut kvm_run) -> Result<String, SaveError> {
+        match self.drain(run).map_err(SaveError::Run)? {
+            Drained::Idle => {}
+            Drained::Exit => return Err(SaveError::Exit),
+            Drained::Unanswered => return Err(SaveError::Unanswered),
+        }
+        let mut held = self.held.try_borrow_mut().map_err(|_| SaveError::InHandler)?;
+        self.settle(&mut held);
+        Ok(state::write(&held.epoch.hash(), held.epoch.table(), &held.state))
+    }
+
+    /// Puts what a saved vCPU remembered in place of what this one does: call it after [`crate::Gate::vcpu`] and before
+    /// the vCPU runs.
+    ///
+    /// The plan in force must mean what the one meant under which the state was saved ([`msrgate_plan::Plan::hash`]). An
+    /// MSR that is locked here stays locked, whatever the state says. On an error nothing has changed; the vCPU must not
+    /// run then, since what it had locked is open.
+    pub fn restore(&self, state: &[u8]) -> Result<(), StateError> {
+        let mut held = self.held.try_borrow_mut().map_err(|_| StateError::InHandler)?;
+        self.settle(&mut held);
+        let memories = state::read(state, &held.epoch.hash())?;
+        let Held { epoch, state, .. } = &mut *held;
+        epoch.table().remember(state, memories).map_err(StateError::Memory)
+    }
+
+    /// Goes on to the plan in force: no exit is pending that an older one made.
+    fn settle(&self, held: &mut Held) {
+        held.generation = self.shared.generation();
+        held.published = self.shared.published();
+        let newest = &held.published.newest;
+        if !Arc::ptr_eq(newest, &held.epoch) {
+            held.state = held.state.carried(held.epoch.table(), newest.table());
+            held.epoch = Arc::clone(newest);
+        }
+    }
+
     /// [`VcpuGate::dispatch`] with the vCPU of the kvm-ioctls crate.
     #[cfg(feature = "kvm-ioctls")]
     pub fn dispatch_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Dispatch {
@@ -226,6 +266,12 @@ impl VcpuGate {
     #[cfg(feature = "kvm-ioctls")]
     pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<Drained> {
         self.drain(vcpu.get_kvm_run())
+    }
+
+    /// [`VcpuGate::save`] with the vCPU of the kvm-ioctls crate.
+    #[cfg(feature = "kvm-ioctls")]
+    pub fn save_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Result<String, SaveError> {
+        self.save(vcpu.get_kvm_run())
     }
 }
 

@@ -124,6 +124,25 @@ impl Plan {
         &self.notes
     }
 
+    /// Whether an access of the guest comes to the kernel's own register of `msr`: whether RDMSR shows something of it, or
+    /// WRMSR may change it. Not where reads find a preset: that is the policy's value.
+    ///
+    /// Where neither does, nothing of the register has to be saved with the guest, unless instructions use it (RDTSC,
+    /// SWAPGS) or the VMM gave it a value.
+    pub fn reaches(&self, msr: Msr, op: Op) -> bool {
+        if self.filter.verdict(msr, op) == Verdict::Allow {
+            let preset = self.presets.iter().any(|preset| preset.msr == msr);
+            return op == Op::Write || !preset;
+        }
+        match op {
+            Op::Read => matches!(action(self.table.reads(), msr), Some(ReadAction::Mask { .. })),
+            Op::Write => matches!(
+                action(self.table.writes(), msr),
+                Some(WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once)
+            ),
+        }
+    }
+
     /// How many ranges the map needs.
     pub fn minimum(&self) -> &Minimum {
         &self.minimum
@@ -133,6 +152,13 @@ impl Plan {
     pub fn hash(&self) -> [u8; 32] {
         self.hash
     }
+}
+
+/// What the entry that covers `msr` gives it.
+fn action<A>(entries: &[Entry<A>], msr: Msr) -> Option<&A> {
+    let after = entries.partition_point(|entry| entry.range.last() < msr);
+    let entry = entries.get(after).filter(|entry| entry.range.contains(msr))?;
+    Some(&entry.action)
 }
 
 /// The covering under the default that takes fewer ranges.

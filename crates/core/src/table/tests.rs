@@ -282,3 +282,92 @@ fn entries_that_overlap_are_no_table() {
         Err(TableError::TooManyCells)
     );
 }
+
+/// Shadows of 0x20..=0x2f, one write of 0x10 and 0x30, and shadows of what the kernel does not know.
+fn remembering() -> ActionTable {
+    ActionTable::new(
+        vec![entry(0x20, 0x2f, ReadAction::Shadow(9))],
+        vec![
+            entry(0x10, 0x10, WriteAction::Once),
+            entry(0x20, 0x2f, WriteAction::Shadow),
+            entry(0x30, 0x30, WriteAction::Once),
+        ],
+        (ReadAction::Shadow(0), WriteAction::Shadow),
+        FAULT,
+    )
+    .unwrap()
+}
+
+const SHADOW: Memory = Memory::Shadow {
+    msr: Msr(0x21),
+    value: 5,
+};
+const SPARE: Memory = Memory::Shadow {
+    msr: Msr(0x999),
+    value: 6,
+};
+const ONCE: Memory = Memory::Once { msr: Msr(0x10) };
+
+#[test]
+fn what_a_vcpu_remembers_is_told_and_another_remembers_it() {
+    let table = remembering();
+    let (mut state, mut world) = (table.vcpu_state(), world());
+    for exit in [
+        write(0x999, 6, Reason::Unknown),
+        write(0x21, 5, Reason::Filter),
+        write(0x10, 1, Reason::Filter),
+    ] {
+        assert_eq!(table.answer(exit, &mut state, &mut world).outcome, Outcome::Done);
+    }
+    let memories: Vec<Memory> = table.memories(&state).collect();
+    assert_eq!(memories, [ONCE, SHADOW, SPARE]);
+
+    let mut other = table.vcpu_state();
+    table.remember(&mut other, memories).unwrap();
+    assert_eq!(other, state);
+    let again = table.answer(write(0x10, 1, Reason::Filter), &mut other, &mut world);
+    assert_eq!(again.why, Some(Why::AlreadyWritten));
+    let read = table.answer(read(0x21, Reason::Filter), &mut other, &mut world);
+    assert_eq!(read.outcome, Outcome::Value(5));
+}
+
+#[test]
+fn no_memory_unlocks_an_msr_and_a_shadow_takes_the_place_of_another() {
+    let table = remembering();
+    let mut state = table.vcpu_state();
+    table.remember(&mut state, [ONCE, SHADOW]).unwrap();
+    table.remember(&mut state, [SPARE]).unwrap();
+    assert_eq!(table.memories(&state).collect::<Vec<_>>(), [ONCE, SPARE]);
+}
+
+#[test]
+fn memories_that_the_table_has_no_place_for_change_nothing() {
+    let table = remembering();
+    let mut state = table.vcpu_state();
+    table.remember(&mut state, [ONCE]).unwrap();
+    let before = state.clone();
+    let once = |msr| Memory::Once { msr: Msr(msr) };
+    let many = (0..=ActionTable::SPARE_CELLS as u32).map(|index| Memory::Shadow {
+        msr: Msr(0x1000 + index),
+        value: 0,
+    });
+    let last = Memory::Shadow {
+        msr: Msr(0x1000 + ActionTable::SPARE_CELLS as u32),
+        value: 0,
+    };
+    for (memories, error) in [
+        (vec![SHADOW, once(0x11)], MemoryError::NoRoom { memory: once(0x11) }),
+        (vec![SHADOW, SHADOW], MemoryError::Twice { memory: SHADOW }),
+        (vec![SPARE, SPARE], MemoryError::Twice { memory: SPARE }),
+        (vec![once(0x30), once(0x30)], MemoryError::Twice { memory: once(0x30) }),
+        (many.collect(), MemoryError::NoRoom { memory: last }),
+    ] {
+        assert_eq!(table.remember(&mut state, memories), Err(error));
+        assert_eq!(state, before);
+    }
+    let bare = ActionTable::new(vec![], vec![], FAULT, FAULT).unwrap();
+    assert_eq!(
+        bare.remember(&mut bare.vcpu_state(), [SPARE]),
+        Err(MemoryError::NoRoom { memory: SPARE })
+    );
+}

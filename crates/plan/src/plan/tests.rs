@@ -225,3 +225,43 @@ fn random_maps_are_planned_exactly_or_refused_with_the_numbers() {
     }
     assert!(planned > 100, "{planned}");
 }
+
+#[test]
+fn an_access_reaches_the_kernels_register_where_it_is_allowed_or_passed_on_in_part() {
+    let mask = WriteAction::Mask {
+        may_change: 1,
+        otherwise: msrgate_core::Otherwise::Deny,
+    };
+    let rules = [
+        allow(0x10, 0x10),
+        (
+            range(0x20, 0x20),
+            Some(ReadAction::Mask { keep: 1, set: 0 }),
+            Some(WriteAction::Ignore),
+        ),
+        (
+            range(0x21, 0x21),
+            Some(ReadAction::Shadow(0)),
+            Some(WriteAction::Shadow),
+        ),
+        (range(0x22, 0x22), Some(ReadAction::Host), Some(WriteAction::Once)),
+        (range(0x23, 0x23), Some(ReadAction::Value(7)), Some(mask)),
+        (range(0x24, 0x24), None, Some(WriteAction::Only(vec![1].into()))),
+    ];
+    let denying = map(Verdict::Deny, &rules);
+    let plan = Plan::compile(&denying).unwrap();
+    for (msr, expected) in [
+        (0x10, (true, true)),
+        (0x11, (false, false)),
+        (0x20, (true, false)),
+        (0x21, (false, false)),
+        (0x22, (false, true)),
+        (0x23, (false, true)),
+        (0x24, (false, true)),
+        // No filter stops these.
+        (0x800, (true, true)),
+    ] {
+        let reaches = |op| plan.reaches(Msr(msr), op);
+        assert_eq!((reaches(Op::Read), reaches(Op::Write)), expected, "{msr:#x}");
+    }
+}
