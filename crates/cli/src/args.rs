@@ -47,7 +47,7 @@ pub(crate) enum Command {
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
     Verify(VerifyArgs),
     /// Say what a guest can see on this host: every MSR read, and where that is safe written back, by a real guest
-    #[command(after_help = SCAN_AFTER)]
+    #[command(after_help = SCAN_AFTER, group = ArgGroup::new("more").multiple(true))]
     Scan(ScanArgs),
     /// Start a VMM that knows nothing of msrgate, its guests under a policy
     #[command(after_help = RUN_AFTER)]
@@ -282,11 +282,14 @@ pub(crate) struct ScanArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) against: Option<PathBuf>,
     /// Scan all MSRs of the database too
-    #[arg(long)]
+    #[arg(long, group = "more")]
     pub(crate) all_known: bool,
     /// Scan these too: a range, a name, a glob or a class (@pmu); may be given several times
-    #[arg(long, value_name = "FIRST..=LAST")]
+    #[arg(long, value_name = "FIRST..=LAST", group = "more")]
     pub(crate) range: Vec<String>,
+    /// Scan nothing but what --all-known and --range name
+    #[arg(long, requires = "more")]
+    pub(crate) only: bool,
     /// Which MSRs are written back
     #[arg(long, value_enum, default_value_t = WriteArg::Safe)]
     pub(crate) write: WriteArg,

@@ -84,7 +84,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
 
 /// What is to be scanned.
 fn ranges(args: &ScanArgs) -> Result<Vec<MsrRange>, Failure> {
-    let mut ranges = WINDOWS.to_vec();
+    let mut ranges = if args.only { Vec::new() } else { WINDOWS.to_vec() };
     if args.all_known {
         ranges.extend(database::all().iter().map(|known| MsrRange::single(known.msr)));
     }

@@ -8,16 +8,29 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use command::{Folder, POLICIES, count, hex, list, text};
-use kvm_ioctls::Kvm;
+use command::{Folder, POLICIES, Ran, count, hex, list, text};
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
 use live::kvm_opens;
 use msrgate_core::{Msr, MsrRange, Otherwise, ReadAction, WriteAction};
-use msrgate_guest::scan::{Scan, Scanner, Writes, hazard};
+use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes, hazard};
+use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers};
 use msrgate_plan::{Decision, DecisionMap, Plan};
 use msrgate_policy::cpuid::Cpuid;
-use msrgate_policy::{Files, Policy, database};
+use msrgate_policy::{Files, Pattern, Policy, database};
 use serde_json::Value;
+
+/// Whether all of the windows is scanned: emulators take too long over it.
+fn whole() -> bool {
+    std::env::var("MSRGATE_LANE").is_ok_and(|lane| lane == "host")
+}
+
+/// The command, of all windows where that does not take long, else of what is known.
+fn scan_of(folder: &Folder, arguments: &[&str]) -> Ran {
+    let less: &[&str] = if whole() { &[] } else { &["--only", "--range", "*"] };
+    folder.run(&[&["scan"], less, arguments].concat())
+}
 
 /// The keys of an object, in order.
 #[track_caller]
@@ -47,7 +60,7 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
         return;
     }
     let folder = Folder::new();
-    let ran = folder.run(&["scan", "--json", "--all-known"]).code(0);
+    let ran = scan_of(&folder, &["--json", "--all-known"]).code(0);
     let scan = ran.json();
     let facts = ["host", "microcode", "kernel", "cpuid", "policy"];
     let lists = [
@@ -101,7 +114,7 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
     keys(&same, &[&facts[..], &lists, &["against", "differences"]].concat());
     keys(&same["against"], &facts);
     assert_eq!(same["differences"], serde_json::json!([]));
-    let shown = folder.run(&["scan", "--against", "before.json"]).code(0);
+    let shown = scan_of(&folder, &["--against", "before.json"]).code(0);
     shown.shows(&["a guest sees what it saw before", "MSRs read by a real guest: "]);
 }
 
@@ -111,7 +124,7 @@ fn what_a_policy_changed_is_told_and_ends_with_1() {
         return;
     }
     let folder = Folder::new();
-    let before = folder.run(&["scan", "--json"]).code(0);
+    let before = scan_of(&folder, &["--json"]).code(0);
     folder.write("before.json", &before.out);
     folder.write(
         "policy.toml",
@@ -121,8 +134,8 @@ fn what_a_policy_changed_is_told_and_ends_with_1() {
          [[rule]]\nmsr = 0x35\nread = { value = 0x20004 }\nwrite = \"ignore\"\n\
          [[rule]]\nmsr = 0xfe\nwrite = \"ignore\"\n",
     );
-    let against = ["scan", "--json", "-p", "policy.toml", "--against", "before.json"];
-    let after = folder.run(&against).code(1).json();
+    let against = ["--json", "-p", "policy.toml", "--against", "before.json"];
+    let after = scan_of(&folder, &against).code(1).json();
     keys(&after["policy"], &["name", "hash"]);
     assert_eq!(after["against"]["policy"], Value::Null);
     let differences: Vec<(u64, &str, &Value, &Value)> = list(&after, "differences")
@@ -148,9 +161,7 @@ fn what_a_policy_changed_is_told_and_ends_with_1() {
         (0xfe, "writable", none, none),
     ];
     assert_eq!(differences, expected);
-    let shown = folder
-        .run(&["scan", "-p", "policy.toml", "--against", "before.json"])
-        .code(1);
+    let shown = scan_of(&folder, &against[1..]).code(1);
     shown.shows(&[
         "none → policy (",
         "IA32_APIC_BASE",
@@ -168,21 +179,143 @@ fn more_than_a_scan_takes_is_refused_and_more_than_the_windows_is_read() {
     let folder = Folder::new();
     let many = folder.run(&["scan", "--range", "0..=0xffffffff"]).code(2);
     many.says(&["4294967296 MSRs", "in parts"]);
-    let args = [
-        "scan",
-        "--json",
-        "--write",
-        "none",
-        "--range",
-        "0xdeadbee0..=0xdeadbeef",
-    ];
-    let scan = folder.run(&args).code(0).json();
-    assert_eq!(list(&scan, "ranges").len(), 6);
-    assert_eq!(hex(&list(&scan, "ranges")[5], "last"), 0xdead_beef);
+    let args = ["--json", "--write", "none", "--range", "0xdeadbee0..=0xdeadbeef"];
+    let scan = scan_of(&folder, &args).code(0).json();
+    let last = list(&scan, "ranges").last().expect("a range");
+    assert_eq!((hex(last, "first"), hex(last, "last")), (0xdead_bee0, 0xdead_beef));
     assert_eq!(
         (&scan["written"], &scan["writable"]),
         (&serde_json::json!([]), &serde_json::json!([]))
     );
+}
+
+/// KVM_GET_MSRS of one MSR.
+fn host_reads(vcpu: &VcpuFd, msr: Msr) -> Option<u64> {
+    let entry = kvm_msr_entry {
+        index: msr.0,
+        ..Default::default()
+    };
+    let mut one = Msrs::from_entries(&[entry]).expect("one entry");
+    let read = vcpu.get_msrs(&mut one).expect("KVM_GET_MSRS");
+    (read == 1).then(|| one.as_slice()[0].data)
+}
+
+/// A row of docs/kvm-behaviour.md: its MSRs, who reads them, and where.
+struct Row {
+    ranges: Vec<MsrRange>,
+    by: String,
+    kernels: Vec<(String, bool)>,
+}
+
+fn rows() -> Vec<Row> {
+    let document = include_str!("../../../docs/kvm-behaviour.md");
+    let section = document
+        .split("\n## What a guest reads and the host does not")
+        .nth(1)
+        .expect("a section");
+    let section = section.split("\n## ").next().expect("its text");
+    let mut lines = section.lines().filter(|line| line.starts_with('|'));
+    let cells = |line: &str| -> Vec<String> {
+        let cells = line.trim_matches('|').split('|');
+        cells.map(|cell| cell.trim().to_owned()).collect()
+    };
+    let header = cells(lines.next().expect("a header"));
+    let rows = lines.skip(1).map(cells);
+    rows.map(|row| {
+        let names = row[0].split('`').skip(1).step_by(2);
+        // Functions of the kernel are no MSRs.
+        let names = names.filter(|name| name.starts_with("0x"));
+        let ranges = names.flat_map(|name| Pattern::parse(name).expect("MSRs").ranges());
+        let seen = row[2..].iter().map(|cell| match cell.as_str() {
+            "yes" => true,
+            "no" => false,
+            cell => panic!("`{cell}` is neither yes nor no"),
+        });
+        Row {
+            ranges: ranges.collect(),
+            by: row[1].clone(),
+            kernels: header[2..].iter().cloned().zip(seen).collect(),
+        }
+    })
+    .collect()
+}
+
+/// This kernel's column, if it has one.
+fn column() -> Option<&'static str> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel");
+    let module = |name: &str| Path::new("/sys/module").join(name).exists();
+    let starts = |series: &str| release.starts_with(&format!("{series}."));
+    match (module("kvm_amd"), module("kvm_intel"), module("kvm_pvm")) {
+        (true, ..) if starts("6.1") => Some("6.1 amd"),
+        (true, ..) if starts("6.12") => Some("6.12 amd"),
+        (_, true, _) if starts("6.1") => Some("6.1 intel"),
+        (_, true, _) if starts("6.12") => Some("6.12 intel"),
+        (.., true) if starts("6.18") => Some("6.18 pvm"),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
+    if !kvm_opens() {
+        return;
+    }
+    let kvm = Kvm::new().expect("/dev/kvm");
+    let mut ranges: Vec<MsrRange> = database::all()
+        .iter()
+        .map(|known| MsrRange::single(known.msr))
+        .collect();
+    let listed = kvm.get_msr_index_list().expect("a list");
+    ranges.extend(listed.as_slice().iter().map(|msr| MsrRange::single(Msr(*msr))));
+    if whole() {
+        ranges.extend(WINDOWS);
+    }
+    let scan = Scanner::new(&kvm)
+        .writes(Writes::None)
+        .scan(&ranges, &mut |_, _| {})
+        .expect("a scan");
+    let options = Options {
+        irqchip: true,
+        ..Options::default()
+    };
+    let mut guest = Guest::new(&kvm, Mode::Real, &options).expect("a guest");
+    let vcpu = guest.vcpu(0).expect("a vCPU").fd();
+    let rows = rows();
+    let mut seen = vec![false; rows.len()];
+    let mut both = 0;
+    for msr in scan.ranges.iter().flat_map(|range| range.iter()) {
+        let (host, guest) = (host_reads(vcpu, msr), read_of(&scan, msr));
+        let by = match (host, guest) {
+            (None, None) => continue,
+            (Some(host), Some(guest)) if host == guest => {
+                both += 1;
+                continue;
+            }
+            (Some(_), Some(_)) => "both, otherwise",
+            (Some(_), None) => "host",
+            (None, Some(_)) => "guest",
+        };
+        let row = rows
+            .iter()
+            .position(|row| row.by == by && row.ranges.iter().any(|range| range.contains(msr)));
+        let row = row.unwrap_or_else(|| {
+            panic!("the document does not say why {msr} is read by {by}: host {host:x?}, guest {guest:x?}")
+        });
+        seen[row] = true;
+    }
+    assert!(both > 100, "{both} MSRs are read by both");
+    let Some(column) = column() else {
+        println!("this kernel has no column in the document");
+        return;
+    };
+    for (row, seen) in rows.iter().zip(seen) {
+        let (_, told) = row
+            .kernels
+            .iter()
+            .find(|(kernel, _)| kernel == column)
+            .expect("a column");
+        assert_eq!(seen, *told, "{column}: {:?} by {}", row.ranges, row.by);
+    }
 }
 
 /// Actions that no policy of ours has.
@@ -416,4 +549,56 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
     ] {
         assert!(answered.contains(action), "no policy has shown {action}: {answered:?}");
     }
+}
+
+#[test]
+fn what_breaks_the_guest_is_told_and_a_new_one_goes_on() {
+    if !kvm_opens() {
+        return;
+    }
+    const RESET: Msr = Msr(0x4000_0003);
+    const SYSENTER: MsrRange = match MsrRange::new(Msr(0x174), Msr(0x176)) {
+        Some(range) => range,
+        None => MsrRange::ALL,
+    };
+    let kvm = Kvm::new().expect("/dev/kvm");
+    let probed = msrgate_kvm::probe(&kvm).expect("filters");
+    if !kvm.get_msr_index_list().expect("a list").as_slice().contains(&RESET.0) {
+        println!("this kernel has no Hyper-V, by which a guest could be reset");
+        return;
+    }
+    // The guest takes KVM for Hyper-V, and reads a 1 that resets the machine where it is written back.
+    let mut cpuid = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .expect("a CPUID");
+    let entries = cpuid.as_mut_slice().iter_mut();
+    for entry in entries.filter(|entry| entry.function == 0x4000_0001) {
+        entry.eax = u32::from_le_bytes(*b"Hv#1");
+    }
+    let one = Decision::of(ReadAction::Value(1));
+    let last = Decision::of(ReadAction::Value(2));
+    let reads = [
+        (MsrRange::single(RESET), one),
+        (MsrRange::single(Msr(0x4000_0100)), last),
+    ];
+    let map = DecisionMap {
+        reads: msrgate_plan::Intervals::first_match(Decision::of(ReadAction::Allow), reads),
+        ..DecisionMap::allow_all()
+    };
+    let plan = Arc::new(Plan::compile(&map).expect("a plan"));
+    let scanner = Scanner::new(&kvm).cpuid(cpuid).under(&probed, plan, Handlers::new());
+    let ranges = [SYSENTER, MsrRange::single(RESET), MsrRange::single(Msr(0x4000_0100))];
+    let scan = |scanner: &Scanner<'_>| scanner.scan(&ranges, &mut |_, _| {}).expect("a scan");
+
+    let safe = scan(&scanner);
+    assert!(safe.broken.is_empty() && wrote(&safe, RESET).is_none());
+    let all = scan(&scanner.writes(Writes::All));
+    let broken: Vec<String> = all.broken.iter().map(|broken| format!("{:?}", broken.access)).collect();
+    assert_eq!(
+        broken,
+        [format!("{:?}", msrgate_core::Access::Write { msr: RESET, value: 1 })]
+    );
+    assert_eq!(read_of(&all, RESET), Some(1));
+    // Before it and behind it all went on.
+    assert_eq!(all.writable, [0x174, 0x175, 0x176, 0x4000_0100].map(Msr));
 }

@@ -57,6 +57,7 @@ fn wrong_usage_is_exit_2_and_prints_nothing_on_stdout() {
         ],
         &["scan", "--range", "0x10..0x20"],
         &["scan", "--range", "@nothing"],
+        &["scan", "--only"],
         &["scan", "--against", "missing.json"],
         &["scan", "-p", "missing.toml", "--write", "some"],
         &["msr", "@nothing"],
