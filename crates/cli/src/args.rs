@@ -99,6 +99,9 @@ pub(crate) struct PlanArgs {
     /// same everywhere, and has none
     #[arg(long)]
     pub(crate) host: bool,
+    /// Show what has to be saved with a guest under this policy, and what must not be
+    #[arg(long, conflicts_with = "emit")]
+    pub(crate) state: bool,
     /// Print one JSON object
     #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,

@@ -1,12 +1,14 @@
 //! `msrgate plan`: what a policy compiles to.
 
 mod emit;
+mod state;
 
 use std::io::{self, Write};
 
 use msrgate_core::{Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
 use msrgate_policy::database;
+use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
 
 use crate::args::{Emit, PlanArgs};
@@ -28,6 +30,15 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
         }
         loaded => loaded?,
     };
+    if args.state {
+        let state = State::of(&loaded.plan, cpuid.as_ref());
+        if args.json {
+            writeln!(out, "{:#}", state::json(&loaded, &state))?;
+        } else {
+            state::print(&mut out, &loaded, &state)?;
+        }
+        return Ok(Exit::Yes);
+    }
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
         Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
@@ -86,10 +97,7 @@ fn json(plan: &Plan) -> Value {
         "default": word(plan.filter().default_verdict()),
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
-        "presets": plan.presets().iter().map(|preset| json!({
-            "msr": preset.msr.to_string(),
-            "value": format!("{:#x}", preset.value),
-        })).collect::<Vec<_>>(),
+        "presets": presets(plan),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
@@ -105,6 +113,13 @@ fn json(plan: &Plan) -> Value {
         },
         "hash": load::hex(&plan.hash()),
     })
+}
+
+fn presets(plan: &Plan) -> Value {
+    let presets = plan.presets().iter();
+    presets
+        .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
+        .collect()
 }
 
 fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>) -> Value {

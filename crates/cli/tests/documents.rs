@@ -244,6 +244,14 @@ fn each_key_that_a_command_prints_is_documented() {
         ("plan", &["plan", "--json", microvm]),
         ("plan", &["plan", "--json", "policies/crosvm-itmt.toml"]),
         ("plan", &["plan", "--json", "policies/qemu-rapl.toml"]),
+        (
+            "plan --state",
+            &["plan", "--state", "--json", "policies/qemu-rapl.toml"],
+        ),
+        (
+            "plan --state",
+            &["plan", "--state", "--json", "policies/hvmi-guard.toml"],
+        ),
         ("explain", &["explain", "--json", microvm, "IA32_EFER", "read"]),
         ("explain", &["explain", "--json", microvm, "IA32_EFER"]),
         (

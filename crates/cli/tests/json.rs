@@ -309,6 +309,61 @@ fn plan_tells_what_each_action_is_given() {
 }
 
 #[test]
+fn plan_tells_what_is_saved_with_a_guest_and_what_is_left_out() {
+    let folder = Folder::furnished();
+    folder.write("policies/actions.toml", ACTIONS);
+    let names = POLICIES.iter().map(|(name, _)| *name).chain(["actions.toml"]);
+    for name in names {
+        let path = format!("policies/{name}");
+        let state = folder.run(&["plan", "--state", "--json", &path]).code(0).json();
+        keys(&state, &["policy", "save", "drop", "emulated", "fallback", "presets"]);
+        let plan = folder.run(&["plan", "--json", &path]).code(0).json();
+        assert_eq!(state["policy"]["hash"], plan["hash"]);
+        for kept in list(&state, "save") {
+            keys(kept, &["msr", "name", "state", "written", "read", "passes"]);
+            word(kept, "state", &["listed", "unlisted", "sregs", "lapic"]);
+            let why = kept["written"] == true || kept["read"] == true || kept["passes"].is_string();
+            assert!(why, "{kept:#}");
+        }
+        for left in list(&state, "drop") {
+            keys(left, &["msr", "name", "state"]);
+            word(left, "state", &["listed", "unlisted"]);
+        }
+        for kept in list(&state, "emulated") {
+            keys(kept, &["first", "last", "kind", "handler"]);
+            word(kept, "kind", &["shadow", "once", "handler"]);
+            assert_eq!(kept["handler"].is_string(), kept["kind"] == "handler");
+        }
+    }
+    let state = folder
+        .run(&["plan", "--state", "--json", "policies/actions.toml"])
+        .code(0)
+        .json();
+    let emulated = |msr: &str| {
+        let kept = list(&state, "emulated").iter().find(|kept| kept["first"] == msr);
+        kept.map(|kept| text(kept, "kind").to_owned())
+    };
+    assert_eq!(emulated("0xc0000101").as_deref(), Some("shadow"));
+    assert_eq!(emulated("0xc0000082").as_deref(), Some("once"));
+    assert_eq!(emulated("0xc0000083").as_deref(), Some("handler"));
+    assert_eq!(state["fallback"], false);
+    folder
+        .run(&["plan", "--state", "policies/actions.toml"])
+        .code(0)
+        .shows(&[
+            "once: whether the one write has been made",
+            "handler cstar: the VMM's own",
+            "IA32_TSC",
+            "KVM_GET_MSRS, unlisted",
+            "which the VMM leaves out",
+        ]);
+    folder
+        .run(&["plan", "--state", "policies/ignore-unknown.toml"])
+        .code(0)
+        .shows(&["remember nothing"]);
+}
+
+#[test]
 fn a_policy_of_pure_allow_and_deny_never_leaves_the_kernel() {
     let folder = Folder::furnished();
     let plan = folder.run(&["plan", "--json", "policies/sandbox.toml"]).code(0).json();

@@ -41,6 +41,7 @@ mod print;
 mod check;
 mod fit;
 mod explain;
+pub mod state;
 pub mod raw;
 pub mod trace;
 pub mod report;

@@ -1,0 +1,163 @@
+//! What has to be saved with a guest that runs under a plan.
+
+use std::io::{self, Write};
+
+use msrgate_core::MsrRange;
+use msrgate_policy::database::{self, Entry};
+use msrgate_policy::state::{Emulated, Kept, Kind, State};
+use serde_json::{Value, json};
+
+use crate::load::{self, Loaded};
+use crate::render;
+
+pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
+    let save = state.save.iter().map(|kept| {
+        json!({
+            "msr": kept.entry.msr.to_string(),
+            "name": kept.entry.name,
+            "state": kept.entry.state.name(),
+            "written": kept.written,
+            "read": kept.read,
+            "passes": kept.entry.unfiltered(),
+        })
+    });
+    let drop = state.drop.iter().map(|entry| {
+        json!({
+            "msr": entry.msr.to_string(),
+            "name": entry.name,
+            "state": entry.state.name(),
+        })
+    });
+    let emulated = state.emulated.iter().map(|emulated| {
+        json!({
+            "first": emulated.range.first().to_string(),
+            "last": emulated.range.last().to_string(),
+            "kind": emulated.kind.name(),
+            "handler": handler(emulated),
+        })
+    });
+    json!({
+        "policy": { "name": loaded.policy.name, "hash": load::hex(&loaded.plan.hash()) },
+        "save": save.collect::<Vec<_>>(),
+        "drop": drop.collect::<Vec<_>>(),
+        "emulated": emulated.collect::<Vec<_>>(),
+        "fallback": state.fallback,
+        "presets": super::presets(&loaded.plan),
+    })
+}
+
+fn handler(emulated: &Emulated) -> Option<&str> {
+    match &emulated.kind {
+        Kind::Handler(name) => Some(name),
+        Kind::Shadow | Kind::Once => None,
+    }
+}
+
+pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io::Result<()> {
+    writeln!(
+        out,
+        "policy   {}, hash {}\n",
+        loaded.policy.name,
+        load::hex(&loaded.plan.hash())
+    )?;
+    if state.emulated.is_empty() && !state.fallback {
+        writeln!(out, "the gates of vCPUs remember nothing\n")?;
+    } else {
+        writeln!(out, "what user space keeps, which the VMM saves with VcpuGate::save:")?;
+        let mut table = render::table(&["MSR", "what"]);
+        for emulated in &state.emulated {
+            let what = match &emulated.kind {
+                Kind::Shadow => "shadow: what the guest wrote".to_owned(),
+                Kind::Once => "once: whether the one write has been made".to_owned(),
+                Kind::Handler(name) => format!("handler {name}: the VMM's own"),
+            };
+            table.add_row([emulated.range.to_string(), what]);
+        }
+        if state.fallback {
+            table.add_row([
+                "any",
+                "shadow: what the guest wrote that the kernel does not know or refuses",
+            ]);
+        }
+        writeln!(out, "{}", render::text(&table))?;
+    }
+
+    writeln!(
+        out,
+        "what KVM keeps and the guest sees or made, which the VMM saves (unlisted: KVM_GET_MSR_INDEX_LIST does not name it):"
+    )?;
+    let mut table = render::table(&["MSR", "name", "by", "since"]);
+    let rows = state
+        .save
+        .iter()
+        .map(|kept| (kept.entry, [by(kept.entry.state).to_owned(), since(kept)]));
+    for (range, name, cells) in grouped(rows) {
+        table.add_row([range.to_string(), name].into_iter().chain(cells));
+    }
+    writeln!(out, "{}", render::text(&table))?;
+
+    if state.drop.is_empty() {
+        writeln!(out, "the guest has something of all that KVM_GET_MSRS gives")?;
+    } else {
+        writeln!(
+            out,
+            "what KVM_GET_MSRS gives and the guest has nothing of, which the VMM leaves out, but for what it set itself:"
+        )?;
+        let mut table = render::table(&["MSR", "name"]);
+        for (range, name, []) in grouped(state.drop.iter().map(|entry| (*entry, []))) {
+            table.add_row([range.to_string(), name]);
+        }
+        write!(out, "{}", render::text(&table))?;
+    }
+    if !loaded.plan.presets().is_empty() {
+        let presets: Vec<String> = loaded
+            .plan
+            .presets()
+            .iter()
+            .map(|preset| preset.msr.to_string())
+            .collect();
+        let presets = presets.join(", ");
+        writeln!(
+            out,
+            "\npresets, which the gate of each vCPU puts into the kernel anew: {presets}"
+        )?;
+    }
+    Ok(())
+}
+
+/// The call that gives it.
+fn by(state: database::State) -> &'static str {
+    match state {
+        database::State::Unlisted => "KVM_GET_MSRS, unlisted",
+        database::State::Sregs => "KVM_GET_SREGS",
+        database::State::Lapic => "KVM_GET_LAPIC",
+        _ => "KVM_GET_MSRS",
+    }
+}
+
+/// Why a register is saved.
+fn since(kept: &Kept) -> String {
+    match (kept.written, kept.read, kept.entry.unfiltered()) {
+        (true, true, _) => "the guest reads and writes it".to_owned(),
+        (true, false, _) => "the guest writes it".to_owned(),
+        (false, true, _) => "the guest reads it".to_owned(),
+        (false, false, passes) => passes.unwrap_or_default().to_owned(),
+    }
+}
+
+/// MSRs in a row with the same cells, and their names.
+fn grouped<const N: usize>(
+    rows: impl Iterator<Item = (&'static Entry, [String; N])>,
+) -> impl Iterator<Item = (MsrRange, String, [String; N])> {
+    let mut groups: Vec<(MsrRange, [String; N])> = Vec::new();
+    for (entry, cells) in rows {
+        match groups.last_mut() {
+            Some((range, before)) if *before == cells && range.last().0.checked_add(1) == Some(entry.msr.0) => {
+                *range = MsrRange::new(range.first(), entry.msr).unwrap_or(*range);
+            }
+            _ => groups.push((MsrRange::single(entry.msr), cells)),
+        }
+    }
+    let named = groups.into_iter();
+    named.map(|(range, cells)| (range, super::names(range), cells))
+}
