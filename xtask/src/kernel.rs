@@ -69,16 +69,9 @@ pub(crate) fn fetch(wanted: &Wanted, cache: &Path) -> Result<Kernel, String> {
 }
 
 fn unpack(wanted: &Wanted, fresh: &Path) -> Result<(), String> {
-    let package = download(wanted, fresh)?;
-    let failed = |error| format!("cannot unpack {package}: {error}");
-    let archive = fs::read_dir(fresh)
-        .map_err(failed)?
-        .filter_map(Result::ok)
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .ok_or_else(|| format!("apt-get brought no file for {package}"))?;
     let tree = fresh.join("tree");
-    process::output(process::bound("dpkg").arg("-x").arg(&archive).arg(&tree))?;
+    let package = package::fetch("linux-image", wanted.series, wanted.flavour, &tree)?;
+    let failed = |error| format!("cannot unpack {package}: {error}");
     let version = package.trim_start_matches("linux-image-");
     let depmod = package::find("depmod").unwrap_or("depmod".into());
     process::output(process::bound(depmod).arg("-b").arg(&tree).arg(version))?;
@@ -101,27 +94,9 @@ fn unpack(wanted: &Wanted, fresh: &Path) -> Result<(), String> {
     let image = fresh.join("vmlinuz");
     fs::rename(tree.join(format!("boot/vmlinuz-{version}")), &image).map_err(failed)?;
     extract_vmlinux(&image, &fresh.join("vmlinux"))?;
-    fs::remove_file(&archive).map_err(failed)?;
     fs::remove_dir_all(&tree).map_err(failed)?;
     // Last: this file says that all the others are there.
     fs::write(fresh.join("version"), version).map_err(failed)
-}
-
-/// Downloads the newest package and returns its name.
-fn download(wanted: &Wanted, into: &Path) -> Result<String, String> {
-    let once = || -> Result<String, String> {
-        let package = package::newest_kernel(wanted.series, wanted.flavour)?;
-        eprintln!("xtask: fetching {package}");
-        let mut command = process::bound("apt-get");
-        // As root, apt-get otherwise downloads as a user who may not write here.
-        command.args(["download", "-q", "-o", "APT::Sandbox::User=root", &package]);
-        process::output(command.current_dir(into))?;
-        Ok(package)
-    };
-    once().or_else(|why| {
-        package::update().map_err(|error| format!("{why}; {error}"))?;
-        once()
-    })
 }
 
 /// The modules' files in the order in which they load: any other order lacks symbols.

@@ -15,6 +15,7 @@ mod binary;
 mod no_std;
 mod checker;
 mod fuzz;
+mod headers;
 mod toolchain;
 
 mod job;

@@ -1,6 +1,7 @@
 //! Debian packages that the lanes stand on.
 
 use std::env;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -78,12 +79,43 @@ fn root() -> bool {
         .is_ok_and(|process| process.uid() == 0)
 }
 
-/// The newest package whose name is `linux-image-SERIES.…-FLAVOUR`.
+/// Downloads the newest `KIND-SERIES.…-FLAVOUR` into a folder that is made, and unpacks it there. Returns its name.
+///
+/// # Errors
+/// Why it cannot be had.
+pub(crate) fn fetch(kind: &str, series: &str, flavour: &str, into: &Path) -> Result<String, String> {
+    let failed = |error| format!("cannot write {}: {error}", into.display());
+    fs::create_dir_all(into).map_err(failed)?;
+    let once = || -> Result<String, String> {
+        let package = newest(kind, series, flavour)?;
+        eprintln!("xtask: fetching {package}");
+        let mut command = process::bound("apt-get");
+        // As root, apt-get otherwise downloads as a user who may not write here.
+        command.args(["download", "-q", "-o", "APT::Sandbox::User=root", &package]);
+        process::output(command.current_dir(into))?;
+        Ok(package)
+    };
+    let package = once().or_else(|why| {
+        update().map_err(|error| format!("{why}; {error}"))?;
+        once()
+    })?;
+    let archive = fs::read_dir(into)
+        .map_err(failed)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .ok_or_else(|| format!("apt-get brought no file for {package}"))?;
+    process::output(process::bound("dpkg").arg("-x").arg(&archive).arg(into))?;
+    fs::remove_file(&archive).map_err(failed)?;
+    Ok(package)
+}
+
+/// The newest package whose name is `KIND-SERIES.…-FLAVOUR`.
 ///
 /// # Errors
 /// That there is none.
-pub(crate) fn newest_kernel(series: &str, flavour: &str) -> Result<String, String> {
-    let pattern = format!(r"^linux-image-{}\..*-{flavour}$", series.replace('.', r"\."));
+fn newest(kind: &str, series: &str, flavour: &str) -> Result<String, String> {
+    let pattern = format!(r"^{kind}-{}\..*-{flavour}$", series.replace('.', r"\."));
     let list = process::output(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
     let names = list.lines().filter_map(|line| line.split_whitespace().next());
     // The pattern's `.*` also matches the other flavours, whose names are longer.
@@ -94,7 +126,7 @@ pub(crate) fn newest_kernel(series: &str, flavour: &str) -> Result<String, Strin
     plain
         .max_by_key(|name| numbers(name))
         .map(str::to_string)
-        .ok_or_else(|| format!("no package linux-image-{series}.*-{flavour} is known here"))
+        .ok_or_else(|| format!("no package {kind}-{series}.*-{flavour} is known here"))
 }
 
 /// The numbers in a version, in order, by which versions of one series compare.

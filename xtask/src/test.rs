@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{checker, fuzz, no_std, package, process};
+use crate::{checker, fuzz, headers, no_std, package, process};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -54,6 +54,8 @@ enum Stage {
     NoStd,
     /// Licences and sources of dependencies
     Deny,
+    /// The database of MSRs against the headers of Debian's kernel
+    Headers,
     /// Every order in which a filter is replaced, under loom
     Loom,
     /// A few seconds of libFuzzer for each target
@@ -256,6 +258,7 @@ fn run(stage: Stage) -> Ending {
         ),
         Stage::NoStd => no_std::build().map(|(built, note)| one(built, note)),
         Stage::Deny => deny(),
+        Stage::Headers => headers::compare(),
         Stage::Loom => checker::orders(),
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),
