@@ -425,7 +425,7 @@ pub(crate) enum WidenArg {
 
 #[derive(ClapArgs)]
 pub(crate) struct MsrArgs {
-    /// A name, a part of one, a glob, an index, or a class as `@pmu`; all where it is left out
+    /// A name, a glob, an index, a range, a class as `@pmu`, or words such as `intel microcode`; all where it is left out
     pub(crate) what: Option<String>,
     /// Print one JSON array
     #[arg(long)]

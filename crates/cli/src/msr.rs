@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::Msr;
-use msrgate_policy::database::{self, Entry};
+use msrgate_policy::database::{self, Class, Entry};
 use msrgate_policy::number;
 use serde_json::{Value, json};
 
@@ -34,13 +34,29 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         write!(out, "{}", render::text(&table))?;
     }
     if found.is_empty() {
-        let near = database::nearest(what)
-            .map(|near| format!("; did you mean `{near}`?"))
-            .unwrap_or_default();
-        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{near}")?;
+        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{}", instead(what))?;
         return Ok(Exit::No);
     }
     Ok(Exit::Yes)
+}
+
+/// What may be meant by a text that means nothing.
+fn instead(what: &str) -> String {
+    if let Ok(index) = number::parse(what)
+        && let Ok(index) = u32::try_from(index)
+    {
+        let (before, after) = database::around(Msr(index));
+        let neighbours = before.into_iter().chain(after);
+        let neighbours: Vec<String> = neighbours
+            .map(|entry| format!("{} {}", entry.msr, entry.name))
+            .collect();
+        return format!("; near it are {}", neighbours.join(", "));
+    }
+    match database::near(what).split_last() {
+        None => String::new(),
+        Some((one, [])) => format!("; did you mean `{one}`?"),
+        Some((last, others)) => format!("; did you mean `{}` or `{last}`?", others.join("`, `")),
+    }
 }
 
 fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
@@ -48,22 +64,21 @@ fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
         return match database::class(name) {
             Some(entries) => Ok(entries.collect()),
             None => {
-                let classes: Vec<&str> = database::classes().collect();
+                let classes = Class::ALL
+                    .iter()
+                    .map(|class| format!("\n  @{:<13}{}", class.name(), class.about()));
                 Err(Failure::input(format!(
-                    "there is no class `@{name}`; the classes are {}",
-                    classes.join(", ")
+                    "there is no class `@{name}`; the classes are{}",
+                    classes.collect::<String>()
                 )))
             }
         };
     }
     match number::parse(what) {
-        Ok(index) => match u32::try_from(index) {
-            Ok(index) => Ok(database::by_msr(Msr(index)).into_iter().collect()),
-            Err(_) => Err(Failure::input(format!(
-                "`{what}` is too large for an MSR index, which has 32 bits"
-            ))),
-        },
-        Err(_) => Ok(database::search(what)),
+        Ok(index) if u32::try_from(index).is_err() => Err(Failure::input(format!(
+            "`{what}` is too large for an MSR index, which has 32 bits"
+        ))),
+        _ => Ok(database::search(what)),
     }
 }
 
@@ -85,6 +100,12 @@ fn json(entry: &Entry) -> Value {
         "state": entry.state.name(),
         "host": entry.host.name(),
         "secret": entry.is_secret(),
+        "needs": entry.needs().map(|need| json!({
+            "system": need.system.to_string(),
+            "op": need.op.name(),
+            "why": need.why,
+            "source": need.source,
+        })).collect::<Value>(),
         "source": entry.source,
     })
 }
@@ -111,6 +132,16 @@ fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
         if !value.is_empty() {
             writeln!(out, "  {key:<12}{value}")?;
         }
+    }
+    for need in entry.needs() {
+        let database::Need {
+            system,
+            op,
+            why,
+            source,
+            ..
+        } = need;
+        writeln!(out, "  {:<12}{system}, {op}: {why} ({source})", "needed by")?;
     }
     Ok(())
 }

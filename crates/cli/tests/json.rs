@@ -543,9 +543,15 @@ fn msr_is_a_list_of_what_is_known() {
                 "state",
                 "host",
                 "secret",
+                "needs",
                 "source",
             ],
         );
+        for need in list(entry, "needs") {
+            keys(need, &["system", "op", "why", "source"]);
+            word(need, "system", &["Linux", "Windows", "FreeBSD"]);
+            word(need, "op", &["rdmsr", "wrmsr"]);
+        }
         assert!(!text(entry, "name").is_empty() && !text(entry, "source").is_empty());
         for key in ["aliases", "classes", "vendors"] {
             assert!(list(entry, key).iter().all(Value::is_string));
@@ -563,6 +569,9 @@ fn msr_is_a_list_of_what_is_known() {
         ("@kvm", "MSR_KVM_STEAL_TIME"),
         ("IA32_MTRR_PHYSBASE*", "IA32_MTRR_PHYSBASE0"),
         ("physbase0", "IA32_MTRR_PHYSBASE0"),
+        ("c0000080", "IA32_EFER"),
+        ("0x8b..=0x8c", "IA32_SGXLEPUBKEYHASH0"),
+        ("intel microcode", "IA32_BIOS_UPDT_TRIG"),
     ] {
         let found = folder.run(&["msr", "--json", what]).code(0).json();
         let names: Vec<&str> = found

@@ -78,7 +78,15 @@ fn a_misspelt_name_is_told_which_one_is_near() {
     explain.says(&["`IA32_BIOS_SIGN`", "did you mean `IA32_BIOS_SIGN_ID`?"]);
     let msr = folder.run(&["msr", "IA32_TCS"]).code(1);
     msr.says(&["did you mean `IA32_TSC`?"]);
-    folder.run(&["msr", "@nothing"]).code(2).says(&["@nothing", "pmu"]);
+    folder.run(&["msr", "@nothing"]).code(2).says(&["@nothing", "@pmu  "]);
+    folder
+        .run(&["msr", "IA32_MC99_STATUS"])
+        .code(1)
+        .says(&["did you mean `", "` or `"]);
+    let index = folder.run(&["msr", "0x3"]).code(1);
+    index.says(&["near it are 0x1 IA32_P5_MC_TYPE, 0x6 IA32_MONITOR_FILTER_SIZE"]);
+    let efer = folder.run(&["msr", "efer"]).code(0);
+    efer.shows(&["0xc0000080 IA32_EFER", "needed by   FreeBSD, wrmsr: long mode"]);
 }
 
 #[test]

@@ -15,6 +15,7 @@
 mod class;
 mod facts;
 mod need;
+mod search;
 mod table;
 
 use std::fmt;
@@ -24,6 +25,8 @@ use msrgate_core::{Msr, MsrRange, Op};
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
 pub use self::need::{Need, System, needs};
+pub(crate) use self::search::nearest_of;
+pub use self::search::{around, near, nearest, search};
 use crate::cpuid::{CpuVendor, Cpuid};
 
 /// One MSR.
@@ -292,52 +295,6 @@ pub fn classes() -> impl Iterator<Item = &'static str> {
     Class::ALL.iter().map(|class| class.name())
 }
 
-/// The name or alias that is most like a misspelt one; `None` if none comes near.
-pub fn nearest(name: &str) -> Option<&'static str> {
-    nearest_of(name, all().iter().flat_map(Entry::names))
-}
-
-/// The candidate that takes the fewest slips to become the text; `None` if none comes near.
-pub(crate) fn nearest_of<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let wanted = bare(text).to_ascii_uppercase();
-    // One slip in four characters still points somewhere; more is a guess.
-    let limit = wanted.len().div_ceil(4);
-    candidates
-        .filter(|candidate| bare(candidate).len().abs_diff(wanted.len()) <= limit)
-        .map(|candidate| {
-            let spelling = bare(candidate).to_ascii_uppercase();
-            (distance(wanted.as_bytes(), spelling.as_bytes()), candidate)
-        })
-        .filter(|&(slips, _)| slips <= limit)
-        .min_by_key(|&(slips, _)| slips)
-        .map(|(_, candidate)| candidate)
-}
-
-/// What a person may mean by a text: an index (`0x8b`), a class (`@pmu`), a pattern, a name, else a part of a name.
-pub fn search(text: &str) -> Vec<&'static Entry> {
-    if let Some(name) = text.strip_prefix('@') {
-        return class(name).into_iter().flatten().collect();
-    }
-    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        return u32::from_str_radix(digits, 16)
-            .ok()
-            .and_then(|index| by_msr(Msr(index)))
-            .into_iter()
-            .collect();
-    }
-    if text.contains(['*', '?']) {
-        return glob(text).collect();
-    }
-    if let Some(entry) = by_name(text) {
-        return vec![entry];
-    }
-    let part = bare(text).to_ascii_uppercase();
-    all()
-        .iter()
-        .filter(|entry| entry.names().any(|name| name.to_ascii_uppercase().contains(&part)))
-        .collect()
-}
-
 /// A name without Linux's `MSR_`.
 fn bare(name: &str) -> &str {
     match name.split_at_checked(4) {
@@ -371,33 +328,6 @@ fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
         retry = Some((after, swallowed));
         (pattern, text) = (after, swallowed);
     }
-}
-
-/// How many slips make one text the other: a character put in, left out or changed, or two neighbours swapped.
-fn distance(a: &[u8], b: &[u8]) -> usize {
-    // The row of `a` two characters back, which a swap goes on from, and the row of one character back.
-    let mut before: Vec<usize> = Vec::new();
-    let mut above: Vec<usize> = (0..=b.len()).collect();
-    let mut last = None;
-    for (i, &x) in (1..).zip(a) {
-        let mut row = vec![i];
-        let mut left = i;
-        let mut last_y = None;
-        for (j, (&y, corner)) in b.iter().zip(above.windows(2)).enumerate() {
-            let &[diagonal, up] = corner else { break };
-            let mut slips = (diagonal + usize::from(x != y)).min(left + 1).min(up + 1);
-            if last == Some(y) && last_y == Some(x) {
-                // Both texts have a character before this one, so that `before` is filled and `j` is not 0.
-                slips = before.get(j - 1).map_or(slips, |swapped| slips.min(swapped + 1));
-            }
-            row.push(slips);
-            left = slips;
-            last_y = Some(y);
-        }
-        before = std::mem::replace(&mut above, row);
-        last = Some(x);
-    }
-    above.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -281,6 +281,7 @@ pub(super) static FEATURES: &[Feature] = &[
     f("lfence_rdtsc", &[processor(0x8000_0021, 0, Eax, 2)]),
     f("autoibrs", &[processor(0x8000_0021, 0, Eax, 8)]),
     f("no_smm_ctl_msr", &[processor(0x8000_0021, 0, Eax, 9)]),
+    f("prefetch_ctl_msr", &[processor(0x8000_0021, 0, Eax, 13)]),
     f("sbpb", &[processor(0x8000_0021, 0, Eax, 27)]),
     // Extended Performance Monitoring and Debug, leaf 0x8000_0022
     f("perfmon_v2", &[processor(0x8000_0022, 0, Eax, 0)]),

@@ -22,6 +22,13 @@ macro_rules! classes {
                     $(Class::$variant => $name,)+
                 }
             }
+
+            /// What its MSRs are for, in a sentence.
+            pub fn about(self) -> &'static str {
+                match self {
+                    $(Class::$variant => concat!($($doc),+).trim(),)+
+                }
+            }
         }
     };
 }
