@@ -394,7 +394,9 @@ For example, a policy from two boots, and from what a fleet summed up each on it
   msrgate run --learn --trace boot.jsonl -- qemu-system-x86_64 ...
   msrgate learn traces/*.jsonl > guest.toml
   msrgate learn --summary boot.jsonl > host1.summary
-  msrgate learn *.summary > fleet.toml";
+  msrgate learn *.summary > fleet.toml
+What a later boot needs beyond that policy, and what it did not touch again:
+  msrgate learn --since fleet.toml later.jsonl > tighter.toml";
 
 #[derive(ClapArgs)]
 pub(crate) struct LearnArgs {
@@ -404,6 +406,10 @@ pub(crate) struct LearnArgs {
     /// Write a summary in place of a policy: small, and to be merged with others by `learn`
     #[arg(long, conflicts_with_all = ["widen", "json"])]
     pub(crate) summary: bool,
+    /// Say what is otherwise than in an older policy, or than in the policy that an older summary gives: what is added,
+    /// and what was not touched again
+    #[arg(long, value_name = "OLDER", conflicts_with = "summary")]
+    pub(crate) since: Option<PathBuf>,
     /// Allow more than was seen, where at least half of it was seen
     #[arg(long, value_enum, value_name = "TO", value_delimiter = ',')]
     pub(crate) widen: Vec<WidenArg>,

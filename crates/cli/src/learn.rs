@@ -1,18 +1,21 @@
 //! `msrgate learn`: from what guests did to the smallest policy that serves them.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::Path;
 
 use msrgate_core::{ReadAction, WriteAction};
-use msrgate_plan::{Plan, PlanError};
-use msrgate_policy::Policy;
-use msrgate_policy::learn::{Learned, Summary, Widen};
+use msrgate_plan::{DecisionMap, Plan, PlanError};
+use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
+use msrgate_policy::trace::TraceError;
+use msrgate_policy::{Policy, database};
 use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
-use crate::{explain, load, replay};
+use crate::load::{self, Loaded};
+use crate::{explain, render, replay};
 
 pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -35,14 +38,16 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         cpuid,
     };
     let learned = Learned::from(&summary, &widen);
-    let text = learned.to_string();
-    let policy =
-        Policy::parse("learned.toml", &text).map_err(|rejected| bug(format!("{:?}", rejected.diagnostics.first())))?;
-    let map = policy.decision_map(None).map_err(|needed| bug(needed.to_string()))?;
+    let Compiled { text, policy, map } = compiled(&learned)?;
     let plan = Plan::compile(&map);
+    let older = match &args.since {
+        Some(path) => Some(Before::read(path, &widen)?),
+        None => None,
+    };
+    let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
     let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{:#}", json(&learned, &text, &plan))?;
+        writeln!(out, "{:#}", json(&learned, &text, &plan, changes.as_deref()))?;
     } else {
         write!(out, "{text}")?;
     }
@@ -52,11 +57,104 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         exit = Exit::No;
         writeln!(stderr, "msrgate: {} {} was {}", remark.op, remark.msr, remark.message)?;
     }
+    if let (Some(path), Some(older), Some(changes)) = (&args.since, &older, &changes) {
+        if changes.iter().any(|change| change.kind != Kind::Dropped) {
+            exit = Exit::No;
+        }
+        let told = told(path, older, &map, changes);
+        writeln!(stderr, "msrgate: {told}")?;
+    }
     if let Err(error) = &plan {
         exit = Exit::No;
         writeln!(stderr, "msrgate: {}", policy.explain_error(error, None).message)?;
     }
     Ok(exit)
+}
+
+/// A learned policy as it is printed.
+struct Compiled {
+    text: String,
+    policy: Policy,
+    map: DecisionMap,
+}
+
+fn compiled(learned: &Learned) -> Result<Compiled, Failure> {
+    let text = learned.to_string();
+    let policy =
+        Policy::parse("learned.toml", &text).map_err(|rejected| bug(format!("{:?}", rejected.diagnostics.first())))?;
+    let map = policy.decision_map(None).map_err(|needed| bug(needed.to_string()))?;
+    Ok(Compiled { text, policy, map })
+}
+
+/// What the learned policy is held against.
+struct Before {
+    map: DecisionMap,
+    origin: Origin,
+}
+
+enum Origin {
+    Policy(Box<Policy>),
+    Summary(Box<Summary>),
+}
+
+impl Before {
+    /// A policy, or a summary or trace that one would be learned from in the same way.
+    fn read(path: &Path, widen: &Widen) -> Result<Before, Failure> {
+        let shown = path.display();
+        let mut file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{shown}`: {error}")))?;
+        // JSON Lines begin so, and no policy does.
+        let mut head = [0; 1];
+        let read = io::Read::read(&mut file, &mut head);
+        if read.is_ok_and(|bytes| bytes == 1) && head == *b"{" {
+            let summary = self::read(path)?;
+            return Ok(Before {
+                map: compiled(&Learned::from(&summary, widen))?.map,
+                origin: Origin::Summary(Box::new(summary)),
+            });
+        }
+        let Loaded { policy, map, .. } = load::policy_or_report(path, widen.cpuid.as_ref())?;
+        Ok(Before {
+            map,
+            origin: Origin::Policy(Box::new(policy)),
+        })
+    }
+
+    fn older(&self) -> Older<'_> {
+        match &self.origin {
+            Origin::Policy(policy) => Older::Policy(policy, &self.map),
+            Origin::Summary(summary) => Older::Summary(summary, &self.map),
+        }
+    }
+}
+
+/// How many changes are told to people.
+const TOLD: usize = 100;
+
+/// What changed, for people.
+fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> String {
+    let counts = [Kind::Added, Kind::Changed, Kind::Dropped].map(|kind| {
+        let count = changes.iter().filter(|change| change.kind == kind).count();
+        format!("{count} {}", kind.name())
+    });
+    let name = render::plain(&path.display().to_string());
+    let mut text = match changes.is_empty() {
+        true => format!("nothing is otherwise than in {name}"),
+        false => format!("since {name}: {}", counts.join(", ")),
+    };
+    let mut changes: Vec<&Change> = changes.iter().collect();
+    changes.sort_by_key(|change| change.kind);
+    for change in changes.iter().take(TOLD) {
+        text.push_str(&format!("\n  {}", render::plain(&change.to_string())));
+    }
+    if changes.len() > TOLD {
+        text.push_str(&format!("\n  and {} more, which --json has", changes.len() - TOLD));
+    }
+    if (&older.map.unknown, &older.map.invalid) != (&map.unknown, &map.invalid) {
+        text.push_str(
+            "\n  what the kernel does not know or refuses, which the older one answers, is left to the kernel",
+        );
+    }
+    text
 }
 
 /// What is printed is parsed, so that nothing is printed that is no policy.
@@ -85,17 +183,20 @@ fn read(path: &Path) -> Result<Summary, Failure> {
         _ => "standard input".into(),
     };
     Summary::read(&name, from).map_err(|error| {
-        // What came before a broken line can still be learned from, if the user says so.
+        // What came before a broken line of a trace can still be learned from, if the user says so.
+        let of_trace = error.source().is_some_and(|source| source.is::<TraceError>());
         let before = error.line.map_or(0, |line| line.saturating_sub(1));
-        let help = match before {
-            0 => String::new(),
-            lines => format!("; to learn from what comes before it: head -n {lines} {shown} | msrgate learn -"),
-        };
-        Failure::input(format!("{shown}: {error}{help}"))
+        Failure::input(match (path == Path::new("-"), of_trace, before) {
+            (true, ..) => format!("{name}: {error}"),
+            (false, true, 1..) => format!(
+                "{shown}: {error}; to learn from what comes before it: head -n {before} {shown} | msrgate learn -"
+            ),
+            _ => format!("{shown}: {error}"),
+        })
     })
 }
 
-fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>) -> Value {
+fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>, changes: Option<&[Change]>) -> Value {
     let summary = &learned.summary;
     let rules = learned.rules.iter().map(|rule| {
         let unseen = rule.unseen.iter().map(|(range, op)| {
@@ -130,6 +231,21 @@ fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>) -> Value 
         .remarks
         .iter()
         .map(|remark| json!({ "msr": remark.msr.to_string(), "op": remark.op.name(), "message": remark.message }));
+    let changes = changes.map(|changes| {
+        let each = changes.iter().map(|change| {
+            json!({
+                "change": change.kind.name(),
+                "first": change.range.first().to_string(),
+                "last": change.range.last().to_string(),
+                "op": change.op.name(),
+                "names": database::within(change.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
+                "before": change.before,
+                "after": change.after,
+                "why": change.why,
+            })
+        });
+        each.collect::<Vec<_>>()
+    });
     json!({
         "traces": summary.traces,
         "names": summary.names.iter().collect::<Vec<_>>(),
@@ -139,6 +255,7 @@ fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>) -> Value 
         "rules": rules.collect::<Vec<_>>(),
         "faulted": faulted.collect::<Vec<_>>(),
         "remarks": remarks.collect::<Vec<_>>(),
+        "changes": changes,
         "ranges": plan.as_ref().ok().map(|plan| plan.filter().ranges().len()),
         "policy": text,
     })

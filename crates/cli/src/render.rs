@@ -97,6 +97,14 @@ pub(crate) fn duration(nanoseconds: u64) -> String {
     }
 }
 
+/// A text from a trace or a policy, without characters that do something to a terminal.
+pub(crate) fn plain(text: &str) -> String {
+    let acts = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,6 +15,7 @@ use msrgate_policy::{Explanation, explain};
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
+use crate::render;
 use crate::replay::{Opened, open};
 
 /// The traces added up, and the policy that they are held against.
@@ -66,7 +67,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     for (name, error) in &told.files {
         if let Some(error) = error {
             broken = true;
-            writeln!(io::stderr(), "msrgate: {}", print::plain(&format!("{name}: {error}")))?;
+            writeln!(io::stderr(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
         }
     }
     // Where not even a header could be read there is nothing to report on.

@@ -3,6 +3,7 @@
 mod command;
 
 use command::{Folder, TRACES, count, list, text};
+use serde_json::json;
 
 const MICROVM: &str = "traces/linux-6.1-microvm.jsonl";
 const PC: &str = "traces/linux-6.1-pc-smp2.jsonl";
@@ -203,6 +204,97 @@ fn what_is_widened_is_named() {
     let ranges = learn(&folder, &["--widen", "ranges", "t.jsonl"]);
     assert!(ranges.contains("msr   = \"IA32_MC0_CTL..=IA32_MC1_CTL\""), "{ranges}");
     assert!(ranges.contains("wrmsr not seen of IA32_MC0_ADDR\""), "{ranges}");
+}
+
+#[test]
+fn a_later_trace_says_what_it_adds_and_what_was_not_touched_again() {
+    let folder = Folder::new();
+    let read = |msr: &str| format!("{{\"op\":\"rdmsr\",\"msr\":\"{msr}\",\"value\":\"0x1\",\"t\":1000000}}");
+    let write = "{\"op\":\"wrmsr\",\"msr\":\"0x10\",\"value\":\"0x1\",\"t\":9000000}";
+    let fault = "{\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"did\":\"fault\"}";
+    folder.write("old.jsonl", trace(&[&read("0x10"), &read("0x8b"), &read("0xfe")]));
+    folder.write("new.jsonl", trace(&[&read("0x10"), write, fault]));
+    folder.write("old.toml", learn(&folder, &["old.jsonl"]));
+    folder.write("old.summary", learn(&folder, &["--summary", "old.jsonl"]));
+    // Whatever the older one is, the same changes; exit 1, since the older policy does not serve the new trace.
+    for old in ["old.toml", "old.summary", "old.jsonl"] {
+        let ran = folder.run(&["learn", "--json", "--since", old, "new.jsonl"]).code(1);
+        let json = ran.json();
+        let told: Vec<[&str; 4]> = list(&json, "changes")
+            .iter()
+            .map(|change| ["change", "first", "op", "after"].map(|key| text(change, key)))
+            .collect();
+        let expected = [
+            ["added", "0x10", "wrmsr", "allow"],
+            ["dropped", "0x8b", "rdmsr", "deny"],
+            ["dropped", "0xfe", "rdmsr", "deny"],
+        ];
+        assert_eq!(told, expected, "since {old}");
+        assert_eq!(list(&json, "changes")[0]["names"], json!(["IA32_TSC"]));
+        ran.says(&[
+            &format!("since {old}: 1 added, 0 changed, 2 dropped"),
+            "added wrmsr IA32_TSC: allow, was deny: 1 write in the trace (new.jsonl), 0.009 s after",
+            "1 read in the trace (old.jsonl)",
+            "only faulted, 1 times, in 1 trace since (new.jsonl)",
+            "not touched in 1 trace since (new.jsonl)",
+        ]);
+    }
+    // Together with what the older one was learned from, nothing is dropped: the policy is looser and no tighter.
+    let ran = folder
+        .run(&["learn", "--since", "old.toml", "old.summary", "new.jsonl"])
+        .code(1);
+    ran.says(&["1 added, 0 changed, 0 dropped"]);
+    // What the older one serves already is no change, though a trace does not tell what a mask is.
+    let same = folder.run(&["learn", "--since", "old.toml", "old.jsonl"]).code(0);
+    same.says(&["nothing is otherwise than in old.toml"]);
+    folder.write(
+        "mask.toml",
+        "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = 16\nread = { mask = { keep = 1 } }\n[[rule]]\nmsr = \"0x800..=0x8ff\"\nread = \"allow\"\n",
+    );
+    folder.write(
+        "masked.jsonl",
+        trace(&["{\"op\":\"rdmsr\",\"msr\":16,\"value\":1,\"did\":\"mask\"}"]),
+    );
+    folder
+        .run(&["learn", "--since", "mask.toml", "masked.jsonl"])
+        .code(1)
+        .says(&["`mask`", "nothing is otherwise"]);
+    folder
+        .run(&["learn", "--since", "none.toml", "new.jsonl"])
+        .code(2)
+        .says(&["cannot read `none.toml`"]);
+}
+
+#[test]
+fn a_summary_that_contradicts_itself_is_refused_with_its_line() {
+    let folder = Folder::new();
+    let head = |rows: u32| {
+        format!(
+            "{{\"msrgate_summary\":1,\"traces\":1,\"names\":[\"a\"],\"events\":1,\"faults\":0,\"unfiltered\":0,\"rows\":{rows}}}\n"
+        )
+    };
+    let row = "{\"msr\":\"0x10\",\"op\":\"rdmsr\",\"did\":{\"allow\":1},\"traces\":1,\"names\":[\"a\"],\"first\":0,\"last\":5}\n";
+    folder.run_with(&["learn", "-"], &format!("{}{row}", head(1))).code(0);
+    for (bad, what) in [
+        (row.replace("{\"allow\":1}", "{\"allow\":0}"), "contradicts itself"),
+        (row.replace("\"traces\":1", "\"traces\":2"), "contradicts itself"),
+        (row.replace("\"traces\":1,", ""), "contradicts itself"),
+        (row.replace("\"last\":5", "\"first\":6"), "duplicate field"),
+        (row.replace("\"first\":0", "\"first\":6"), "contradicts itself"),
+        (
+            row.replace("\"a\"", &format!("\"{}\"", "n".repeat(2000))),
+            "a name is longer",
+        ),
+        (row.replace("{\"allow\":1}", "{\"deny\":1}"), "not known here"),
+        (row.replace("0x10", "0x100000000"), "32 bits"),
+        (row.replace("{\"allow\":1}", "{\"allow\":-1}"), "no summary"),
+        (format!("{{\"msr\":\"{}", "x".repeat(1 << 20)), "longer than"),
+        (row.repeat(2), "twice"),
+    ] {
+        let ran = folder.run_with(&["learn", "-"], &format!("{}{bad}", head(1))).code(2);
+        assert!(ran.out.is_empty());
+        ran.says(&["standard input: line "]).says(&[what]);
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@
 //! # Ok::<(), msrgate_policy::learn::LearnError>(())
 //! ```
 //!
+//! [`Learned::since`] says what a later policy does otherwise than an older one.
+//!
 //! A [`Summary`] is what learning keeps of traces. Its size does not grow with their length, and summaries merge in any
 //! order and grouping to the same bytes.
 
@@ -24,7 +26,9 @@ mod observe;
 mod want;
 mod rule;
 mod text;
+mod since;
 
 pub use rule::{Facts, Learned, LearnedRule};
+pub use since::{Change, Kind, Older};
 pub use summary::{LearnError, Seen, Summary};
 pub use want::{Remark, Widen};

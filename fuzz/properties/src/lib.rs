@@ -41,7 +41,8 @@ pub const POLICY: Target = Target {
     check: policy::check,
 };
 
-/// The text of traces: events or an error, never a panic; what is read can be written and read again.
+/// The text of traces, and of their summaries: events or an error, never a panic; what is read can be written and read
+/// again, and what is learned from it is a policy.
 pub const TRACE: Target = Target {
     name: "trace",
     check: trace::check,

@@ -1,9 +1,12 @@
 //! The text of traces.
 
 use msrgate_core::Event;
+use msrgate_policy::Policy;
+use msrgate_policy::learn::{Learned, Summary, Widen};
 use msrgate_policy::trace::{Header, Lines, write_event};
 
 pub(crate) fn check(bytes: &[u8]) {
+    learn(bytes);
     let Ok(mut lines) = Lines::new(bytes) else { return };
     let header = lines.header().clone();
     if let Some(Err(error)) = header.parse_cpuid() {
@@ -22,6 +25,23 @@ pub(crate) fn check(bytes: &[u8]) {
     let (header_again, events_again) = read(&written(&header, &events));
     assert_eq!(header_again, header);
     assert_eq!(events_again, events);
+}
+
+/// From a trace or a summary.
+fn learn(bytes: &[u8]) {
+    let Ok(summary) = Summary::read("trace", bytes) else {
+        return;
+    };
+    let mut text = Vec::new();
+    summary.write(&mut text).expect("memory");
+    let again = Summary::read("summary", text.as_slice()).expect("a summary that was written");
+    assert_eq!(again, summary);
+    let mut twice = summary.clone();
+    if twice.merge(&again).is_ok() {
+        assert_eq!(twice.seen.len(), summary.seen.len());
+    }
+    let text = Learned::from(&summary, &Widen::default()).to_string();
+    Policy::parse("learned.toml", &text).expect("a policy");
 }
 
 fn written(header: &Header, events: &[Event]) -> Vec<u8> {

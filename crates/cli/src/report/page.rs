@@ -10,9 +10,9 @@ use msrgate_policy::report::{Kind, Trace};
 use sha2::{Digest, Sha256};
 
 use super::Told;
-use super::print::plain;
 use crate::load::{self, Loaded};
-use crate::{plan, render};
+use crate::plan;
+use crate::render::{self, plain};
 
 const STYLE: &str = include_str!("page/page.css");
 const SCRIPT: &str = include_str!("page/page.js");

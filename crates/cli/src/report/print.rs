@@ -161,7 +161,12 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         let parts = [&header.guest, &header.vmm, &header.host, &header.kernel, &header.mode];
         let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
         let number = if several { format!("{number}: ") } else { String::new() };
-        writeln!(out, "{number}{}: {}", plain(name), plain(&parts.join("; ")))?;
+        writeln!(
+            out,
+            "{number}{}: {}",
+            render::plain(name),
+            render::plain(&parts.join("; "))
+        )?;
     }
     let has_rules = report
         .rows()
@@ -194,7 +199,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         cells.extend(told.explain(row.msr, row.op).map(|explained| match explained.rule {
             Some((number, rule)) => {
                 let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
-                plain(&format!("{}, rule {number}{why}", explained.action))
+                render::plain(&format!("{}, rule {number}{why}", explained.action))
             }
             None => format!("{}, by default", explained.action),
         }));
@@ -222,7 +227,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         }
     )?;
     for note in told.notes() {
-        writeln!(out, "note: {}", plain(&note))?;
+        writeln!(out, "note: {}", render::plain(&note))?;
     }
     Ok(())
 }
@@ -304,12 +309,4 @@ pub(super) fn time(moment: Moment, several: bool) -> String {
         true => format!("{}: {seconds:.6}", moment.trace),
         false => format!("{seconds:.6}"),
     }
-}
-
-/// A text from a trace or a policy, without characters that do something to a terminal.
-pub(super) fn plain(text: &str) -> String {
-    let acts = |c: char| {
-        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
 }

@@ -58,7 +58,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    fn add(&mut self, op: Op, seen: &Seen) {
+    pub(super) fn add(&mut self, op: Op, seen: &Seen) {
         let count = match op {
             Op::Read => &mut self.reads,
             Op::Write => &mut self.writes,

@@ -21,6 +21,9 @@ const LONGEST: u64 = 1 << 20;
 /// How many names of traces are kept beside a count of them.
 const NAMES: usize = 4;
 
+/// The longest name of a trace, in bytes: longer than a file's can be, whatever was put in place of what is no UTF-8.
+const LONGEST_NAME: usize = 1024;
+
 /// How many different values are kept beside an access.
 const VALUES: usize = 16;
 
@@ -278,6 +281,7 @@ impl Summary {
                 return Err(LearnError::at(number, message));
             }
             summary.traces = first.traces;
+            check_names(&first.names).map_err(|what| LearnError::at(number, what))?;
             first.names.iter().for_each(|name| summary.names.insert(name.clone()));
             summary.events = first.events;
             summary.faults = first.faults;
@@ -295,6 +299,13 @@ impl Summary {
                 ),
             )),
         }
+    }
+}
+
+fn check_names(names: &[String]) -> Result<(), String> {
+    match names.iter().any(|name| name.len() > LONGEST_NAME) {
+        true => Err(format!("a name is longer than {LONGEST_NAME} bytes")),
+        false => Ok(()),
     }
 }
 
@@ -381,6 +392,17 @@ impl Row {
                 if seen.did.is_empty() {
                     return Err("it has neither `did` nor `faults`".to_owned());
                 }
+                if seen.count() == 0 || !(1..=summary.traces).contains(&seen.traces) || seen.first > seen.last {
+                    return Err(format!(
+                        "it contradicts itself: {} accesses in {} of {} traces, from {} to {}",
+                        seen.count(),
+                        seen.traces,
+                        summary.traces,
+                        seen.first,
+                        seen.last
+                    ));
+                }
+                check_names(&self.names)?;
                 self.names.into_iter().for_each(|name| seen.names.insert(name));
                 summary.seen.insert(key, seen).is_some()
             }

@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 
 use super::rule::{Facts, Learned, LearnedRule, name, runs};
+use super::since::Change;
 use crate::print;
 
 /// How wide a line gets.
@@ -80,6 +81,29 @@ impl fmt::Display for Learned {
     }
 }
 
+/// As a line, without the end of a sentence.
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Change {
+            kind,
+            range,
+            op,
+            before,
+            after,
+            why,
+        } = self;
+        write!(f, "{} {op} {}: {after}, was {before}: {why}", kind.name(), span(*range))
+    }
+}
+
+/// The names of a range's first and last MSR, or of the only one.
+fn span(range: MsrRange) -> String {
+    match range.len() {
+        1 => name(range.first()),
+        _ => format!("{}..={}", name(range.first()), name(range.last())),
+    }
+}
+
 fn write_rule(f: &mut fmt::Formatter<'_>, rule: &LearnedRule, traces: u64) -> fmt::Result {
     writeln!(f, "\n[[rule]]")?;
     let quoted: Vec<String> = rule.msrs.iter().map(|msr| print::text(msr).to_string()).collect();
@@ -131,14 +155,7 @@ impl LearnedRule {
             if total == 0 {
                 continue;
             }
-            let mut named: Vec<String> = ranges
-                .iter()
-                .take(NAMED)
-                .map(|(range, _)| match range.len() {
-                    1 => name(range.first()),
-                    _ => format!("{}..={}", name(range.first()), name(range.last())),
-                })
-                .collect();
+            let mut named: Vec<String> = ranges.iter().take(NAMED).map(|(range, _)| span(*range)).collect();
             if ranges.len() > named.len() {
                 named.push(format!("{} more ranges", ranges.len() - named.len()));
             }
@@ -149,7 +166,7 @@ impl LearnedRule {
 }
 
 impl Facts {
-    fn text(&self, traces: u64) -> String {
+    pub(super) fn text(&self, traces: u64) -> String {
         let counts = match (self.reads, self.writes) {
             (0, 0) => return "never used".to_owned(),
             (reads, 0) => counted(reads, "read"),
@@ -176,7 +193,7 @@ fn seconds(nanoseconds: u64) -> String {
 }
 
 /// ` (a, b and 3 more)`.
-fn names<'a>(names: impl Iterator<Item = &'a String>, total: u64) -> String {
+pub(super) fn names<'a>(names: impl Iterator<Item = &'a String>, total: u64) -> String {
     let names: Vec<&str> = names.map(String::as_str).collect();
     let more = total.saturating_sub(names.len() as u64);
     match (names.is_empty(), more) {
@@ -195,14 +212,7 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
             .map(|(msr, _)| *msr)
             .collect();
         let ranges = runs(&msrs);
-        let mut named: Vec<String> = ranges
-            .iter()
-            .take(NAMED)
-            .map(|range| match range.len() {
-                1 => name(range.first()),
-                _ => format!("{}..={}", name(range.first()), name(range.last())),
-            })
-            .collect();
+        let mut named: Vec<String> = ranges.iter().take(NAMED).map(|range| span(*range)).collect();
         if ranges.len() > named.len() {
             named.push(format!("{} more ranges", ranges.len() - named.len()));
         }
@@ -213,7 +223,7 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
     parts.join("; ")
 }
 
-fn counted(count: u64, noun: &str) -> String {
+pub(super) fn counted(count: u64, noun: &str) -> String {
     match (count, noun) {
         (1, noun) => format!("1 {noun}"),
         (count, "access") => format!("{count} accesses"),

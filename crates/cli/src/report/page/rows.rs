@@ -6,9 +6,10 @@ use msrgate_policy::database;
 use msrgate_policy::report::{Counts, Kind, Moment, Row, Timeline};
 
 use super::super::Told;
-use super::super::print::{plain, rules_of, time, vcpu, word};
+use super::super::print::{rules_of, time, vcpu, word};
 use super::{number, sign};
-use crate::{explain, render};
+use crate::explain;
+use crate::render::{self, plain};
 
 /// How many rows the page has: a browser sorts and filters these at once.
 const MOST_LISTED: usize = 4096;
