@@ -1,5 +1,6 @@
 //! `replace`: a filter replaced under readers, beside `arc-swap` and a lock.
 
+use std::convert::Infallible;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
@@ -7,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use msrgate_core::{Filter, FilterRange, Msr, Op, Ops, Verdict};
+use msrgate_core::{Filter, FilterRange, Lookup, Msr, Op, Ops, Verdict};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 
 use crate::figure::{Aim, Figure};
@@ -22,24 +23,30 @@ pub(crate) fn measure(effort: Effort) -> Measured {
     let (a, b) = (a?, b?);
 
     let vm = Arc::new(Vm::new());
+    let flat: [Arc<Lookup>; 2] = [a.clone().into(), b.clone().into()];
+    let plain = [&a, &b].map(|filter| Arc::new(filter.clone()));
+    let [first, _] = &plain;
+    let swap = ArcSwap::new(Arc::clone(first));
+    let lock = RwLock::new(Arc::clone(first));
     vm.install(a.clone());
-    let swap = ArcSwap::from_pointee(a.clone());
-    let lock = RwLock::new(Arc::new(a.clone()));
     let ours = Store {
-        replace: &|filter| vm.install(filter.clone()),
+        filters: &flat,
+        replace: &|filter| vm.install(Arc::clone(filter)),
         reader: || {
             let mut vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::all());
             move |msr, op| vcpu.verdict(msr, op)
         },
     };
     let swapped = Store {
-        replace: &|filter| swap.store(Arc::new(filter.clone())),
+        filters: &plain,
+        replace: &|filter| swap.store(Arc::clone(filter)),
         reader: || |msr, op| swap.load().verdict(msr, op),
     };
     let locked = Store {
+        filters: &plain,
         replace: &|filter| {
             if let Ok(mut held) = lock.write() {
-                *held = Arc::new(filter.clone());
+                *held = Arc::clone(filter);
             }
         },
         reader: || |msr, op| lock.read().map_or(Verdict::Deny, |filter| filter.verdict(msr, op)),
@@ -47,18 +54,24 @@ pub(crate) fn measure(effort: Effort) -> Measured {
 
     let times = effort.of(2_000, 20);
     let mut figures = Vec::new();
-    let [mine, arc_swap, rw_lock] = rounds(
+    let [mine, arc_swap, rw_lock, flattening] = rounds(
         effort.of(20, 1),
         &mut (),
         [
-            &|()| ours.replacement(times, &a, &b),
-            &|()| swapped.replacement(times, &a, &b),
-            &|()| locked.replacement(times, &a, &b),
+            &|()| ours.replacement(times),
+            &|()| swapped.replacement(times),
+            &|()| locked.replacement(times),
+            &|()| nanoseconds(times, || (0..times).try_for_each(|_| flatten(&a))),
         ],
     )?;
     let figure = || Figure::new("a replacement", "ns", mine.least());
     figures.push(figure().beside("arc-swap", arc_swap.least()));
     figures.push(figure().beside("RwLock", rw_lock.least()));
+    figures.push(Figure::new(
+        "a filter made ready for it, once for all VMs",
+        "ns",
+        flattening.least(),
+    ));
 
     let asked = effort.of(2_000_000, 2_000);
     for readers in [1, 2, 4] {
@@ -66,10 +79,10 @@ pub(crate) fn measure(effort: Effort) -> Measured {
             effort.of(5, 1),
             &mut (),
             [
-                &|()| ours.verdict(readers, asked, Some((&a, &b))),
-                &|()| ours.verdict(readers, asked, None),
-                &|()| swapped.verdict(readers, asked, Some((&a, &b))),
-                &|()| locked.verdict(readers, asked, Some((&a, &b))),
+                &|()| ours.verdict(readers, asked, Replacing::Often),
+                &|()| ours.verdict(readers, asked, Replacing::Never),
+                &|()| swapped.verdict(readers, asked, Replacing::Often),
+                &|()| locked.verdict(readers, asked, Replacing::Often),
             ],
         )?;
         let what = format!(
@@ -89,40 +102,49 @@ fn filter(bits: u64) -> Result<Filter, msrgate_core::FilterError> {
     Filter::new(Verdict::Deny, ranges.collect::<Result<Vec<_>, _>>()?)
 }
 
+fn flatten(filter: &Filter) -> Result<(), Infallible> {
+    black_box(Lookup::new(filter.clone()));
+    Ok(())
+}
+
 /// Something that holds a filter.
-struct Store<'a, R> {
-    replace: &'a (dyn Fn(&Filter) + Sync),
+struct Store<'a, F, R> {
+    filters: &'a [Arc<F>; 2],
+    replace: &'a (dyn Fn(&Arc<F>) + Sync),
     /// Makes what a thread asks.
     reader: R,
 }
 
-impl<R, V> Store<'_, R>
+/// What happens to the filter while it is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replacing {
+    Never,
+    /// Two take turns.
+    Often,
+}
+
+impl<F, R, V> Store<'_, F, R>
 where
+    F: Send + Sync,
     R: Fn() -> V + Sync,
     V: FnMut(Msr, Op) -> Verdict,
 {
     /// Nanoseconds of a replacement that nobody watches.
-    fn replacement(&self, times: usize, a: &Filter, b: &Filter) -> Result<f64, String> {
-        nanoseconds(2 * times, || {
-            for _ in 0..times {
-                (self.replace)(a);
-                (self.replace)(b);
-            }
+    fn replacement(&self, times: usize) -> Result<f64, String> {
+        nanoseconds(times, || {
+            self.filters.iter().cycle().take(times).for_each(self.replace);
             Ok::<(), String>(())
         })
     }
 
-    /// Nanoseconds of processor time that a verdict takes on so many threads, while two filters replace each other or
-    /// one stands still.
-    fn verdict(&self, readers: usize, asked: usize, replaced: Option<(&Filter, &Filter)>) -> Result<f64, String> {
+    /// Nanoseconds of processor time that a verdict takes on so many threads.
+    fn verdict(&self, readers: usize, asked: usize, replacing: Replacing) -> Result<f64, String> {
         let over = &AtomicBool::new(false);
         thread::scope(|scope| {
-            if let Some((a, b)) = replaced {
+            if replacing == Replacing::Often {
                 scope.spawn(move || {
-                    for filter in [a, b].into_iter().cycle() {
-                        if over.load(Ordering::Relaxed) {
-                            return;
-                        }
+                    let turns = self.filters.iter().cycle();
+                    for filter in turns.take_while(|_| !over.load(Ordering::Relaxed)) {
                         (self.replace)(filter);
                         thread::sleep(REST);
                     }

@@ -88,6 +88,44 @@ impl FilterRange {
         MsrRange::new(Msr(self.base), Msr(end.checked_sub(1)?))
     }
 
+    /// What the kernel asks before any range, as a range: x2APIC's registers are allowed.
+    pub(crate) fn x2apic() -> FilterRange {
+        FilterRange {
+            base: MsrRange::X2APIC.first().0,
+            nmsrs: 0x100,
+            ops: Ops::BOTH,
+            bitmap: Box::new([u64::MAX; 4]),
+        }
+    }
+
+    /// Of the 64 MSRs from `start` on, which ones the range decides, and which ones it allows.
+    pub(crate) fn verdicts(&self, start: u64, op: Op) -> (u64, u64) {
+        let Some(span) = self.span().filter(|_| self.ops.contains(op)) else {
+            return (0, 0);
+        };
+        let first = u64::from(span.first().0);
+        let end = first + span.len();
+        if start + 64 <= first || end <= start {
+            return (0, 0);
+        }
+        let below = |bit: u64| if bit < 64 { (1 << bit) - 1 } else { u64::MAX };
+        let decided = below(end - start) & !below(first.saturating_sub(start));
+        let word = |index: u64| {
+            usize::try_from(index)
+                .ok()
+                .and_then(|index| self.bitmap.get(index))
+                .copied()
+                .unwrap_or(0)
+        };
+        let allowed = match start.checked_sub(first) {
+            // The range starts within these.
+            None => word(0) << (first - start),
+            Some(bit) if bit % 64 == 0 => word(bit / 64),
+            Some(bit) => word(bit / 64) >> (bit % 64) | word(bit / 64 + 1) << (64 - bit % 64),
+        };
+        (decided, allowed)
+    }
+
     /// What the range says of an access; `None` where it does not match and the walk goes on.
     #[inline]
     fn verdict(&self, msr: Msr, op: Op) -> Option<(u32, Verdict)> {

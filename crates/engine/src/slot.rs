@@ -8,24 +8,34 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use msrgate_core::Filter;
+use msrgate_core::Lookup;
 
 use self::sync::{AtomicU64, Ordering, RwLock};
 
 /// A VM's filter, or none yet.
 pub(crate) struct Slot {
     /// INVARIANT: filter `g` lies in `halves[g % 2]` from before `g` is published until after `g + 1` is.
-    halves: [RwLock<Option<Arc<Filter>>>; 2],
+    halves: [RwLock<Option<Held>>; 2],
     generation: AtomicU64,
     /// Serialises writers, and keeps each replaced filter until no vCPU has it any more: so it is a writer that frees
     /// it, never a vCPU on its access path.
-    retired: RwLock<Vec<Arc<Filter>>>,
+    retired: RwLock<Vec<Held>>,
+}
+
+/// A filter as one VM and its vCPUs hold it.
+///
+/// INVARIANT: a vCPU lets go of `filter` before `here`, since fields are dropped in this order. So once `here` is the
+/// slot's alone no vCPU can be the last to have the filter, however many other VMs share it.
+#[derive(Clone)]
+pub(crate) struct Held {
+    pub(crate) filter: Arc<Lookup>,
+    here: Arc<()>,
 }
 
 /// A filter as one reader knows it.
 pub(crate) struct Seen {
     pub(crate) generation: u64,
-    pub(crate) filter: Option<Arc<Filter>>,
+    pub(crate) held: Option<Held>,
 }
 
 impl Slot {
@@ -38,16 +48,19 @@ impl Slot {
     }
 
     /// Replaces the filter. Every look that starts after this returns sees `filter` or a later one.
-    pub(crate) fn publish(&self, filter: Filter) {
-        let filter = Arc::new(filter);
+    pub(crate) fn publish(&self, filter: Arc<Lookup>) {
+        let held = Held {
+            filter,
+            here: Arc::new(()),
+        };
         let mut retired = sync::write(&self.retired);
         let current = self.generation.load(Ordering::Relaxed);
         let next = current.wrapping_add(1);
-        let before_last = sync::write(self.half(next)).replace(filter);
+        let before_last = sync::write(self.half(next)).replace(held);
         // Release: who sees the generation takes the half's lock after this writer let it go.
         self.generation.store(next, Ordering::Release);
         retired.extend(before_last);
-        retired.retain(|filter| Arc::strong_count(filter) > 1);
+        retired.retain(|held| Arc::strong_count(&held.here) > 1);
     }
 
     /// Whether `seen` is still current; one load.
@@ -65,15 +78,15 @@ impl Slot {
                 // see it before others see its predecessor. An unchanged generation under the lock rules that out,
                 // since the writer of that filter had published `generation + 1` before it took the lock.
                 if self.generation.load(Ordering::Acquire) == generation {
-                    let filter = half.clone();
-                    return Seen { generation, filter };
+                    let held = half.clone();
+                    return Seen { generation, held };
                 }
             }
             sync::spin_loop();
         }
     }
 
-    fn half(&self, generation: u64) -> &RwLock<Option<Arc<Filter>>> {
+    fn half(&self, generation: u64) -> &RwLock<Option<Held>> {
         let [even, odd] = &self.halves;
         if generation.is_multiple_of(2) { even } else { odd }
     }
@@ -115,11 +128,13 @@ mod sync {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use msrgate_core::Filter;
+
     use super::*;
 
     fn slot(filters: usize) -> Slot {
         let slot = Slot::empty();
-        (0..filters).for_each(|_| slot.publish(Filter::allow_all()));
+        (0..filters).for_each(|_| slot.publish(Filter::allow_all().into()));
         slot
     }
 
@@ -129,7 +144,7 @@ mod tests {
             let slot = slot(published);
             let _first = sync::write(&slot.retired);
             let _writing = sync::write(slot.half(published as u64 + 1));
-            assert_eq!(slot.look().filter.is_some(), published > 0);
+            assert_eq!(slot.look().held.is_some(), published > 0);
         }
     }
 
@@ -137,12 +152,34 @@ mod tests {
     fn a_filter_that_a_reader_holds_is_freed_by_a_later_writer() {
         let slot = slot(1);
         let seen = slot.look();
-        let filter = Arc::downgrade(seen.filter.as_ref().unwrap());
-        (0..5).for_each(|_| slot.publish(Filter::allow_all()));
+        let filter = Arc::downgrade(&seen.held.as_ref().unwrap().filter);
+        (0..5).for_each(|_| slot.publish(Filter::allow_all().into()));
         drop(seen);
         assert!(filter.upgrade().is_some(), "not by the reader");
-        slot.publish(Filter::allow_all());
+        slot.publish(Filter::allow_all().into());
         assert!(filter.upgrade().is_none());
         assert!(sync::write(&slot.retired).is_empty(), "nothing piles up");
+    }
+
+    #[test]
+    fn a_filter_that_vms_share_is_kept_by_none_that_replaced_it() {
+        let filter: Arc<Lookup> = Filter::allow_all().into();
+        let slots = [(); 3].map(|()| slot(0));
+        slots.iter().for_each(|slot| slot.publish(Arc::clone(&filter)));
+        assert!(
+            slots
+                .iter()
+                .all(|slot| Arc::ptr_eq(&slot.look().held.unwrap().filter, &filter))
+        );
+        let filter = {
+            let weak = Arc::downgrade(&filter);
+            drop(filter);
+            weak
+        };
+        for slot in &slots {
+            (0..2).for_each(|_| slot.publish(Filter::allow_all().into()));
+            assert!(sync::write(&slot.retired).is_empty());
+        }
+        assert!(filter.upgrade().is_none());
     }
 }

@@ -73,7 +73,7 @@ impl Vcpu {
     /// A vCPU of `vm`, its bitmap computed with the filter of this moment.
     pub fn new(vm: Arc<Vm>, mut intercepts: Intercepts) -> Vcpu {
         let seen = vm.slot().look();
-        intercepts.recompute(seen.filter.as_deref());
+        intercepts.recompute(seen.filter());
         Vcpu {
             vm,
             seen,
@@ -89,7 +89,7 @@ impl Vcpu {
 
     /// The filter that was current when the vCPU last looked.
     pub fn filter(&self) -> Option<&Filter> {
-        self.seen.filter.as_deref()
+        self.seen.filter()
     }
 
     /// The interception bitmap that belongs to [`Self::filter`].
@@ -105,7 +105,7 @@ impl Vcpu {
             return PickUp::Unchanged;
         }
         self.seen = self.vm.slot().look();
-        self.intercepts.recompute(self.seen.filter.as_deref());
+        self.intercepts.recompute(self.seen.filter());
         PickUp::Changed
     }
 
@@ -114,7 +114,7 @@ impl Vcpu {
     pub fn recalculate(&mut self, candidates: impl Into<Box<[Candidate]>>) {
         self.intercepts.set_candidates(candidates);
         if self.pick_up() == PickUp::Unchanged {
-            self.intercepts.recompute(self.seen.filter.as_deref());
+            self.intercepts.recompute(self.seen.filter());
         }
     }
 

@@ -1,10 +1,11 @@
 //! A VM: its filter, its mask of exit reasons, and the ioctls that change them.
 
+use alloc::sync::Arc;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use msrgate_core::abi::{self, Layout};
-use msrgate_core::{Filter, Msr, Op, Reason, Reasons, Verdict};
+use msrgate_core::{Filter, Lookup, Msr, Op, Reason, Reasons, Verdict};
 
 use crate::profile::{Compat, Coverage, ReservedBits};
 use crate::slot::{Seen, Slot};
@@ -93,14 +94,14 @@ impl Vm {
     pub fn set_msr_filter(&self, argp: u64, layout: Layout, memory: &impl UserMemory) -> Result<(), Errno> {
         self.gate()?;
         let filter = copy_filter(argp, layout, self.profile.reserved_bits, memory)?;
-        self.slot.publish(filter);
+        self.slot.publish(filter.into());
         Ok(())
     }
 
-    /// The same for a filter that was built here. There is no way back to having no filter;
-    /// [`Filter::allow_all`] decides likewise.
-    pub fn install(&self, filter: Filter) {
-        self.slot.publish(filter);
+    /// The same for a filter that was built here, a [`Filter`] or an [`Arc`] of one that was flattened,
+    /// which VMs share. There is no way back to having no filter; [`Filter::allow_all`] decides likewise.
+    pub fn install(&self, filter: impl Into<Arc<Lookup>>) {
+        self.slot.publish(filter.into());
     }
 
     /// KVM_ENABLE_CAP on the VM's descriptor: sets the mask of exit reasons. `argp` points to a `struct kvm_enable_cap`
@@ -182,12 +183,17 @@ impl Vm {
 }
 
 impl Seen {
+    /// The filter, if there is one.
+    pub(crate) fn filter(&self) -> Option<&Filter> {
+        self.held.as_ref().map(|held| held.filter.filter())
+    }
+
     /// What the filter says, or the absence of one.
     #[inline]
     pub(crate) fn verdict(&self, msr: Msr, op: Op) -> Verdict {
-        self.filter
-            .as_deref()
-            .map_or(Verdict::Allow, |filter| filter.verdict(msr, op))
+        self.held
+            .as_ref()
+            .map_or(Verdict::Allow, |held| held.filter.verdict(msr, op))
     }
 }
 

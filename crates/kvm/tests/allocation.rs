@@ -1,4 +1,4 @@
-//! The answer path does not allocate. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
+//! The answer path does not allocate, and VMs of one plan share it. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
 
 #![expect(unsafe_code, reason = "an allocator")]
 
@@ -14,20 +14,23 @@ use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    static BYTES: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Counts what each thread allocates.
+/// Counts what each thread allocates, and what it has.
 struct Counting;
 
-// SAFETY: every call goes on to the system's allocator as it came; the counter neither allocates nor has a destructor.
+// SAFETY: every call goes on to the system's allocator as it came; the counters neither allocate nor have a destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        BYTES.set(BYTES.get().wrapping_add(layout.size()));
         // SAFETY: the caller's promises are passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        BYTES.set(BYTES.get().wrapping_sub(layout.size()));
         // SAFETY: the caller's promises are passed on, and `memory` came from the system's allocator.
         unsafe { System.dealloc(memory, layout) }
     }
@@ -63,14 +66,48 @@ fn rules<A: Clone + Eq>(allow: A, actions: &[A]) -> Intervals<Decision<A>> {
     )
 }
 
-#[test]
-fn no_action_allocates_when_it_answers() {
-    let Ok(kvm) = Kvm::new() else {
+fn kvm() -> Option<Kvm> {
+    let kvm = Kvm::new().ok();
+    if kvm.is_none() {
         let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
         assert!(!required, "/dev/kvm does not open");
         println!("skipped: /dev/kvm does not open");
-        return;
-    };
+    }
+    kvm
+}
+
+#[test]
+fn a_gate_takes_no_more_for_a_larger_plan() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+    let probed = probe(&kvm).unwrap();
+    let mut sizes = [1, 4096].map(|rules: u32| {
+        let reads = (0..rules).map(|rule| {
+            let value = Decision::of(ReadAction::Value(rule.into()));
+            (MsrRange::single(Msr(0x4000_0000 + rule)), value)
+        });
+        let map = DecisionMap {
+            reads: Intervals::first_match(Decision::of(ReadAction::Allow), reads),
+            ..DecisionMap::allow_all()
+        };
+        let plan = Arc::new(Plan::compile(&map).unwrap());
+        let before = BYTES.get();
+        let gate = probed.install(guest.vm(), Arc::clone(&plan), Handlers::new()).unwrap();
+        let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
+        let taken = BYTES.get().wrapping_sub(before);
+        drop((vcpu, gate));
+        taken
+    });
+    println!("{sizes:?} bytes for a gate and a vCPU's gate");
+    sizes.sort_unstable();
+    let [least, most] = sizes;
+    assert_eq!(least, most);
+    assert!(most < 2048, "{most}");
+}
+
+#[test]
+fn no_action_allocates_when_it_answers() {
+    let Some(kvm) = kvm() else { return };
     let reads = [
         ReadAction::Deny,
         ReadAction::Value(1),
