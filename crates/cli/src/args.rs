@@ -293,6 +293,9 @@ pub(crate) struct ScanArgs {
     /// Scan nothing but what --all-known and --range name
     #[arg(long, requires = "more")]
     pub(crate) only: bool,
+    /// The guest's local APIC is in x2APIC mode: its registers are MSRs then (0x800..=0x8ff), which no filter stops
+    #[arg(long)]
+    pub(crate) x2apic: bool,
     /// Which MSRs are written back
     #[arg(long, value_enum, default_value_t = WriteArg::Safe)]
     pub(crate) write: WriteArg,

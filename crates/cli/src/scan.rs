@@ -3,7 +3,7 @@
 mod print;
 mod record;
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
@@ -40,6 +40,9 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         WriteArg::Safe => Writes::Safe,
         WriteArg::All => Writes::All,
     });
+    if args.x2apic {
+        scanner = scanner.x2apic();
+    }
     let mut facts = Facts::of_this_machine();
     if let Some(cpuid) = &cpuid {
         scanner = scanner.cpuid(to_kvm(cpuid)?);
@@ -74,7 +77,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let found = Found { scan, facts, against };
     let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{:#}", record::json(&found))?;
+        record::write(&mut out, &found)?;
     } else {
         print::text(&mut out, &found)?;
     }

@@ -461,3 +461,63 @@ fn a_trace_with_too_many_vcpus_is_refused() {
     folder.write("many.jsonl", trace);
     replay(&folder, "many.jsonl").code(2).says(&["more than 64 vCPUs"]);
 }
+
+/// A scan's JSON, with one of its keys replaced.
+fn scan_with(key: &str, value: &str) -> String {
+    let mut keys = vec![
+        ("host", "\"a processor\""),
+        ("microcode", "null"),
+        ("kernel", "\"6.1\""),
+        ("cpuid", "null"),
+        ("policy", "null"),
+        ("ranges", r#"[{ "first": "0x10", "last": "0x1f" }]"#),
+        ("readable", r#"[{ "msr": "0x10", "value": "0x5", "volatile": false }]"#),
+        ("written", "[]"),
+        ("writable", "[]"),
+        ("faults", "15"),
+    ];
+    let place = keys.iter().position(|(name, _)| *name == key).expect("a key");
+    keys[place].1 = value;
+    let keys: Vec<String> = keys.iter().map(|(key, value)| format!("\"{key}\": {value}")).collect();
+    format!("{{{}}}", keys.join(", "))
+}
+
+#[test]
+fn what_is_no_earlier_scan_is_told_before_anything_is_scanned() {
+    let folder = Folder::new();
+    for (text, says) in [
+        (String::new(), "EOF"),
+        ("[]".to_owned(), "invalid"),
+        ("{}".to_owned(), "missing field `ranges`"),
+        ("\u{7f}ELF".to_owned(), "line 1 column 1"),
+        (scan_with("policy", "\"sandbox\""), "invalid type"),
+        (scan_with("faults", "-1"), "invalid value"),
+        (scan_with("writable", r#"[{ "msr": "0x100000000" }]"#), "no MSR"),
+        (
+            scan_with("written", r#"[{ "first": "0x2", "last": "0x1" }]"#),
+            "0x1 before it begins at 0x2",
+        ),
+        (scan_with("ranges", "null"), "invalid type"),
+        (
+            scan_with("readable", r#"[{ "msr": "0x10", "value": "five", "volatile": false }]"#),
+            "`five` is no number",
+        ),
+        (
+            scan_with(
+                "readable",
+                r#"[{ "msr": "0x10", "value": "0x10000000000000000", "volatile": false }]"#,
+            ),
+            "is no number of 64 bits",
+        ),
+    ] {
+        folder.write("before.json", &text);
+        let ran = folder.run(&["scan", "--against", "before.json"]).code(2);
+        assert!(ran.out.is_empty(), "{text}");
+        ran.says(&["before.json is no scan, as `msrgate scan --json` prints it", says]);
+    }
+    let whole = scan_with("faults", "15");
+    for length in 0..whole.len() {
+        folder.write("before.json", &whole[..length]);
+        folder.run(&["scan", "--against", "before.json"]).code(2);
+    }
+}

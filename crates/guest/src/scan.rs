@@ -55,6 +55,9 @@ const fn window(first: u32, last: u32) -> MsrRange {
 /// The most MSRs of one scan: so many that all results fit into some tens of megabytes.
 pub const MOST: u64 = 1 << 20;
 
+/// IA32_APIC_BASE: x2APIC mode.
+const X2APIC_ENABLE: u64 = 1 << 10;
+
 /// How many accesses are made up at a time.
 const BATCH: usize = 4095;
 
@@ -79,6 +82,7 @@ pub struct Scanner<'a> {
     cpuid: Option<CpuId>,
     ruled: Option<(&'a Probed, Arc<Plan>, Handlers)>,
     writes: Writes,
+    x2apic: bool,
 }
 
 impl<'a> Scanner<'a> {
@@ -89,6 +93,7 @@ impl<'a> Scanner<'a> {
             cpuid: None,
             ruled: None,
             writes: Writes::Safe,
+            x2apic: false,
         }
     }
 
@@ -114,6 +119,13 @@ impl<'a> Scanner<'a> {
     #[must_use]
     pub fn writes(self, writes: Writes) -> Scanner<'a> {
         Scanner { writes, ..self }
+    }
+
+    /// Guests whose local APIC is in x2APIC mode, as firmware would put it there: its registers are MSRs then, which no
+    /// filter stops.
+    #[must_use]
+    pub fn x2apic(self) -> Scanner<'a> {
+        Scanner { x2apic: true, ..self }
     }
 
     /// Reads every MSR of `ranges`, reads those again that gave a value, and then writes that value back.
@@ -209,6 +221,13 @@ impl<'a> Scanner<'a> {
             irqchip: true,
         };
         let mut guest = Guest::new(self.kvm, Mode::Real, &options)?;
+        if self.x2apic {
+            let fd = guest.vcpu(0)?.fd();
+            let mut sregs = fd.get_sregs().map_err(GuestError::of("KVM_GET_SREGS"))?;
+            sregs.apic_base |= X2APIC_ENABLE;
+            fd.set_sregs(&sregs)
+                .map_err(GuestError::of("putting the local APIC into x2APIC mode"))?;
+        }
         let gate = match &self.ruled {
             None => None,
             Some((probed, plan, handlers)) => {

@@ -46,8 +46,8 @@ pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {
 }
 
 fn registers(out: &mut impl Write, scan: &Scan) -> io::Result<()> {
-    let readable: Vec<Msr> = scan.readable.iter().map(|seen| seen.msr).collect();
-    let write_only = scan.writable.iter().filter(|msr| readable.binary_search(msr).is_err());
+    let reads = |msr: &Msr| scan.readable.binary_search_by_key(msr, |seen| seen.msr).is_ok();
+    let write_only = scan.writable.iter().filter(|msr| !reads(msr));
     let mut all: Vec<(Msr, Option<u64>, bool)> = write_only.map(|msr| (*msr, None, false)).collect();
     all.extend(
         scan.readable

@@ -1,13 +1,16 @@
 //! A scan as JSON, and back.
 
+use std::cell::Cell;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use msrgate_core::{Access, Msr, MsrRange};
-use msrgate_guest::scan::{Change, Difference, MOST, Readable, Scan, hazard};
+use msrgate_guest::scan::{Broken, Change, Difference, Readable, Scan, hazard};
 use msrgate_policy::number;
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::Found;
@@ -47,52 +50,78 @@ impl Facts {
     }
 }
 
-/// Its keys are in docs/json.md.
-pub(crate) fn json(found: &Found) -> Value {
-    let scan = &found.scan;
-    let mut object = json!(found.facts);
-    object["ranges"] = scan.ranges.iter().map(|range| span(*range)).collect();
-    let readable = scan.readable.iter().map(|seen| {
-        json!({
-            "msr": seen.msr.to_string(),
-            "name": explain::name(seen.msr),
-            "value": format!("{:#x}", seen.value),
-            "volatile": seen.volatile,
-        })
-    });
-    object["readable"] = readable.collect();
-    object["written"] = scan.written.iter().map(|range| span(*range)).collect();
-    let writable = scan.writable.iter();
-    object["writable"] = writable
-        .map(|msr| json!({ "msr": msr.to_string(), "name": explain::name(*msr) }))
-        .collect();
-    object["unwritten"] = unwritten(scan)
-        .map(|(msr, why)| json!({ "msr": msr.to_string(), "name": explain::name(msr), "why": why }))
-        .collect();
-    let broken = scan.broken.iter().map(|broken| {
-        let msr = broken.access.msr();
-        json!({
-            "msr": msr.to_string(),
-            "name": explain::name(msr),
-            "op": broken.access.op().name(),
-            "value": match broken.access {
-                Access::Read { .. } => None,
-                Access::Write { value, .. } => Some(format!("{value:#x}")),
-            },
-            "how": broken.how.to_string(),
-        })
-    });
-    object["broken"] = broken.collect();
-    object["faults"] = scan.faults.into();
-    if let Some((facts, differences)) = &found.against {
-        object["against"] = json!(facts);
-        object["differences"] = differences.iter().map(difference).collect();
+/// Prints what docs/json.md lists. Row by row, since under a policy a million MSRs may be readable.
+pub(crate) fn write(out: impl Write, found: &Found) -> Result<(), Failure> {
+    let mut out = BufWriter::new(out);
+    serde_json::to_writer_pretty(&mut out, found).map_err(|error| Failure::Output(error.into()))?;
+    writeln!(out)?;
+    Ok(out.flush()?)
+}
+
+impl Serialize for Found {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (facts, scan) = (&self.facts, &self.scan);
+        let mut object = serializer.serialize_map(None)?;
+        object.serialize_entry("host", &facts.host)?;
+        object.serialize_entry("microcode", &facts.microcode)?;
+        object.serialize_entry("kernel", &facts.kernel)?;
+        object.serialize_entry("cpuid", &facts.cpuid)?;
+        object.serialize_entry("policy", &facts.policy)?;
+        object.serialize_entry("ranges", &rows(scan.ranges.iter().map(span)))?;
+        object.serialize_entry("readable", &rows(scan.readable.iter().map(readable)))?;
+        object.serialize_entry("written", &rows(scan.written.iter().map(span)))?;
+        object.serialize_entry("writable", &rows(scan.writable.iter().map(|msr| named(*msr, []))))?;
+        let unwritten = unwritten(scan).map(|(msr, why)| named(msr, [("why", why.into())]));
+        object.serialize_entry("unwritten", &rows(unwritten))?;
+        object.serialize_entry("broken", &rows(scan.broken.iter().map(broken)))?;
+        object.serialize_entry("faults", &scan.faults)?;
+        if let Some((facts, differences)) = &self.against {
+            object.serialize_entry("against", facts)?;
+            object.serialize_entry("differences", &rows(differences.iter().map(difference)))?;
+        }
+        object.end()
+    }
+}
+
+/// A list that is made while it is printed.
+struct Rows<I>(Cell<Option<I>>);
+
+fn rows<I: Iterator<Item = Value>>(rows: I) -> Rows<I> {
+    Rows(Cell::new(Some(rows)))
+}
+
+impl<I: Iterator<Item = Value>> Serialize for Rows<I> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.take().into_iter().flatten())
+    }
+}
+
+/// An MSR, and more about it.
+fn named<const N: usize>(msr: Msr, more: [(&str, Value); N]) -> Value {
+    let mut object = json!({ "msr": msr.to_string(), "name": explain::name(msr) });
+    for (key, value) in more {
+        object[key] = value;
     }
     object
 }
 
+fn hex(value: u64) -> Value {
+    format!("{value:#x}").into()
+}
+
+fn span(range: &MsrRange) -> Value {
+    json!({ "first": range.first().to_string(), "last": range.last().to_string() })
+}
+
+fn readable(seen: &Readable) -> Value {
+    named(
+        seen.msr,
+        [("value", hex(seen.value)), ("volatile", seen.volatile.into())],
+    )
+}
+
 /// The MSRs that could be read, and whose write is a command.
-pub(super) fn unwritten(scan: &Scan) -> impl Iterator<Item = (Msr, &'static str)> {
+fn unwritten(scan: &Scan) -> impl Iterator<Item = (Msr, &'static str)> {
     let left = scan.readable.iter().filter(|seen| !contain(&scan.written, seen.msr));
     left.filter_map(|seen| Some((seen.msr, hazard(seen.msr)?)))
 }
@@ -103,48 +132,64 @@ pub(super) fn contain(ranges: &[MsrRange], msr: Msr) -> bool {
     ranges.get(after).is_some_and(|range| range.contains(msr))
 }
 
-fn span(range: MsrRange) -> Value {
-    json!({ "first": range.first().to_string(), "last": range.last().to_string() })
+fn broken(broken: &Broken) -> Value {
+    let value = match broken.access {
+        Access::Read { .. } => Value::Null,
+        Access::Write { value, .. } => hex(value),
+    };
+    let op = broken.access.op().name().into();
+    let how = broken.how.to_string().into();
+    named(broken.access.msr(), [("op", op), ("value", value), ("how", how)])
 }
 
 fn difference(found: &Difference) -> Value {
-    let hex = |value: u64| Some(format!("{value:#x}"));
     let (what, before, after) = match found.change {
-        Change::Readable { value } => ("readable", None, hex(value)),
-        Change::Unreadable { value } => ("unreadable", hex(value), None),
+        Change::Readable { value } => ("readable", Value::Null, hex(value)),
+        Change::Unreadable { value } => ("unreadable", hex(value), Value::Null),
         Change::Value { before, after } => ("value", hex(before), hex(after)),
-        Change::Writable => ("writable", None, None),
-        Change::Unwritable => ("unwritable", None, None),
+        Change::Writable => ("writable", Value::Null, Value::Null),
+        Change::Unwritable => ("unwritable", Value::Null, Value::Null),
     };
-    json!({
-        "msr": found.msr.to_string(),
-        "name": explain::name(found.msr),
-        "what": what,
-        "before": before,
-        "after": after,
-    })
+    named(found.msr, [("what", what.into()), ("before", before), ("after", after)])
 }
 
 /// An earlier scan.
 pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
-    /// What the largest scan takes, and some more.
-    const MOST_BYTES: u64 = 512 << 20;
+    /// More than the largest scan takes.
+    const MOST_BYTES: u64 = 1 << 30;
     let name = path.display();
     let file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
     let text = BufReader::with_capacity(1 << 16, file.take(MOST_BYTES));
-    let no_scan = |why: &dyn std::fmt::Display| {
-        Failure::input(format!("{name} is no scan, as `msrgate scan --json` prints it: {why}"))
+    let record: Record = serde_json::from_reader(text).map_err(|error| {
+        let line = format!("{name} is no scan, as `msrgate scan --json` prints it: {error}");
+        Failure::input(line)
+    })?;
+    let facts = Facts {
+        host: record.host,
+        microcode: record.microcode,
+        kernel: record.kernel,
+        cpuid: record.cpuid,
+        policy: record.policy,
     };
-    let record: Record = serde_json::from_reader(text).map_err(|error| no_scan(&error))?;
-    let facts = record.facts.clone();
-    Ok((facts, record.scan().map_err(|why| no_scan(&why))?))
+    let scan = Scan {
+        ranges: record.ranges.into_iter().map(|Span(range)| range).collect(),
+        readable: record.readable.into_iter().map(|Row(seen)| seen).collect(),
+        written: record.written.into_iter().map(|Span(range)| range).collect(),
+        writable: record.writable.into_iter().map(|one| one.msr).collect(),
+        broken: Vec::new(),
+        faults: record.faults,
+    };
+    Ok((facts, scan))
 }
 
 /// What a comparison needs of the file.
 #[derive(Deserialize)]
 struct Record {
-    #[serde(flatten)]
-    facts: Facts,
+    host: Option<String>,
+    microcode: Option<String>,
+    kernel: Option<String>,
+    cpuid: Option<String>,
+    policy: Option<Ruled>,
     ranges: Vec<Span>,
     readable: Vec<Row>,
     written: Vec<Span>,
@@ -153,63 +198,53 @@ struct Record {
 }
 
 #[derive(Deserialize)]
-struct Span {
-    first: String,
-    last: String,
-}
-
-#[derive(Deserialize)]
-struct Row {
-    msr: String,
-    value: String,
-    volatile: bool,
-}
-
-#[derive(Deserialize)]
 struct One {
-    msr: String,
+    #[serde(deserialize_with = "msr")]
+    msr: Msr,
 }
 
-impl Record {
-    fn scan(self) -> Result<Scan, String> {
-        if self.readable.len() as u64 > MOST || self.writable.len() as u64 > MOST {
-            return Err(format!("it has more than {MOST} MSRs"));
+struct Span(MsrRange);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Span, D::Error> {
+        #[derive(Deserialize)]
+        struct Ends {
+            #[serde(deserialize_with = "msr")]
+            first: Msr,
+            #[serde(deserialize_with = "msr")]
+            last: Msr,
         }
-        let readable = self.readable.iter().map(|row| {
-            Ok(Readable {
-                msr: msr(&row.msr)?,
-                value: value(&row.value)?,
-                volatile: row.volatile,
-            })
-        });
-        Ok(Scan {
-            ranges: spans(&self.ranges)?,
-            readable: readable.collect::<Result<_, String>>()?,
-            written: spans(&self.written)?,
-            writable: self
-                .writable
-                .iter()
-                .map(|one| msr(&one.msr))
-                .collect::<Result<_, _>>()?,
-            broken: Vec::new(),
-            faults: self.faults,
-        })
+        let Ends { first, last } = Ends::deserialize(deserializer)?;
+        let range = MsrRange::new(first, last);
+        let reversed = || D::Error::custom(format_args!("a range ends at {last} before it begins at {first}"));
+        range.map(Span).ok_or_else(reversed)
     }
 }
 
-fn value(text: &str) -> Result<u64, String> {
-    number::parse(text).map_err(|_| format!("`{text}` is no number of 64 bits"))
+struct Row(Readable);
+
+impl<'de> Deserialize<'de> for Row {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Row, D::Error> {
+        #[derive(Deserialize)]
+        struct Seen {
+            #[serde(deserialize_with = "msr")]
+            msr: Msr,
+            #[serde(deserialize_with = "value")]
+            value: u64,
+            volatile: bool,
+        }
+        let Seen { msr, value, volatile } = Seen::deserialize(deserializer)?;
+        Ok(Row(Readable { msr, value, volatile }))
+    }
 }
 
-fn msr(text: &str) -> Result<Msr, String> {
-    let index = u32::try_from(value(text)?);
-    index.map(Msr).map_err(|_| format!("`{text}` is no MSR"))
+fn value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    number::parse(&text).map_err(|_| D::Error::custom(format_args!("`{text}` is no number of 64 bits")))
 }
 
-fn spans(spans: &[Span]) -> Result<Vec<MsrRange>, String> {
-    let range = |span: &Span| {
-        MsrRange::new(msr(&span.first)?, msr(&span.last)?)
-            .ok_or_else(|| format!("a range ends at {} before it begins at {}", span.last, span.first))
-    };
-    spans.iter().map(range).collect()
+fn msr<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Msr, D::Error> {
+    let index = value(deserializer)?;
+    let none = |_| D::Error::custom(format_args!("{index:#x} is no MSR"));
+    u32::try_from(index).map(Msr).map_err(none)
 }

@@ -1,7 +1,5 @@
 //! What is not the same in two scans.
 
-use std::collections::BTreeMap;
-
 use msrgate_core::{Msr, MsrRange};
 
 use super::{Readable, Scan, joined};
@@ -47,17 +45,15 @@ impl Scan {
     /// Values that changed within a scan ([`Readable::volatile`]) say nothing, and are no difference.
     pub fn since(&self, before: &Scan) -> Vec<Difference> {
         let mut found = Vec::new();
-        let (old, new) = (values(before), values(self));
+        let (old, new) = (Sorted::of(before), Sorted::of(self));
         let both_read = Both::of(&before.ranges, &self.ranges);
-        let (old_writable, new_writable) = (msrs(before), msrs(self));
         let both_written = Both::of(&before.written, &self.written);
-        let mut all: Vec<Msr> = old.keys().chain(new.keys()).copied().collect();
-        all.extend(old_writable.keys().chain(new_writable.keys()));
+        let mut all: Vec<Msr> = [&old, &new].into_iter().flat_map(Sorted::msrs).collect();
         all.sort_unstable();
         all.dedup();
         for msr in all {
             if both_read.contain(msr) {
-                let change = match (old.get(&msr), new.get(&msr)) {
+                let change = match (old.read(msr), new.read(msr)) {
                     (None, Some(new)) => Some(Change::Readable { value: new.value }),
                     (Some(old), None) => Some(Change::Unreadable { value: old.value }),
                     (Some(old), Some(new)) if old.value != new.value && !old.volatile && !new.volatile => {
@@ -71,7 +67,7 @@ impl Scan {
                 found.extend(change.map(|change| Difference { msr, change }));
             }
             if both_written.contain(msr) {
-                let change = match (old_writable.contains_key(&msr), new_writable.contains_key(&msr)) {
+                let change = match (old.wrote(msr), new.wrote(msr)) {
                     (false, true) => Some(Change::Writable),
                     (true, false) => Some(Change::Unwritable),
                     _ => None,
@@ -83,12 +79,36 @@ impl Scan {
     }
 }
 
-fn values(scan: &Scan) -> BTreeMap<Msr, Readable> {
-    scan.readable.iter().map(|seen| (seen.msr, *seen)).collect()
+/// What a scan found, to look MSRs up in: a scan that comes from a file may be in no order.
+struct Sorted {
+    readable: Vec<Readable>,
+    writable: Vec<Msr>,
 }
 
-fn msrs(scan: &Scan) -> BTreeMap<Msr, ()> {
-    scan.writable.iter().map(|msr| (*msr, ())).collect()
+impl Sorted {
+    fn of(scan: &Scan) -> Sorted {
+        let mut sorted = Sorted {
+            readable: scan.readable.clone(),
+            writable: scan.writable.clone(),
+        };
+        sorted.readable.sort_by_key(|seen| seen.msr);
+        sorted.writable.sort_unstable();
+        sorted
+    }
+
+    fn msrs(&self) -> impl Iterator<Item = Msr> {
+        let readable = self.readable.iter().map(|seen| seen.msr);
+        readable.chain(self.writable.iter().copied())
+    }
+
+    fn read(&self, msr: Msr) -> Option<&Readable> {
+        let place = self.readable.binary_search_by_key(&msr, |seen| seen.msr).ok()?;
+        self.readable.get(place)
+    }
+
+    fn wrote(&self, msr: Msr) -> bool {
+        self.writable.binary_search(&msr).is_ok()
+    }
 }
 
 /// What lies in both of two lists of ranges.
