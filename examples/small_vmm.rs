@@ -1,7 +1,7 @@
 //! A small VMM of its own make, which knows nothing of msrgate: real-mode guests that access MSRs, on kvm-ioctls.
 //!
 //! ```text
-//! small_vmm [--filter] [--vcpus N] [--set INDEX=VALUE] [--vendors NAME,…] ACCESS…
+//! small_vmm [--filter] [--vcpus N] [--set INDEX=VALUE] [--vendors NAME,…] [--sandbox] ACCESS…
 //! msrgate run -p policies/fixed-microcode.toml -- small_vmm r:0x8b w:0x174=8 r:0x174
 //! ```
 //!
@@ -17,6 +17,9 @@
 //!
 //! `--vendors` gives the vCPUs a CPUID, in the order of the list: that of KVM, by the maker `intel` or `amd`. Without it
 //! they have none.
+//!
+//! `--sandbox` lets each vCPU's thread make no system call but KVM_RUN, and those with which a thread ends, before the
+//! guest runs.
 
 #![expect(unsafe_code, reason = "guest memory is mapped by hand")]
 
@@ -54,6 +57,7 @@ struct Options {
     vcpus: usize,
     set: Vec<(u32, u64)>,
     vendors: Vec<String>,
+    sandbox: bool,
     accesses: Vec<Access>,
 }
 
@@ -67,17 +71,26 @@ pub(crate) fn main_with(arguments: impl Iterator<Item = String>) -> Result<(), B
     }
     let threads: Vec<_> = (0..options.vcpus.max(1))
         .map(|id| {
-            let vcpu = new_vcpu(&vm, id, &options.accesses)?;
+            let mut vcpu = new_vcpu(&vm, id, &options.accesses)?;
             if let Some(vendor) = options.vendors.get(id) {
                 set_cpuid(&kvm, &vcpu, vendor)?;
             }
             set(&vcpu, &options.set)?;
             let (accesses, msrs) = (options.accesses.clone(), options.set.clone());
-            Ok(std::thread::spawn(move || run(vcpu, &accesses, &msrs)))
+            let sandboxed = options.sandbox;
+            Ok(std::thread::spawn(move || {
+                // All the memory that the lines take, while it can be had.
+                let lines = String::with_capacity(64 * (accesses.len() + msrs.len()));
+                if sandboxed {
+                    sandbox().map_err(|error| format!("seccomp: {error}"))?;
+                }
+                // The vCPU is closed by who waits, outside of the sandbox.
+                run(&mut vcpu, &accesses, &msrs, lines).map(|lines| (lines, vcpu))
+            }))
         })
         .collect::<Result<_, Box<dyn Error>>>()?;
     for thread in threads {
-        let lines = thread.join().map_err(|_| "a vCPU's thread panicked")??;
+        let (lines, _vcpu) = thread.join().map_err(|_| "a vCPU's thread panicked")??;
         print!("{lines}");
     }
     Ok(())
@@ -99,6 +112,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, Box<dyn
     while let Some(argument) = arguments.next() {
         match argument.split_once(':') {
             None if argument == "--filter" => options.filter = true,
+            None if argument == "--sandbox" => options.sandbox = true,
             None if argument == "--vcpus" => {
                 options.vcpus = arguments.next().ok_or("--vcpus takes a number")?.parse()?
             }
@@ -271,8 +285,55 @@ fn program(accesses: &[Access]) -> Vec<u8> {
     code
 }
 
-fn run(mut vcpu: VcpuFd, accesses: &[Access], msrs: &[(u32, u64)]) -> Result<String, String> {
-    let mut lines = String::new();
+/// What this thread calls from here on the kernel kills the process for, but for a few.
+fn sandbox() -> Result<(), std::io::Error> {
+    const RUN: u32 = 0xae80;
+    // Offsets in `struct seccomp_data`: the number, and the lower half of the second argument.
+    const NUMBER: u32 = 0;
+    const REQUEST: u32 = 24;
+    let ending = [
+        libc::SYS_munmap,
+        libc::SYS_madvise,
+        libc::SYS_sigaltstack,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rseq,
+        libc::SYS_exit,
+    ];
+    let (load, jump, end) = (
+        (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16,
+        (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+        (libc::BPF_RET | libc::BPF_K) as u16,
+    );
+    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    let mut program = vec![step(load, NUMBER, 0, 0)];
+    for number in ending {
+        program.push(step(jump, number as u32, 0, 1));
+        program.push(step(end, libc::SECCOMP_RET_ALLOW, 0, 0));
+    }
+    program.extend([
+        step(jump, libc::SYS_ioctl as u32, 0, 3),
+        step(load, REQUEST, 0, 0),
+        step(jump, RUN, 0, 1),
+        step(end, libc::SECCOMP_RET_ALLOW, 0, 0),
+        step(end, libc::SECCOMP_RET_KILL_PROCESS, 0, 0),
+    ]);
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: takes numbers and touches no memory of ours.
+    let mut result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    if result == 0 {
+        // SAFETY: the kernel reads the program, so many steps at the address, which live over the call.
+        result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    }
+    match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn run(vcpu: &mut VcpuFd, accesses: &[Access], msrs: &[(u32, u64)], mut lines: String) -> Result<String, String> {
     let mut reported = [0; 2];
     let mut accesses = accesses.iter();
     let mut since = Instant::now();
@@ -304,7 +365,8 @@ fn run(mut vcpu: VcpuFd, accesses: &[Access], msrs: &[(u32, u64)]) -> Result<Str
                 *exit.data = 0x2_0004;
                 *exit.error = 0;
             }
-            Ok(VcpuExit::Hlt) => return Ok(lines + &vmms(&vcpu, msrs)?),
+            Ok(VcpuExit::Hlt) if msrs.is_empty() => return Ok(lines),
+            Ok(VcpuExit::Hlt) => return Ok(lines + &vmms(vcpu, msrs)?),
             Ok(exit) => panic!("no handler for {exit:?}"),
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(format!("KVM_RUN: {error}")),

@@ -34,6 +34,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let Some((name, arguments)) = args.command.split_first() else {
         return Err(Failure::input("no VMM is named"));
     };
+    if std::env::var_os(VARIABLE).is_some() {
+        return Err(Failure::input(
+            "this runs under `msrgate run` already, and a VM gets one policy: put both into one by `extends`",
+        ));
+    }
     let program = program::find(name)?;
     program::check(&program)?;
     let library = library::find()?;

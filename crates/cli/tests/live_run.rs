@@ -393,6 +393,45 @@ fn a_trace_has_each_access_that_the_policy_decides() {
 }
 
 #[test]
+fn an_answered_exit_makes_no_system_call_and_waits_for_no_lock() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(
+        r#"default = "allow"
+[[rule]]
+msr = "0x8b"
+read = { value = "0x5" }
+write = "ignore"
+log = "all"
+[[rule]]
+msr = "0x174"
+read = { shadow = "0x11" }
+write = "shadow"
+[[rule]]
+msr = "0x175"
+read = "zero"
+write = "deny"
+log = "first"
+"#,
+    );
+    // A system call kills this VMM, and so does a lock that another vCPU has: it would wait in one.
+    let accesses = ["r:0x8b", "w:0x8b=7", "w:0x174=9", "r:0x174", "r:0x175", "w:0x175=1"];
+    let accesses = format!("--filter --sandbox --vcpus 3 {}", accesses.repeat(20).join(" "));
+    for options in [
+        &["-p", "policy.toml"][..],
+        &["-p", "policy.toml", "--trace", "trace.jsonl"],
+    ] {
+        let ran = under(&folder, options, &accesses).code(0);
+        assert_eq!(seen(&ran).len(), 360);
+        assert_eq!(seen(&ran)[3], "rdmsr 0x174 0x9");
+    }
+    // It is there: the guest's RIP takes one.
+    let options = ["-p", "policy.toml", "--trace", "trace.jsonl", "--rip"];
+    assert_eq!(under(&folder, &options, &accesses).code, None, "killed");
+}
+
+#[test]
 fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
     if !ready() {
         return;

@@ -339,7 +339,7 @@ fn a_boot_that_was_learned_boots_with_all_else_denied_in_qemus_sandbox() {
     // What the guest sees is the kernel's own.
     assert_ne!(guest.gets("rd 0 0x8b"), "0x0100000000000000");
     guest.off();
-    folder.write("policy.toml", learned(&folder));
+    learned(&folder);
     let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
     let machine = [MICROVM, &["-sandbox", sandbox]].concat();
     let mut guest = Guest::boots(&folder, &under(&["-p", "policy.toml"]), &machine, &kernel);
@@ -347,39 +347,72 @@ fn a_boot_that_was_learned_boots_with_all_else_denied_in_qemus_sandbox() {
     assert!(guest.gets("rd 0 0x8b").starts_with("0x"));
     guest.faults("rd 0 0xc0010299");
     guest.off();
-    let replay = folder.run(&[
-        "replay",
-        "--json",
-        "--backend",
-        "kvm",
-        "-p",
-        "policy.toml",
-        "trace.jsonl",
-    ]);
-    let report = replay.code(0).json();
-    assert_eq!(command::count(&report, "changed"), 0, "{report:#}");
+    nothing_changed(&folder);
 }
 
-/// A policy that allows what `trace.jsonl` has and nothing else.
-fn learned(folder: &Folder) -> String {
-    let trace = fs::read(folder.path().join("trace.jsonl")).unwrap();
-    let lines = msrgate_policy::trace::Lines::new(trace.as_slice()).unwrap();
-    let rules: Vec<String> = lines
-        .map(Result::unwrap)
-        .map(|event| {
-            let op = match event.op {
-                msrgate_core::Op::Read => "read",
-                msrgate_core::Op::Write => "write",
-            };
-            format!("[[rule]]\nmsr = \"{}\"\n{op} = \"allow\"\n", event.msr)
-        })
-        .collect();
-    println!("{} MSRs and directions", rules.len());
-    assert!(rules.len() > 50, "{}", rules.len());
-    format!(
-        "version = 1\nname = \"learned\"\ndefault = \"deny\"\n{}",
-        rules.concat()
-    )
+#[test]
+fn a_boot_of_four_cpus_that_was_learned_boots_with_all_else_denied_on_pc_and_q35() {
+    let Some(boot) = boot() else { return };
+    let kernel = boot.join("vmlinux");
+    for machine in [["-M", "pc", "-smp", "4"], ["-M", "q35", "-smp", "4"]] {
+        let folder = furnished(&boot, "default = \"allow\"\n");
+        let learn = under(&["--learn", "--trace", "trace.jsonl"]);
+        Guest::boots(&folder, &learn, &machine, &kernel).off();
+        learned(&folder);
+        let mut guest = Guest::boots(&folder, &under(&["-p", "policy.toml"]), &machine, &kernel);
+        assert_eq!(guest.says("$B grep -c ^processor /proc/cpuinfo").trim(), "4");
+        guest.faults("rd 3 0xc0010299");
+        guest.off();
+        nothing_changed(&folder);
+    }
+}
+
+/// Makes `policy.toml` of what `trace.jsonl` has.
+fn learned(folder: &Folder) {
+    let policy = folder.run(&["learn", "trace.jsonl"]).code(0).out;
+    let rules = policy.matches("[[rule]]").count();
+    println!("{rules} rules");
+    assert!(rules > 10, "{policy}");
+    folder.write("policy.toml", policy);
+}
+
+/// A guest that does what `trace.jsonl` has gets under `policy.toml` what it gets without.
+fn nothing_changed(folder: &Folder) {
+    let arguments = "replay --json --backend kvm -p policy.toml trace.jsonl";
+    let words: Vec<&str> = arguments.split(' ').collect();
+    let report = folder.run(&words).code(0).json();
+    assert_eq!(command::count(&report, "changed"), 0, "{report:#}");
+    assert!(command::count(&report, "accesses") > 50, "{report:#}");
+}
+
+#[test]
+fn a_policy_that_depends_on_the_cpuid_is_the_one_for_qemus_cpu() {
+    let Some(boot) = boot() else { return };
+    // The lane's CPU is AMD's, which has no IA32_MISC_ENABLE.
+    let folder = furnished(
+        &boot,
+        r#"default = "allow"
+valid = "cpu-model"
+[[rule]]
+msr = "IA32_BIOS_SIGN_ID"
+read = { value = "0x11" }
+write = "ignore"
+when = { vendor = "intel" }
+[[rule]]
+msr = "IA32_BIOS_SIGN_ID"
+read = { value = "0x22" }
+write = "ignore"
+when = { vendor = "amd" }
+"#,
+    );
+    let machine = ["-M", "pc", "-smp", "2"];
+    let run = under(&["-p", "policy.toml"]);
+    let mut guest = Guest::boots(&folder, &run, &machine, &boot.join("vmlinux"));
+    for cpu in 0..2 {
+        assert_eq!(guest.gets(&format!("rd {cpu} 0x8b")), "0x0000000000000022");
+        guest.faults(&format!("rd {cpu} 0x1a0"));
+    }
+    guest.off();
 }
 
 #[test]

@@ -96,6 +96,8 @@ fn signals_go_on_to_the_program() {
     let script = "trap 'exit 9' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.02; done";
     let (mut child, mut out) = started(&folder, script);
     assert_eq!(line(&mut out), "up");
+    // What a trace that has become too long brings about is the command's own affair.
+    kill(pid(&child), Signal::SIGXFSZ).unwrap();
     kill(pid(&child), Signal::SIGHUP).unwrap();
     assert_eq!(line(&mut out), "hup");
     kill(pid(&child), Signal::SIGTERM).unwrap();
@@ -147,6 +149,7 @@ fn a_command_that_is_killed_takes_the_program_along() {
 fn elf(headers: &[(u32, u64, u64)], rest: &[u8]) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
     bytes.resize(64, 0);
+    bytes[18] = 62;
     bytes[32] = 64;
     bytes[54] = 56;
     bytes[56] = headers.len() as u8;
@@ -166,7 +169,10 @@ fn programs_that_would_run_without_the_policy_are_refused_with_the_reason() {
     let folder = Folder::furnished();
     let go = b"\x04\0\0\0\x53\0\0\0\x04\0\0\0Go\0\0build";
     let at = 64 + 2 * 56;
+    let mut foreign = elf(&[(3, 0, 0)], b"");
+    foreign[4] = 1;
     for (name, bytes, why) in [
+        ("foreign", foreign, "is a program for another kind of processor"),
         ("static", elf(&[(1, 0, 0)], b""), "is linked statically"),
         ("go", elf(&[(3, 0, 0), (4, at, go.len() as u64)], go), "is a Go program"),
     ] {
@@ -192,6 +198,9 @@ fn what_cannot_be_done_is_said_before_the_program_starts() {
         .code(2)
         .says(&["`no-such-vmm` is not in PATH"]);
     run(&folder, &["./no-such-vmm"]).code(2).says(&["cannot be started"]);
+    let mut command = folder.command(&[&MICROCODE[..], &["true"]].concat());
+    let twice = Ran::of(command.env("MSRGATE_RUN", "1:500:2:501:3"));
+    twice.code(2).says(&["under `msrgate run` already", "`extends`"]);
     let handler =
         "version = 1\nname = \"x\"\ndefault = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = { handler = \"mine\" }\n";
     folder.write("handler.toml", handler);
@@ -200,6 +209,9 @@ fn what_cannot_be_done_is_said_before_the_program_starts() {
     let mut command = folder.command(&[&MICROCODE[..], &["true"]].concat());
     let missing = Ran::of(command.env("MSRGATE_PRELOAD", "/no/such.so"));
     missing.code(3).says(&["MSRGATE_PRELOAD names `/no/such.so`"]);
+    folder.write("by_cpuid.toml", format!("{handler}when = {{ vendor = \"amd\" }}\n"));
+    let ran = folder.run(&["run", "-p", "by_cpuid.toml", "--", "sh", "-c", "echo started"]);
+    assert_eq!(ran.code(2).says(&["the handler `mine`", "code of a VMM"]).out, "");
     folder.run(&["run", "--", "true"]).code(2).says(&["--policy"]);
     let unwritable = [
         "run",

@@ -44,9 +44,12 @@ pub(crate) fn run(
     let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
     let mut signals: SigSet = CAUGHT.into_iter().collect();
     signals.add(Signal::SIGCHLD);
+    let mut blocked = signals;
+    // A trace that grows beyond the limit on a file's size cannot be written; that is no reason to end.
+    blocked.add(Signal::SIGXFSZ);
     // Before they are blocked: the child starts as this process did.
     msrgate_hook::bind(&mut command).map_err(|error| Failure::Line(Exit::Machine, error.to_string()))?;
-    signals.thread_block().map_err(machine)?;
+    blocked.thread_block().map_err(machine)?;
     let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(machine)?;
 
     let child = command.spawn().map_err(|error| {

@@ -43,6 +43,10 @@ pub(crate) fn check(program: &Path) -> Result<(), Failure> {
             "is linked statically, so no library can be put before its system calls: take a build that is linked \
              dynamically (a -gnu one, not -musl), or link msrgate into the VMM",
         ),
+        Kind::Foreign => refused(
+            "is a program for another kind of processor (a 32-bit one, perhaps), into which the dynamic linker would not \
+             load the library: take a build for x86-64",
+        ),
         Kind::Go => refused(
             "is a Go program, which makes system calls without the C library, so no library can be put before them: \
              link msrgate into the VMM through its C interface",
@@ -70,10 +74,13 @@ enum Kind {
     Static,
     /// By the Go runtime.
     Go,
+    /// It is not for x86-64.
+    Foreign,
     /// It is a script, or nothing that is known here.
     Other,
 }
 
+const EM_X86_64: u16 = 62;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 
@@ -81,10 +88,13 @@ impl Kind {
     /// From a file's ELF header and program headers ("Program Header" in the System V ABI).
     fn of(file: &mut (impl Read + Seek)) -> io::Result<Kind> {
         let mut header = [0; 64];
-        if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF\x02\x01") {
+        if file.read_exact(&mut header).is_err() || !header.starts_with(b"\x7fELF") {
             return Ok(Kind::Other);
         }
         let half = |at: usize| u16::from_le_bytes(array(&header, at));
+        if !header.starts_with(b"\x7fELF\x02\x01") || half(18) != EM_X86_64 {
+            return Ok(Kind::Foreign);
+        }
         let (table, size, count) = (u64::from_le_bytes(array(&header, 32)), half(54), half(56));
         let mut dynamic = false;
         for number in 0..u64::from(count) {
