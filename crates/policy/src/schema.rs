@@ -271,6 +271,7 @@ mod tests {
         assert_eq!(keys(&schema), sorted(&parse::KEYS));
         assert_eq!(keys(&schema["$defs"]["Rule"]), sorted(&parse::RULE_KEYS));
         assert_eq!(keys(&schema["$defs"]["When"]), sorted(&parse::WHEN_KEYS));
+        assert_eq!(schema["$defs"]["Accept"]["propertyNames"]["pattern"], "^W[0-9]{3}$");
     }
 
     #[test]

@@ -83,11 +83,11 @@ fn none_starts(needs: &[&Need]) -> Option<Diagnostic> {
         let of_system = needs.iter().filter(|need| need.system == system);
         let accesses: Vec<String> = of_system.map(|need| access(need)).collect();
         if !accesses.is_empty() {
-            parts.push(format!("{system} does {}", some(&accesses)));
+            parts.push(format!("what {system} does unguarded: {}", some(&accesses)));
         }
     }
     (!parts.is_empty()).then(|| {
-        let message = format!("unguarded, and allowed by no rule: {}", parts.join("; "));
+        let message = format!("no rule allows {}", parts.join("; nor "));
         Diagnostic::whole(Code::NoGuestStarts, message)
     })
 }

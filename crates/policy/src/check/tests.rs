@@ -113,6 +113,9 @@ fn what_is_accepted_does_not_count_and_what_accepts_nothing_does() {
     assert_eq!(codes(&format!("default = \"deny\"\n{another}")), ["W007"]);
     let wrong = useless("\naccept = { W001 = \"said for the reader\" }");
     assert_eq!(codes(&format!("default = \"deny\"\n{wrong}")), ["W007", "W010"]);
+    // What is accepted may be there for another guest.
+    let of_amd = "default = \"deny\"\naccept = { W011 = \"older guests\" }\n";
+    assert_eq!(codes(of_amd), [""; 0]);
     let policy = policy(&format!("default = \"deny\"\n{accepted}"));
     let found = check(&policy, &policy.decision_map(None).unwrap(), None);
     assert_eq!(found[0].accepted.as_deref(), Some("said for the reader"));
