@@ -28,7 +28,7 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
     findings.extend(guest::check(map, &rules, cpuid));
     findings.extend(tenant::check(map, &rules));
     if let Some(cpuid) = cpuid {
-        findings.extend(model::check(policy, map, &rules, cpuid));
+        findings.extend(model::check(map, &rules, cpuid));
     }
     findings.extend(tenant::notes(map));
     accept::settle(policy, &rules, &mut findings);

@@ -8,10 +8,10 @@ use msrgate_plan::DecisionMap;
 use super::{named, some};
 use crate::cpuid::Cpuid;
 use crate::database::{self, Entry};
-use crate::{Code, Diagnostic, Pattern, Policy, Rule};
+use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// MSRs that a rule allows by name and the guest's CPUID does not show, and MSRs that the policy denies and it shows.
-pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) -> Vec<Diagnostic> {
+pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) -> Vec<Diagnostic> {
     let mut findings = Vec::new();
     // A rule of an extended policy is written for many guests.
     for (index, rule) in rules.iter().filter(|(_, rule)| rule.place.source == 0) {
@@ -22,7 +22,7 @@ pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)], 
         let by_rule = denied.iter().filter(|entry| decider(map, entry) == Some(*index));
         findings.extend(denies_shown(rule, by_rule.copied().collect(), cpuid));
     }
-    findings.extend(denies_whole_features(policy, map, &denied, cpuid));
+    findings.extend(denies_whole_features(map, &denied, cpuid));
     findings
 }
 
@@ -79,17 +79,15 @@ fn denies_shown(rule: &Rule, denied: Vec<&Entry>, cpuid: &Cpuid) -> Option<Diagn
 }
 
 /// Features of which the guest can use nothing, since no rule names their MSRs.
-fn denies_whole_features(policy: &Policy, map: &DecisionMap, denied: &[&Entry], cpuid: &Cpuid) -> Option<Diagnostic> {
+fn denies_whole_features(map: &DecisionMap, denied: &[&Entry], cpuid: &Cpuid) -> Option<Diagnostic> {
     let served: HashSet<&str> = shown(cpuid)
         .filter(|entry| !denies(map, entry) || decider(map, entry).is_some())
         .flat_map(|entry| entry.exists.features())
         .copied()
         .collect();
-    let lacking = policy.lacking(Some(cpuid));
     let by_default = denied.iter().filter(|entry| {
         let features = entry.exists.features();
-        let lacks = lacking.iter().any(|range| range.contains(entry.msr));
-        !lacks && !features.iter().any(|feature| served.contains(feature))
+        !features.iter().any(|feature| served.contains(feature))
     });
     let by_default: Vec<&Entry> = by_default.copied().collect();
     if by_default.is_empty() {

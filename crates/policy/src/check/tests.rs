@@ -114,8 +114,13 @@ fn what_is_accepted_does_not_count_and_what_accepts_nothing_does() {
     let wrong = useless("\naccept = { W001 = \"said for the reader\" }");
     assert_eq!(codes(&format!("default = \"deny\"\n{wrong}")), ["W007", "W010"]);
     // What is accepted may be there for another guest.
-    let of_amd = "default = \"deny\"\naccept = { W011 = \"older guests\" }\n";
-    assert_eq!(codes(of_amd), [""; 0]);
+    let of_older = "default = \"deny\"\naccept = { W011 = \"older guests\" }\n";
+    assert_eq!(codes(of_older), [""; 0]);
+    let of_intel = format!(
+        "default = \"allow\"\naccept = {{ W003 = \"for a guest of Intel's\" }}\n{}",
+        rule("0x17", "read = \"allow\"\nlog = \"all\"\nwhen = { vendor = \"intel\" }")
+    );
+    assert_eq!(found(&of_intel, &Cpuid::parse_raw(AMD).unwrap()), []);
     let policy = policy(&format!("default = \"deny\"\n{accepted}"));
     let found = check(&policy, &policy.decision_map(None).unwrap(), None);
     assert_eq!(found[0].accepted.as_deref(), Some("said for the reader"));
