@@ -70,7 +70,7 @@ fn check_counts_a_warning_as_a_no_and_a_note_as_none() {
     let folder = Folder::new();
     folder.write(
         "late.toml",
-        "version = 1\ndefault = \"allow\"\n\n[[rule]]\nmsr = \"@tsc\"\nread = \"deny\"\n\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"zero\"\n",
+        "version = 1\ndefault = \"allow\"\n\n[[rule]]\nmsr = \"@tsc\"\nread = \"zero\"\n\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"deny\"\n",
     );
     let ran = folder.run(&["check", "--json", "late.toml"]).code(1);
     let checked = ran.json();
