@@ -9,6 +9,7 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 use msrgate_core::MsrRange;
 use msrgate_guest::scan::{Difference, ScanError, Scanner, WINDOWS, Writes};
+use msrgate_kvm::ProbeError;
 use msrgate_policy::{Pattern, database};
 
 use crate::args::{ScanArgs, WriteArg};
@@ -32,7 +33,12 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let before = args.against.as_deref().map(record::read).transpose()?;
     let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
     let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
-    let probed = msrgate_kvm::probe(&device).map_err(|error| machine(&error))?;
+    // Without a policy a kernel without filters does too.
+    let ruled = args
+        .policy
+        .as_ref()
+        .map(|path| Ok((path, msrgate_kvm::probe(&device)?)));
+    let ruled = ruled.transpose().map_err(|error: ProbeError| machine(&error))?;
     let kvm = Kvm::new().map_err(|error| machine(&error))?;
 
     let mut scanner = Scanner::new(&kvm).writes(match args.write {
@@ -40,15 +46,16 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         WriteArg::Safe => Writes::Safe,
         WriteArg::All => Writes::All,
     });
+    let mut facts = Facts::of_this_machine();
     if args.x2apic {
         scanner = scanner.x2apic();
+        facts.x2apic = true;
     }
-    let mut facts = Facts::of_this_machine();
     if let Some(cpuid) = &cpuid {
         scanner = scanner.cpuid(to_kvm(cpuid)?);
         facts.cpuid = args.cpuid.cpuid.as_ref().map(|path| path.display().to_string());
     }
-    if let Some(path) = &args.policy {
+    if let Some((path, probed)) = &ruled {
         let loaded = load::policy_for_host(path, cpuid.as_ref())?;
         facts.policy = Some(Ruled {
             name: loaded.policy.name.clone(),
@@ -56,7 +63,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         });
         tell_of_handlers(&loaded.plan)?;
         let handlers = nobody(&loaded.plan);
-        scanner = scanner.under(&probed, Arc::new(loaded.plan), handlers);
+        scanner = scanner.under(probed, Arc::new(loaded.plan), handlers);
     }
     let bar = progress(0);
     let scan = scanner.scan(&ranges, &mut |done, of| {

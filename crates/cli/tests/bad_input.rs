@@ -469,6 +469,7 @@ fn scan_with(key: &str, value: &str) -> String {
         ("microcode", "null"),
         ("kernel", "\"6.1\""),
         ("cpuid", "null"),
+        ("x2apic", "false"),
         ("policy", "null"),
         ("ranges", r#"[{ "first": "0x10", "last": "0x1f" }]"#),
         ("readable", r#"[{ "msr": "0x10", "value": "0x5", "volatile": false }]"#),
@@ -488,7 +489,7 @@ fn what_is_no_earlier_scan_is_told_before_anything_is_scanned() {
     for (text, says) in [
         (String::new(), "EOF"),
         ("[]".to_owned(), "invalid"),
-        ("{}".to_owned(), "missing field `ranges`"),
+        ("{}".to_owned(), "missing field `x2apic`"),
         ("\u{7f}ELF".to_owned(), "line 1 column 1"),
         (scan_with("policy", "\"sandbox\""), "invalid type"),
         (scan_with("faults", "-1"), "invalid value"),

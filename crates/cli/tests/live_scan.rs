@@ -62,7 +62,7 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
     let folder = Folder::new();
     let ran = scan_of(&folder, &["--json", "--all-known"]).code(0);
     let scan = ran.json();
-    let facts = ["host", "microcode", "kernel", "cpuid", "policy"];
+    let facts = ["host", "microcode", "kernel", "cpuid", "x2apic", "policy"];
     let lists = [
         "ranges",
         "readable",

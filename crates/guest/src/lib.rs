@@ -35,6 +35,8 @@
 //! # }
 //! ```
 //!
+//! [`scan`] has such a guest read every MSR, and tells what another kernel, processor or plan changed.
+//!
 //! # What it stands
 //! Up to 4095 accesses are made for one return from KVM_RUN, those apart that are handed over. Most of what a recorded
 //! guest writes does no harm: registers that make KVM write to guest memory (clock, steal time) find memory that

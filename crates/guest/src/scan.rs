@@ -3,18 +3,20 @@
 //! ```
 //! # use kvm_ioctls::Kvm;
 //! use msrgate_core::{Msr, MsrRange};
-//! use msrgate_guest::scan::{Scanner, WINDOWS};
+//! use msrgate_guest::scan::Scanner;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let Ok(kvm) = Kvm::new() else {
 //! #     println!("skipped: /dev/kvm does not open");
 //! #     return Ok(());
 //! # };
-//! # const WINDOWS: [MsrRange; 1] = [MsrRange::X2APIC];
-//! let scan = Scanner::new(&kvm).scan(&WINDOWS, &mut |_, _| {})?;
+//! // The whole of it is `WINDOWS`, and takes some seconds.
+//! let mtrrs = MsrRange::new(Msr(0x200), Msr(0x2ff)).unwrap_or(MsrRange::X2APIC);
+//! let scan = Scanner::new(&kvm).scan(&[mtrrs], &mut |_done, _of| {})?;
 //! for seen in &scan.readable {
 //!     println!("{} = {:#x}", seen.msr, seen.value);
 //! }
+//! # assert!(scan.readable.len() + scan.faults as usize == 0x100);
 //! # Ok(())
 //! # }
 //! ```

@@ -114,11 +114,13 @@ fn facts(out: &mut impl Write, before: &Facts, after: &Facts) -> io::Result<()> 
         let policy = facts.policy.as_ref();
         policy.map(|policy| format!("{} ({})", policy.name, policy.hash.get(..12).unwrap_or(&policy.hash)))
     };
+    let apic = |facts: &Facts| Some(if facts.x2apic { "x2APIC" } else { "xAPIC" }.to_owned());
     for (what, before, after) in [
         ("host", before.host.clone(), after.host.clone()),
         ("microcode", before.microcode.clone(), after.microcode.clone()),
         ("kernel", before.kernel.clone(), after.kernel.clone()),
         ("cpuid", before.cpuid.clone(), after.cpuid.clone()),
+        ("APIC", apic(before), apic(after)),
         ("policy", policy(before), policy(after)),
     ] {
         let none = || "none".to_owned();

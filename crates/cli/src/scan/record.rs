@@ -27,6 +27,8 @@ pub(crate) struct Facts {
     pub(crate) kernel: Option<String>,
     /// The guest's CPUID, as the command line named it.
     pub(crate) cpuid: Option<String>,
+    /// Whether its local APIC was in x2APIC mode.
+    pub(crate) x2apic: bool,
     pub(crate) policy: Option<Ruled>,
 }
 
@@ -45,6 +47,7 @@ impl Facts {
             microcode,
             kernel: Some(format!("{} {}", machine::release(), machine::module())),
             cpuid: None,
+            x2apic: false,
             policy: None,
         }
     }
@@ -66,6 +69,7 @@ impl Serialize for Found {
         object.serialize_entry("microcode", &facts.microcode)?;
         object.serialize_entry("kernel", &facts.kernel)?;
         object.serialize_entry("cpuid", &facts.cpuid)?;
+        object.serialize_entry("x2apic", &facts.x2apic)?;
         object.serialize_entry("policy", &facts.policy)?;
         object.serialize_entry("ranges", &rows(scan.ranges.iter().map(span)))?;
         object.serialize_entry("readable", &rows(scan.readable.iter().map(readable)))?;
@@ -169,6 +173,7 @@ pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
         microcode: record.microcode,
         kernel: record.kernel,
         cpuid: record.cpuid,
+        x2apic: record.x2apic,
         policy: record.policy,
     };
     let scan = Scan {
@@ -189,6 +194,7 @@ struct Record {
     microcode: Option<String>,
     kernel: Option<String>,
     cpuid: Option<String>,
+    x2apic: bool,
     policy: Option<Ruled>,
     ranges: Vec<Span>,
     readable: Vec<Row>,
