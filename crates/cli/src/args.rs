@@ -42,6 +42,9 @@ pub(crate) enum Command {
     /// Say which accesses two policies, plans or raw filters treat differently
     #[command(after_help = DIFF_AFTER)]
     Diff(DiffArgs),
+    /// Write the policy that a raw kernel filter or a plan is
+    #[command(after_help = DECOMPILE_AFTER)]
+    Decompile(DecompileArgs),
     /// Run a recorded guest's accesses as a real guest under a policy, on KVM or on the engine
     Replay(ReplayArgs),
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
@@ -173,6 +176,22 @@ pub(crate) struct DiffArgs {
     pub(crate) b: PathBuf,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const DECOMPILE_AFTER: &str = "\
+The policy is the shortest that is found, and says the same: it is read back and compared before it is printed.
+
+For example, what a filter in somebody's source does, and what a change of it would change:
+  msrgate decompile filter.json > policy.toml
+  msrgate diff filter.json policy.toml";
+
+#[derive(ClapArgs)]
+pub(crate) struct DecompileArgs {
+    /// A raw filter or a plan, in any form of docs/formats.md; `-` for standard input
+    pub(crate) filter: PathBuf,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -10,6 +10,7 @@ mod check;
 mod plan;
 mod explain;
 mod diff;
+mod decompile;
 mod replay;
 mod verify;
 mod scan;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Command::Plan(plan) => plan::run(plan),
         Command::Explain(explain) => explain::run(explain),
         Command::Diff(diff) => diff::run(diff),
+        Command::Decompile(decompile) => decompile::run(decompile),
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
         Command::Scan(scan) => scan::run(scan),

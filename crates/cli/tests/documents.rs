@@ -236,6 +236,10 @@ fn each_key_that_a_command_prints_is_documented() {
         "emulated.jsonl",
         "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"did\":\"mask\"}\n",
     );
+    folder.write(
+        "filter.json",
+        "{\"default\":\"allow\",\"ranges\":[{\"base\":\"0x8b\",\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0000000000000000\"}]}",
+    );
     let microvm = "policies/linux-microvm.toml";
     let runs: &[(&str, &[&str])] = &[
         ("check", &["check", "--json", microvm]),
@@ -261,6 +265,7 @@ fn each_key_that_a_command_prints_is_documented() {
         ("report", &["report", "--json", "-p", microvm, "cut.jsonl"]),
         ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
         ("diff", &["diff", "--json", microvm, "policies/ignore-unknown.toml"]),
+        ("decompile", &["decompile", "--json", "filter.json"]),
         ("msr", &["msr", "--json", "@tsc"]),
         (
             "learn",

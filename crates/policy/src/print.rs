@@ -9,6 +9,9 @@ use toml::map::Map;
 use crate::policy::When;
 use crate::{Acceptance, Policy, Rule, Validity};
 
+/// How wide a line gets.
+const WIDTH: usize = 100;
+
 /// As a file that reads back as an equal policy, with what it extends written out.
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -23,16 +26,7 @@ impl fmt::Display for Policy {
             writeln!(f, "valid = {}", text("cpu-model"))?;
         }
         accepted(f, &self.accept)?;
-        for (key, (read, write)) in [("unknown", &self.unknown), ("invalid", &self.invalid)] {
-            if (read, write) != (&ReadAction::Deny, &WriteAction::Deny) {
-                writeln!(
-                    f,
-                    "{key} = {{ read = {}, write = {} }}",
-                    read_action(read),
-                    write_action(write)
-                )?;
-            }
-        }
+        fallbacks(f, &self.unknown, &self.invalid)?;
         self.rules.iter().try_for_each(|rule| rule.fmt(f))
     }
 }
@@ -72,6 +66,86 @@ fn accepted(f: &mut fmt::Formatter<'_>, accept: &[Acceptance]) -> fmt::Result {
     }
     let entries = accept.iter().map(|one| (one.code.code(), text(&one.reason)));
     writeln!(f, "accept = {}", table(entries))
+}
+
+/// What accesses get that the kernel declines, where that is not its own #GP.
+pub(crate) fn fallbacks(
+    f: &mut fmt::Formatter<'_>,
+    unknown: &(ReadAction, WriteAction),
+    invalid: &(ReadAction, WriteAction),
+) -> fmt::Result {
+    for (key, (read, write)) in [("unknown", unknown), ("invalid", invalid)] {
+        if (read, write) != (&ReadAction::Deny, &WriteAction::Deny) {
+            writeln!(
+                f,
+                "{key} = {{ read = {}, write = {} }}",
+                read_action(read),
+                write_action(write)
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// A rule with its keys aligned and its MSRs, as they are spelled, on as many lines as they take.
+pub(crate) fn rule(
+    f: &mut fmt::Formatter<'_>,
+    msrs: &[String],
+    read: Option<&ReadAction>,
+    write: Option<&WriteAction>,
+    why: Option<&str>,
+) -> fmt::Result {
+    writeln!(f, "\n[[rule]]")?;
+    let quoted: Vec<String> = msrs.iter().map(|msr| text(msr).to_string()).collect();
+    let line = quoted.join(", ");
+    match quoted.as_slice() {
+        [one] => writeln!(f, "msr   = {one}")?,
+        _ if line.len() + 10 <= WIDTH => writeln!(f, "msr   = [{line}]")?,
+        several => {
+            writeln!(f, "msr   = [")?;
+            let mut column = 0;
+            for item in several {
+                if column > 0 && column + item.len() + 2 > WIDTH {
+                    writeln!(f)?;
+                    column = 0;
+                }
+                let space = if column == 0 { "    " } else { " " };
+                write!(f, "{space}{item},")?;
+                column += space.len() + item.len() + 1;
+            }
+            writeln!(f, "\n]")?;
+        }
+    }
+    if let Some(read) = read {
+        writeln!(f, "read  = {}", read_action(read))?;
+    }
+    if let Some(write) = write {
+        writeln!(f, "write = {}", write_action(write))?;
+    }
+    match why {
+        Some(why) => writeln!(f, "why   = {}", text(why)),
+        None => Ok(()),
+    }
+}
+
+/// A paragraph as comment lines.
+pub(crate) fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    let mut column = 0;
+    // A name of a file may hold anything, and a control character is no part of a TOML comment.
+    for word in text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .filter(|word| !word.is_empty())
+    {
+        let width = word.chars().count();
+        if column > 0 && column + width + 1 > WIDTH {
+            writeln!(f)?;
+            column = 0;
+        }
+        let lead = if column == 0 { "# " } else { " " };
+        write!(f, "{lead}{word}")?;
+        column += lead.len() + width;
+    }
+    writeln!(f)
 }
 
 pub(crate) fn text(text: &str) -> Value {

@@ -105,10 +105,7 @@ impl RawFilter {
             );
             return Err(RawError::new(message).errno("EINVAL"));
         }
-        let default = match self.flags & FILTER_DEFAULT_DENY {
-            0 => Verdict::Allow,
-            _ => Verdict::Deny,
-        };
+        let default = self.default();
         let used = || (0..).zip(&self.ranges).filter(|(_, range)| range.nmsrs != 0);
         if used().next().is_none() && default == Verdict::Deny {
             let message = "the kernel refuses to deny by default without a range that has MSRs";
@@ -123,20 +120,28 @@ impl RawFilter {
     /// What the kernel takes, and for something else than it looks like.
     pub fn remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
+        let default = self.default();
         for (slot, range) in (0..).zip(&self.ranges) {
             let Ok(checked) = range.range(slot) else { continue };
             match checked.span() {
                 None => remarks.push(format!(
                     "range {slot} ends behind 0xffffffff: its end wraps to zero, and the kernel matches no MSR with it"
                 )),
-                Some(span) if span.intersection(MsrRange::X2APIC).is_some() => remarks.push(format!(
-                    "range {slot} holds MSRs of {}: no filter stops the x2APIC's registers",
+                Some(_) if default == Verdict::Allow && denies_x2apic(&checked) => remarks.push(format!(
+                    "range {slot} denies MSRs of {}: no filter stops the x2APIC's registers",
                     MsrRange::X2APIC
                 )),
                 Some(_) => {}
             }
         }
         remarks
+    }
+
+    fn default(&self) -> Verdict {
+        match self.flags & FILTER_DEFAULT_DENY {
+            0 => Verdict::Allow,
+            _ => Verdict::Deny,
+        }
     }
 
     /// Itself as what is given.
@@ -147,6 +152,17 @@ impl RawFilter {
             remarks: self.remarks(),
         })
     }
+}
+
+/// Whether a range has a bit that would close a register of the x2APIC.
+fn denies_x2apic(range: &FilterRange) -> bool {
+    let bits = range
+        .bitmap()
+        .iter()
+        .flat_map(|word| (0..64).map(move |bit| word >> bit & 1 == 1));
+    let msrs = range.span().into_iter().flat_map(|span| span.iter());
+    msrs.zip(bits)
+        .any(|(msr, allows)| MsrRange::X2APIC.contains(msr) && !allows)
 }
 
 impl RawRange {

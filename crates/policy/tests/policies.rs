@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Msr, Op, ReadAction, WriteAction};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::{By, DecisionMap, Differences, Plan};
+use msrgate_policy::raw::Given;
 use msrgate_policy::trace::Lines;
-use msrgate_policy::{Diagnostic, Files, Policy, check};
+use msrgate_policy::{Diagnostic, Files, Policy, check, decompile};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -88,6 +89,27 @@ fn each_policy_reads_back_as_it_is_printed() {
             .unwrap_or_else(|rejected| panic!("{}: {:#?}\n{printed}", path.display(), rejected.diagnostics));
         assert_eq!(policy, again, "{}", path.display());
         assert_eq!(map(&policy).hash(), map(&again).hash(), "{}", path.display());
+    }
+}
+
+#[test]
+fn each_policys_plan_decompiles_to_a_policy_without_findings_that_is_equal_to_it() {
+    for path in toml_files("policies") {
+        let map = map(&load(&path));
+        let plan = Plan::compile(&map).expect("a plan");
+        for said in [Some(map.clone()), None] {
+            let by = if said.is_some() { By::Actions } else { By::Verdicts };
+            let given = Given {
+                filter: plan.filter().clone(),
+                plan: said,
+                remarks: Vec::new(),
+            };
+            let text = decompile(&given).to_string();
+            let again = Policy::parse("decompiled.toml", &text).expect(&text);
+            let again_map = self::map(&again);
+            assert_eq!(map.differences(&again_map, by), Differences::default(), "{text}");
+            assert_eq!(check(&again, &again_map, None), [], "{text}");
+        }
     }
 }
 

@@ -6,13 +6,16 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use msrgate_core::{Did, Event, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction};
-use msrgate_plan::{DecisionMap, Intervals, Plan, PlanError};
+use msrgate_core::{
+    Did, Event, Filter, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction,
+};
+use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
+use msrgate_policy::raw::{self, Given};
 use msrgate_policy::trace::{Header, Lines, write_event};
 use msrgate_policy::{
-    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check,
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check, decompile,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -401,6 +404,51 @@ fn event() -> impl Strategy<Value = Event> {
             cost,
         },
     )
+}
+
+/// A filter in JSON, as somebody else would write it.
+fn filter_in_json(filter: &Filter) -> String {
+    let ranges: Vec<String> = filter
+        .ranges()
+        .iter()
+        .map(|range| {
+            let bitmap: String = range.bitmap_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+            let (base, nmsrs, flags) = (range.base(), range.nmsrs(), range.ops().bits());
+            format!("{{\"base\":{base},\"nmsrs\":{nmsrs},\"flags\":{flags},\"bitmap\":\"{bitmap}\"}}")
+        })
+        .collect();
+    let flags = u32::from(filter.default_verdict() == Verdict::Deny);
+    format!("{{\"flags\":{flags},\"ranges\":[{}]}}", ranges.join(","))
+}
+
+/// The map of what `decompile` makes of this.
+fn decompiled(given: &Given) -> DecisionMap {
+    let text = decompile(given).to_string();
+    let policy = Policy::parse("decompiled.toml", &text);
+    let policy = policy.unwrap_or_else(|rejected| panic!("{text}\n{:#?}", rejected.diagnostics));
+    policy.decision_map(None).expect("no CPUID needed")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 1000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_plan_and_its_filter_decompile_to_policies_that_are_equal_to_them(policy in policy(), cpuid in cpuid()) {
+        let map = policy.decision_map(Some(&cpuid)).expect("a CPUID");
+        if let Ok(plan) = Plan::compile(&map) {
+            let given = Given { filter: plan.filter().clone(), plan: Some(map.clone()), remarks: Vec::new() };
+            prop_assert_eq!(decompiled(&given).differences(&map, By::Actions), Default::default());
+
+            let given = raw::read(filter_in_json(plan.filter()).as_bytes()).expect("what the kernel takes");
+            prop_assert_eq!(&given.filter, plan.filter());
+            let again = decompiled(&given);
+            let raw = DecisionMap::of_filter(plan.filter());
+            prop_assert_eq!(again.differences(&raw, By::Verdicts), Default::default());
+            // And so is the filter that comes out of it.
+            let plan = Plan::compile(&again).expect("what a filter says fits into one");
+            prop_assert_eq!(DecisionMap::of_filter(plan.filter()).differences(&raw, By::Verdicts), Default::default());
+        }
+    }
 }
 
 proptest! {

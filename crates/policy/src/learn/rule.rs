@@ -6,7 +6,8 @@ use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 
 use super::summary::{Least, Seen, Summary};
 use super::want::{Remark, Want, Wants, Widen, class, wants, widen};
-use crate::database::{self, Class};
+use crate::database::Class;
+use crate::spell::{classes, patterns, runs};
 
 /// A policy that denies by default and serves what guests did.
 #[derive(Clone, Debug)]
@@ -142,20 +143,6 @@ fn rules(mut left: Wants, whole: &[(Class, Op)], summary: &Summary) -> Vec<Learn
     rules
 }
 
-/// The classes that hold several MSRs, those with the most first.
-fn classes() -> Vec<(Class, Vec<Msr>)> {
-    let mut classes: Vec<(Class, Vec<Msr>)> = Vec::new();
-    for class in Class::ALL {
-        let members = database::all().iter().filter(|entry| entry.classes.contains(class));
-        let members: Vec<Msr> = members.map(|entry| entry.msr).collect();
-        if members.len() > 1 {
-            classes.push((*class, members));
-        }
-    }
-    classes.sort_by_key(|(_, members)| std::cmp::Reverse(members.len()));
-    classes
-}
-
 /// A rule for MSRs in order.
 fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, summary: &Summary) -> LearnedRule {
     let mut facts = Facts::default();
@@ -182,31 +169,4 @@ fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, s
         unseen,
         first: msrs.first().copied().unwrap_or(Msr::MIN),
     }
-}
-
-/// MSRs in order as ranges.
-pub(super) fn runs(msrs: &[Msr]) -> Vec<MsrRange> {
-    msrs.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0))
-        .filter_map(|run| MsrRange::new(*run.first()?, *run.last()?))
-        .collect()
-}
-
-/// MSRs in order as a policy spells them: three or more in a row as a range.
-fn patterns(msrs: &[Msr]) -> Vec<String> {
-    let mut patterns = Vec::new();
-    for range in runs(msrs) {
-        if range.len() > 2 {
-            patterns.push(format!("{}..={}", name(range.first()), name(range.last())));
-        } else {
-            patterns.extend(range.iter().map(name));
-        }
-    }
-    patterns
-}
-
-/// The name that means this MSR and no other, else the index.
-pub(super) fn name(msr: Msr) -> String {
-    let entry = database::by_msr(msr);
-    let named = entry.filter(|entry| database::by_name(entry.name).is_some_and(|found| found.msr == msr));
-    named.map_or_else(|| msr.to_string(), |entry| entry.name.to_owned())
 }

@@ -3,10 +3,10 @@
 use msrgate_core::{Did, Msr, MsrRange, Op};
 use msrgate_plan::{By, DecisionMap};
 
-use super::rule::{self, Facts, Learned};
+use super::rule::{Facts, Learned};
 use super::summary::Summary;
 use super::text;
-use crate::Policy;
+use crate::{Policy, spell};
 
 /// What a learned policy is held against.
 #[derive(Clone, Copy, Debug)]
@@ -115,7 +115,7 @@ impl Learned {
             seen.is_some_and(|seen| seen.did.keys().all(|did| Some(*did) == Did::from_name(was)))
         };
         let news: Vec<Msr> = range.iter().filter(|msr| !still(msr)).collect();
-        for part in rule::runs(&news) {
+        for part in spell::runs(&news) {
             push(part);
         }
     }

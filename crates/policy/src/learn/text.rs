@@ -4,12 +4,10 @@ use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 
-use super::rule::{Facts, Learned, LearnedRule, name, runs};
+use super::rule::{Facts, Learned, LearnedRule};
 use super::since::Change;
 use crate::print;
-
-/// How wide a line gets.
-const WIDTH: usize = 100;
+use crate::spell::{name, runs};
 
 /// How many MSRs a sentence names.
 const NAMED: usize = 12;
@@ -25,10 +23,10 @@ impl fmt::Display for Learned {
             counted(summary.events, "access"),
             summary.faults
         );
-        comment(f, &from)?;
+        print::comment(f, &from)?;
         writeln!(f, "#")?;
         let widened = self.rules.iter().any(|rule| !rule.unseen.is_empty());
-        comment(
+        print::comment(
             f,
             match widened {
                 false => {
@@ -42,7 +40,7 @@ impl fmt::Display for Learned {
             },
         )?;
         writeln!(f, "#")?;
-        comment(
+        print::comment(
             f,
             "Limits: what a guest did not do while it was watched it cannot do under this policy.",
         )?;
@@ -53,14 +51,14 @@ impl fmt::Display for Learned {
                 .filter(|key| !summary.seen.contains_key(key))
                 .collect();
             if !only.is_empty() {
-                comment(
+                print::comment(
                     f,
                     &format!("Denied as it was then, since it only faulted: {}.", accesses(&only)),
                 )?;
             }
         }
         if summary.unfiltered > 0 {
-            comment(
+            print::comment(
                 f,
                 &format!(
                     "Without a rule, since no filter stops them: {} of the x2APIC's registers.",
@@ -70,14 +68,15 @@ impl fmt::Display for Learned {
         }
         for remark in &self.remarks {
             let what = name(remark.msr);
-            comment(f, &format!("Look at: {} {what} was {}.", remark.op, remark.message))?;
+            print::comment(f, &format!("Look at: {} {what} was {}.", remark.op, remark.message))?;
         }
         writeln!(f, "version = 1")?;
         writeln!(f, "name    = \"learned\"")?;
         writeln!(f, "default = \"deny\"")?;
-        self.rules
-            .iter()
-            .try_for_each(|rule| write_rule(f, rule, summary.traces))
+        self.rules.iter().try_for_each(|rule| {
+            let why = rule.why(summary.traces);
+            print::rule(f, &rule.msrs, rule.read.as_ref(), rule.write.as_ref(), Some(&why))
+        })
     }
 }
 
@@ -102,37 +101,6 @@ fn span(range: MsrRange) -> String {
         1 => name(range.first()),
         _ => format!("{}..={}", name(range.first()), name(range.last())),
     }
-}
-
-fn write_rule(f: &mut fmt::Formatter<'_>, rule: &LearnedRule, traces: u64) -> fmt::Result {
-    writeln!(f, "\n[[rule]]")?;
-    let quoted: Vec<String> = rule.msrs.iter().map(|msr| print::text(msr).to_string()).collect();
-    let line = quoted.join(", ");
-    match quoted.as_slice() {
-        [one] => writeln!(f, "msr   = {one}")?,
-        _ if line.len() + 10 <= WIDTH => writeln!(f, "msr   = [{line}]")?,
-        several => {
-            writeln!(f, "msr   = [")?;
-            let mut column = 0;
-            for item in several {
-                if column > 0 && column + item.len() + 2 > WIDTH {
-                    writeln!(f)?;
-                    column = 0;
-                }
-                let space = if column == 0 { "    " } else { " " };
-                write!(f, "{space}{item},")?;
-                column += space.len() + item.len() + 1;
-            }
-            writeln!(f, "\n]")?;
-        }
-    }
-    if let Some(read) = &rule.read {
-        writeln!(f, "read  = {}", print::read_action(read))?;
-    }
-    if let Some(write) = &rule.write {
-        writeln!(f, "write = {}", print::write_action(write))?;
-    }
-    writeln!(f, "why   = {}", print::text(&rule.why(traces)))
 }
 
 impl LearnedRule {
@@ -229,24 +197,4 @@ pub(super) fn counted(count: u64, noun: &str) -> String {
         (count, "access") => format!("{count} accesses"),
         (count, noun) => format!("{count} {noun}s"),
     }
-}
-
-/// A paragraph as comment lines.
-fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
-    let mut column = 0;
-    // A name of a file may hold anything, and a control character is no part of a TOML comment.
-    for word in text
-        .split(|c: char| c.is_whitespace() || c.is_control())
-        .filter(|word| !word.is_empty())
-    {
-        let width = word.chars().count();
-        if column > 0 && column + width + 1 > WIDTH {
-            writeln!(f)?;
-            column = 0;
-        }
-        let lead = if column == 0 { "# " } else { " " };
-        write!(f, "{lead}{word}")?;
-        column += lead.len() + width;
-    }
-    writeln!(f)
 }

@@ -93,7 +93,7 @@ fn what_the_kernel_takes_for_something_else_is_remarked() {
         given.remarks
     );
     assert!(
-        given.remarks[1].contains("range 1 holds MSRs of 0x800..=0x8ff"),
+        given.remarks[1].contains("range 1 denies MSRs of 0x800..=0x8ff"),
         "{:?}",
         given.remarks
     );

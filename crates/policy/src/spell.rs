@@ -1,0 +1,134 @@
+//! MSRs as a policy spells them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::LazyLock;
+
+use msrgate_core::{Msr, MsrRange};
+
+use crate::database::{self, Class, Entry};
+
+/// The names that mean one MSR and no other: an MSR that only has an alias of another is called by its index.
+static NAMES: LazyLock<HashMap<Msr, &'static str>> = LazyLock::new(|| {
+    let own = |entry: &&Entry| database::by_name(entry.name).is_some_and(|found| found.msr == entry.msr);
+    let named = database::all().iter().filter(own);
+    named.map(|entry| (entry.msr, entry.name)).collect()
+});
+
+/// The name that means this MSR and no other, else the index.
+pub(crate) fn name(msr: Msr) -> String {
+    match NAMES.get(&msr) {
+        Some(name) => (*name).to_owned(),
+        None => msr.to_string(),
+    }
+}
+
+/// MSRs in order as ranges.
+pub(crate) fn runs(msrs: &[Msr]) -> Vec<MsrRange> {
+    msrs.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0))
+        .filter_map(|run| MsrRange::new(*run.first()?, *run.last()?))
+        .collect()
+}
+
+/// MSRs in order as a policy spells them: three or more in a row as a range.
+pub(crate) fn patterns(msrs: &[Msr]) -> Vec<String> {
+    runs(msrs).into_iter().flat_map(range).collect()
+}
+
+/// A range as a policy spells it: each MSR where there are no more than two; else by the names of its ends, and by their
+/// indices where one has no name, since a reader could not tell how far `0x1a3..=MSR_TURBO_RATIO_LIMIT` goes.
+pub(crate) fn range(range: MsrRange) -> Vec<String> {
+    if range.len() <= 2 {
+        return range.iter().map(name).collect();
+    }
+    vec![match (NAMES.get(&range.first()), NAMES.get(&range.last())) {
+        (Some(first), Some(last)) => format!("{first}..={last}"),
+        _ => range.to_string(),
+    }]
+}
+
+/// Names for several MSRs at once, with the MSRs in order.
+pub(crate) static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(|| {
+    let classes = classes()
+        .into_iter()
+        .map(|(class, members)| (format!("@{class}"), members));
+    classes.chain(globs()).collect()
+});
+
+/// The classes that hold several MSRs, those with the most first.
+pub(crate) fn classes() -> Vec<(Class, Vec<Msr>)> {
+    let mut classes: Vec<(Class, Vec<Msr>)> = Vec::new();
+    for class in Class::ALL {
+        let members = database::all().iter().filter(|entry| entry.classes.contains(class));
+        let members: Vec<Msr> = members.map(|entry| entry.msr).collect();
+        if members.len() > 1 {
+            classes.push((*class, members));
+        }
+    }
+    classes.sort_by_key(|(_, members)| std::cmp::Reverse(members.len()));
+    classes
+}
+
+/// The globs `PREFIX*` whose prefix ends with a word of a name (`IA32_MTRR_*`, `MSR_TURBO_RATIO_LIMIT*`), with what they
+/// match: three MSRs or more. Of several globs that match the same MSRs, the shortest.
+fn globs() -> Vec<(String, Vec<Msr>)> {
+    // As `database::glob` matches: a name, and the same without Linux's `MSR_`.
+    let mut names: Vec<(String, Msr)> = Vec::new();
+    for entry in database::all() {
+        for name in entry.names() {
+            let name = name.to_ascii_uppercase();
+            names.extend(name.strip_prefix("MSR_").map(|bare| (bare.to_owned(), entry.msr)));
+            names.push((name, entry.msr));
+        }
+    }
+    names.sort_unstable();
+    let prefixes: BTreeSet<&str> = database::all().iter().flat_map(|entry| words(entry.name)).collect();
+    let mut globs: BTreeMap<Vec<Msr>, String> = BTreeMap::new();
+    for prefix in prefixes {
+        let from = names.partition_point(|(name, _)| name.as_str() < prefix);
+        let matched = names.iter().skip(from).take_while(|(name, _)| name.starts_with(prefix));
+        let members: BTreeSet<Msr> = matched.map(|(_, msr)| *msr).collect();
+        if members.len() >= 3 {
+            let members = members.into_iter().collect();
+            globs.entry(members).or_insert_with(|| format!("{prefix}*"));
+        }
+    }
+    globs.into_iter().map(|(members, glob)| (glob, members)).collect()
+}
+
+/// The prefixes of a name that end with one of its words, and say more than whose it is.
+fn words(name: &str) -> impl Iterator<Item = &str> {
+    let ends = name.char_indices().filter_map(|(at, c)| match c {
+        '_' => Some(at + 1),
+        c if c.is_ascii_digit() => Some(at),
+        _ => None,
+    });
+    ends.filter_map(|end| name.get(..end))
+        .filter(|prefix| prefix.len() >= 4 && !["IA32_", "MSR_"].contains(prefix))
+        // `database::glob` takes `MSR_IA32_*` for `IA32_*`.
+        .filter(|prefix| !prefix.starts_with("MSR_IA32_"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_glob_is_what_the_database_makes_of_it() {
+        let globs = globs();
+        assert!(globs.len() > 50, "{}", globs.len());
+        for (glob, members) in globs {
+            let found: Vec<Msr> = database::glob(&glob).map(|entry| entry.msr).collect();
+            assert_eq!(found, members, "{glob}");
+        }
+    }
+
+    #[test]
+    fn a_name_means_its_msr_wherever_it_has_one() {
+        for entry in database::all() {
+            let spelt = name(entry.msr);
+            let meant = database::by_name(&spelt).map(|found| found.msr);
+            assert!(meant == Some(entry.msr) || spelt == entry.msr.to_string(), "{spelt}");
+        }
+        assert_eq!(name(Msr(0x8b)), "IA32_BIOS_SIGN_ID");
+    }
+}
