@@ -175,15 +175,12 @@ fn length(rules: &[DecompiledRule]) -> usize {
 /// none decides what the other does.
 fn joined(reads: Vec<DecompiledRule>, writes: Vec<DecompiledRule>) -> Vec<DecompiledRule> {
     let mut rules = Vec::new();
-    let mut writes = writes.into_iter().peekable();
-    let mut later: Vec<DecompiledRule> = Vec::new();
-    let mut reads = reads.into_iter().peekable();
-    while let Some(mut read) = reads.next() {
+    let mut writes = writes.into_iter();
+    for mut read in reads {
         // The writes before the one with these MSRs must stand before it.
         let same = writes.clone().position(|write| write.msrs == read.msrs);
         if let Some(before) = same {
-            later.extend(writes.by_ref().take(before));
-            rules.append(&mut later);
+            rules.extend(writes.by_ref().take(before));
             read.write = writes.next().and_then(|write| write.write);
         }
         rules.push(read);
