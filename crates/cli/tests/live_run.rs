@@ -607,7 +607,12 @@ fn where_the_policy_cannot_be_put_in_force_there_is_no_vm() {
         println!("skipped: this machine has /dev/cpu/0/msr");
         return;
     }
-    let folder = with_policy("default = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"host\"\n");
+    let host = "default = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"host\"\n";
+    let folder = with_policy(&format!("{host}when = {{ vendor = \"amd\" }}\n"));
+    let ran = under(&folder, &["-p", "policy.toml"], "--vendors amd r:0x8b");
+    assert_eq!(ran.code, Some(9), "{}", ran.err);
+    ran.says(&["msrgate: vCPU 0 does not get this CPUID: /dev/cpu/0/msr does not open"]);
+    let folder = with_policy(host);
     let ran = under(&folder, &["-p", "policy.toml"], "r:0x8b");
     assert_eq!(ran.code, Some(9), "{}", ran.err);
     ran.says(&[

@@ -318,7 +318,10 @@ impl<K: Kernel> Hook<K> {
             libc::E2BIG
         })?;
         let plan = Arc::new(plan);
-        vm.gate.replace(Arc::clone(&plan))?;
+        vm.gate.replace(Arc::clone(&plan)).map_err(|(error, line)| {
+            self.kernel.say(&format!("{so}: {line}"));
+            error
+        })?;
         state.plan = Some(plan);
         Ok(())
     }

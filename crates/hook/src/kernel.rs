@@ -34,8 +34,8 @@ pub trait Gate: Send + Sync + 'static {
 
     /// The vCPU whose descriptor `fd` is; an error is one line for people.
     fn vcpu(&self, fd: c_int, id: u32) -> Result<Self::Vcpu, String>;
-    /// Puts another plan in force; an error is the kernel's errno, and the old plan stays.
-    fn replace(&self, plan: Arc<Plan>) -> Result<(), c_int>;
+    /// Puts another plan in force; an error is an errno and one line for people, and the old plan stays.
+    fn replace(&self, plan: Arc<Plan>) -> Result<(), (c_int, String)>;
 }
 
 /// One vCPU and its `kvm_run`. Used by one thread at a time, while that thread is not in KVM_RUN.

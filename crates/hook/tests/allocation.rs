@@ -90,7 +90,7 @@ impl Gate for Endless {
         Ok(Endless)
     }
 
-    fn replace(&self, _: Arc<Plan>) -> Result<(), c_int> {
+    fn replace(&self, _: Arc<Plan>) -> Result<(), (c_int, String)> {
         Ok(())
     }
 }

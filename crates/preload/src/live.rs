@@ -117,12 +117,13 @@ impl Gate for LiveGate {
         Ok(LiveVcpu { gate, run })
     }
 
-    fn replace(&self, plan: Arc<Plan>) -> Result<(), c_int> {
-        self.0.replace(plan).map_err(|error| match error {
-            InstallError::Kernel { source, .. } | InstallError::Io { source, .. } => {
-                source.raw_os_error().unwrap_or(libc::EINVAL)
-            }
-            _ => libc::EINVAL,
+    fn replace(&self, plan: Arc<Plan>) -> Result<(), (c_int, String)> {
+        self.0.replace(plan).map_err(|error| {
+            let number = match &error {
+                InstallError::Kernel { source, .. } | InstallError::Io { source, .. } => source.raw_os_error(),
+                _ => None,
+            };
+            (number.unwrap_or(libc::EINVAL), line(&error))
         })
     }
 }

@@ -190,10 +190,10 @@ impl Gate for FakeGate {
         })
     }
 
-    fn replace(&self, plan: Arc<Plan>) -> Result<(), c_int> {
+    fn replace(&self, plan: Arc<Plan>) -> Result<(), (c_int, String)> {
         let mut world = self.0.world();
         if world.refuse {
-            return Err(EBUSY);
+            return Err((EBUSY, "the kernel is busy".to_owned()));
         }
         world.plans.push(plan);
         Ok(())
@@ -1033,10 +1033,10 @@ fn a_vmm_may_think_better_of_a_cpuid_until_another_vcpu_has_it_too() {
         (Verdict::Deny, -1)
     );
     assert_eq!(set_model(&hook, &fake, vcpus[1], 3), Err(EACCES));
+    let said = fake.world().said.last().unwrap().clone();
     assert!(
-        fake.world().said[1].contains("no such model"),
-        "{:?}",
-        fake.world().said
+        said.starts_with("vCPU 1 does not get this CPUID: no such model"),
+        "{said}"
     );
     assert_eq!(set_model(&hook, &fake, vcpus[1], 1), Ok(()));
     assert_eq!(set_model(&hook, &fake, vcpus[0], 2), Err(EACCES));
@@ -1058,6 +1058,8 @@ fn a_cpuid_that_the_kernel_or_the_filter_refuses_changes_nothing() {
     fake.world().refuse_cpuid = false;
     fake.world().refuse = true;
     assert_eq!(set_model(&hook, &fake, vcpu, 2), Err(EBUSY));
+    let said = "vCPU 0 does not get this CPUID: the kernel is busy";
+    assert_eq!(fake.world().said.last().unwrap(), said);
     assert!(fake.world().plans_at_cpuid.is_empty());
     fake.world().refuse = false;
     // Bytes that cannot be read, and more leaves than there may be, are the kernel's to refuse.
