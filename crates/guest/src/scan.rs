@@ -35,6 +35,7 @@ use msrgate_plan::Plan;
 
 pub use self::compare::{Change, Difference};
 pub use self::hazard::hazard;
+use crate::memory::MAX_ENTRIES;
 use crate::{Broke, Guest, GuestError, Mode, Options};
 
 /// Where processors and hypervisors have their MSRs: the processor's, Hyper-V's and Xen's, KVM's, and the two windows of
@@ -59,9 +60,6 @@ pub const MOST: u64 = 1 << 20;
 
 /// IA32_APIC_BASE: x2APIC mode.
 const X2APIC_ENABLE: u64 = 1 << 10;
-
-/// How many accesses are made up at a time.
-const BATCH: usize = 4095;
 
 /// How often a guest may break before the scan is given up: then it is not the accesses that break it.
 const MOST_BROKEN: usize = 64;
@@ -288,11 +286,11 @@ impl Run<'_> {
         mut accesses: impl Iterator<Item = Access>,
         mut got: impl FnMut(&mut Scan, Access, Outcome),
     ) -> Result<(), ScanError> {
-        let mut batch: Vec<Access> = Vec::with_capacity(BATCH);
+        let mut batch: Vec<Access> = Vec::with_capacity(MAX_ENTRIES);
         loop {
             (self.progress)(self.done, self.of);
             batch.clear();
-            batch.extend(accesses.by_ref().take(BATCH));
+            batch.extend(accesses.by_ref().take(MAX_ENTRIES));
             if batch.is_empty() {
                 return Ok(());
             }
@@ -366,7 +364,7 @@ pub struct Broken {
 }
 
 /// Sorted, and none touches the next.
-pub fn joined(ranges: &[MsrRange]) -> Vec<MsrRange> {
+fn joined(ranges: &[MsrRange]) -> Vec<MsrRange> {
     let mut sorted = ranges.to_vec();
     sorted.sort_unstable();
     let mut joined: Vec<MsrRange> = Vec::new();

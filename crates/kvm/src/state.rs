@@ -3,9 +3,9 @@
 //! ```text
 //! msrgate-state 1
 //! policy 6be58b1a…                     64 hexadecimal digits: the policy's hash
-//! shadow 0xc0010015 0x1000010          what the guest wrote to a shadow register
 //! once 0xc0000082                      the one write of this MSR has been made
-//! end 2 0x6c62272e07bb0142             how many lines, and a sum of all before it
+//! shadow 0xc0010015 0x1000010          what the guest wrote to a shadow register
+//! end 2 0x48debdc74d01b2fc             how many lines, and a sum of all before it
 //! ```
 //!
 //! Lines end with a newline, and stand in order of MSR, `shadow` before `once`. Numbers are as Rust's `{:#x}` prints them.
@@ -302,6 +302,21 @@ mod tests {
             assert_eq!(read(text, &POLICY), Err(StateError::NoState));
         }
         assert_eq!(read(&vec![b' '; MOST_BYTES + 1], &POLICY), Err(StateError::TooLong));
+    }
+
+    #[test]
+    fn the_document_shows_a_state() {
+        let document = include_str!("../../../docs/migration.md");
+        let shown = document.split("```text\n").nth(1).expect("an example");
+        let shown = shown.split("```").next().expect("its end");
+        let policy = shown.lines().nth(1).expect("a policy").trim_start_matches("policy ");
+        let mut hash = [0; 32];
+        for (byte, place) in hash.iter_mut().zip((0..64).step_by(2)) {
+            *byte = u8::from_str_radix(&policy[place..place + 2], 16).expect("a hash");
+        }
+        let body = shown.split("end ").next().expect("a body");
+        let memories = read(shown.as_bytes(), &hash);
+        assert_eq!(memories.map(|found| found.len()), Ok(2), "the sum is {:#x}", sum(body));
     }
 
     #[test]
