@@ -103,6 +103,7 @@ fn a_policy_says_beside_each_row_what_it_decides_and_why() {
         .code(0)
         .json();
     assert_eq!(report["policy"]["hash"], hash);
+    assert_eq!(count(&report, "served_but_denied"), 1);
     let read = &row(&report, "0x10", "rdmsr")["policy"];
     assert_eq!(
         (text(read, "action"), count(read, "rule"), &read["exits"]),
@@ -128,6 +129,7 @@ fn a_policy_says_beside_each_row_what_it_decides_and_why() {
         .shows(&[
             "zero, rule 0: no clock",
             "deny, by default",
+            "`p` denies 2 of the accesses that the guest was served with",
             "other.jsonl was made under another policy",
         ]);
     // A policy that asks for the CPUID takes the trace's, and without one says what to give.
@@ -183,6 +185,55 @@ fn a_trace_that_breaks_off_is_reported_up_to_there() {
     assert_eq!(ran.out, "");
     folder.run(&["report", "absent.jsonl"]).code(2).says(&["absent.jsonl"]);
     folder.run_with(&["report", "-"], HEADER).code(0).shows(&["0 accesses"]);
+}
+
+#[test]
+fn a_page_is_one_file_that_names_what_it_runs_and_no_other() {
+    let folder = Folder::furnished();
+    let trace = "traces/linux-6.1-microvm.jsonl";
+    let ran = folder.run(&["report", "--html", "page.html", trace]).code(0);
+    assert_eq!((ran.out.as_str(), ran.err.as_str()), ("", ""));
+    let page = std::fs::read_to_string(folder.path().join("page.html")).expect("a page");
+    let printed = folder.run(&["report", "--html", "-", trace]).code(0).out;
+    assert_eq!(page, printed, "the same trace gives the same bytes");
+    assert!(
+        page.contains("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-")
+    );
+    for outside in [
+        "http://",
+        "https://",
+        "src=",
+        "url(\"",
+        "@import",
+        "<link",
+        " style=",
+        " onclick=",
+    ] {
+        assert!(!page.contains(outside), "the page has `{outside}`");
+    }
+    for text in [
+        "IA32_TSC_DEADLINE",
+        "<title>MSR accesses: traces/linux-6.1-microvm.jsonl</title>",
+        "aria-sort",
+    ] {
+        assert!(page.contains(text), "the page has no `{text}`");
+    }
+    // A trace that breaks off gives a page up to there.
+    folder.write(
+        "cut.jsonl",
+        format!("{HEADER}{{\"op\":\"rdmsr\",\"msr\":16}}\n{{\"op\":\"rd"),
+    );
+    let ran = folder
+        .run(&["report", "--html", "-", "cut.jsonl"])
+        .code(2)
+        .says(&["line 3"]);
+    assert!(ran.out.contains("what came before it is in the report"), "{}", ran.out);
+    let ran = folder.run(&["report", "--html", "no/such/page.html", trace]).code(2);
+    ran.says(&["cannot write `no/such/page.html`"]);
+    folder
+        .run(&["report", "--html", "-", "--json", trace])
+        .code(2)
+        .says(&["cannot be used with"]);
 }
 
 #[test]

@@ -90,6 +90,7 @@ pub(super) fn json(told: &Told) -> Value {
         "faulted": of(report.kinds(), Kind::Faulted),
         "exits": report.exits(),
         "cost": cost(report.cost()),
+        "served_but_denied": told.policy.as_ref().map(|_| told.broken()),
         "unlisted": report.unlisted(),
         "vcpus": (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
         "timeline": {
@@ -226,6 +227,14 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             (_, cost) => format!(", where {} of them took {}", cost.count, render::duration(cost.sum)),
         }
     )?;
+    if let Some(loaded) = &told.policy {
+        writeln!(
+            out,
+            "`{}` denies {} of the accesses that the guest was served with",
+            render::plain(&loaded.policy.name),
+            told.broken()
+        )?;
+    }
     for note in told.notes() {
         writeln!(out, "note: {}", render::plain(&note))?;
     }
