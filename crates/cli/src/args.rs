@@ -80,6 +80,15 @@ pub(crate) struct CpuidArgs {
     pub(crate) cpuid: Option<PathBuf>,
 }
 
+/// What the guest is known to do.
+#[derive(ClapArgs)]
+pub(crate) struct ProfileArgs {
+    /// A trace of such a guest: which MSRs it touches often. Ranges that decide most stand first, and what a policy with
+    /// `spill` passes through from user space is what the guest touches least
+    #[arg(long, value_name = "TRACE")]
+    pub(crate) profile: Option<PathBuf>,
+}
+
 #[derive(ClapArgs)]
 pub(crate) struct CheckArgs {
     /// Policy files
@@ -87,6 +96,8 @@ pub(crate) struct CheckArgs {
     pub(crate) policies: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -98,6 +109,8 @@ pub(crate) struct PlanArgs {
     pub(crate) policy: PathBuf,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
     /// For this machine's kernel: fixed answers that it holds itself cost no exit (presets). Without it the plan is the
     /// same everywhere, and has none
     #[arg(long)]
@@ -135,6 +148,8 @@ pub(crate) struct ExplainArgs {
     pub(crate) op: Option<OpArg>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
     /// For this machine's kernel: fixed answers that it holds itself cost no exit
     #[arg(long)]
     pub(crate) host: bool,
@@ -210,6 +225,8 @@ pub(crate) struct ReplayArgs {
     pub(crate) backend: BackendArg,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -354,6 +371,8 @@ pub(crate) struct RunArgs {
     pub(crate) policy: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) profile: ProfileArgs,
     /// Change nothing: write down the first touch of each MSR that the policy does not leave to the kernel
     #[arg(long, requires = "policy", conflicts_with = "ignore_unknown")]
     pub(crate) audit: bool,

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
+use msrgate_plan::Touched;
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::{Diagnostic, Severity, Source};
 use serde_json::{Value, json};
@@ -14,10 +15,11 @@ use crate::{refusal, render};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
+    let profile = load::profile(&args.profile)?;
     let mut exit = Exit::Yes;
     let mut objects = Vec::new();
     for path in &args.policies {
-        let checked = check(path, cpuid.as_ref());
+        let checked = check(path, cpuid.as_ref(), &profile);
         // Unreadable input weighs more than findings.
         if checked.exit as u8 > exit as u8 {
             exit = checked.exit;
@@ -47,8 +49,8 @@ struct Checked {
     too_many: Option<Box<TooMany>>,
 }
 
-fn check(path: &Path, cpuid: Option<&Cpuid>) -> Checked {
-    match load::policy(path, cpuid) {
+fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Checked {
+    match load::policy(path, cpuid, profile) {
         Ok(loaded) => {
             let findings = msrgate_policy::check(&loaded.policy, &loaded.map, cpuid);
             let exit = if findings.iter().any(Diagnostic::is_open) {

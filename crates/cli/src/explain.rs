@@ -14,9 +14,10 @@ use crate::plan::word;
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
     let cpuid = load::cpuid(&args.cpuid)?;
+    let profile = load::profile(&args.profile)?;
     let loaded = match args.host {
-        true => load::policy_for_host(&args.policy, cpuid.as_ref())?,
-        false => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+        true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
+        false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
     };
     let explained = |op| explain(&loaded.policy, &loaded.map, &loaded.plan, msr, op);
     let mut out = io::stdout().lock();
@@ -86,6 +87,7 @@ fn json(policy: &Policy, explanation: &Explanation<'_>) -> Value {
         "range": range,
         "sees": explanation.sees,
         "exits": explanation.exits,
+        "touches": explanation.touches,
     })
 }
 
@@ -115,5 +117,14 @@ fn print(out: &mut impl Write, policy: &Policy, explanation: &Explanation<'_>) -
     } else {
         "stays in the kernel"
     };
-    writeln!(out, "  cost     {exits}")
+    writeln!(out, "  cost     {exits}")?;
+    if let Some(touches) = explanation.touches {
+        let times = match touches {
+            1 => "once".to_owned(),
+            n => format!("{n} times"),
+        };
+        let exits = if explanation.exits { ", an exit each" } else { "" };
+        writeln!(out, "  profile  {times}{exits}")?;
+    }
+    Ok(())
 }

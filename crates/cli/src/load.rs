@@ -1,20 +1,22 @@
 //! Policies and CPUIDs from files.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use msrgate_plan::{By, DecisionMap, Plan, PlanError};
+use msrgate_core::{Msr, Op};
+use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
 use msrgate_policy::trace::Lines;
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
 
-use crate::args::CpuidArgs;
+use crate::args::{CpuidArgs, ProfileArgs};
 use crate::exit::{Exit, Failure};
 use crate::render;
 use crate::replay::kvm::to_kvm;
-use crate::replay::with_source;
+use crate::replay::{Opened, with_source};
 
 /// The file system.
 struct Disk;
@@ -56,20 +58,20 @@ pub(crate) struct TooMany {
 }
 
 /// Reads, resolves and compiles a policy.
-pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
+pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
     let (policy, map) = resolved(path, cpuid)?;
-    compiled(policy, map, cpuid)
+    compiled(policy, map.with_profile(profile.to_vec()), cpuid)
 }
 
 /// The same for subcommands that only go on with a plan: what is wrong is printed.
-pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
-    policy(path, cpuid).map_err(|refused| refused.report())
+pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+    policy(path, cpuid, profile).map_err(|refused| refused.report())
 }
 
 /// The same for this machine's kernel: what it holds by itself becomes presets.
-pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>) -> Result<Loaded, Failure> {
+pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
     let (policy, map) = resolved(path, cpuid).map_err(|refused| refused.report())?;
-    let map = held(map, cpuid)?;
+    let map = held(map, cpuid)?.with_profile(profile.to_vec());
     compiled(policy, map, cpuid).map_err(|refused| refused.report())
 }
 
@@ -201,6 +203,26 @@ impl Refused {
             None => Failure::Reported(self.exit),
         }
     }
+}
+
+/// How often the trace that the command line names has each MSR and direction; nothing without one.
+pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
+    let Some(path) = &args.profile else {
+        return Ok(Vec::new());
+    };
+    let name = path.display();
+    let lines = match crate::replay::open(path) {
+        Ok(lines) => lines,
+        Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
+        Err(Opened::Malformed(error)) => return Err(Failure::input(format!("{name}: {error}"))),
+    };
+    let mut counts: BTreeMap<(Msr, Op), u64> = BTreeMap::new();
+    for event in lines {
+        let event = event.map_err(|error| Failure::input(format!("{name}: {error}")))?;
+        *counts.entry((event.msr, event.op)).or_default() += 1;
+    }
+    let touched = counts.into_iter().map(|((msr, op), count)| Touched { msr, op, count });
+    Ok(touched.collect())
 }
 
 /// The guest's CPUID that the command line names.

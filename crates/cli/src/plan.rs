@@ -5,7 +5,7 @@ mod state;
 
 use std::io::{self, Write};
 
-use msrgate_core::{Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Did, Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
 use msrgate_policy::database;
 use msrgate_policy::state::State;
@@ -18,9 +18,10 @@ use crate::{refusal, render};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
+    let profile = load::profile(&args.profile)?;
     let loaded = match args.host {
-        true => load::policy_for_host(&args.policy, cpuid.as_ref()),
-        false => load::policy_or_report(&args.policy, cpuid.as_ref()),
+        true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile),
+        false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile),
     };
     let mut out = io::stdout().lock();
     let loaded = match loaded {
@@ -42,8 +43,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
         Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
-        Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded.plan))?,
-        None if args.json => writeln!(out, "{:#}", json(&loaded.plan))?,
+        Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded))?,
+        None if args.json => writeln!(out, "{:#}", json(&loaded))?,
         None => print(&mut out, &loaded)?,
     }
     Ok(Exit::Yes)
@@ -57,7 +58,8 @@ pub(crate) fn word(verdict: Verdict) -> &'static str {
     }
 }
 
-fn json(plan: &Plan) -> Value {
+fn json(loaded: &Loaded) -> Value {
+    let (plan, map) = (&loaded.plan, &loaded.map);
     let ranges = plan.filter().ranges().iter().map(|range| {
         json!({
             "base": format!("{:#x}", range.base()),
@@ -72,7 +74,12 @@ fn json(plan: &Plan) -> Value {
         actions.push((
             entry.range.first().0,
             Op::Read,
-            action(entry, Op::Read, entry.action.name(), read_arguments(&entry.action)),
+            action(
+                entry,
+                Op::Read,
+                done(entry.action.name()),
+                read_arguments(&entry.action),
+            ),
         ));
     }
     for entry in plan.table().writes() {
@@ -80,7 +87,7 @@ fn json(plan: &Plan) -> Value {
         actions.push((
             entry.range.first().0,
             Op::Write,
-            action(entry, Op::Write, entry.action.name(), arguments),
+            action(entry, Op::Write, done(entry.action.name()), arguments),
         ));
     }
     actions.sort_by_key(|(first, op, _)| (*first, *op));
@@ -98,6 +105,12 @@ fn json(plan: &Plan) -> Value {
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
         "presets": presets(plan),
+        "spilled": plan.spilled().map(|(range, op)| json!({
+            "first": range.first().to_string(),
+            "last": range.last().to_string(),
+            "op": op.name(),
+            "exits": (!map.profile.is_empty()).then(|| map.touches(range, op)),
+        })).collect::<Vec<_>>(),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
@@ -131,6 +144,14 @@ fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>
     object.insert("rule".to_owned(), entry.rule.into());
     object.extend(arguments);
     Value::Object(object)
+}
+
+/// What user space does where the policy says `action`: what it leaves to the kernel is passed on to it.
+fn done(action: &str) -> &str {
+    match action {
+        "allow" => Did::Pass.name(),
+        action => action,
+    }
 }
 
 /// What an action is given, under the keys of the policy language.
@@ -212,10 +233,20 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     }
     let mut table = render::table(&["first", "last", "op", "action", "rule", "names"]);
     for entry in plan.table().reads() {
-        table.add_row(action_row(loaded, entry, Op::Read, entry.action.to_string()));
+        table.add_row(action_row(
+            loaded,
+            entry,
+            Op::Read,
+            done(&entry.action.to_string()).to_owned(),
+        ));
     }
     for entry in plan.table().writes() {
-        table.add_row(action_row(loaded, entry, Op::Write, entry.action.to_string()));
+        table.add_row(action_row(
+            loaded,
+            entry,
+            Op::Write,
+            done(&entry.action.to_string()).to_owned(),
+        ));
     }
     if table.row_count() > 0 {
         writeln!(out, "what is not left to the kernel:\n{}", render::text(&table))?;
@@ -230,6 +261,26 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         writeln!(
             out,
             "presets: fixed answers that this kernel holds, read without an exit:\n{table}"
+        )?;
+    }
+    let mut table = render::table(&["first", "last", "op", "exits"]);
+    for (range, op) in plan.spilled() {
+        let exits = match loaded.map.profile.is_empty() {
+            true => "one each time".to_owned(),
+            false => format!("{} in the profile", loaded.map.touches(range, op)),
+        };
+        table.add_row([
+            range.first().to_string(),
+            range.last().to_string(),
+            op.to_string(),
+            exits,
+        ]);
+    }
+    if table.row_count() > 0 {
+        writeln!(
+            out,
+            "spilled: left to the kernel, and passed on to it from user space, since 16 ranges do not hold it all:\n{}",
+            render::text(&table)
         )?;
     }
     for (when, (read, write)) in [

@@ -72,6 +72,7 @@ struct Trio {
 
 pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     let given = load::cpuid(&args.cpuid)?;
+    let profile = load::profile(&args.profile)?;
     let (backend, fallback) = choose(args.backend)?;
     if let Some(why) = &fallback
         && !args.json
@@ -101,8 +102,8 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             (None, None) => None,
         };
         let loaded = match backend {
-            Backend::Kvm => load::policy_for_host(&args.policy, cpuid.as_ref())?,
-            Backend::Engine => load::policy_or_report(&args.policy, cpuid.as_ref())?,
+            Backend::Kvm => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
+            Backend::Engine => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
         };
         let plan = Arc::new(loaded.plan);
         if comparison.is_none() {

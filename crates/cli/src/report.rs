@@ -50,7 +50,11 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
                 (None, Some(cpuid)) => Some(cpuid.map_err(|error| Failure::input(format!("{name}: {error}")))?),
                 _ => None,
             };
-            told.policy = Some(load::policy_or_report(policy, given.as_ref().or(recorded.as_ref()))?);
+            told.policy = Some(load::policy_or_report(
+                policy,
+                given.as_ref().or(recorded.as_ref()),
+                &[],
+            )?);
         }
         readable = true;
         told.report.begin(lines.header().clone());

@@ -56,7 +56,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         facts.cpuid = args.cpuid.cpuid.as_ref().map(|path| path.display().to_string());
     }
     if let Some((path, probed)) = &ruled {
-        let loaded = load::policy_for_host(path, cpuid.as_ref())?;
+        let loaded = load::policy_for_host(path, cpuid.as_ref(), &[])?;
         facts.policy = Some(Ruled {
             name: loaded.policy.name.clone(),
             hash: load::hex(&loaded.plan.hash()),

@@ -60,7 +60,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
             policy::Reach::Boundaries
         };
         for path in &args.policies {
-            let loaded = load::policy_or_report(path, cpuid.as_ref())?;
+            let loaded = load::policy_or_report(path, cpuid.as_ref(), &[])?;
             policy::run(&machine, &host, &mut report, path, loaded, reach)?;
         }
     }

@@ -152,7 +152,8 @@ fn is_a_plan(plan: &Value) {
     keys(
         plan,
         &[
-            "default", "ranges", "reasons", "presets", "actions", "unknown", "invalid", "notes", "minimum", "hash",
+            "default", "ranges", "reasons", "presets", "spilled", "actions", "unknown", "invalid", "notes", "minimum",
+            "hash",
         ],
     );
     word(plan, "default", &["allow", "deny"]);
@@ -374,8 +375,8 @@ fn a_policy_of_pure_allow_and_deny_never_leaves_the_kernel() {
     assert_eq!(count(&plan["minimum"], "ranges"), 0);
 }
 
-const EXPLANATION: [&str; 9] = [
-    "msr", "name", "op", "action", "rule", "verdict", "range", "sees", "exits",
+const EXPLANATION: [&str; 10] = [
+    "msr", "name", "op", "action", "rule", "verdict", "range", "sees", "exits", "touches",
 ];
 
 fn explain(folder: &Folder, policy: &str, msr: &str, op: &str) -> Value {

@@ -314,3 +314,108 @@ fn a_refusal_gives_its_witness_and_a_change_that_fits() {
         "by leaving out the rule at wide.toml:3, which changes 18 accesses",
     ]);
 }
+
+/// Sixteen MSRs, each far from the next.
+fn far() -> String {
+    let msrs: Vec<String> = (1..=16).map(|i| format!("{:#x}", i * 0x10000)).collect();
+    format!("[[rule]]\nmsr = [{}]\nread = \"allow\"\n", msrs.join(", "))
+}
+
+const PASSED: &str = "[[rule]]\nmsr = \"IA32_PAT\"\nread = \"allow\"\nwrite = \"allow\"\n";
+
+const TRACE: &str = "{\"msrgate_trace\":1}\n\
+    {\"op\":\"rdmsr\",\"msr\":\"0x277\",\"value\":\"0x7040600070406\"}\n\
+    {\"op\":\"wrmsr\",\"msr\":\"0x277\",\"value\":\"0x7010600070106\"}\n\
+    {\"op\":\"rdmsr\",\"msr\":\"0x277\",\"value\":\"0x7010600070106\"}\n\
+    {\"op\":\"rdmsr\",\"msr\":\"0x10000\",\"value\":0,\"did\":\"fault\"}\n";
+
+#[test]
+fn what_does_not_fit_is_spilled_where_the_policy_asks_for_it() {
+    let folder = Folder::new();
+    let head = "version = 1\ndefault = \"deny\"\n";
+    folder.write("refuse.toml", format!("{head}{}{PASSED}", far()));
+    folder.write("spill.toml", format!("{head}spill = \"user-space\"\n{}{PASSED}", far()));
+    folder.write("boot.jsonl", TRACE);
+    folder.run(&["check", "refuse.toml"]).code(1).says(&["error[E020]"]);
+
+    let plan = folder.run(&["plan", "--json", "spill.toml"]).code(0).json();
+    assert_eq!(list(&plan, "ranges").len(), 16);
+    let passed = serde_json::json!([
+        { "first": "0x277", "last": "0x277", "op": "rdmsr", "exits": null },
+        { "first": "0x277", "last": "0x277", "op": "wrmsr", "exits": null },
+    ]);
+    assert_eq!(plan["spilled"], passed);
+    let actions = list(&plan, "actions")
+        .iter()
+        .filter(|action| action["action"] == "pass");
+    assert_eq!(actions.count(), 2);
+    assert_eq!(plan["reasons"], serde_json::json!(["filter"]));
+    // It is what the policy says, and what was refused: to who reads policies, and to who reads plans.
+    folder.write("plan.json", folder.run(&["plan", "--json", "spill.toml"]).code(0).out);
+    for other in ["refuse.toml", "plan.json"] {
+        folder.run(&["diff", "spill.toml", other]).code(0);
+    }
+
+    let profiled = ["plan", "--profile", "boot.jsonl", "--json", "spill.toml"];
+    let plan = folder.run(&profiled).code(0).json();
+    let exits: Vec<u64> = list(&plan, "spilled").iter().map(|part| count(part, "exits")).collect();
+    assert_eq!(exits, [2, 1]);
+    let note = "2 accesses that are left to the kernel do not fit into 16 ranges";
+    folder
+        .run(&["check", "spill.toml"])
+        .code(0)
+        .shows(&["note N009", note, "a profile would tell"]);
+    let ran = folder.run(&["check", "--profile", "boot.jsonl", "spill.toml"]).code(0);
+    ran.shows(&[note, "3 exits in the profile"]);
+    let ran = folder.run(&["plan", "--profile", "boot.jsonl", "spill.toml"]).code(0);
+    ran.shows(&["spilled: left to the kernel", "2 in the profile"]);
+    let explained = ["explain", "--profile", "boot.jsonl", "spill.toml", "IA32_PAT", "read"];
+    folder.run(&explained).code(0).shows(&[
+        "action   allow",
+        "which user space passes on",
+        "leaves the kernel",
+        "profile  2 times, an exit each",
+    ]);
+    let replayed = [
+        "replay",
+        "--backend",
+        "engine",
+        "--json",
+        "-p",
+        "spill.toml",
+        "boot.jsonl",
+    ];
+    let replayed = folder.run(&replayed).code(0).json();
+    assert_eq!((count(&replayed, "changed"), count(&replayed, "accesses")), (0, 4));
+}
+
+#[test]
+fn what_is_not_faithful_is_not_spilled_but_named() {
+    let folder = Folder::new();
+    let head = "version = 1\ndefault = \"deny\"\nspill = \"user-space\"\n";
+    let rule = "[[rule]]\nmsr = \"IA32_LSTAR\"\nread = \"allow\"\nwrite = \"allow\"\n";
+    // The far MSRs have two accesses each of which nothing is known, LSTAR has one.
+    let far_both = far() + "write = \"allow\"\n";
+    folder.write("lstar.toml", format!("{head}{far_both}{rule}"));
+    let ran = folder.run(&["check", "--json", "lstar.toml"]).code(1).json();
+    let finding = &list(&ran, "findings")[0];
+    assert_eq!(finding["code"], "E023");
+    assert!(
+        text(finding, "message").contains("wrmsr 0xc0000082 (IA32_LSTAR)"),
+        "{finding:#}"
+    );
+    folder.write("apart.toml", format!("{head}unknown = \"ignore\"\n{}{PASSED}", far()));
+    folder
+        .run(&["check", "apart.toml"])
+        .code(1)
+        .says(&["error[E023]", "`unknown` and of `invalid`"]);
+    folder.write("no.jsonl", "{\"op\":1}\n");
+    folder
+        .run(&["plan", "--profile", "no.jsonl", "apart.toml"])
+        .code(2)
+        .says(&["no.jsonl"]);
+    folder
+        .run(&["plan", "--profile", "gone.jsonl", "apart.toml"])
+        .code(2)
+        .says(&["gone.jsonl"]);
+}

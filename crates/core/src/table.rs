@@ -25,7 +25,9 @@ pub struct Entry<A> {
 
 /// What user space answers to each access that the kernel hands to it.
 ///
-/// Sorted and disjoint, for reads and writes apart; an access that the kernel answers has no entry.
+/// Sorted and disjoint, for reads and writes apart; an access that the kernel answers has no entry. An entry of `Allow`
+/// passes the access on to the kernel as the host would, for a filter that has no room to allow it; where the kernel
+/// refuses, it gets what `unknown` says.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ActionTable {
     reads: Box<[Entry<ReadAction>]>,
@@ -137,6 +139,14 @@ impl ActionTable {
         }
     }
 
+    /// Whether the table passes an access that the filter denies on to the kernel.
+    pub fn passes(&self, msr: Msr, op: Op) -> bool {
+        match op {
+            Op::Read => find(&self.reads, msr).is_some_and(|entry| entry.action == ReadAction::Allow),
+            Op::Write => find(&self.writes, msr).is_some_and(|entry| entry.action == WriteAction::Allow),
+        }
+    }
+
     /// The names of all handlers that an exit may ask.
     pub fn handlers(&self) -> impl Iterator<Item = &str> {
         let reads = self.reads.iter().map(|entry| &entry.action);
@@ -207,6 +217,19 @@ impl ActionTable {
                     log,
                 };
             }
+            ReadAction::Allow if reason == Reason::Filter => match backing.kernel_read(msr) {
+                Ok(value) => {
+                    return Answer {
+                        outcome: Outcome::Value(value),
+                        did: Did::Pass,
+                        why: None,
+                        rule,
+                        log,
+                    };
+                }
+                // The kernel refuses the guest too, and does not say here which of two reasons it would have given.
+                Err(_) => return self.answer_read(msr, Reason::Unknown, state, backing),
+            },
             ReadAction::Allow => Err(Why::NoRule),
             ReadAction::Value(value) => Ok(*value),
             ReadAction::Shadow(initial) => Ok(self.shadow(msr, state).unwrap_or(*initial)),
@@ -251,6 +274,18 @@ impl ActionTable {
                     log,
                 };
             }
+            WriteAction::Allow if reason == Reason::Filter => match backing.kernel_write(msr, value) {
+                Ok(()) => {
+                    return Answer {
+                        outcome: Outcome::Done,
+                        did: Did::Pass,
+                        why: None,
+                        rule,
+                        log,
+                    };
+                }
+                Err(_) => return self.answer_write(msr, value, Reason::Unknown, state, backing),
+            },
             WriteAction::Allow => Err(Why::NoRule),
             WriteAction::Ignore => Ok(()),
             WriteAction::Shadow => self.keep(msr, value, state),

@@ -78,7 +78,7 @@ pub fn held(kvm: &Kvm, map: &DecisionMap, cpuid: Option<&CpuId>) -> Result<Vec<P
         for preset in &stored {
             if get(vcpu.fd(), preset.msr) != Some(preset.value) {
                 // Whether it was taken is what reading shows.
-                let _ = set(vcpu.fd(), *preset);
+                let _ = set(vcpu.fd(), preset.msr, preset.value);
             }
         }
         let reads: Vec<Access> = held.iter().map(|preset| Access::Read { msr: preset.msr }).collect();
@@ -98,22 +98,24 @@ pub fn held(kvm: &Kvm, map: &DecisionMap, cpuid: Option<&CpuId>) -> Result<Vec<P
     Ok(held)
 }
 
-fn one(preset: Preset) -> Option<Msrs> {
+fn one(msr: Msr, data: u64) -> Option<Msrs> {
     let entry = kvm_msr_entry {
-        index: preset.msr.0,
-        data: preset.value,
+        index: msr.0,
+        data,
         ..Default::default()
     };
     Msrs::from_entries(&[entry]).ok()
 }
 
-fn set(fd: &VcpuFd, preset: Preset) -> Option<()> {
-    let put = fd.set_msrs(&one(preset)?).ok()?;
+/// As the host does; `None` where the kernel does not.
+pub(crate) fn set(fd: &VcpuFd, msr: Msr, value: u64) -> Option<()> {
+    let put = fd.set_msrs(&one(msr, value)?).ok()?;
     (put == 1).then_some(())
 }
 
-fn get(fd: &VcpuFd, msr: Msr) -> Option<u64> {
-    let mut list = one(Preset { msr, value: 0 })?;
+/// As the host does; `None` where the kernel does not.
+pub(crate) fn get(fd: &VcpuFd, msr: Msr) -> Option<u64> {
+    let mut list = one(msr, 0)?;
     let read = fd.get_msrs(&mut list).ok()?;
     list.as_slice().first().filter(|_| read == 1).map(|entry| entry.data)
 }

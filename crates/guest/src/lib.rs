@@ -57,10 +57,12 @@ mod code;
 mod memory;
 mod stats;
 mod held;
+mod faithful;
 pub mod scan;
 mod error;
 
 pub use error::{Broke, GuestError};
+pub use faithful::faithful;
 pub use guest::{Guest, Mode, Options};
 pub use held::{CONSTANT, STORED, held};
 pub use vcpu::{Pending, Seen, SeenExit, Vcpu};

@@ -42,6 +42,8 @@ pub trait Gate: Send + Sync + 'static {
 pub trait Vcpu: Send + 'static {
     /// The MSR exit that KVM_RUN left.
     fn exit(&self) -> Option<RawExit>;
+    /// Whether the plan in force passes an access that its filter denies on to the kernel.
+    fn passes(&self, access: Access) -> bool;
     /// Answers it; `None` where there is none.
     fn dispatch(&self) -> Option<Answer>;
     /// Answers it with this.

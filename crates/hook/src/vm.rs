@@ -83,6 +83,11 @@ impl Policy {
         }
     }
 
+    /// Whether what does not fit is passed on from user space.
+    pub(crate) fn spills(&self) -> bool {
+        self.map.spill.is_some()
+    }
+
     /// Whether vCPUs remember something.
     pub(crate) fn remembers(&self) -> bool {
         self.plan.table().remembers()
@@ -98,9 +103,10 @@ impl Policy {
         match (reason, op) {
             // Beside the VMM's filter a preset may not fit, and then it is an exit.
             (Reason::Filter, Op::Read) => {
-                names(table.reads(), msr) || self.plan.presets().iter().any(|preset| preset.msr == msr)
+                names(table.reads(), msr, &ReadAction::Allow)
+                    || self.plan.presets().iter().any(|preset| preset.msr == msr)
             }
-            (Reason::Filter, Op::Write) => names(table.writes(), msr),
+            (Reason::Filter, Op::Write) => names(table.writes(), msr, &WriteAction::Allow),
             (Reason::Unknown, _) => by(table.unknown()),
             (Reason::Invalid, _) => by(table.invalid()),
         }
@@ -315,10 +321,11 @@ impl<G> Vm<G> {
     }
 }
 
-fn names<A>(entries: &[Entry<A>], msr: Msr) -> bool {
+/// Whether an entry decides it; one that passes it on leaves it to the kernel.
+fn names<A: PartialEq>(entries: &[Entry<A>], msr: Msr, allow: &A) -> bool {
     let after = entries.partition_point(|entry| entry.range.first() <= msr);
     let entry = after.checked_sub(1).and_then(|at| entries.get(at));
-    entry.is_some_and(|entry| entry.range.contains(msr))
+    entry.is_some_and(|entry| entry.range.contains(msr) && entry.action != *allow)
 }
 
 /// Whether `new` allows something that `old` denies.

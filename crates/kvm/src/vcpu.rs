@@ -158,15 +158,30 @@ impl VcpuGate {
         answered(answer)
     }
 
-    fn answer(&self, exit: RawExit, held: &mut Held) -> Answer {
-        let Some(reason) = Reason::from_bits(exit.reason) else {
-            return Answer::fault(Why::UnknownReason, None);
+    /// Whether the plan that answers for such an access, which a filter denied, passes it on to the kernel. As cheap as
+    /// [`VcpuGate::dispatch`].
+    pub fn passes(&self, access: Access) -> bool {
+        let Ok(mut held) = self.held.try_borrow_mut() else {
+            return false;
         };
+        self.catch_up(&mut held);
+        let epoch = held.published.deciding(&held.epoch, access, Reason::Filter);
+        epoch.table().passes(access.msr(), access.op())
+    }
+
+    fn catch_up(&self, held: &mut Held) {
         let generation = self.shared.generation();
         if generation != held.generation {
             held.published = self.shared.published();
             held.generation = generation;
         }
+    }
+
+    fn answer(&self, exit: RawExit, held: &mut Held) -> Answer {
+        let Some(reason) = Reason::from_bits(exit.reason) else {
+            return Answer::fault(Why::UnknownReason, None);
+        };
+        self.catch_up(held);
         let epoch = held.published.deciding(&held.epoch, exit.access, reason);
         if !Arc::ptr_eq(epoch, &held.epoch) {
             held.state = held.state.carried(held.epoch.table(), epoch.table());

@@ -74,6 +74,8 @@ impl DecisionMap {
             unknown: self.unknown.clone(),
             invalid: self.invalid.clone(),
             held: self.held.clone(),
+            spill: self.spill.clone(),
+            profile: self.profile.clone(),
         }
     }
 }

@@ -1,19 +1,20 @@
 //! A decision map as bytes, for handing it to another process that parses no text.
 //!
 //! Little-endian and without padding: a magic number, the reads, the writes, what `unknown` and `invalid` say, then what
-//! the kernel holds. Reads and writes are a count and, for each interval, its first MSR, rule, log and action; what the
-//! kernel holds is a count and, for each MSR, its index and its value. The last byte is followed by nothing.
+//! the kernel holds, what may be spilled, and the profile. Reads and writes are a count and, for each interval, its first
+//! MSR, rule, log and action; the others are a count and, for each MSR, its index and what is said of it; whether anything
+//! may be spilled stands in a byte before that count. The last byte is followed by nothing.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Log, Msr, MsrRange, Op, Otherwise, ReadAction, WriteAction};
 
-use crate::{Decision, DecisionMap, Intervals, Preset};
+use crate::{Decision, DecisionMap, Intervals, Preset, Spillable, Touched};
 
 /// Names the format and its version.
-const MAGIC: [u8; 8] = *b"msrgate2";
+const MAGIC: [u8; 8] = *b"msrgate3";
 
 /// Stands for a decision that no rule made.
 const NO_RULE: u32 = u32::MAX;
@@ -33,6 +34,20 @@ impl DecisionMap {
             bytes.extend(msr.0.to_le_bytes());
             bytes.extend(value.to_le_bytes());
         }
+        bytes.push(u8::from(self.spill.is_some()));
+        let spill = self.spill.as_deref().unwrap_or_default();
+        put_count(&mut bytes, spill.len());
+        for Spillable { msr, op, weight } in spill {
+            bytes.extend(msr.0.to_le_bytes());
+            bytes.push(*op as u8);
+            bytes.extend(weight.to_le_bytes());
+        }
+        put_count(&mut bytes, self.profile.len());
+        for Touched { msr, op, count } in &self.profile {
+            bytes.extend(msr.0.to_le_bytes());
+            bytes.push(*op as u8);
+            bytes.extend(count.to_le_bytes());
+        }
         bytes
     }
 
@@ -47,6 +62,28 @@ impl DecisionMap {
         let unknown = (read(&mut rest)?, write(&mut rest)?);
         let invalid = (read(&mut rest)?, write(&mut rest)?);
         let held = presets(&mut rest)?;
+        let spills = match rest.byte()? {
+            0 => false,
+            1 => true,
+            _ => return Err(DecodeError),
+        };
+        let spill = sorted(&mut rest, |rest| {
+            Ok(Spillable {
+                msr: Msr(rest.u32()?),
+                op: op(rest)?,
+                weight: rest.array().map(u16::from_le_bytes)?,
+            })
+        })?;
+        let profile = sorted(&mut rest, |rest| {
+            Ok(Touched {
+                msr: Msr(rest.u32()?),
+                op: op(rest)?,
+                count: rest.u64()?,
+            })
+        })?;
+        if !spills && !spill.is_empty() {
+            return Err(DecodeError);
+        }
         if !rest.0.is_empty() {
             return Err(DecodeError);
         }
@@ -56,6 +93,8 @@ impl DecisionMap {
             unknown,
             invalid,
             held,
+            spill: spills.then_some(spill),
+            profile,
         })
     }
 }
@@ -246,6 +285,26 @@ fn presets(rest: &mut Rest<'_>) -> Result<Vec<Preset>, DecodeError> {
     Ok(presets)
 }
 
+fn op(rest: &mut Rest<'_>) -> Result<Op, DecodeError> {
+    let op = rest.byte()?;
+    Op::ALL.into_iter().find(|known| *known as u8 == op).ok_or(DecodeError)
+}
+
+fn sorted<T: Ord>(
+    rest: &mut Rest<'_>,
+    one: impl Fn(&mut Rest<'_>) -> Result<T, DecodeError>,
+) -> Result<Vec<T>, DecodeError> {
+    let mut all: Vec<T> = Vec::new();
+    for _ in 0..rest.count()? {
+        let next = one(rest)?;
+        if all.last().is_some_and(|last| *last >= next) {
+            return Err(DecodeError);
+        }
+        all.push(next);
+    }
+    Ok(all)
+}
+
 fn read(rest: &mut Rest<'_>) -> Result<ReadAction, DecodeError> {
     Ok(match rest.byte()? {
         0 => ReadAction::Allow,
@@ -350,6 +409,22 @@ mod tests {
             invalid: (ReadAction::Deny, WriteAction::Deny),
             held: [(0x8b, u64::MAX), (0x606, 0)]
                 .map(|(msr, value)| Preset { msr: Msr(msr), value })
+                .to_vec(),
+            spill: Some(
+                [(0x174, Op::Write), (0x175, Op::Read)]
+                    .map(|(msr, op)| Spillable {
+                        msr: Msr(msr),
+                        op,
+                        weight: 3,
+                    })
+                    .to_vec(),
+            ),
+            profile: [(0x10, Op::Read), (0x10, Op::Write)]
+                .map(|(msr, op)| Touched {
+                    msr: Msr(msr),
+                    op,
+                    count: 1 << 40,
+                })
                 .to_vec(),
         }
     }

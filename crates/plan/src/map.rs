@@ -7,7 +7,7 @@ use core::fmt::Display;
 use msrgate_core::{Log, Msr, Op, ReadAction, WriteAction};
 use sha2::{Digest, Sha256};
 
-use crate::{Intervals, Preset};
+use crate::{Intervals, Preset, Spillable, Touched};
 
 /// What an access gets, and what says so.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,6 +46,11 @@ pub struct DecisionMap {
     /// What a kernel was found to hold itself once it is put there, in order of MSR: fixed answers that then cost no
     /// exit. Empty where no kernel was asked. No part of what the map means.
     pub held: Vec<Preset>,
+    /// What may be passed through from user space where 16 ranges do not hold it all; `None` where such a map is to be
+    /// refused. No part of what the map means.
+    pub spill: Option<Vec<Spillable>>,
+    /// How often a guest touches what, in order of MSR; empty where that is not known. No part of what the map means.
+    pub profile: Vec<Touched>,
 }
 
 impl DecisionMap {
@@ -66,6 +71,8 @@ impl DecisionMap {
             unknown: (ReadAction::Deny, WriteAction::Deny),
             invalid: (ReadAction::Deny, WriteAction::Deny),
             held: Vec::new(),
+            spill: None,
+            profile: Vec::new(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What no filter can do, said of a plan.
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -28,11 +29,13 @@ pub enum NoteCode {
     HostView,
     /// Fixed answers that the kernel holds.
     Presets,
+    /// Accesses that user space passes on to the kernel.
+    Spilled,
 }
 
 impl NoteCode {
     /// All of them, for documentation.
-    pub const ALL: [NoteCode; 8] = [
+    pub const ALL: [NoteCode; 9] = [
         NoteCode::X2apic,
         NoteCode::TscDeadline,
         NoteCode::LastMsr,
@@ -41,6 +44,7 @@ impl NoteCode {
         NoteCode::OtherWays,
         NoteCode::HostView,
         NoteCode::Presets,
+        NoteCode::Spilled,
     ];
 
     /// The code that documents and programs use.
@@ -54,6 +58,7 @@ impl NoteCode {
             NoteCode::OtherWays => "N006",
             NoteCode::HostView => "N007",
             NoteCode::Presets => "N008",
+            NoteCode::Spilled => "N009",
         }
     }
 }
@@ -73,8 +78,8 @@ pub struct Note {
     pub message: String,
 }
 
-/// What is to be said of a map, and of the presets that its plan has.
-pub(crate) fn notes(map: &DecisionMap, presets: &[Preset]) -> Vec<Note> {
+/// What is to be said of a map, and of the presets and the spilled accesses that its plan has.
+pub(crate) fn notes(map: &DecisionMap, presets: &[Preset], spilled: &[(MsrRange, Op)]) -> Vec<Note> {
     let mut notes = Vec::new();
     let mut note = |code, message: &str| {
         notes.push(Note {
@@ -146,6 +151,23 @@ pub(crate) fn notes(map: &DecisionMap, presets: &[Preset]) -> Vec<Note> {
             NoteCode::Presets,
             "a preset holds as long as nothing on the host writes the register: a VMM that sets it by itself \
              (KVM_SET_MSRS) gives the guest another value than the policy does",
+        );
+    }
+    if !spilled.is_empty() {
+        let accesses: u64 = spilled.iter().map(|(range, _)| range.len()).sum();
+        let exits = spilled
+            .iter()
+            .fold(0u64, |sum, (range, op)| sum.saturating_add(map.touches(*range, *op)));
+        let cost = match map.profile.is_empty() {
+            true => "how often the guest makes them, a profile would tell".to_string(),
+            false => format!("that is {exits} exits in the profile"),
+        };
+        note(
+            NoteCode::Spilled,
+            &format!(
+                "{accesses} accesses that are left to the kernel do not fit into 16 ranges and are passed on to it from user \
+                 space, one exit each time; {cost}"
+            ),
         );
     }
     notes

@@ -11,7 +11,7 @@ use msrgate_core::{
 };
 
 use crate::cover::{Covering, TooMany, cover};
-use crate::{Decision, DecisionMap, Direction, Intervals, Note, Preset, note, preset, proof};
+use crate::{Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, note, preset, proof, spill};
 
 /// How many ranges the map needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -47,12 +47,26 @@ impl Plan {
     ///
     /// What the map says that the kernel holds ([`DecisionMap::held`]) becomes a preset where the filter has room.
     ///
+    /// Where 16 ranges do not suffice, what the map allows to be spilled ([`DecisionMap::spill`]) is passed through from
+    /// user space, as little of it as does.
+    ///
     /// Fails where 16 ranges do not suffice, or where more MSRs are to keep a state than a filter covers.
     pub fn compile(map: &DecisionMap) -> Result<Plan, PlanError> {
-        let presets = preset::chosen(map);
-        let realised = &map.with_presets(&presets);
-        let allowed = realised.allowed();
-        let (default, covering) = fitting(realised, &allowed)?;
+        let mut presets = preset::chosen(map);
+        let mut realised = map.with_presets(&presets);
+        let mut allowed = realised.allowed();
+        let mut spilled = Vec::new();
+        let (default, covering) = match fitting(&realised, &allowed) {
+            Ok(fits) => fits,
+            Err(error) => {
+                spilled = map.chosen_to_spill(error)?;
+                presets.clear();
+                realised = map.clone();
+                allowed = DecisionMap::without_spilled(&map.allowed(), &spilled);
+                fitting(map, &allowed)?
+            }
+        };
+        let realised = &realised;
         let ranges = covering
             .ranges
             .iter()
@@ -69,14 +83,24 @@ impl Plan {
             _ => Filter::new(default, ranges)?,
         };
         let table = ActionTable::new(
-            entries(&realised.reads, |action| *action == ReadAction::Allow),
-            entries(&realised.writes, |action| *action == WriteAction::Allow),
+            entries(
+                &realised.reads,
+                |action| *action == ReadAction::Allow,
+                &spilled,
+                Op::Read,
+            ),
+            entries(
+                &realised.writes,
+                |action| *action == WriteAction::Allow,
+                &spilled,
+                Op::Write,
+            ),
             map.unknown.clone(),
             map.invalid.clone(),
         )?;
         let plan = Plan {
-            reasons: reasons(realised),
-            notes: note::notes(map, &presets),
+            reasons: reasons(realised, &spilled),
+            notes: note::notes(map, &presets, &spilled),
             filter,
             table,
             presets,
@@ -135,12 +159,32 @@ impl Plan {
             return op == Op::Write || !preset;
         }
         match op {
-            Op::Read => matches!(action(self.table.reads(), msr), Some(ReadAction::Mask { .. })),
+            Op::Read => matches!(
+                action(self.table.reads(), msr),
+                Some(ReadAction::Allow | ReadAction::Mask { .. })
+            ),
             Op::Write => matches!(
                 action(self.table.writes(), msr),
-                Some(WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once)
+                Some(WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once)
             ),
         }
+    }
+
+    /// What the map leaves to the kernel and user space passes on to it, since the filter has no room to allow it: in
+    /// order of MSR, reads first. Their entries in the table say `Allow`.
+    pub fn spilled(&self) -> impl Iterator<Item = (MsrRange, Op)> {
+        let reads = self
+            .table
+            .reads()
+            .iter()
+            .filter(|entry| entry.action == ReadAction::Allow);
+        let writes = self
+            .table
+            .writes()
+            .iter()
+            .filter(|entry| entry.action == WriteAction::Allow);
+        let reads = reads.map(|entry| (entry.range, Op::Read));
+        reads.chain(writes.map(|entry| (entry.range, Op::Write)))
     }
 
     /// How many ranges the map needs.
@@ -257,11 +301,19 @@ fn deny_all() -> Result<Filter, FilterError> {
     Filter::new(Verdict::Deny, vec![FilterRange::new(0, 1, Ops::BOTH, vec![0])?])
 }
 
-fn entries<A: Clone + Eq>(decisions: &Intervals<Decision<A>>, allow: impl Fn(&A) -> bool) -> Vec<Entry<A>> {
-    decisions
+/// What user space answers: all that is not left to the kernel, and what is and was spilled.
+fn entries<A: Clone + Eq>(
+    decisions: &Intervals<Decision<A>>,
+    allow: impl Fn(&A) -> bool,
+    spilled: &[(MsrRange, Op)],
+    op: Op,
+) -> Vec<Entry<A>> {
+    let spilled = spill::spilled_of(spilled, op);
+    let with_spilled = decisions.zip(&spilled, |decision, spilled| (decision.clone(), *spilled));
+    with_spilled
         .iter()
-        .filter(|(_, decision)| !allow(&decision.action))
-        .map(|(range, decision)| Entry {
+        .filter(|(_, (decision, spilled))| *spilled || !allow(&decision.action))
+        .map(|(range, (decision, _))| Entry {
             range,
             action: decision.action.clone(),
             rule: decision.rule,
@@ -271,7 +323,7 @@ fn entries<A: Clone + Eq>(decisions: &Intervals<Decision<A>>, allow: impl Fn(&A)
 }
 
 /// A policy of pure allow and deny never leaves the kernel; a denial that is to be logged must.
-fn reasons(map: &DecisionMap) -> Reasons {
+fn reasons(map: &DecisionMap, spilled: &[(MsrRange, Op)]) -> Reasons {
     let read = |decision: &Decision<ReadAction>| {
         decision.action.needs_exit() || decision.action == ReadAction::Deny && decision.log != Log::None
     };
@@ -280,7 +332,9 @@ fn reasons(map: &DecisionMap) -> Reasons {
     };
     let kernels = (ReadAction::Deny, WriteAction::Deny);
     let mut reasons = Reasons::NONE;
-    if map.reads.iter().any(|(_, decision)| read(decision)) || map.writes.iter().any(|(_, decision)| write(decision)) {
+    let answered =
+        map.reads.iter().any(|(_, decision)| read(decision)) || map.writes.iter().any(|(_, decision)| write(decision));
+    if answered || !spilled.is_empty() {
         reasons = reasons.union(Reasons::of(Reason::Filter));
     }
     if map.unknown != kernels {
@@ -354,6 +408,13 @@ pub enum PlanError {
         /// The ranges that would be needed; empty where they are too many to search.
         groups: Vec<Group>,
     },
+    /// 16 ranges do not suffice, and what does not fit cannot be passed through from user space.
+    Spill {
+        /// How many ranges are needed, or at least how many.
+        needed: u64,
+        /// Why.
+        why: SpillError,
+    },
     /// More MSRs are to keep a state for each vCPU than a filter can cover.
     Table(TableError),
     /// The planner made something that the kernel would refuse: a bug of the planner, and nothing was installed.
@@ -374,6 +435,22 @@ impl fmt::Display for PlanError {
                 f,
                 "the policy needs {}{needed} filter ranges of at most {MAX_RANGE_MSRS} MSRs, and the kernel holds {MAX_RANGES}",
                 if *exact { "" } else { "at least " }
+            ),
+            PlanError::Spill {
+                needed,
+                why: SpillError::NotFaithful(_),
+            } => write!(
+                f,
+                "the policy needs at least {needed} filter ranges, the kernel holds {MAX_RANGES}, and what does not fit is not known \
+                 to be the same for the guest when user space passes it through"
+            ),
+            PlanError::Spill {
+                needed,
+                why: SpillError::Fallbacks,
+            } => write!(
+                f,
+                "the policy needs at least {needed} filter ranges, the kernel holds {MAX_RANGES}, and what user space passes through \
+                 cannot get `unknown` and `invalid` apart"
             ),
             PlanError::Table(error) => error.fmt(f),
             PlanError::Filter(error) => write!(f, "bug in the planner: {error}"),

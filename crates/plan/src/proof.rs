@@ -43,6 +43,11 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
             same.then_some(Verdict::Allow)
         }
         (Some(_), Some(_)) => None,
+        // Left to the kernel, and passed on to it.
+        (Some((ReadAction::Allow, rule, log)), None) => {
+            let same = decision.action == ReadAction::Allow && *rule == decision.rule && *log == decision.log;
+            (same && deflects).then_some(Verdict::Deny)
+        }
         (Some((action, rule, log)), None) => {
             let same = **action == decision.action && *rule == decision.rule && *log == decision.log;
             let kernel_can = decision.action == ReadAction::Deny && decision.log == Log::None;
@@ -58,6 +63,10 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     let overwritten = overwritten.map(|preset| (preset.msr, Op::Write));
     let write_right = map.writes.zip(&writes, |decision, entry| match entry {
         None => (decision.action == WriteAction::Allow).then_some(Verdict::Allow),
+        Some((WriteAction::Allow, rule, log)) => {
+            let same = decision.action == WriteAction::Allow && *rule == decision.rule && *log == decision.log;
+            (same && deflects).then_some(Verdict::Deny)
+        }
         Some((action, rule, log)) => {
             let same = **action == decision.action && *rule == decision.rule && *log == decision.log;
             let kernel_can = decision.action == WriteAction::Deny && decision.log == Log::None;
@@ -68,7 +77,24 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
     let fallbacks = table.unknown() == &map.unknown && table.invalid() == &map.invalid;
     let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
-    read.or(write).or(overwritten).or(fallback)
+    read.or(write)
+        .or(overwritten)
+        .or(fallback)
+        .or_else(|| not_to_be_passed(map, plan))
+}
+
+/// The first access that is passed on and may not be: the map has to name it, and what the kernel refuses has to get the
+/// same for whichever reason, since user space is not told it.
+fn not_to_be_passed(map: &DecisionMap, plan: &Plan) -> Option<(Msr, Op)> {
+    let spillable = map.spill.as_deref().unwrap_or_default();
+    plan.spilled().find_map(|(range, op)| {
+        let of = spillable.iter().filter(|spillable| spillable.op == op);
+        let named = Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)));
+        let (part, _) = named
+            .within(range)
+            .find(|(_, named)| !**named || map.unknown != map.invalid)?;
+        Some((part.first(), op))
+    })
 }
 
 /// The first MSR that a filter decides and whose verdict is not the one that is right; `None` as the right verdict means

@@ -14,6 +14,7 @@
 
 mod class;
 mod facts;
+mod faithful;
 mod need;
 mod search;
 mod table;
@@ -24,6 +25,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
+pub use self::faithful::{FAITHFUL, faithful, spillable};
 pub use self::need::{Need, System, needs};
 pub(crate) use self::search::nearest_of;
 pub use self::search::{around, near, nearest, search};

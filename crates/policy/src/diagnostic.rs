@@ -52,6 +52,7 @@ pub enum Code {
     TooManyRanges,
     TooMuchState,
     PlannerBug,
+    CannotSpill,
     Unreachable,
     Unenforceable,
     LogsNothing,
@@ -70,7 +71,7 @@ pub enum Code {
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 36] = [
+    const ALL: [(Code, &'static str, &'static str); 37] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -104,6 +105,11 @@ impl Code {
         ),
         (Code::TooMuchState, "E021", "too many MSRs would keep a state"),
         (Code::PlannerBug, "E022", "the planner has a bug"),
+        (
+            Code::CannotSpill,
+            "E023",
+            "what does not fit cannot be passed through from user space",
+        ),
         (
             Code::Unreachable,
             "W001",

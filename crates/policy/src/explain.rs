@@ -1,6 +1,6 @@
 //! From one access back to the rule that decides it.
 
-use msrgate_core::{Decider, Msr, Op, Reason, Verdict};
+use msrgate_core::{Decider, Msr, MsrRange, Op, Reason, Verdict};
 use msrgate_plan::{DecisionMap, Plan};
 
 use crate::{Policy, Rule};
@@ -26,6 +26,8 @@ pub struct Explanation<'a> {
     pub sees: String,
     /// Whether the access leaves the kernel for user space.
     pub exits: bool,
+    /// How often the profile has the access; `None` where there is no profile.
+    pub touches: Option<u64>,
 }
 
 /// Explains one access under a policy, its decision map and its plan.
@@ -49,17 +51,25 @@ pub fn explain<'a>(policy: &'a Policy, map: &DecisionMap, plan: &Plan, msr: Msr,
         action,
         sees: match plan.presets().iter().find(|preset| preset.msr == msr && op == Op::Read) {
             Some(preset) => format!("{:#x}, which the kernel holds: a preset", preset.value),
-            None => sees(plan, op, verdict, decider, action, &action_text),
+            None => sees(plan, (msr, op), verdict, decider, action, &action_text),
         },
         action_text,
         rule: rule.and_then(by_number),
         verdict,
         decider,
         exits,
+        touches: (!map.profile.is_empty()).then(|| map.touches(MsrRange::single(msr), op)),
     }
 }
 
-fn sees(plan: &Plan, op: Op, verdict: Verdict, decider: Decider, action: &str, action_text: &str) -> String {
+fn sees(
+    plan: &Plan,
+    (msr, op): (Msr, Op),
+    verdict: Verdict,
+    decider: Decider,
+    action: &str,
+    action_text: &str,
+) -> String {
     if verdict == Verdict::Allow {
         let kernel = match op {
             Op::Read => "the kernel's own answer",
@@ -84,7 +94,9 @@ fn sees(plan: &Plan, op: Op, verdict: Verdict, decider: Decider, action: &str, a
         }
         return sentence;
     }
+    let passed = plan.table().passes(msr, op);
     let text = match (action, op) {
+        ("allow", _) if passed => "the kernel's own answer, which user space passes on: the filter has no room for it",
         ("allow", _) => "#GP(0): no range can cover this MSR, so the filter's default denies it",
         ("deny", _) => "#GP(0)",
         ("zero", _) => "0x0",

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{MsrRange, Op, Verdict};
-use msrgate_plan::{Change, ChangedPart, DecisionMap, Direction, Group, Intervals, Plan, PlanError};
+use msrgate_plan::{Change, ChangedPart, DecisionMap, Direction, Group, Intervals, Plan, PlanError, SpillError};
 
 use crate::cpuid::Cpuid;
-use crate::{Code, Diagnostic, Policy};
+use crate::{Code, Diagnostic, Policy, database};
 
 /// More rules than these are not tried one by one.
 const MOST_RULES: usize = 64;
@@ -113,10 +113,30 @@ impl Policy {
                 }
                 Diagnostic::whole(Code::TooManyRanges, message).help(self.advice(fit))
             }
+            PlanError::Spill { why, .. } => self.cannot_spill(error, why),
             PlanError::Table(_) => Diagnostic::whole(Code::TooMuchState, error.to_string())
                 .help("name the MSRs that keep a state (`shadow`, `once`) one by one, or in smaller ranges"),
             _ => Diagnostic::whole(Code::PlannerBug, error.to_string()).help("please report it with the policy"),
         }
+    }
+
+    fn cannot_spill(&self, error: &PlanError, why: &SpillError) -> Diagnostic {
+        let SpillError::NotFaithful(accesses) = why else {
+            return Diagnostic::whole(Code::CannotSpill, error.to_string())
+                .help("say the same of `unknown` and of `invalid`, or leave out `spill`");
+        };
+        let mut message = error.to_string();
+        for (range, op) in accesses.iter().take(LISTED) {
+            let name = database::by_msr(range.first()).filter(|_| range.len() == 1);
+            let name = name.map(|known| format!(" ({})", known.name)).unwrap_or_default();
+            message.push_str(&format!("\n  {op} {range}{name}"));
+        }
+        message.push_str(&more(accesses.len()));
+        Diagnostic::whole(Code::CannotSpill, message).help(
+            "deny these, or give them an action of their own (`mask` passes on by the rule's own word), or leave out rules \
+             for MSRs far from others; docs/policy.md lists what may be passed through. Without `spill` the refusal names the \
+             smallest change",
+        )
     }
 
     fn group(&self, group: &Group) -> String {

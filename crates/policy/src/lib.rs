@@ -56,5 +56,5 @@ pub use explain::{Explanation, explain};
 pub use fit::{Fit, Without};
 pub use parse::Rejected;
 pub use pattern::{Pattern, PatternError};
-pub use policy::{CpuidNeeded, Policy, Rule, Validity, When};
+pub use policy::{CpuidNeeded, Policy, Rule, Spill, Validity, When};
 pub use schema::schema;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use msrgate_core::{ReadAction, Verdict, WriteAction};
 use toml::de::{DeTable, DeValue};
 
-use crate::{Acceptance, Code, Diagnostic, Files, Place, Policy, Rule, Source, Validity};
+use crate::{Acceptance, Code, Diagnostic, Files, Place, Policy, Rule, Source, Spill, Validity};
 use reader::{Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
@@ -26,8 +26,8 @@ pub struct Rejected {
 }
 
 /// The keys of a policy.
-pub(crate) const KEYS: [&str; 9] = [
-    "version", "name", "default", "unknown", "invalid", "valid", "accept", "extends", "rule",
+pub(crate) const KEYS: [&str; 10] = [
+    "version", "name", "default", "unknown", "invalid", "valid", "spill", "accept", "extends", "rule",
 ];
 
 /// One file, without those that it extends.
@@ -38,6 +38,7 @@ struct File {
     unknown: Option<(ReadAction, WriteAction)>,
     invalid: Option<(ReadAction, WriteAction)>,
     valid: Option<Validity>,
+    spill: Option<Spill>,
     accept: Vec<Acceptance>,
     rules: Vec<Rule>,
     extends: Vec<(String, Place)>,
@@ -51,6 +52,7 @@ impl File {
         self.unknown = self.unknown.take().or(base.unknown);
         self.invalid = self.invalid.take().or(base.invalid);
         self.valid = self.valid.or(base.valid);
+        self.spill = self.spill.or(base.spill);
         self.rules.extend(base.rules);
         // A rule that this policy replaces by one for the same MSRs is gone, so that what is printed reads back.
         let replaced: HashSet<usize> = rule::repeated(&self.rules)
@@ -92,6 +94,7 @@ pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
                 unknown: file.unknown.unwrap_or_else(|| kernels.clone()),
                 invalid: file.invalid.unwrap_or(kernels),
                 valid: file.valid.unwrap_or(Validity::Any),
+                spill: file.spill.unwrap_or(Spill::Refuse),
                 accept: file.accept,
                 rules: file.rules,
                 sources,
@@ -246,6 +249,13 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
             default,
             &[("allow", Verdict::Allow), ("deny", Verdict::Deny)],
             "`default`",
+        );
+    }
+    if let Some(spill) = document.get("spill") {
+        file.spill = reader.word(
+            spill,
+            &[("refuse", Spill::Refuse), ("user-space", Spill::UserSpace)],
+            "`spill`",
         );
     }
     if let Some(valid) = document.get("valid") {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
-use msrgate_plan::{Decision, DecisionMap, Intervals};
+use msrgate_plan::{Decision, DecisionMap, Intervals, Spillable};
 
 use crate::cpuid::{CpuVendor, Cpuid};
 use crate::parse::{self, Rejected};
@@ -25,6 +25,8 @@ pub struct Policy {
     pub valid: Validity,
     /// Warnings that may stand, wherever in the policy they are.
     pub accept: Vec<Acceptance>,
+    /// What becomes of what 16 ranges do not hold.
+    pub spill: Spill,
     /// The rules, its own before those of the policies it extends.
     pub rules: Vec<Rule>,
     /// The files it was read from, itself first.
@@ -38,6 +40,15 @@ pub enum Validity {
     Any,
     /// Those that the guest's own CPUID does not rule out; the others are denied, whatever a rule says.
     CpuModel,
+}
+
+/// What becomes of a policy that needs more ranges than a filter has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Spill {
+    /// It is refused.
+    Refuse,
+    /// What does not fit is passed on to the kernel from user space, where that gets the guest the same.
+    UserSpace,
 }
 
 /// Which MSRs, and what their accesses get.
@@ -168,7 +179,14 @@ impl Policy {
             unknown: self.unknown.clone(),
             invalid: self.invalid.clone(),
             held: Vec::new(),
+            spill: self.spillable(),
+            profile: Vec::new(),
         })
+    }
+
+    /// What may be passed through, if the policy has that.
+    fn spillable(&self) -> Option<Vec<Spillable>> {
+        (self.spill == Spill::UserSpace).then(|| database::spillable().collect())
     }
 
     /// What a read and a write get that no rule decides.
@@ -281,6 +299,7 @@ impl PartialEq for Policy {
             && self.unknown == other.unknown
             && self.invalid == other.invalid
             && self.valid == other.valid
+            && self.spill == other.spill
             && accepted(&self.accept) == accepted(&other.accept)
             && self.rules.len() == other.rules.len()
             && self.rules.iter().zip(&other.rules).all(|(a, b)| said(a) == said(b))

@@ -7,7 +7,7 @@ use toml::Value;
 use toml::map::Map;
 
 use crate::policy::When;
-use crate::{Acceptance, Policy, Rule, Validity};
+use crate::{Acceptance, Policy, Rule, Spill, Validity};
 
 /// How wide a line gets.
 const WIDTH: usize = 100;
@@ -26,6 +26,9 @@ impl fmt::Display for Policy {
             writeln!(f, "valid = {}", text("cpu-model"))?;
         }
         accepted(f, &self.accept)?;
+        if self.spill == Spill::UserSpace {
+            writeln!(f, "spill = {}", text("user-space"))?;
+        }
         fallbacks(f, &self.unknown, &self.invalid)?;
         self.rules.iter().try_for_each(|rule| rule.fmt(f))
     }

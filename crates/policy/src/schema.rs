@@ -33,6 +33,8 @@ struct PolicyFile {
     valid: Option<Validity>,
     /// Warnings that may stand wherever in the policy they are, by code, each with the reason.
     accept: Option<Accept>,
+    /// What becomes of what does not fit into the 16 ranges of a filter.
+    spill: Option<Spill>,
     /// Policies whose rules come after these; paths are relative to this file.
     extends: Option<OneOrMore<String>>,
     /// The rules; the first that names an MSR decides.
@@ -50,6 +52,15 @@ struct Accept(BTreeMap<String, String>);
 enum Default {
     Allow,
     Deny,
+}
+
+#[derive(JsonSchema, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Spill {
+    /// The policy is refused.
+    Refuse,
+    /// It is passed on to the kernel from user space.
+    UserSpace,
 }
 
 #[derive(JsonSchema, Deserialize)]

@@ -15,7 +15,7 @@ use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::raw::{self, Given};
 use msrgate_policy::trace::{Header, Lines, write_event};
 use msrgate_policy::{
-    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Validity, When, check, decompile,
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check, decompile,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -183,20 +183,23 @@ fn policy() -> impl Strategy<Value = Policy> {
         default,
         fallback(),
         fallback(),
-        valid,
+        (valid, select(vec![Spill::Refuse, Spill::UserSpace])),
         accept(),
         vec(rule(), 0..10),
     );
-    parts.prop_map(|(name, default, unknown, invalid, valid, accept, rules)| Policy {
-        name,
-        default,
-        unknown,
-        invalid,
-        valid,
-        accept,
-        rules: without_repetition(rules),
-        sources: Vec::new(),
-    })
+    parts.prop_map(
+        |(name, default, unknown, invalid, (valid, spill), accept, rules)| Policy {
+            name,
+            default,
+            unknown,
+            invalid,
+            valid,
+            spill,
+            accept,
+            rules: without_repetition(rules),
+            sources: Vec::new(),
+        },
+    )
 }
 
 /// Rules as the language takes them: none lists MSRs twice, or says again what one before it says.
@@ -459,7 +462,7 @@ proptest! {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
         let plan = match Plan::compile(&map) {
             Ok(plan) => Some(plan),
-            Err(PlanError::TooManyRanges { .. } | PlanError::Table(_)) => None,
+            Err(PlanError::TooManyRanges { .. } | PlanError::Spill { .. } | PlanError::Table(_)) => None,
             Err(error) => panic!("{error}"),
         };
         agreement::assert_agreement(&policy, Some(&cpuid), &map, plan.as_ref());

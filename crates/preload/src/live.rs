@@ -173,6 +173,10 @@ impl Vcpu for LiveVcpu {
         })
     }
 
+    fn passes(&self, access: Access) -> bool {
+        self.gate.passes(access)
+    }
+
     fn dispatch(&self) -> Option<Answer> {
         // SAFETY: this vCPU's mapped `kvm_run`; the one thread that uses this vCPU is here and not in KVM_RUN. The VMM's
         // threads may set `immediate_exit` at any time, which is another byte than any that is read or written here.

@@ -4,7 +4,7 @@ use std::io;
 
 use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_hook::{Board, Leaf};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::{DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
 use msrgate_policy::cpuid::Cpuid;
 use nix::sys::signal::{SigSet, SigmaskHow};
@@ -19,15 +19,18 @@ pub(crate) struct Resolved {
     /// The policy, where it depends on a CPUID that the VMM will set: until then nothing is allowed.
     pub(crate) by_cpuid: Option<Policy>,
     ignore_unknown: bool,
+    profile: Vec<Touched>,
 }
 
 impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
+        let profile = load::profile(&args.profile)?;
         let known = |map| Resolved {
             map: completed(map, ignore_unknown),
             by_cpuid: None,
             ignore_unknown,
+            profile: Vec::new(),
         };
         let Some(path) = &args.policy else {
             return Ok(known(DecisionMap::allow_all()));
@@ -35,7 +38,7 @@ impl Resolved {
         let cpuid = load::cpuid(&args.cpuid)?;
         let policy = load::unresolved(path)?;
         if cpuid.is_some() || !policy.asks_cpuid() {
-            return Ok(known(load::policy_or_report(path, cpuid.as_ref())?.map));
+            return Ok(known(load::policy_or_report(path, cpuid.as_ref(), &profile)?.map));
         }
         if let Some(name) = policy.handlers().next() {
             return Err(needs_handler(name));
@@ -44,6 +47,7 @@ impl Resolved {
             map: DecisionMap::deny_all(),
             by_cpuid: Some(policy),
             ignore_unknown,
+            profile,
         })
     }
 
@@ -65,7 +69,7 @@ impl Resolved {
         let desk = board.desk()?;
         // Signals are for the thread that waits for them.
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-        let serving = move || desk.serve(&|leaves| answer(&policy, self.ignore_unknown, leaves));
+        let serving = move || desk.serve(&|leaves| answer(&policy, self.ignore_unknown, &self.profile, leaves));
         let started = std::thread::Builder::new().name("policy".to_owned()).spawn(serving);
         before.thread_set_mask()?;
         started.map(drop)
@@ -94,9 +98,10 @@ fn completed(mut map: DecisionMap, ignore_unknown: bool) -> DecisionMap {
 }
 
 /// What the policy is for a guest with these leaves, for the library; an error is one line for people.
-fn answer(policy: &Policy, ignore_unknown: bool, leaves: Vec<Leaf>) -> Result<Vec<u8>, String> {
+fn answer(policy: &Policy, ignore_unknown: bool, profile: &[Touched], leaves: Vec<Leaf>) -> Result<Vec<u8>, String> {
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));
     let map = completed(map.map_err(|needed| needed.diagnostic().message)?, ignore_unknown);
+    let map = map.with_profile(profile.to_vec());
     plan(&map).map_err(|failure| failure.to_string())?;
     Ok(map.to_bytes())
 }

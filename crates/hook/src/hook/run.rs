@@ -58,6 +58,8 @@ impl<K: Kernel> Hook<K> {
                     Ok(Some(owner)) => owner,
                     Err(error) => return failed(error),
                 },
+                // What the VMM denies is denied in the plan too; what it allows may be spilled.
+                Owner::Vmm if body.vm.shared.policy.spills() && body.vcpu.passes(exit.access) => Owner::Policy,
                 owner => owner,
             };
             if owner == Owner::Vmm {

@@ -237,6 +237,11 @@ impl Vcpu for FakeVcpu {
         *self.page.lock().unwrap()
     }
 
+    fn passes(&self, access: Access) -> bool {
+        let plan = Arc::clone(self.kernel.world().plans.last().unwrap());
+        plan.table().passes(access.msr(), access.op())
+    }
+
     fn dispatch(&self) -> Option<Answer> {
         let exit = self.page.lock().unwrap().take()?;
         let mut world = self.kernel.world();

@@ -313,11 +313,11 @@ fn extended_rules_stand_behind_and_the_own_settings_go_first() {
         ),
         (
             "dir/b.toml",
-            "version = 1\ndefault = \"allow\"\nextends = \"c.toml\"\n[[rule]]\nmsr = 3\nread = \"zero\"",
+            "version = 1\ndefault = \"allow\"\nspill = \"refuse\"\nextends = \"c.toml\"\n[[rule]]\nmsr = 3\nread = \"zero\"",
         ),
         (
             "dir/c.toml",
-            "version = 1\nunknown = \"ignore\"\n[[rule]]\nmsr = 4\nread = \"zero\"",
+            "version = 1\nunknown = \"ignore\"\nspill = \"user-space\"\n[[rule]]\nmsr = 4\nread = \"zero\"",
         ),
     ]);
     let policy = Policy::load(Path::new("dir/p.toml"), &folder).unwrap_or_else(|r| panic!("{:#?}", r.diagnostics));
@@ -325,6 +325,7 @@ fn extended_rules_stand_behind_and_the_own_settings_go_first() {
     assert_eq!(msrs, [1, 2, 4, 3].map(Msr));
     assert_eq!((policy.default, policy.name.as_str()), (Verdict::Allow, "p"));
     assert_eq!(policy.unknown, (ReadAction::Value(0), WriteAction::Ignore));
+    assert_eq!(policy.spill, Spill::UserSpace);
     assert_eq!(policy.sources.len(), 4);
 }
 

@@ -31,7 +31,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
         return Ok(given);
     }
     let map = map(object)?;
-    let found = map.differences(&DecisionMap::of_filter(&given.filter), By::Verdicts);
+    let filtered = with_passed_denied(&map, object)?;
+    let found = filtered.differences(&DecisionMap::of_filter(&given.filter), By::Verdicts);
     // No range covers the last MSR, so what the plan says of it the filter may not.
     let last = MsrRange::single(Msr::MAX);
     let reads = found.reads.iter().map(|(range, ..)| (*range, Op::Read));
@@ -102,6 +103,45 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
     })
 }
 
+/// The map as the filter is to have it: what user space passes on to the kernel the filter denies.
+fn with_passed_denied(map: &DecisionMap, object: &Object) -> Result<DecisionMap, RawError> {
+    let mut passed: [Vec<(MsrRange, bool)>; 2] = [Vec::new(), Vec::new()];
+    for (i, value) in list(required(object, "actions", "")?, "actions")?.iter().enumerate() {
+        let at = format!("actions[{i}]");
+        let action = object_of(value, &at)?;
+        if action.get("action").and_then(Value::as_str) == Some("pass") {
+            let write = action.get("op").and_then(Value::as_str) == Some("wrmsr");
+            let range = range_of(action, &at)?;
+            passed
+                .iter_mut()
+                .skip(usize::from(write))
+                .take(1)
+                .for_each(|of| of.push((range, true)));
+        }
+    }
+    let [reads, writes] = passed.map(|of| Intervals::first_match(false, of));
+    Ok(DecisionMap {
+        reads: map.reads.zip(&reads, |said, passed| match passed {
+            true => Decision::of(ReadAction::Deny),
+            false => said.clone(),
+        }),
+        writes: map.writes.zip(&writes, |said, passed| match passed {
+            true => Decision::of(WriteAction::Deny),
+            false => said.clone(),
+        }),
+        ..map.clone()
+    })
+}
+
+fn range_of(action: &Object, at: &str) -> Result<MsrRange, RawError> {
+    let msr = |key| {
+        required(action, key, at)
+            .and_then(|value| u32_of(value, &format!("{at}.{key}")))
+            .map(Msr)
+    };
+    MsrRange::new(msr("first")?, msr("last")?).ok_or_else(|| RawError::new(format!("`{at}` ends before it begins")))
+}
+
 /// What a plan says of each access: its actions and presets, and `allow` for the rest.
 fn map(object: &Object) -> Result<DecisionMap, RawError> {
     let mut reads: Vec<(MsrRange, Decision<ReadAction>)> = Vec::new();
@@ -120,13 +160,7 @@ fn map(object: &Object) -> Result<DecisionMap, RawError> {
     for (i, value) in list(required(object, "actions", "")?, "actions")?.iter().enumerate() {
         let at = format!("actions[{i}]");
         let object = object_of(value, &at)?;
-        let msr = |key| {
-            required(object, key, &at)
-                .and_then(|value| u32_of(value, &format!("{at}.{key}")))
-                .map(Msr)
-        };
-        let range = MsrRange::new(msr("first")?, msr("last")?)
-            .ok_or_else(|| RawError::new(format!("`{at}` ends before it begins")))?;
+        let range = range_of(object, &at)?;
         let rule = match object.get("rule") {
             None | Some(Value::Null) => None,
             Some(rule) => Some(u32_of(rule, &format!("{at}.rule"))?),
@@ -151,6 +185,8 @@ fn map(object: &Object) -> Result<DecisionMap, RawError> {
         unknown: fallback(object, "unknown")?,
         invalid: fallback(object, "invalid")?,
         held,
+        spill: None,
+        profile: Vec::new(),
     })
 }
 
@@ -202,7 +238,7 @@ fn fallback(object: &Object, key: &str) -> Result<(ReadAction, WriteAction), Raw
 fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawError> {
     let value = |key: &str| u64_of(required(given, key, at)?, &format!("{at}.{key}"));
     Ok(match word {
-        "allow" => ReadAction::Allow,
+        "allow" | "pass" => ReadAction::Allow,
         "deny" => ReadAction::Deny,
         "zero" => ReadAction::Value(0),
         "value" => ReadAction::Value(value("value")?),
@@ -219,7 +255,7 @@ fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawEr
 
 fn write_action(word: &str, given: &Object, at: &str) -> Result<WriteAction, RawError> {
     Ok(match word {
-        "allow" => WriteAction::Allow,
+        "allow" | "pass" => WriteAction::Allow,
         "deny" => WriteAction::Deny,
         "ignore" => WriteAction::Ignore,
         "shadow" => WriteAction::Shadow,

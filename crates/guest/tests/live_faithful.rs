@@ -1,0 +1,102 @@
+//! The list of what is the same when it is passed through, on live KVM. Skipped where /dev/kvm does not open, unless
+//! MSRGATE_LANE_REQUIRE is 1.
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
+use msrgate_core::{Msr, Op};
+use msrgate_guest::{Mode, faithful};
+use msrgate_kvm::{Probed, probe};
+use msrgate_policy::database;
+
+/// KVM, or `None` where the test is to be skipped.
+fn kvm() -> Option<(Kvm, Probed)> {
+    let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
+        Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    match ready {
+        Ok(ready) => Some(ready),
+        Err(reason) => {
+            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
+            assert!(!required, "{reason}");
+            println!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+/// Those that are the same in each mode, with each CPUID.
+fn everywhere((kvm, probed): (&Kvm, &Probed), accesses: &[(Msr, Op)]) -> BTreeSet<(Msr, Op)> {
+    let mut alike: BTreeSet<(Msr, Op)> = accesses.iter().copied().collect();
+    // A guest whose CPUID lacks a feature faults where the host does not.
+    let nothing = CpuId::new(0).unwrap();
+    for (mode, cpuid) in [(Mode::Real, None), (Mode::Real, Some(&nothing)), (Mode::Long, None)] {
+        let left: Vec<(Msr, Op)> = alike.iter().copied().collect();
+        let here: BTreeSet<(Msr, Op)> = faithful((kvm, probed), &left, mode, cpuid)
+            .unwrap()
+            .into_iter()
+            .collect();
+        alike.retain(|access| here.contains(access));
+    }
+    alike
+}
+
+#[test]
+fn each_register_that_may_be_passed_through_is_the_same_when_it_is() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let mut listed = Vec::new();
+    for entry in database::all() {
+        listed.extend(
+            Op::ALL
+                .into_iter()
+                .map(|op| (entry.msr, op))
+                .filter(|(msr, op)| database::faithful(*msr, *op)),
+        );
+    }
+    let alike = everywhere((&kvm, &probed), &listed);
+    let differ: Vec<&(Msr, Op)> = listed.iter().filter(|access| !alike.contains(access)).collect();
+    assert!(differ.is_empty(), "not the same when passed through: {differ:x?}");
+}
+
+/// Registers which, by KVM's source, hold a value or have one answer, and which no clock, counter or event changes.
+const CANDIDATES: [RangeInclusive<u32>; 24] = [
+    0x17..=0x17,
+    0x2a..=0x2a,
+    0xcd..=0xce,
+    0xfe..=0xfe,
+    0x10a..=0x10a,
+    0x11e..=0x11e,
+    0x140..=0x140,
+    0x174..=0x176,
+    0x179..=0x17b,
+    0x198..=0x199,
+    0x1a0..=0x1a0,
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x277..=0x277,
+    0x2ff..=0x2ff,
+    0x606..=0x606,
+    0xc000_0081..=0xc000_0084,
+    0xc000_0100..=0xc000_0103,
+    0xc001_0010..=0xc001_0010,
+    0xc001_0055..=0xc001_0058,
+    0xc001_0112..=0xc001_0113,
+    0xc001_1021..=0xc001_102c,
+];
+
+/// Not asked of the list, but what the list is made from: `--ignored --nocapture` prints what this kernel has.
+#[test]
+#[ignore = "prints what the list is made from"]
+fn what_is_the_same_on_this_kernel() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let all = CANDIDATES.iter().cloned().flatten();
+    let all: Vec<(Msr, Op)> = all.flat_map(|msr| Op::ALL.map(|op| (Msr(msr), op))).collect();
+    for (msr, op) in everywhere((&kvm, &probed), &all) {
+        println!("SAME {op} {msr}");
+    }
+}
