@@ -112,7 +112,7 @@ impl Before {
                 origin: Origin::Summary(Box::new(summary)),
             });
         }
-        let Loaded { policy, map, .. } = load::policy_or_report(path, widen.cpuid.as_ref())?;
+        let Loaded { policy, map, .. } = load::policy_or_report(path, widen.cpuid.as_ref(), &[])?;
         Ok(Before {
             map,
             origin: Origin::Policy(Box::new(policy)),

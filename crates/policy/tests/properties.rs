@@ -15,7 +15,8 @@ use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::raw::{self, Given};
 use msrgate_policy::trace::{Header, Lines, write_event};
 use msrgate_policy::{
-    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check, decompile,
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check,
+    decompile,
 };
 use proptest::collection::vec;
 use proptest::option;
