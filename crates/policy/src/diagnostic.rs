@@ -160,7 +160,7 @@ impl Code {
             "N021",
             "a snapshot must save MSRs that KVM does not list",
         ),
-        (Code::StateKept, "N022", "the policy keeps state that no snapshot has"),
+        (Code::StateKept, "N022", "the policy keeps state that KVM does not have"),
     ];
 
     fn entry(self) -> &'static (Code, &'static str, &'static str) {

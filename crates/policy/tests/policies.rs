@@ -12,7 +12,7 @@ use msrgate_core::{Msr, Op, ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap, Differences, Plan};
 use msrgate_policy::raw::Given;
 use msrgate_policy::trace::Lines;
-use msrgate_policy::{Diagnostic, Files, Policy, check, decompile};
+use msrgate_policy::{Code, Diagnostic, Files, Policy, check, decompile};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -191,6 +191,17 @@ fn linux_finds_every_access_of_its_boot_allowed() {
                 .collect();
             assert_eq!(denied, [], "{policy}, {trace}");
         }
+    }
+}
+
+#[test]
+fn linux_finds_all_that_it_does_unguarded_on_any_processor() {
+    for name in ["linux-microvm", "linux-pc"] {
+        let policy = load(&root().join(format!("policies/{name}.toml")));
+        let findings = check(&policy, &map(&policy), None);
+        let missing = findings.iter().find(|found| found.code == Code::NoGuestStarts);
+        let missing = missing.map_or("", |found| &found.message);
+        assert!(!missing.contains("Linux"), "{name}: {missing}");
     }
 }
 

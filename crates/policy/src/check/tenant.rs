@@ -74,7 +74,7 @@ fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
     let unlisted: Vec<&Entry> = unlisted.filter(reaches_kernel).collect();
     (!unlisted.is_empty()).then(|| {
         let message = format!(
-            "the guest may write {}: a snapshot must save them by KVM_GET_MSRS though KVM_GET_MSR_INDEX_LIST does not name them",
+            "the guest may write {}, which KVM_GET_MSR_INDEX_LIST does not name: a snapshot must save them too",
             named(&unlisted)
         );
         Diagnostic::whole(Code::StateUnlisted, message)
@@ -89,7 +89,7 @@ fn kept(map: &DecisionMap) -> Option<Diagnostic> {
     let kept: Vec<String> = kept.map(|(range, _)| name(range)).collect();
     (!kept.is_empty()).then(|| {
         let message = format!(
-            "what `shadow` and `once` remember of {} is no state of KVM's: no snapshot and no migration stream has it",
+            "what `shadow` and `once` remember of {} is no state of KVM's; `msrgate plan --state` says what to save",
             some(&kept)
         );
         Diagnostic::whole(Code::StateKept, message)
