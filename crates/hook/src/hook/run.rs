@@ -30,10 +30,10 @@ impl<K: Kernel> Hook<K> {
             set_errno(EINTR);
             return -1;
         };
-        if !body.ready.get() {
+        let policy = body.policy.try_borrow().ok().filter(|_| body.ready.get());
+        let Some(policy) = policy else {
             return self.not_ready(body);
-        }
-        let policy = body.policy.borrow();
+        };
         let before = errno();
         // Looked at here, since a VMM resets a vCPU before it loads a saved state too, which undoes no lock.
         if entered.as_ref().is_some_and(Entered::was_placed) && policy.remembers() && body.vcpu.is_reset(fd) {
