@@ -218,6 +218,21 @@ fn a_page_is_one_file_that_names_what_it_runs_and_no_other() {
     ] {
         assert!(page.contains(text), "the page has no `{text}`");
     }
+    // Times, costs and numbers that no machine has.
+    let mut odd = HEADER.to_owned();
+    for t in [1_u64 << 63, 0, u64::MAX] {
+        odd.push_str(&format!(
+            "{{\"t\":{t},\"op\":\"rdmsr\",\"msr\":4294967295,\"cost\":{},\"vcpu\":{},\"rule\":4294967295}}\n",
+            u64::MAX,
+            t % 3
+        ));
+    }
+    folder.write("odd.jsonl", odd);
+    for arguments in [&["--html", "-"][..], &["--json"], &[]] {
+        folder
+            .run(&[&["report"], arguments, &["odd.jsonl", "odd.jsonl"]].concat())
+            .code(0);
+    }
     // A trace that breaks off gives a page up to there.
     folder.write(
         "cut.jsonl",

@@ -195,7 +195,9 @@ fn summary(told: &Told) -> Markup {
         .iter()
         .map(|trace| trace.last.abs_diff(trace.first))
         .max();
-    let mut x = 0.0;
+    // Where each kind's part of the bar begins.
+    let [allowed, emulated, _] = report.kinds();
+    let starts = [0, allowed, allowed + emulated];
     html! {
         section aria-labelledby="summary" {
             h2 #summary { "Summary" }
@@ -221,13 +223,11 @@ fn summary(told: &Told) -> Markup {
             }
             @if all > 0 {
                 svg.share width="100%" height="14" aria-hidden="true" {
-                    @for (kind, count) in kinds(report.kinds()) {
-                        @let from = x;
-                        @let wide = percent(count, all);
+                    @for ((kind, count), start) in kinds(report.kinds()).zip(starts) {
+                        @let (x, width) = (percent(start, all), percent(count, all));
                         @if count > 0 {
-                            rect.area.(kind.name()) x=(format!("{from:.3}%")) width=(format!("{wide:.3}%")) height="14" {}
+                            rect.area.(kind.name()) x=(format!("{x:.3}%")) width=(format!("{width:.3}%")) height="14" {}
                         }
-                        @let () = x += wide;
                     }
                 }
                 ul.shares {

@@ -13,6 +13,8 @@ const HEIGHT: f64 = 40.0;
 const LOWEST: f64 = 4.0;
 /// How many vCPUs get a lane.
 const VCPUS: usize = 8;
+/// How many columns that has: a vCPU's own timeline is no finer.
+const VCPU_COLUMNS: usize = 64;
 
 pub(super) fn section(told: &Told) -> Markup {
     let report = &told.report;
@@ -21,9 +23,12 @@ pub(super) fn section(told: &Told) -> Markup {
     if columns < 2 {
         return html! {};
     }
-    let scale = Scale {
-        start: timeline.start(),
-        width: timeline.width(),
+    // Hostile times are further apart than integers hold.
+    let (start, width) = (timeline.start() as f64, timeline.width() as f64);
+    let scale = Scale { start, width };
+    let few = Scale {
+        start,
+        width: width * columns as f64 / columns.min(VCPU_COLUMNS) as f64,
     };
     let buckets: Vec<[u64; 3]> = timeline.buckets().copied().collect();
     let mut busiest: Vec<(usize, &Vcpu)> = report.vcpus().iter().enumerate().collect();
@@ -60,10 +65,7 @@ pub(super) fn section(told: &Told) -> Markup {
                                 "vCPU " (each.vcpu)
                                 @if several { " " span.muted { "trace " (each.trace) ", VM " (each.vm) } }
                             }
-                            (lane(&each.timeline.columns(timeline, columns.min(64)), "vcpu", &Scale {
-                                start: scale.start,
-                                width: (scale.width * columns as u64).div_ceil(columns.min(64) as u64),
-                            }))
+                            (lane(&each.timeline.columns(timeline, columns.min(VCPU_COLUMNS)), "vcpu", &few))
                         }
                     }
                     @if others > 0 {
@@ -72,7 +74,7 @@ pub(super) fn section(told: &Told) -> Markup {
                 }
                 div.axis aria-hidden="true" {
                     @for quarter in 0..5 {
-                        span { (seconds(scale.start as f64 + scale.width as f64 * columns as f64 * f64::from(quarter) / 4.0)) }
+                        span { (seconds(start + width * columns as f64 * f64::from(quarter) / 4.0)) }
                     }
                 }
             }
@@ -80,16 +82,16 @@ pub(super) fn section(told: &Told) -> Markup {
     }
 }
 
-/// Where a lane's columns are in time.
+/// Where a lane's columns are in time, in nanoseconds.
 struct Scale {
-    start: i64,
-    width: u64,
+    start: f64,
+    width: f64,
 }
 
 fn lane(counts: &[u64], class: &str, scale: &Scale) -> Markup {
     let most = counts.iter().copied().max().unwrap_or(0);
     let all: u64 = counts.iter().sum();
-    let start = |place: usize| scale.start as f64 + scale.width as f64 * place as f64;
+    let start = |place: usize| scale.start + scale.width * place as f64;
     let peak = counts.iter().position(|count| *count == most).unwrap_or(0);
     let label = format!(
         "{}, at most {} in one column, at {}",
