@@ -25,7 +25,7 @@ pub(crate) struct Shared {
 }
 
 /// A policy, and what is to become of it.
-#[derive(Debug)]
+#[derive(PartialEq, Eq, Debug)]
 pub(crate) struct Policy {
     map: DecisionMap,
     plan: Plan,

@@ -69,7 +69,8 @@ impl<K: Kernel> Hook<K> {
     fn put_in_force(&self, body: &BodyOf<K>, policy: Arc<Policy>, set: impl FnOnce() -> c_int) -> c_int {
         let before = errno();
         let mut state = body.vm.state();
-        let changes = !Arc::ptr_eq(&policy, &state.policy);
+        // Another vCPU's thread may have brought the same meanwhile.
+        let changes = *policy != *state.policy;
         if changes && state.resolved.iter().any(|id| *id != body.id) {
             let line = "the policy means something else for it than for the VM's other vCPUs, and a VM has one filter: \
                         give all of them the same model and features";

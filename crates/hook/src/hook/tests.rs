@@ -1049,6 +1049,25 @@ fn a_vmm_may_think_better_of_a_cpuid_until_another_vcpu_has_it_too() {
 }
 
 #[test]
+fn vcpus_that_get_the_same_cpuid_at_once_get_the_same_policy() {
+    let (hook, fake, _board) = by_cpuid();
+    for _ in 0..20 {
+        let vm = vm(&hook);
+        let vcpus: Vec<c_int> = (0..4).map(|_| vcpu(&hook, vm, &fake, &[])).collect();
+        assert_eq!(set_model(&hook, &fake, vcpus[0], 1), Ok(()), "the bytes are there");
+        let other = super::tests::vm(&hook);
+        let vcpus: Vec<c_int> = (0..4).map(|_| vcpu(&hook, other, &fake, &[])).collect();
+        std::thread::scope(|scope| {
+            for vcpu in &vcpus {
+                scope.spawn(|| assert_eq!(ioctl(&hook, *vcpu, KVM_SET_CPUID2, 0), 0));
+            }
+        });
+        hook.closing_range(100, u32::MAX);
+    }
+    assert!(fake.world().said.is_empty());
+}
+
+#[test]
 fn a_cpuid_that_the_kernel_or_the_filter_refuses_changes_nothing() {
     let (hook, fake, _board) = by_cpuid();
     let vm = vm(&hook);
