@@ -14,7 +14,7 @@ use crate::test::{Ending, watched};
 use crate::{process, toolchain};
 
 /// The targets, each a program of `fuzz/` and a folder of `testdata/fuzz/`.
-const TARGETS: [&str; 4] = ["filter", "policy", "trace", "map"];
+const TARGETS: [&str; 5] = ["filter", "policy", "trace", "map", "raw"];
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\

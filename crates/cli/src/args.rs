@@ -45,6 +45,9 @@ pub(crate) enum Command {
     /// Write the policy that a raw kernel filter or a plan is
     #[command(after_help = DECOMPILE_AFTER)]
     Decompile(DecompileArgs),
+    /// Write what another tool says of MSRs as a policy
+    #[command(after_help = IMPORT_AFTER)]
+    Import(ImportArgs),
     /// Run a recorded guest's accesses as a real guest under a policy, on KVM or on the engine
     Replay(ReplayArgs),
     /// Compare this machine's kernel with the engine: under policies, under random filters, while filters change
@@ -135,6 +138,10 @@ pub(crate) enum Emit {
     C,
     /// Rust: bitmaps and ranges for the `kvm-ioctls` crate
     Rust,
+    /// Flags of crosvm, if they can say all of the policy
+    Crosvm,
+    /// An allow-list of msr-safe, if it can say all of the policy
+    MsrSafe,
 }
 
 #[derive(ClapArgs)]
@@ -210,6 +217,33 @@ pub(crate) struct DecompileArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+const IMPORT_AFTER: &str = "\
+Where no policy says just that, the nearest is written, standard error says where it differs, and the exit code is 1.
+docs/formats.md has the formats. The text of the tracepoint kvm:kvm_msr needs no import: it is a trace.";
+
+#[derive(ClapArgs)]
+pub(crate) struct ImportArgs {
+    /// Whose words they are
+    #[arg(long, value_enum, value_name = "TOOL")]
+    pub(crate) from: Tool,
+    /// The file; `-` for standard input
+    pub(crate) file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A tool that has words of its own for MSRs.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tool {
+    /// crosvm's flags --userspace-msr
+    Crosvm,
+    /// msr_modifiers of a CPU template of Firecracker
+    Firecracker,
+    /// An allow-list of msr-safe
+    MsrSafe,
 }
 
 #[derive(ClapArgs)]

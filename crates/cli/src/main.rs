@@ -11,6 +11,7 @@ mod plan;
 mod explain;
 mod diff;
 mod decompile;
+mod import;
 mod replay;
 mod verify;
 mod scan;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Explain(explain) => explain::run(explain),
         Command::Diff(diff) => diff::run(diff),
         Command::Decompile(decompile) => decompile::run(decompile),
+        Command::Import(import) => import::run(import),
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
         Command::Scan(scan) => scan::run(scan),

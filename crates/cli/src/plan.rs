@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use msrgate_core::{Did, Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
 use msrgate_policy::database;
+use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
 
@@ -43,6 +44,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
         Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
+        Some(Emit::Crosvm) => emit::foreign(&mut out, &loaded, Format::Crosvm)?,
+        Some(Emit::MsrSafe) => emit::foreign(&mut out, &loaded, Format::MsrSafe)?,
         Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded))?,
         None if args.json => writeln!(out, "{:#}", json(&loaded))?,
         None => print(&mut out, &loaded)?,

@@ -15,6 +15,12 @@ fn each_policys_plan_and_filter_come_back_as_policies_that_are_equal_to_them() {
         let plan = plan.json();
         let filter = json!({ "default": plan["default"], "ranges": plan["ranges"] });
         folder.write("filter.json", filter.to_string());
+        // What is printed for a VMM in C is the same filter.
+        folder.write("filter.c", folder.run(&["plan", "--emit", "c", &policy]).code(0).out);
+        folder
+            .run(&["diff", "filter.json", "filter.c"])
+            .code(0)
+            .shows(&["equal"]);
         for file in ["plan.json", "filter.json"] {
             let again = folder.run(&["decompile", file]).code(0).out;
             folder.write("again.toml", again);

@@ -236,6 +236,7 @@ fn each_key_that_a_command_prints_is_documented() {
         "emulated.jsonl",
         "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"did\":\"mask\"}\n",
     );
+    folder.write("list", "0x10 0x0\n");
     folder.write(
         "filter.json",
         "{\"default\":\"allow\",\"ranges\":[{\"base\":\"0x8b\",\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0000000000000000\"}]}",
@@ -266,6 +267,7 @@ fn each_key_that_a_command_prints_is_documented() {
         ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
         ("diff", &["diff", "--json", microvm, "policies/ignore-unknown.toml"]),
         ("decompile", &["decompile", "--json", "filter.json"]),
+        ("import", &["import", "--json", "--from", "msr-safe", "list"]),
         ("msr", &["msr", "--json", "@tsc"]),
         (
             "learn",

@@ -45,6 +45,7 @@ mod explain;
 pub mod state;
 pub mod raw;
 mod decompile;
+pub mod foreign;
 pub mod trace;
 pub mod report;
 pub mod learn;

@@ -16,6 +16,8 @@
 //! What the kernel would refuse is refused, with the kernel's error number. What it takes is taken, and where that is
 //! not what it looks like a remark says so.
 
+mod bytes;
+mod c;
 mod json;
 
 use std::fmt;
@@ -32,15 +34,43 @@ pub enum Form {
     Policy,
     /// What `plan --json` prints, or a raw filter in JSON.
     Json,
+    /// `struct kvm_msr_filter` in C, its bitmaps with it.
+    C,
+    /// The bytes of the structure and its bitmaps.
+    Bytes,
+    /// Such bytes as a dump shows them.
+    Dump,
 }
 
 impl Form {
     /// The form of these bytes, by what they begin with. What is in no other form is taken for a policy.
     pub fn of(bytes: &[u8]) -> Form {
-        let rest = bytes.trim_ascii_start();
-        match rest.strip_prefix(b"{").map(<[u8]>::trim_ascii_start) {
-            Some([b'"' | b'}', ..] | []) => Form::Json,
-            _ => Form::Policy,
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) if !text.contains('\0') => text.trim_start(),
+            _ => return Form::Bytes,
+        };
+        if let Some(rest) = text.strip_prefix('{') {
+            return match rest.trim_start().chars().next() {
+                Some('"' | '}') | None => Form::Json,
+                Some(_) => Form::C,
+            };
+        }
+        // A line that begins with `#` is a comment to one language and a directive to the other.
+        let mut lines = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let first = lines.next().unwrap_or_default();
+        let c_names = text.contains("kvm_msr_filter");
+        if !c_names && bytes::looks_like_dump(first) {
+            return Form::Dump;
+        }
+        let c = ["/*", "//", "."].iter().any(|start| first.starts_with(start)) || first.ends_with(';');
+        let key = first.split('=').next().unwrap_or_default().trim_end();
+        let toml = first.starts_with('[') || !key.is_empty() && !key.contains([' ', '\t', '(']);
+        match c || !toml && c_names {
+            true => Form::C,
+            false => Form::Policy,
         }
     }
 }
@@ -60,6 +90,9 @@ pub struct Given {
 pub fn read(bytes: &[u8]) -> Result<Given, RawError> {
     match Form::of(bytes) {
         Form::Json => json::read(bytes),
+        Form::C => c::read(&String::from_utf8_lossy(bytes)),
+        Form::Bytes => bytes::read(bytes),
+        Form::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),
         Form::Policy => Err(RawError::new("this is no filter in any form that is known here")),
     }
 }

@@ -12,7 +12,10 @@
 //! # Ok::<(), msrgate_policy::trace::TraceError>(())
 //! ```
 //!
+//! The text of the kernel's tracepoint `kvm:kvm_msr`, as `perf script` and ftrace print it, is read as a trace too.
 //! [`Lines`] holds one line at a time, whatever the trace's length.
+
+mod tracepoint;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -21,6 +24,7 @@ use std::io::{self, BufRead, Write};
 use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
 use serde::{Deserialize, Serialize};
 
+use self::tracepoint::Threads;
 use crate::cpuid::Cpuid;
 use crate::number;
 
@@ -221,6 +225,10 @@ pub struct Lines<R> {
     number: u64,
     bytes: u64,
     ended: bool,
+    /// The vCPUs of a trace that is the tracepoint's text.
+    tracepoint: Option<Threads>,
+    /// Whether the first line, which is read already, may be an event.
+    first: bool,
 }
 
 impl<R: BufRead> Lines<R> {
@@ -233,12 +241,24 @@ impl<R: BufRead> Lines<R> {
             number: 0,
             bytes: 0,
             ended: false,
+            tracepoint: None,
+            first: false,
         };
         if !lines.advance()? {
             return Err(TraceError::at(
                 1,
                 "the trace is empty; its first line should be a header: `{\"msrgate_trace\":1}`",
             ));
+        }
+        if std::str::from_utf8(&lines.line).is_ok_and(tracepoint::begins) {
+            lines.header = Header {
+                msrgate_trace: VERSION,
+                mode: Some("the tracepoint kvm:kvm_msr".to_owned()),
+                ..Header::default()
+            };
+            lines.tracepoint = Some(Threads::default());
+            lines.first = true;
+            return Ok(lines);
         }
         #[derive(Deserialize)]
         struct Version {
@@ -302,7 +322,18 @@ impl<R: BufRead> Lines<R> {
         }
     }
 
-    fn event(&self) -> Result<Event, TraceError> {
+    /// The event of the line; `None` if it is of something else.
+    fn event(&mut self) -> Result<Option<Event>, TraceError> {
+        let Some(threads) = &mut self.tracepoint else {
+            return self.own_event().map(Some);
+        };
+        let line = String::from_utf8_lossy(&self.line);
+        threads
+            .event(line.trim_end())
+            .map_err(|message| TraceError::at(self.number, message))
+    }
+
+    fn own_event(&self) -> Result<Event, TraceError> {
         let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
         match parsed {
             Ok(line) => line.event().map_err(|message| TraceError::at(self.number, message)),
@@ -325,10 +356,19 @@ impl<R: BufRead> Iterator for Lines<R> {
         if self.ended {
             return None;
         }
-        let next = match self.advance() {
-            Ok(true) => Some(self.event()),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
+        let next = loop {
+            let there = match std::mem::take(&mut self.first) {
+                true => Ok(true),
+                false => self.advance(),
+            };
+            match there {
+                Ok(true) => match self.event().transpose() {
+                    Some(event) => break Some(event),
+                    None => continue,
+                },
+                Ok(false) => break None,
+                Err(error) => break Some(Err(error)),
+            }
         };
         self.ended = !matches!(next, Some(Ok(_)));
         next

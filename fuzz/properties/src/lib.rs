@@ -9,6 +9,7 @@ mod filter;
 mod policy;
 mod trace;
 mod map;
+mod raw;
 
 mod kernel;
 mod memory;
@@ -46,6 +47,13 @@ pub const POLICY: Target = Target {
 pub const TRACE: Target = Target {
     name: "trace",
     check: trace::check,
+};
+
+/// Filters in other forms and other tools' words: read or refused, never a panic, and refused with the kernel's error
+/// number as the engine gives it.
+pub const RAW: Target = Target {
+    name: "raw",
+    check: raw::check,
 };
 
 /// The bytes of decision maps: a whole map or an error, never a panic; a map's plan is what the map says.

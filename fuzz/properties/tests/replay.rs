@@ -7,7 +7,7 @@ use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use msrgate_fuzz_properties::{FILTER, MAP, POLICY, Random, TRACE, Target};
+use msrgate_fuzz_properties::{FILTER, MAP, POLICY, RAW, Random, TRACE, Target};
 
 fn folder(target: Target) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -93,4 +93,14 @@ fn kept_maps_read_back_and_compile_to_themselves() {
 #[test]
 fn made_maps_read_back_and_compile_to_themselves() {
     holds_for_made_inputs(MAP, 3000);
+}
+
+#[test]
+fn kept_filters_in_other_forms_are_read_or_refused_as_the_engine_refuses() {
+    holds_for_kept_inputs(RAW);
+}
+
+#[test]
+fn made_filters_in_other_forms_are_read_or_refused_as_the_engine_refuses() {
+    holds_for_made_inputs(RAW, 3000);
 }

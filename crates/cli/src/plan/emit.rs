@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 
 use msrgate_core::{FilterRange, Op, Verdict};
+use msrgate_policy::foreign::{Format, export};
 
+use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 
 /// A C header: one bitmap a range, and a function that fills `struct kvm_msr_filter`.
@@ -129,6 +131,28 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         writeln!(out, "        }},")?;
     }
     writeln!(out, "    ]\n}}")
+}
+
+/// Another tool's words for the policy, or why it has none, by rule.
+pub(crate) fn foreign(out: &mut impl Write, loaded: &Loaded, format: Format) -> Result<(), Failure> {
+    let unsayable = match export(format, &loaded.map) {
+        Ok(text) => return Ok(write!(out, "{text}")?),
+        Err(unsayable) => unsayable,
+    };
+    let mut stderr = io::stderr().lock();
+    for part in &unsayable {
+        let place = part.rule.and_then(|rule| loaded.policy.rule_place(rule));
+        let place = place.unwrap_or_else(|| "the default".to_owned());
+        writeln!(
+            stderr,
+            "msrgate: {place}: {} of {} gets `{}`: {}",
+            part.op, part.range, part.action, part.why
+        )?;
+    }
+    Err(Failure::Line(
+        Exit::No,
+        format!("{} cannot say all that the policy says", format.name()),
+    ))
 }
 
 fn words(out: &mut impl Write, range: &FilterRange, suffix: &str) -> io::Result<()> {

@@ -137,3 +137,265 @@ fn json_that_is_no_filter_says_what_is_wrong_and_where() {
         assert!(refused(text).contains(what), "{text}: {}", refused(text));
     }
 }
+
+/// The filter of the kernel's own test of user-space MSR exits, as its source has it.
+const SELFTEST: &str = r#"
+#include "test_util.h"
+#define MSR_NON_EXISTENT 0x474f4f00 /* nobody's */
+
+static u64 deny_bits = 0;
+struct kvm_msr_filter filter_allow = {
+	.flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
+	.ranges = {
+		{
+			.flags = KVM_MSR_FILTER_READ |
+				 KVM_MSR_FILTER_WRITE,
+			.nmsrs = 1,
+			/* Test an MSR the kernel knows about. */
+			.base = MSR_IA32_XSS,
+			.bitmap = (uint8_t*)&deny_bits,
+		}, {
+			.flags = KVM_MSR_FILTER_READ,
+			.nmsrs = 1,
+			.base = MSR_NON_EXISTENT, // by a macro
+			.bitmap = (uint8_t*)&deny_bits,
+		},
+	},
+};
+"#;
+
+#[test]
+fn a_filter_in_c_is_read_as_people_write_it() {
+    let filter = read(SELFTEST.as_bytes()).expect("a filter").filter;
+    assert_eq!(verdict(&filter, 0xda0, Op::Write), Verdict::Deny);
+    assert_eq!(verdict(&filter, 0x474f_4f00, Op::Read), Verdict::Deny);
+    assert_eq!(verdict(&filter, 0x474f_4f00, Op::Write), Verdict::Allow);
+
+    // One filter in many ways: 0x10 and 0x13 may be read, all else may not.
+    for text in [
+        "{ .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = (__u8[8]){ 0x09 } } } }",
+        ".flags = KVM_MSR_FILTER_DEFAULT_DENY, .ranges[0] = { 1, 4, 16, (__u8 []){ 9, 0, 0, 0, 0, 0, 0, 0 } }",
+        "struct kvm_msr_filter f = { 1, { { 1, 2 + 2, 1 << 4, (uint8_t *)\"\\x09\\0\\0\\0\\0\\0\\0\" } } };",
+        "static const unsigned long long map[1] = { 1ULL << 3 | 1 };\n\
+         const struct kvm_msr_filter f = { .flags = 0x1, .ranges = { [0] = { .base = IA32_TIME_STAMP_COUNTER, \
+         .nmsrs = 4U, .flags = KVM_MSR_FILTER_READ, .bitmap = (void *)map } } };",
+        "uint8_t maps[2][8];\nvoid f(int vm) {\n struct kvm_msr_filter filter;\n memset(&filter, 0, sizeof(filter));\n\
+         maps[1][0] = 8;\n maps[1][0] |= 1;\n filter.flags = 1;\n filter.ranges[0].flags = 1;\n\
+         filter.ranges[0].nmsrs = 4;\n filter.ranges[0].base = 0x10;\n filter.ranges[0].bitmap = maps[1];\n\
+         ioctl(vm, KVM_X86_SET_MSR_FILTER, &filter);\n return;\n}",
+        "__u8 map[KVM_MSR_FILTER_MAX_BITMAP_SIZE] = { [0] = ~0xf6, [1 ... 7] = 0xff };\n\
+         struct kvm_msr_filter f = { .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = map } } };",
+    ] {
+        let filter = read(text.as_bytes())
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
+            .filter;
+        let open: Vec<u32> = (0..0x40)
+            .filter(|msr| verdict(&filter, *msr, Op::Read) == Verdict::Allow)
+            .collect();
+        assert_eq!(open, [0x10, 0x13], "{text}");
+        assert_eq!(verdict(&filter, 0x10, Op::Write), Verdict::Deny, "{text}");
+    }
+}
+
+#[test]
+fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
+    let range = "{ .flags = 3, .nmsrs = 9, .base = 0, .bitmap = b }";
+    for (text, what) in [
+        (
+            format!("uint8_t b[2];\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
+            "EFAULT",
+        ),
+        (
+            format!("uint8_t b = 0;\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
+            "has 1 bytes",
+        ),
+        ("struct kvm_msr_filter f = { .flags = 4 };".to_owned(), "flags 0x4"),
+        (
+            format!("u64 b;\nstruct kvm_msr_filter f = {{ .ranges = {{ [16] = {range} }} }};"),
+            "17 ranges",
+        ),
+        (
+            "struct kvm_msr_filter f = {\n .flag = 1 };".to_owned(),
+            "line 2: a filter has no field `flag`",
+        ),
+        (
+            "struct kvm_msr_filter f = {\n .flags = MSR_NOBODY };".to_owned(),
+            "line 2: `MSR_NOBODY` is not known",
+        ),
+        ("struct kvm_msr_filter f = { .flags = 1".to_owned(), "`}` is missing"),
+        (
+            "struct kvm_msr_filter a = { 0 }, b = { 0 };".to_owned(),
+            "one declaration",
+        ),
+        (
+            "struct kvm_msr_filter a = { 0 };\nstruct kvm_msr_filter b = { 0 };".to_owned(),
+            "several filters: a, b",
+        ),
+        (
+            format!("u64 b;\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};\nvoid g(void) {{ fill(b); }}"),
+            "line 3: what `fill` does to `b`",
+        ),
+        (
+            "struct kvm_msr_filter f;\nvoid g(void) { for (;;) f.flags = 1; }".to_owned(),
+            "line 2: `for`",
+        ),
+        (
+            "#if X\nstruct kvm_msr_filter f = { 0 };\n#endif".to_owned(),
+            "line 1: `#if`",
+        ),
+        ("// kvm_msr_filter\nint x;".to_owned(), "nothing here sets"),
+        (
+            "struct kvm_msr_filter f = { .ranges = { { 1, 1, 1, p } } };".to_owned(),
+            "the bitmap `p` is not here",
+        ),
+        (
+            format!("struct kvm_msr_filter f = {{ .flags = {} }};", "(".repeat(5000)),
+            "too deep",
+        ),
+        (
+            "u8 b[0xffffffff]; struct kvm_msr_filter f = { 0 };".to_owned(),
+            "too large",
+        ),
+        (
+            "#define A A\nstruct kvm_msr_filter f = { .flags = A };".to_owned(),
+            "too deep",
+        ),
+    ] {
+        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        assert!(refused(&text).contains(what), "{text}: {}", refused(&text));
+    }
+}
+
+/// The structure with ranges (flags, nmsrs, base, pointer), and what follows it.
+fn structure(flags: u32, ranges: &[(u32, u32, u32, u64)], behind: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; 392];
+    bytes[..4].copy_from_slice(&flags.to_le_bytes());
+    for (slot, (flags, nmsrs, base, pointer)) in ranges.iter().enumerate() {
+        let at = 8 + slot * 24;
+        bytes[at..at + 4].copy_from_slice(&flags.to_le_bytes());
+        bytes[at + 4..at + 8].copy_from_slice(&nmsrs.to_le_bytes());
+        bytes[at + 8..at + 12].copy_from_slice(&base.to_le_bytes());
+        bytes[at + 16..at + 24].copy_from_slice(&pointer.to_le_bytes());
+    }
+    bytes.extend(behind);
+    bytes
+}
+
+#[test]
+fn the_bytes_of_the_structure_are_read_with_offsets_and_with_addresses() {
+    let behind: Vec<u8> = [[1u8, 0, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]].concat();
+    for (pointers, first) in [
+        ([0x7ffd_0000_1000, 0x7ffd_0000_2000], [1, 2]),
+        ([0, 0], [1, 2]),
+        ([400, 392], [2, 1]),
+        ([392, 392], [1, 1]),
+    ] {
+        let ranges = [(1, 2, 0x10, pointers[0]), (0, 0, 0, 77), (2, 2, 0x20, pointers[1])];
+        let filter = read(&structure(1, &ranges, &behind)).expect("a filter").filter;
+        let bitmaps: Vec<u64> = filter.ranges().iter().map(|range| range.bitmap()[0]).collect();
+        assert_eq!(bitmaps, first, "{pointers:x?}");
+    }
+    for (ranges, behind, what) in [
+        (&[(1, 2, 0x10, 0)][..], &behind[..], "here are 408 bytes"),
+        (&[(1, 2, 0x10, 392), (1, 2, 0x10, 0xffff)], &behind, "some pointers"),
+        (&[(1, 200, 0x10, 392)], &behind, "EFAULT"),
+        (&[(9, 2, 0x10, 392)], &behind, "EINVAL"),
+        (&[(1, 12289, 0x10, 392)], &[], "EINVAL"),
+    ] {
+        let error = read(&structure(0, ranges, behind)).expect_err(what).to_string();
+        assert!(error.contains(what), "{what}: {error}");
+    }
+    let error = read(&[0; 100]).expect_err("too short").to_string();
+    assert!(error.contains("here are 100 bytes"), "{error}");
+}
+
+#[test]
+fn dumps_of_those_bytes_are_read_whichever_tool_made_them() {
+    let bytes = structure(0, &[(1, 2, 0x8b, 0x7ffd_0000_1000)], &[0xfe, 0x22, 0x5c, 0, 0, 0, 0, 0]);
+    let rows = |row: &dyn Fn(usize, &[u8]) -> String| {
+        bytes
+            .chunks(16)
+            .enumerate()
+            .map(|(at, row_bytes)| row(at * 16, row_bytes) + "\n")
+            .collect::<String>()
+    };
+    let pairs = |row: &[u8]| {
+        row.iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    let quoted: String = bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect();
+    let octal: String = bytes.iter().map(|byte| format!("\\{byte:03o}")).collect();
+    let dumps = [
+        rows(&|at, row| {
+            let groups: Vec<String> = row.chunks(2).map(|pair| pairs(pair).replace(' ', "")).collect();
+            format!("{at:08x}: {:39}  ..a b..", groups.join(" "))
+        }),
+        rows(&|_, row| pairs(row).replace(' ', "")),
+        rows(&|at, row| format!("{at:08x}  {}  |..a b..|", pairs(row))) + "00000190\n",
+        rows(&|at, row| format!("{at:07o} {}", pairs(row))) + "0000620\n",
+        rows(&|_, row| format!(" {}", pairs(row))),
+        rows(&|at, row| {
+            let words: Vec<String> = row.iter().map(|byte| format!("0x{byte:02x}")).collect();
+            format!("0x7fffffffe{at:03x} <filter+{at}>:\t{}", words.join("\t"))
+        }),
+        rows(&|at, row| {
+            let words: Vec<String> = row
+                .as_chunks()
+                .0
+                .iter()
+                .map(|word| format!("0x{:08x}", u32::from_le_bytes(*word)))
+                .collect();
+            format!("0x7fffffffe{at:03x}:\t{}", words.join("\t"))
+        }),
+        format!("write(1, \"{quoted}\", 400) = 400\n"),
+        format!("write(1, \"{octal}\", 400) = 400\n"),
+        format!("{quoted}\n"),
+    ];
+    for dump in dumps {
+        assert_eq!(Form::of(dump.as_bytes()), Form::Dump, "{dump}");
+        let filter = read(dump.as_bytes())
+            .unwrap_or_else(|error| panic!("{dump}: {error}"))
+            .filter;
+        assert_eq!(filter.ranges()[0].bitmap(), [0x5c_22fe], "{dump}");
+        assert_eq!(
+            (filter.ranges()[0].base(), filter.ranges()[0].nmsrs()),
+            (0x8b, 2),
+            "{dump}"
+        );
+    }
+    for (dump, what) in [
+        ("00000000  00 00\n*\n00000188\n", "line 2: `*`"),
+        ("0000000 0000 0001\n", "words and not bytes"),
+        ("00 11\nzz\n", "line 2: this is no line of a dump"),
+        ("00 11\n", "here are 2 bytes"),
+        ("write(1, \"\\x00\\x01\"..., 392) = 392", "cut off"),
+        ("write(1, \"\\x00\\x01", "does not end"),
+    ] {
+        assert!(refused(dump).contains(what), "{dump}: {}", refused(dump));
+    }
+}
+
+#[test]
+fn each_form_is_told_by_how_it_begins() {
+    for (text, form) in [
+        ("version = 1\n", Form::Policy),
+        ("# kvm_msr_filter of ours\nversion = 1\n", Form::Policy),
+        ("[[rule]]\nmsr = 1\n", Form::Policy),
+        ("", Form::Policy),
+        ("garbage\n", Form::Policy),
+        ("  { \"a\": 1 }", Form::Json),
+        ("{", Form::Json),
+        ("{ .flags = 0 }", Form::C),
+        ("// kvm\nstatic int a;", Form::C),
+        (
+            "#include <linux/kvm.h>\nstatic __u64 b[1] = {\n};\nvoid f(struct kvm_msr_filter *f) {}",
+            Form::C,
+        ),
+        ("\0\0\0\0", Form::Bytes),
+        ("00000000: 0100 0000  ....", Form::Dump),
+    ] {
+        assert_eq!(Form::of(text.as_bytes()), form, "{text:?}");
+    }
+}

@@ -1,0 +1,83 @@
+//! The `msr_modifiers` of a CPU template of Firecracker.
+//!
+//! `{"addr": "0x10a", "bitmap": "0b…"}` with a character for each bit, the highest first: `0` and `1` set it, `x` leaves it
+//! as KVM has it (`src/vmm/src/cpu_config/x86_64/custom_cpu_template.rs`, `deserialize_u64_bitmap`). Bits that are not
+//! written are left too.
+
+use msrgate_core::{Msr, ReadAction, Verdict};
+use serde::Deserialize;
+
+use super::{ForeignError, Format, Imported};
+use crate::number;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Template {
+    #[serde(default)]
+    msr_modifiers: Vec<Modifier>,
+    // What is not about MSRs.
+    #[serde(default, rename = "kvm_capabilities")]
+    _kvm_capabilities: serde::de::IgnoredAny,
+    #[serde(default)]
+    cpuid_modifiers: Vec<serde::de::IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Modifier {
+    addr: String,
+    bitmap: String,
+}
+
+pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
+    let template: Template = serde_json::from_str(text)
+        .map_err(|error| ForeignError::at(error.line(), format!("this is no CPU template: {error}")))?;
+    let mut comments = vec![
+        "From a CPU template of Firecracker. It sets what registers hold at first, which a guest's write may change; \
+         here reads always get it."
+            .to_owned(),
+    ];
+    if !template.cpuid_modifiers.is_empty() {
+        comments.push("What the template does to the CPUID is not in here.".to_owned());
+    }
+    let mut imported = Imported {
+        format: Format::Firecracker,
+        default: Verdict::Allow,
+        msrs: Vec::new(),
+        comments,
+        remarks: Vec::new(),
+    };
+    for Modifier { addr, bitmap } in &template.msr_modifiers {
+        let index = number::parse(addr).ok().and_then(|index| u32::try_from(index).ok());
+        let msr = Msr(index.ok_or_else(|| ForeignError::new(format!("the addr `{addr}` is no number of 32 bits")))?);
+        if imported.msrs.iter().any(|(other, ..)| *other == msr) {
+            return Err(ForeignError::new(format!("the addr `{addr}` is there twice")));
+        }
+        let (keep, set) = bits(bitmap).ok_or_else(|| {
+            ForeignError::new(format!(
+                "the bitmap of `{addr}` is `{bitmap}`, not up to 64 of 0, 1 and x"
+            ))
+        })?;
+        let read = match keep {
+            0 => Some(ReadAction::Value(set)),
+            u64::MAX => None,
+            keep => Some(ReadAction::Mask { keep, set }),
+        };
+        imported.msrs.push((msr, read, None));
+    }
+    Ok(imported)
+}
+
+/// Which bits are left as they are, and which are ones.
+fn bits(bitmap: &str) -> Option<(u64, u64)> {
+    let digits = bitmap.strip_prefix("0b").unwrap_or(bitmap);
+    if digits.is_empty() || digits.len() > 64 {
+        return None;
+    }
+    digits.chars().try_fold((u64::MAX, 0), |(keep, set), c| match c {
+        '0' => Some((keep << 1, set << 1)),
+        '1' => Some((keep << 1, set << 1 | 1)),
+        'x' => Some((keep << 1 | 1, set << 1)),
+        _ => None,
+    })
+}

@@ -1,0 +1,143 @@
+//! The lists of msr-safe, which opens chosen MSRs of the host to users.
+//!
+//! `0x00000199 0x000000000000ffff # comment`: an MSR that may be read, and the bits that may be written; what a write has
+//! in other bits is dropped, and with no bits at all it fails (`msr_write`, `parse_next_allowlist_entry`). What is not listed fails.
+
+use std::collections::BTreeMap;
+
+use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_plan::DecisionMap;
+
+use super::{ForeignError, Format, Imported, Unsayable, each};
+
+pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
+    let mut imported = Imported {
+        format: Format::MsrSafe,
+        default: Verdict::Deny,
+        msrs: Vec::new(),
+        comments: vec![
+            "From a list of msr-safe: what it opens of the host's registers to users is here opened of the guest's own."
+                .to_owned(),
+        ],
+        remarks: Vec::new(),
+    };
+    let mut index = None;
+    for (line, text) in (1..).zip(text.lines()) {
+        for word in text.split_whitespace() {
+            if word.starts_with('#') {
+                break;
+            }
+            let number =
+                number(word).ok_or_else(|| ForeignError::at(line, format!("`{word}` is no number of 64 bits")))?;
+            let Some(msr) = index.take() else {
+                let msr = u32::try_from(number).map(Msr);
+                let msr =
+                    msr.map_err(|_| ForeignError::at(line, format!("an MSR index has 32 bits, and not `{word}`")))?;
+                if imported.msrs.iter().any(|(other, ..)| *other == msr) {
+                    return Err(ForeignError::at(
+                        line,
+                        format!("{msr} was listed before, which msr-safe refuses"),
+                    ));
+                }
+                index = Some(msr);
+                continue;
+            };
+            let write = match number {
+                0 => None,
+                u64::MAX => Some(WriteAction::Allow),
+                may_change => Some(WriteAction::Mask {
+                    may_change,
+                    otherwise: Otherwise::Drop,
+                }),
+            };
+            imported.msrs.push((msr, Some(ReadAction::Allow), write));
+        }
+    }
+    match index {
+        Some(msr) => Err(ForeignError::new(format!(
+            "the list ends before the write mask of {msr}"
+        ))),
+        None if imported.msrs.is_empty() => Err(ForeignError::new("no MSR is listed here")),
+        None => Ok(imported),
+    }
+}
+
+/// As `kstrtoull` with base 0 reads it.
+fn number(word: &str) -> Option<u64> {
+    let lower = word.to_ascii_lowercase();
+    match lower.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => match lower.strip_prefix('0') {
+            Some(octal) if !octal.is_empty() => u64::from_str_radix(octal, 8).ok(),
+            _ => lower.parse().ok(),
+        },
+    }
+}
+
+pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
+    let mut listed: BTreeMap<Msr, u64> = BTreeMap::new();
+    let mut unsayable = Vec::new();
+    for (range, decision) in map.reads.iter() {
+        let why = match &decision.action {
+            ReadAction::Deny => continue,
+            ReadAction::Allow => match each(range) {
+                Ok(msrs) => {
+                    listed.extend(msrs.map(|msr| (msr, 0)));
+                    continue;
+                }
+                Err(why) => why,
+            },
+            _ => "msr-safe opens reads or does not",
+        };
+        unsayable.push(Unsayable {
+            range,
+            op: Op::Read,
+            action: decision.action.to_string(),
+            rule: decision.rule,
+            why,
+        });
+    }
+    for (range, decision) in map.writes.iter() {
+        let mask = match &decision.action {
+            WriteAction::Deny => continue,
+            WriteAction::Allow => Ok(u64::MAX),
+            WriteAction::Mask {
+                may_change,
+                otherwise: Otherwise::Drop,
+            } if *may_change != 0 => Ok(*may_change),
+            _ => Err("msr-safe opens writes, closes them, or drops bits of them"),
+        };
+        let why = match (mask, each(range)) {
+            (Err(why), _) | (_, Err(why)) => why,
+            (Ok(mask), Ok(mut msrs)) => {
+                let unread = msrs.any(|msr| match listed.get_mut(&msr) {
+                    Some(place) => {
+                        *place = mask;
+                        false
+                    }
+                    None => true,
+                });
+                match unread {
+                    true => "what msr-safe lists can be read",
+                    false => continue,
+                }
+            }
+        };
+        unsayable.push(Unsayable {
+            range,
+            op: Op::Write,
+            action: decision.action.to_string(),
+            rule: decision.rule,
+            why,
+        });
+    }
+    let mut text = "# MSR     write mask\n".to_owned();
+    for (msr, mask) in &listed {
+        text.push_str(&format!(
+            "{:#010x} {mask:#018x} # {}\n",
+            msr.0,
+            crate::spell::name(*msr)
+        ));
+    }
+    (text, unsayable)
+}

@@ -1,0 +1,167 @@
+//! `struct kvm_msr_filter` as the bytes of a 64-bit process, and dumps of them.
+
+use msrgate_core::abi::{Layout, MAX_RANGE_MSRS, MAX_RANGES};
+
+use super::c::string;
+use super::{Given, RawError, RawFilter, RawRange, hex};
+
+/// Reads the structure, with the bitmaps behind it.
+///
+/// Where each used pointer is an offset into the bytes, behind the structure, the bitmaps lie there. Where none is, they
+/// follow the structure in the order of the slots, in whole words of 8 bytes, and nothing follows them: so a process's
+/// memory can be written out as it is, its pointers with it.
+pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
+    let layout = Layout::NATIVE;
+    if bytes.len() < layout.filter_size {
+        return Err(RawError::new(format!(
+            "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, and its bitmaps follow",
+            bytes.len(),
+            layout.filter_size
+        )));
+    }
+    let word = |at: usize| {
+        let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
+        word.map_or(0, |word| u32::from_le_bytes(*word))
+    };
+    let mut filter = RawFilter {
+        flags: word(0),
+        ranges: Vec::new(),
+    };
+    let mut pointers: Vec<(u64, usize)> = Vec::new();
+    for slot in 0..MAX_RANGES {
+        let at = layout.ranges + slot * layout.range_size;
+        let pointer = u64::from(word(at + layout.bitmap + 4)) << 32 | u64::from(word(at + layout.bitmap));
+        let range = RawRange {
+            flags: word(at),
+            nmsrs: word(at + 4),
+            base: word(at + 8),
+            bitmap: Vec::new(),
+        };
+        // What the kernel copies; of a range that it refuses it copies nothing.
+        let length = match range.nmsrs {
+            0..=MAX_RANGE_MSRS => range.nmsrs.div_ceil(64) as usize * 8,
+            _ => 0,
+        };
+        pointers.push((pointer, length));
+        filter.ranges.push(range);
+    }
+    let within = |pointer: u64| {
+        usize::try_from(pointer)
+            .ok()
+            .filter(|at| (layout.filter_size..bytes.len()).contains(at))
+    };
+    let used = || pointers.iter().filter(|(_, length)| *length > 0);
+    let offsets = used().filter(|(pointer, _)| within(*pointer).is_some()).count();
+    let mut next = layout.filter_size;
+    if offsets == 0 {
+        let needed: usize = layout.filter_size + used().map(|(_, length)| length).sum::<usize>();
+        if needed != bytes.len() {
+            return Err(RawError::new(format!(
+                "here are {} bytes, and the structure with the bitmaps that its ranges need, one after the other, has \
+                 {needed}; or let the pointers be offsets into the file",
+                bytes.len()
+            )));
+        }
+    } else if offsets < used().count() {
+        return Err(RawError::new(
+            "some pointers to bitmaps are offsets into the file and others are not",
+        ));
+    }
+    for (range, (pointer, length)) in filter.ranges.iter_mut().zip(&pointers) {
+        if *length == 0 {
+            continue;
+        }
+        let from = match offsets {
+            0 => next,
+            _ => within(*pointer).unwrap_or(bytes.len()),
+        };
+        range.bitmap = bytes.iter().skip(from).take(*length).copied().collect();
+        next += length;
+    }
+    filter.given()
+}
+
+/// Whether a line is one of a dump: pairs of hexadecimal digits, or a text with escapes.
+pub(super) fn looks_like_dump(line: &str) -> bool {
+    let bytes = match row(line) {
+        Ok(row) => row.is_some_and(|row| !row.is_empty()),
+        Err(_) => true,
+    };
+    bytes || line.contains("\"\\") || line.starts_with("\\x")
+}
+
+/// The bytes that a dump shows: of `xxd`, `xxd -p`, `hexdump -C`, `od -t x1`, gdb's `x`; or a text with C's escapes, as
+/// strace and bpftrace print memory.
+pub(super) fn undump(text: &str) -> Result<Vec<u8>, RawError> {
+    if let Some(at) = text.find("\"\\") {
+        let inner = text.get(at + 1..).unwrap_or_default();
+        let (bytes, rest) = string(inner).ok_or_else(|| RawError::new("the text does not end"))?;
+        if rest.starts_with("...") {
+            return Err(RawError::new("the text was cut off (`...`); strace takes `-s 99999`"));
+        }
+        return Ok(bytes);
+    }
+    if text.trim_start().starts_with("\\x") {
+        let closed = format!("{}\"", text.trim());
+        let (bytes, _) = string(&closed).ok_or_else(|| RawError::new("the text has an escape that is not known"))?;
+        return Ok(bytes);
+    }
+    let mut bytes = Vec::new();
+    for (number, line) in (1..).zip(text.lines()) {
+        let error = |message: &str| RawError {
+            line: Some(number),
+            ..RawError::new(message)
+        };
+        if line.trim() == "*" {
+            return Err(error("`*` stands for lines that were left out: print all, with `-v`"));
+        }
+        match row(line.trim()) {
+            Ok(Some(row)) => bytes.extend(row),
+            Ok(None) => return Err(error("this is no line of a dump")),
+            Err(what) => return Err(error(what)),
+        }
+    }
+    Ok(bytes)
+}
+
+/// The bytes of one line; `None` if it is none of a dump, an error if it is one that does not tell bytes.
+fn row(line: &str) -> Result<Option<Vec<u8>>, &'static str> {
+    // `hexdump -C` shows the characters behind a bar.
+    let line = line.split('|').next().unwrap_or_default().trim();
+    let (line, addressed) = match line.split_once(':') {
+        // An address, of gdb's with a symbol; `xxd` shows the characters behind two blanks.
+        Some((address, rest)) if address.starts_with(|c: char| c.is_ascii_hexdigit()) => {
+            (rest.trim_start().split("  ").next().unwrap_or_default(), true)
+        }
+        Some(_) => return Ok(None),
+        None => (line, false),
+    };
+    let mut words: Vec<&str> = line.split_whitespace().collect();
+    let is_hex = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if let (false, Some(first)) = (addressed, words.first()) {
+        // An offset of `hexdump` and `od`; the last line has nothing else.
+        let offset = (6..=8).contains(&first.len()) && is_hex(first);
+        let pairs = words.iter().skip(1).all(|word| word.len() == 2);
+        if offset && pairs {
+            words.remove(0);
+        } else if offset && words.len() > 1 {
+            return Err("these are words and not bytes: use `hexdump -v -C`, `xxd` or `od -v -t x1`");
+        }
+    }
+    let mut bytes = Vec::new();
+    for word in words {
+        match word.strip_prefix("0x") {
+            // gdb shows numbers, whose last byte comes first in memory.
+            Some(digits) => match hex(digits) {
+                Some(number) => bytes.extend(number.iter().rev()),
+                None => return Ok(None),
+            },
+            None if !is_hex(word) => return Ok(None),
+            None => match hex(word) {
+                Some(pairs) => bytes.extend(pairs),
+                None => return Ok(None),
+            },
+        }
+    }
+    Ok(Some(bytes))
+}
