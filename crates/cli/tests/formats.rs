@@ -23,7 +23,10 @@ fn the_filters_in_the_document_decompile() {
         (
             "## A filter in JSON",
             "json",
-            &["\"@sysenter\"", "IA32_EFER..=IA32_FMASK"][..],
+            &[
+                "\"@sysenter\"",
+                "msr   = \"@syscall\"\nread  = \"allow\"\nwrite = \"allow\"",
+            ][..],
         ),
         (
             "## A filter in C",

@@ -85,7 +85,8 @@ pub fn decompile(given: &Given) -> Decompiled {
 }
 
 /// Rules over a default that say the same in different ways, and how heavy their length weighs: exceptions in a rule of
-/// their own have to save a third, since a reader has to take them off what follows.
+/// their own have to save a third, since a reader has to take them off what follows; rules for reads and rules for
+/// writes a sixth, since a reader has to put them together.
 fn candidates(segments: &Segments, default: Verdict) -> Vec<(Vec<DecompiledRule>, usize)> {
     let defaults = match default {
         Verdict::Allow => (ReadAction::Allow, WriteAction::Allow),
@@ -104,8 +105,8 @@ fn candidates(segments: &Segments, default: Verdict) -> Vec<(Vec<DecompiledRule>
             continue;
         }
         let (explicit, weight) = match hole {
-            0 => (None, 2),
-            longest => (Some(longest), 3),
+            0 => (None, 10),
+            longest => (Some(longest), 15),
         };
         for order in orders(wants.clone(), segments.len()) {
             candidates.push((segments.rules(&defaults, explicit, (true, true), &order), weight));
@@ -117,10 +118,8 @@ fn candidates(segments: &Segments, default: Verdict) -> Vec<(Vec<DecompiledRule>
                 .map(|order| segments.rules(&defaults, explicit, ops, order));
             rules.min_by_key(|rules| length(rules)).unwrap_or_default()
         };
-        candidates.push((
-            joined(best(&reads, (true, false)), best(&writes, (false, true))),
-            weight,
-        ));
+        let apart = joined(best(&reads, (true, false)), best(&writes, (false, true)));
+        candidates.push((apart, weight * 6 / 5));
     }
     candidates
 }
