@@ -41,7 +41,7 @@ fn the_filters_in_the_document_decompile() {
         folder.run(&["decompile", "filter"]).code(0).shows(wanted);
     }
     // The dump in the document is cut; its end is zeros and a bitmap that denies.
-    let rows = shown("as `strace -xx", "text");
+    let rows = shown("### A dump", "text");
     let zeros = "00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|\n";
     let rest: String = (2..25).map(|row| format!("{:08x}  {zeros}", row * 16)).collect();
     folder.write("filter", format!("{rows}{rest}00000190\n"));
