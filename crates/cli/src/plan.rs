@@ -63,13 +63,15 @@ pub(crate) fn word(verdict: Verdict) -> &'static str {
 
 fn json(loaded: &Loaded) -> Value {
     let (plan, map) = (&loaded.plan, &loaded.map);
-    let ranges = plan.filter().ranges().iter().map(|range| {
+    let visits = plan.visits(&map.profile);
+    let ranges = plan.filter().ranges().iter().zip(visits).map(|(range, visits)| {
         json!({
             "base": format!("{:#x}", range.base()),
             "nmsrs": range.nmsrs(),
             "read": range.ops().contains(Op::Read),
             "write": range.ops().contains(Op::Write),
             "bitmap": load::hex(&range.bitmap_bytes()),
+            "visits": (!map.profile.is_empty()).then_some(visits),
         })
     });
     let mut actions: Vec<(u32, Op, Value)> = Vec::new();
@@ -228,9 +230,15 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     };
     writeln!(out, "reasons  {reasons}\n")?;
     if !filter.ranges().is_empty() {
-        let mut table = render::table(&["slot", "first", "last", "for", "allows", "denies", "bytes"]);
-        for (slot, range) in filter.ranges().iter().enumerate() {
-            table.add_row(range_row(slot, range));
+        let mut header = vec!["slot", "first", "last", "for", "allows", "denies", "bytes"];
+        let profiled = !loaded.map.profile.is_empty();
+        header.extend(profiled.then_some("visits"));
+        let mut table = render::table(&header);
+        let visits = plan.visits(&loaded.map.profile);
+        for ((slot, range), visits) in filter.ranges().iter().enumerate().zip(visits) {
+            let mut row = range_row(slot, range).to_vec();
+            row.extend(profiled.then(|| visits.to_string()));
+            table.add_row(row);
         }
         writeln!(out, "{}", render::text(&table))?;
     }

@@ -161,7 +161,7 @@ fn is_a_plan(plan: &Value) {
     let ranges = list(plan, "ranges");
     assert!(ranges.len() <= 16);
     for range in ranges {
-        keys(range, &["base", "nmsrs", "read", "write", "bitmap"]);
+        keys(range, &["base", "nmsrs", "read", "write", "bitmap", "visits"]);
         let msrs = count(range, "nmsrs");
         assert!((1..=12288).contains(&msrs));
         assert!(hex(range, "base") + msrs <= 1 << 32);

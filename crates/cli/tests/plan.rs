@@ -419,3 +419,33 @@ fn what_is_not_faithful_is_not_spilled_but_named() {
         .code(2)
         .says(&["gone.jsonl"]);
 }
+
+#[test]
+fn the_ranges_that_a_profile_visits_most_stand_first() {
+    let folder = Folder::new();
+    let rules = "[[rule]]\nmsr = [0x10, 0x10000, 0x277]\nread = \"allow\"\n";
+    folder.write("two.toml", format!("version = 1\ndefault = \"deny\"\n{rules}"));
+    folder.write("boot.jsonl", TRACE.replace("0x277", "0x10000"));
+    let of = |arguments: &[&str]| -> Vec<(u64, serde_json::Value)> {
+        let plan = folder.run(arguments).code(0).json();
+        let ranges = list(&plan, "ranges").iter();
+        ranges
+            .map(|range| (command::hex(range, "base"), range["visits"].clone()))
+            .collect()
+    };
+    let plain = of(&["plan", "--json", "two.toml"]);
+    assert_eq!(
+        plain,
+        [(0x10, serde_json::Value::Null), (0x10000, serde_json::Value::Null)]
+    );
+    let profiled = of(&["plan", "--json", "--profile", "boot.jsonl", "two.toml"]);
+    // A write finds its range too, where it holds for both directions.
+    let bases: Vec<u64> = profiled.iter().map(|(base, _)| *base).collect();
+    assert_eq!(bases, [0x10000, 0x10]);
+    assert_eq!(profiled[1].1, 0);
+    assert!(profiled[0].1.as_u64().unwrap() >= 3);
+    folder
+        .run(&["plan", "--profile", "boot.jsonl", "two.toml"])
+        .code(0)
+        .shows(&["visits"]);
+}

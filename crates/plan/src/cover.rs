@@ -13,32 +13,34 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Msr, MsrRange, Op, Ops};
 
 use crate::Intervals;
+use crate::pack::packed;
 
 /// A stretch of MSRs of equal treatment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Segment {
-    first: u64,
+pub(crate) struct Segment {
+    pub(crate) first: u64,
     /// The first MSR after it.
-    end: u64,
+    pub(crate) end: u64,
     /// Whether reads are allowed.
     read: bool,
     /// Whether writes are allowed.
     write: bool,
     /// Whether reads differ from the default and must be served by a range.
-    need_read: bool,
+    pub(crate) need_read: bool,
     /// The same for writes.
-    need_write: bool,
+    pub(crate) need_write: bool,
 }
 
 impl Segment {
-    fn mixed(&self) -> bool {
+    pub(crate) fn mixed(&self) -> bool {
         self.read != self.write
     }
 
-    fn needs(&self) -> bool {
+    pub(crate) fn needs(&self) -> bool {
         self.need_read || self.need_write
     }
 }
@@ -76,6 +78,13 @@ pub struct Covering {
     /// two of them: whoever sees it need not trust the search. `None` where it is not distance that asks for so many
     /// ranges, but reads and writes that differ.
     pub witness: Option<Vec<(Msr, Op)>>,
+}
+
+impl Covering {
+    /// What the ranges' bitmaps take, in words of 64 bits.
+    pub(crate) fn words(&self) -> u64 {
+        self.ranges.iter().map(|(_, range)| range.len().div_ceil(WORD)).sum()
+    }
 }
 
 /// Why there is no covering within the limit.
@@ -156,7 +165,10 @@ pub(crate) fn cover(
         length,
     };
     let best = search.run(&segments);
-    let ranges = trim(&search.chosen(best), &segments);
+    let mut ranges = trim(&search.chosen(best), &segments);
+    if ranges.len() <= MAX_RANGES {
+        ranges = packed(&ranges, &segments, length, WORD);
+    }
     let witness = Some(far_apart(&segments, length)).filter(|witness| witness.len() == ranges.len());
     Ok(Covering {
         ranges,
@@ -429,6 +441,9 @@ fn trim(chosen: &[(Direction, u64, u64)], segments: &[Segment]) -> Vec<(Directio
     ranges.sort_unstable();
     ranges
 }
+
+/// The bits that a bitmap grows by.
+pub(crate) const WORD: u64 = 64;
 
 #[cfg(test)]
 mod tests;

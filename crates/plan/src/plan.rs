@@ -6,12 +6,15 @@ use core::fmt;
 
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{
-    ActionTable, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason, Reasons,
-    TableError, Verdict, WriteAction,
+    ActionTable, Decider, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason,
+    Reasons, TableError, Verdict, WriteAction,
 };
 
 use crate::cover::{Covering, TooMany, cover};
-use crate::{Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, note, preset, proof, spill};
+use crate::order::by_visits;
+use crate::{
+    Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, Touched, note, preset, proof, spill,
+};
 
 /// How many ranges the map needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -67,8 +70,7 @@ impl Plan {
             }
         };
         let realised = &realised;
-        let ranges = covering
-            .ranges
+        let ranges = by_visits(covering.ranges.clone(), &map.profile)
             .iter()
             .map(|(direction, range)| filter_range(*direction, *range, &covering, &allowed, default))
             .collect::<Result<Vec<FilterRange>, FilterError>>()?;
@@ -187,6 +189,19 @@ impl Plan {
         reads.chain(writes.map(|entry| (entry.range, Op::Write)))
     }
 
+    /// How many of the accesses of `profile` each range of the filter decides, by slot.
+    pub fn visits(&self, profile: &[Touched]) -> Vec<u64> {
+        let mut visits = vec![0u64; self.filter.ranges().len()];
+        for touched in profile {
+            if let Decider::Range { slot, .. } = self.filter.decide(touched.msr, touched.op).1
+                && let Some(visits) = visits.get_mut(usize::from(slot))
+            {
+                *visits = visits.saturating_add(touched.count);
+            }
+        }
+        visits
+    }
+
     /// How many ranges the map needs.
     pub fn minimum(&self) -> &Minimum {
         &self.minimum
@@ -205,12 +220,14 @@ fn action<A>(entries: &[Entry<A>], msr: Msr) -> Option<&A> {
     Some(&entry.action)
 }
 
-/// The covering under the default that takes fewer ranges.
+/// The covering under the default that takes fewer ranges, or as many and fewer bytes.
 pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), TooMany> {
     let free = [MsrRange::X2APIC];
     let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
     match (of(Verdict::Deny), of(Verdict::Allow)) {
-        (Ok(deny), Ok(allow)) if allow.ranges.len() < deny.ranges.len() => Ok((Verdict::Allow, allow)),
+        (Ok(deny), Ok(allow)) if (allow.ranges.len(), allow.words()) < (deny.ranges.len(), deny.words()) => {
+            Ok((Verdict::Allow, allow))
+        }
         (Ok(deny), _) => Ok((Verdict::Deny, deny)),
         (Err(_), Ok(allow)) => Ok((Verdict::Allow, allow)),
         (Err(deny), Err(allow)) => Err(if allow.at_least < deny.at_least { allow } else { deny }),
