@@ -75,7 +75,12 @@ fn filter(object: &Object) -> Result<RawFilter, RawError> {
 
 fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
     let object = object_of(value, at)?;
-    only(object, &["base", "nmsrs", "flags", "read", "write", "bitmap"], at)?;
+    // How often a profile visits it, a plan says too.
+    only(
+        object,
+        &["base", "nmsrs", "flags", "read", "write", "bitmap", "visits"],
+        at,
+    )?;
     let number = |key| required(object, key, at).and_then(|value| u32_of(value, &format!("{at}.{key}")));
     let flags = match object.get("flags") {
         Some(_) if object.contains_key("read") || object.contains_key("write") => {
