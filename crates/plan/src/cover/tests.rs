@@ -199,6 +199,7 @@ fn msrs_too_far_apart_for_one_range_are_the_witness() {
 
 /// The fewest words among all filters of as few ranges.
 fn fewest_words(cells: &[(bool, bool)], default: bool, length: u64, count: usize, word: u64) -> u64 {
+    type Range = (Direction, u64, u64);
     let n = cells.len() as u64;
     let kinds = [Direction::Read, Direction::Write, Direction::Both];
     let all: Vec<_> = (kinds.into_iter())
@@ -207,10 +208,10 @@ fn fewest_words(cells: &[(bool, bool)], default: bool, length: u64, count: usize
         })
         .collect();
     fn search(
-        all: &[(Direction, u64, u64)],
-        picked: &mut Vec<(Direction, u64, u64)>,
+        all: &[Range],
+        picked: &mut Vec<Range>,
         left: usize,
-        words: &dyn Fn(&[(Direction, u64, u64)]) -> Option<u64>,
+        words: &dyn Fn(&[Range]) -> Option<u64>,
     ) -> Option<u64> {
         if left == 0 {
             return words(picked);
@@ -224,7 +225,7 @@ fn fewest_words(cells: &[(bool, bool)], default: bool, length: u64, count: usize
         }
         best
     }
-    let words = |ranges: &[(Direction, u64, u64)]| {
+    let words = |ranges: &[Range]| {
         let right = realises(ranges, cells, default);
         right.then(|| ranges.iter().map(|(_, first, end)| (end - first).div_ceil(word)).sum())
     };
