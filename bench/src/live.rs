@@ -113,13 +113,13 @@ fn text(error: impl ToString) -> String {
 }
 
 /// A guest that reads one MSR again and again.
-struct Looping {
+pub(crate) struct Looping {
     guest: Guest,
     reads: usize,
 }
 
 impl Looping {
-    fn new(kvm: &Kvm, effort: Effort) -> Result<Looping, String> {
+    pub(crate) fn new(kvm: &Kvm, effort: Effort) -> Result<Looping, String> {
         let mut guest = Guest::new(kvm, Mode::Real, &Options::default()).map_err(text)?;
         // What its table holds is made for one return from KVM_RUN, exits apart; the guest keeps it and makes it again.
         let reads = effort.of(4000, 40);
@@ -129,7 +129,7 @@ impl Looping {
         Ok(Looping { guest, reads })
     }
 
-    fn gate(&mut self, kvm: &Kvm, plan: Plan) -> Result<VcpuGate, String> {
+    pub(crate) fn gate(&mut self, kvm: &Kvm, plan: Plan) -> Result<VcpuGate, String> {
         let gate = probed(kvm)?
             .install(self.guest.vm(), Arc::new(plan), Handlers::new())
             .map_err(text)?;

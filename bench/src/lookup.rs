@@ -56,13 +56,18 @@ fn ask(accesses: &[(Msr, Op)], verdict: impl Fn(Msr, Op) -> Verdict) -> Result<(
 }
 
 /// Ranges over the whole space, both directions, with bits of either kind.
-fn filter(ranges: u32) -> Result<Filter, msrgate_core::FilterError> {
+pub(crate) fn filter(ranges: u32) -> Result<Filter, msrgate_core::FilterError> {
     let mut random = Random(ranges.into());
     let ranges = (0..ranges).map(|slot| {
         let words: Vec<u64> = (0..NMSRS / 64).map(|_| random.next() << 32 | random.next()).collect();
         FilterRange::new(base(slot), NMSRS, Ops::BOTH, words)
     });
     Filter::new(Verdict::Deny, ranges.collect::<Result<Vec<_>, _>>()?)
+}
+
+/// An MSR of the last of so many ranges.
+pub(crate) fn last_of(ranges: u32) -> Msr {
+    Msr(base(ranges.saturating_sub(1)) + NMSRS / 2)
 }
 
 fn base(slot: u32) -> u32 {
@@ -151,7 +156,7 @@ impl Random {
 
 /// The kernel's way (`kvm_msr_allowed`; in its documentation under KVM_X86_SET_MSR_FILTER): x2APIC first, then the ranges
 /// in order, a bit of the first that matches, else the default.
-struct Linear {
+pub(crate) struct Linear {
     default_allow: bool,
     count: usize,
     ranges: [LinearRange; 16],
@@ -166,7 +171,7 @@ struct LinearRange {
 }
 
 impl Linear {
-    fn new(filter: &Filter) -> Linear {
+    pub(crate) fn new(filter: &Filter) -> Linear {
         let mut ranges: [LinearRange; 16] = Default::default();
         for (to, from) in ranges.iter_mut().zip(filter.ranges()) {
             *to = LinearRange {
@@ -184,7 +189,7 @@ impl Linear {
     }
 
     #[inline]
-    fn verdict(&self, msr: Msr, op: Op) -> Verdict {
+    pub(crate) fn verdict(&self, msr: Msr, op: Op) -> Verdict {
         let index = msr.0;
         if (0x800..=0x8ff).contains(&index) {
             return Verdict::Allow;

@@ -8,7 +8,10 @@ mod figure;
 mod rounds;
 
 mod lookup;
+mod instructions;
 mod live;
+mod run_exit;
+mod boot;
 mod replace;
 mod plan;
 mod trace;
@@ -39,6 +42,15 @@ struct Arguments {
     /// Keep the result in bench/record/, with machine and kernel
     #[arg(long, conflicts_with = "quick")]
     record: bool,
+    /// Do one thing for whoever counts its instructions
+    #[arg(long, hide = true, value_name = "CASE", requires = "times")]
+    count: Option<instructions::Case>,
+    /// How often
+    #[arg(long, hide = true, value_name = "N")]
+    times: Option<usize>,
+    /// Boot guests, in the nested lane
+    #[arg(long, hide = true, value_name = "N")]
+    boots: Option<usize>,
 }
 
 const HELP: &str = "\
@@ -50,10 +62,16 @@ what this machine cannot measure is named as skipped.";
 enum Key {
     /// A verdict, beside the kernel's walk over the ranges
     Lookup,
+    /// Instructions of the access path, counted by valgrind
+    Instructions,
     /// An access that user space answers, beside the same loop by hand; needs KVM
     ExitDispatch,
     /// A fixed answer that the kernel holds, beside an allowed read and an answer from user space; needs KVM
     ConstantRead,
+    /// An access that `msrgate run` answers, beside a VMM that answers it itself; needs KVM
+    RunExit,
+    /// A Linux boot under `msrgate run`, beside one without, 10 of each in the nested lane; takes long, so only where asked for
+    Boot,
     /// Installing a plan, beside the bare calls; needs KVM
     Install,
     /// Replacing a filter under readers, beside arc-swap and a lock
@@ -109,8 +127,24 @@ impl From<String> for Missing {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let part = match (arguments.count, arguments.boots) {
+        (Some(case), _) => Some(instructions::repeat(case, arguments.times.unwrap_or(0))),
+        (None, Some(boots)) => Some(boot::inside(boots)),
+        (None, None) => None,
+    };
+    match part {
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        Some(Err(why)) => {
+            eprintln!("bench: {why}");
+            return ExitCode::from(2);
+        }
+        None => {}
+    }
     let effort = if arguments.quick { Effort::Quick } else { Effort::Full };
-    let chosen = |key: &&Key| arguments.only.is_empty() || arguments.only.contains(key);
+    let chosen = |key: &&Key| match arguments.only.as_slice() {
+        [] => **key != Key::Boot,
+        only => only.contains(key),
+    };
     let mut report = report::Report::new(machine::Machine::look(), arguments.quick);
     for key in Key::value_variants().iter().filter(chosen) {
         if io::stderr().is_terminal() {
@@ -118,6 +152,9 @@ fn main() -> ExitCode {
         }
         let measured = match key {
             Key::Lookup => lookup::measure(effort),
+            Key::Instructions => instructions::measure(effort),
+            Key::RunExit => run_exit::measure(effort),
+            Key::Boot => boot::measure(effort),
             Key::ExitDispatch => live::exit_dispatch(effort),
             Key::ConstantRead => live::constant_read(effort),
             Key::Install => live::install(effort),

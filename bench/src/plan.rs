@@ -12,12 +12,12 @@ use crate::{Effort, Measured};
 
 /// Milliseconds that 10,000 rules may take.
 const AIM: f64 = 20.0;
-/// What ten times as many rules may take more.
-const NEAR_LINEAR: f64 = 14.0;
+/// What a rule may take more where there are a hundred times as many.
+const NEAR_LINEAR: f64 = 1.5;
 
 pub(crate) fn measure(effort: Effort) -> Measured {
     let mut figures = Vec::new();
-    let mut tenth = None;
+    let mut each = Vec::new();
     let sizes: &[usize] = if effort == Effort::Full {
         &[10, 100, 1_000, 10_000, 100_000]
     } else {
@@ -26,22 +26,33 @@ pub(crate) fn measure(effort: Effort) -> Measured {
     for rules in sizes {
         let text = policy(*rules);
         compile(&text)?;
+        // Milliseconds.
         let ours = |_: &mut ()| nanoseconds(1_000_000, || black_box(compile(black_box(&text))).map(drop));
-        let [ours] = rounds(effort.of(if *rules > 10_000 { 8 } else { 25 }, 1), &mut (), [&ours])?;
-        let ours = ours.least();
-        let figure = Figure::new(format!("{rules} rules"), "ms", ours);
-        let figure = match tenth {
-            Some(tenth) => figure.beside("a tenth of the rules", tenth),
-            None => figure,
-        };
+        let toml = |_: &mut ()| nanoseconds(1_000_000, || read_toml(black_box(&text)));
+        let turns = effort.of(if *rules > 10_000 { 6 } else { 25 }, 1);
+        let [ours, toml] = rounds(turns, &mut (), [&ours, &toml])?;
+        let figure = Figure::new(format!("{rules} rules"), "ms", ours.least());
+        let figure = figure.beside("their TOML read, and no more", toml.least());
         figures.push(match rules {
             10_000 => figure.aim(Aim::Ours(AIM)),
-            100_000 => figure.aim(Aim::Ratio(NEAR_LINEAR)),
             _ => figure,
         });
-        tenth = Some(ours);
+        each.push((*rules, 1e3 * ours.least() / *rules as f64));
+    }
+    if let [.., (_, few), _, (rules, many)] = each.as_slice() {
+        let figure = Figure::new(format!("a rule of {rules}"), "µs", *many);
+        figures.push(
+            figure
+                .beside("a rule of a hundredth of them", *few)
+                .aim(Aim::Ratio(NEAR_LINEAR)),
+        );
     }
     Ok(figures)
+}
+
+fn read_toml(text: &str) -> Result<(), toml::de::Error> {
+    black_box(toml::de::DeTable::parse(text)?);
+    Ok(())
 }
 
 fn compile(text: &str) -> Result<Plan, String> {

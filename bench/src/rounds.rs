@@ -5,7 +5,7 @@ use std::time::Instant;
 use nix::time::{ClockId, clock_gettime};
 
 /// What one thing cost in each round.
-pub(crate) struct Costs(Vec<f64>);
+pub(crate) struct Costs(pub(crate) Vec<f64>);
 
 /// Does something with what all share, and gives what it cost.
 pub(crate) type Thing<'a, T> = &'a dyn Fn(&mut T) -> Result<f64, String>;

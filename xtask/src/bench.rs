@@ -25,9 +25,29 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 }
 
 fn run(words: &[String]) -> Result<ExitCode, String> {
-    let programs = binary::built(&["build", "--release", "--package", "msrgate-bench"])?;
-    let bench = programs.first().ok_or("cargo built no bench")?;
-    let mut command = process::bound(&bench.executable);
+    // What `run_exit` and `boot` run, and the bench, by what it is told of each.
+    let programs = ["msrgate", "small_vmm", "msrgate-bench"];
+    let built = binary::built(
+        &[
+            &[
+                "build",
+                "--release",
+                "--package",
+                "msrgate",
+                "--package",
+                "msrgate-bench",
+            ][..],
+            &["--bin", "msrgate", "--example", "small_vmm", "--bin", "msrgate-bench"],
+        ]
+        .concat(),
+    )?;
+    let [msrgate, vmm, bench] = programs.map(|name| {
+        let mut found = built.iter().filter(|binary| binary.executable.ends_with(name));
+        found.next().ok_or(format!("cargo built no {name}"))
+    });
+    let mut command = process::bound(&bench?.executable);
+    command.env("MSRGATE_BIN", &msrgate?.executable);
+    command.env("MSRGATE_SMALL_VMM", &vmm?.executable);
     command.args(words).current_dir(crate::root());
     let status = command.status();
     let status = status.map_err(|error| format!("cannot run {}: {error}", process::shown(&command)))?;

@@ -1,8 +1,9 @@
 //! What each MSR gets: a policy in normal form.
 
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
-use core::fmt::Display;
+use core::fmt::{Display, Write};
 
 use msrgate_core::{Log, Msr, Op, ReadAction, WriteAction};
 use sha2::{Digest, Sha256};
@@ -112,8 +113,12 @@ impl DecisionMap {
 }
 
 fn hash_intervals<A: Display + Clone + Eq>(hash: &mut Sha256, op: Op, actions: &Intervals<A>) {
+    let mut line = String::new();
     for (range, action) in actions.iter() {
-        hash.update(format!("{op} {range} {action}\n"));
+        line.clear();
+        // Writing to a text does not fail.
+        let _ = writeln!(line, "{op} {range} {action}");
+        hash.update(&line);
     }
 }
 

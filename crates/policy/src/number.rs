@@ -22,12 +22,20 @@ pub fn parse(text: &str) -> Result<u64, NumberError> {
 
 /// Digits of a base.
 pub(crate) fn parse_digits(digits: &str, radix: u32) -> Result<u64, NumberError> {
-    let bare: String = digits.chars().filter(|c| *c != '_').collect();
-    let between = !digits.starts_with('_') && !digits.ends_with('_');
-    if bare.is_empty() || !between || !bare.chars().all(|c| c.is_digit(radix)) {
+    // Malformed goes before too large, so the digits are looked at to the last.
+    let mut number = Some(0u64);
+    let mut empty = true;
+    for digit in digits.chars().filter(|c| *c != '_') {
+        let value = digit.to_digit(radix).ok_or(NumberError::Malformed)?;
+        number = number
+            .and_then(|number| number.checked_mul(radix.into()))
+            .and_then(|number| number.checked_add(value.into()));
+        empty = false;
+    }
+    if empty || digits.starts_with('_') || digits.ends_with('_') {
         return Err(NumberError::Malformed);
     }
-    u64::from_str_radix(&bare, radix).map_err(|_| NumberError::TooLarge)
+    number.ok_or(NumberError::TooLarge)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@
 //! The text of the kernel's tracepoint `kvm:kvm_msr`, as `perf script` and ftrace print it, is read as a trace too.
 //! [`Lines`] holds one line at a time, whatever the trace's length.
 
+mod canonical;
 mod tracepoint;
 
 use std::borrow::Cow;
@@ -27,6 +28,8 @@ use serde::{Deserialize, Serialize};
 use self::tracepoint::Threads;
 use crate::cpuid::Cpuid;
 use crate::number;
+
+pub use canonical::write_event;
 
 /// The version of the format that is read and written here.
 pub const VERSION: u64 = 1;
@@ -177,45 +180,6 @@ impl Line<'_> {
     }
 }
 
-/// Writes one event as a line.
-pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
-    let Event {
-        t,
-        vm,
-        vcpu,
-        op,
-        msr,
-        value,
-        reason,
-        did,
-        why,
-        rule,
-        rip,
-        cost,
-    } = event;
-    write!(
-        to,
-        "{{\"t\":{t},\"vm\":{vm},\"vcpu\":{vcpu},\"op\":\"{op}\",\"msr\":\"{msr}\",\"value\":\"{value:#x}\""
-    )?;
-    if let Some(reason) = reason {
-        write!(to, ",\"reason\":\"{reason}\"")?;
-    }
-    write!(to, ",\"did\":\"{did}\"")?;
-    if let Some(why) = why {
-        write!(to, ",\"why\":\"{why}\"")?;
-    }
-    if let Some(rule) = rule {
-        write!(to, ",\"rule\":{rule}")?;
-    }
-    if let Some(rip) = rip {
-        write!(to, ",\"rip\":\"{rip:#x}\"")?;
-    }
-    if let Some(cost) = cost {
-        write!(to, ",\"cost\":{cost}")?;
-    }
-    to.write_all(b"}\n")
-}
-
 /// The events of a trace, one line at a time. After the first error there are no more.
 #[derive(Debug)]
 pub struct Lines<R> {
@@ -334,6 +298,14 @@ impl<R: BufRead> Lines<R> {
     }
 
     fn own_event(&self) -> Result<Event, TraceError> {
+        match canonical::read(&self.line) {
+            Some(event) => Ok(event),
+            None => self.any_event(),
+        }
+    }
+
+    /// An event as JSON may spell it.
+    fn any_event(&self) -> Result<Event, TraceError> {
         let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
         match parsed {
             Ok(line) => line.event().map_err(|message| TraceError::at(self.number, message)),
@@ -471,6 +443,54 @@ mod tests {
         let (events, error) = read(std::str::from_utf8(&text).unwrap());
         assert!(error.is_none());
         assert_eq!(events, [event(), bare]);
+    }
+
+    #[test]
+    fn the_usual_spelling_is_read_as_the_reader_of_json_reads_it() {
+        let mut seed = 1u64;
+        let mut roll = |n: usize| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize % n
+        };
+        const BYTES: &[u8] = b"0123456789abcdefxX{}[]\",:-+._ \n\\e";
+        let (mut usual, mut others) = (0, 0);
+        for _ in 0..20_000 {
+            let some = |event: Event, number: usize| Event {
+                t: u64::MAX >> (1 + number % 63),
+                op: Op::ALL[number % 2],
+                msr: Msr(u32::MAX >> (number % 32)),
+                value: u64::MAX >> (number / 7 % 64),
+                reason: Some(Reason::ALL[number % 3]).filter(|_| number & 3 > 0),
+                did: Did::ALL[number % Did::ALL.len()],
+                why: Some(Why::ALL[number % Why::ALL.len()]).filter(|_| number % 11 > 5),
+                rule: event.rule.filter(|_| number & 4 > 0),
+                rip: event.rip.filter(|_| number & 8 > 0),
+                cost: event.cost.filter(|_| number % 9 > 4),
+                ..event
+            };
+            let event = some(event(), roll(1 << 20));
+            let mut line = Vec::new();
+            write_event(&event, &mut line).unwrap();
+            assert_eq!(canonical::read(&line), Some(event));
+            // And with a byte changed, left out or put in.
+            let at = roll(line.len());
+            let byte = BYTES[roll(BYTES.len())];
+            match roll(3) {
+                0 => line[at] = byte,
+                1 => line.insert(at, byte),
+                _ => _ = line.remove(at),
+            }
+            let mut lines = Lines::new(HEADER.as_bytes()).unwrap();
+            lines.line = line;
+            match canonical::read(&lines.line) {
+                Some(event) => {
+                    usual += 1;
+                    assert_eq!(lines.any_event().ok(), Some(event), "{}", lines.line.escape_ascii());
+                }
+                None => others += 1,
+            }
+        }
+        assert!(usual > 1000 && others > 1000, "{usual} {others}");
     }
 
     #[test]

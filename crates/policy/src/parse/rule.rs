@@ -1,9 +1,8 @@
 //! One `[[rule]]`.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 
-use msrgate_core::{Log, Op};
+use msrgate_core::{Log, MsrRange};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -252,25 +251,25 @@ fn code(error: &PatternError) -> Code {
 /// Rules that never count, since earlier ones decide the same MSRs for the same guests in every direction that they say:
 /// position, and that of the first such rule.
 pub(super) fn repeated(rules: &[Rule]) -> Vec<(usize, usize)> {
-    type Decided = (Vec<(u32, u32)>, String, Op);
-    let mut seen: HashMap<Decided, usize> = HashMap::new();
+    // The first rule of these MSRs and guests that decides reads, and the first that decides writes.
+    let mut seen: HashMap<(Vec<MsrRange>, String), [Option<usize>; 2]> = HashMap::new();
     let mut repeated = Vec::new();
     for (position, rule) in rules.iter().enumerate() {
-        let mut ranges: Vec<(u32, u32)> = rule
-            .ranges()
-            .iter()
-            .map(|range| (range.first().0, range.last().0))
-            .collect();
+        let mut ranges = rule.ranges();
         ranges.sort_unstable();
-        let when = format!("{:?}", rule.when);
-        let says = [(rule.read.is_some(), Op::Read), (rule.write.is_some(), Op::Write)];
+        let when = match rule.when.is_always() {
+            true => String::new(),
+            false => format!("{:?}", rule.when),
+        };
+        let [read, write] = seen.entry((ranges, when)).or_default();
+        let says = [(rule.read.is_some(), read), (rule.write.is_some(), write)];
         let mut first = None;
         let mut counts = false;
-        for (_, op) in says.into_iter().filter(|(says, _)| *says) {
-            match seen.entry((ranges.clone(), when.clone(), op)) {
-                Entry::Occupied(earlier) => first = first.or(Some(*earlier.get())),
-                Entry::Vacant(vacant) => {
-                    vacant.insert(position);
+        for (_, decided) in says.into_iter().filter(|(says, _)| *says) {
+            match decided {
+                Some(earlier) => first = first.or(Some(*earlier)),
+                None => {
+                    *decided = Some(position);
                     counts = true;
                 }
             }
