@@ -61,17 +61,20 @@ fn compile(text: &str) -> Result<Plan, String> {
     Plan::compile(&map).map_err(|error| error.to_string())
 }
 
-/// So many rules of one MSR each, as a policy that was learned has them; up to 12288 of them for one range.
+/// So many rules as a policy that was learned has them, one for the reads and one for the writes of each MSR.
 pub(crate) fn policy(rules: usize) -> String {
     let mut text = String::from("version = 1\nname = \"bench\"\ndefault = \"deny\"\n");
     for rule in 0..rules {
-        // No two neighbours are of one mind. 16 ranges reach as far as the most that are asked for here.
-        let msr = 0x4000_0000 + rule * if rules > 50_000 { 1 } else { 3 };
-        let says = match rule % 4 {
-            0 => "read  = \"allow\"\nwrite = \"allow\"".to_owned(),
-            1 => format!("read  = {{ value = \"{rule:#x}\" }}\nwrite = \"ignore\""),
-            2 => "read  = \"allow\"\nwrite = \"deny\"".to_owned(),
-            _ => "read  = { shadow = 0 }\nwrite = \"shadow\"".to_owned(),
+        // No two neighbours are of one mind, and all lie where 16 ranges reach.
+        let msr = 0x4000_0000 + rule / 2 * if rules > 50_000 { 1 } else { 3 };
+        let says = match rule % 8 {
+            0 | 4 => "read  = \"allow\"".to_owned(),
+            1 => "write = \"allow\"".to_owned(),
+            2 => format!("read  = {{ value = \"{rule:#x}\" }}"),
+            3 => "write = \"ignore\"".to_owned(),
+            5 => "write = \"deny\"".to_owned(),
+            6 => "read  = { shadow = 0 }".to_owned(),
+            _ => "write = \"shadow\"".to_owned(),
         };
         let _ = write!(
             text,

@@ -81,7 +81,8 @@ impl Lookup {
     }
 
     /// The same as [`Filter::verdict`].
-    #[inline]
+    // A call would cost as much as the rest.
+    #[inline(always)]
     pub fn verdict(&self, msr: Msr, op: Op) -> Verdict {
         match &self.shape {
             Shape::Pages(pages) => pages.verdict(msr, op),
