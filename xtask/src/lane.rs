@@ -163,7 +163,7 @@ impl Lane {
     fn boot_limit(self) -> Duration {
         match self {
             Self::Nested => Duration::from_secs(60),
-            Self::Intel => Duration::from_secs(180),
+            Self::Intel => Duration::from_secs(300),
         }
     }
 

@@ -507,7 +507,7 @@ pub(crate) enum WidenArg {
 #[derive(ClapArgs)]
 pub(crate) struct MsrArgs {
     /// A name, a glob, an index, a range, a class as `@pmu`, or words such as `intel microcode`; all where it is left out
-    pub(crate) what: Option<String>,
+    pub(crate) what: Vec<String>,
     /// Print one JSON array
     #[arg(long)]
     pub(crate) json: bool,

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::{Decider, Msr, Op};
+use msrgate_guest::NoPreset;
 use msrgate_policy::{Explanation, Policy, database, explain, number};
 use serde_json::{Value, json};
 
@@ -20,15 +21,20 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
     };
     let explained = |op| explain(&loaded.policy, &loaded.map, &loaded.plan, msr, op);
+    let no_preset = |op| {
+        let mut whys = loaded.no_presets.iter().filter(|_| op == Op::Read);
+        whys.find(|(range, _)| range.contains(msr)).map(|(_, why)| *why)
+    };
+    let json = |op| json(&loaded.policy, &explained(op), no_preset(op));
     let mut out = io::stdout().lock();
     match (args.op, args.json) {
-        (Some(op), true) => writeln!(out, "{:#}", json(&loaded.policy, &explained(op.into())))?,
+        (Some(op), true) => writeln!(out, "{:#}", json(op.into()))?,
         (None, true) => {
             let both = json!({
                 "msr": msr.to_string(),
                 "name": name(msr),
-                "read": json(&loaded.policy, &explained(Op::Read)),
-                "write": json(&loaded.policy, &explained(Op::Write)),
+                "read": json(Op::Read),
+                "write": json(Op::Write),
             });
             writeln!(out, "{both:#}")?;
         }
@@ -37,7 +43,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
                 .into_iter()
                 .filter(|each| op.is_none_or(|op| Op::from(op) == *each))
             {
-                print(&mut out, &loaded.policy, &explained(op))?;
+                print(&mut out, &loaded.policy, &explained(op), no_preset(op))?;
             }
         }
     }
@@ -63,7 +69,7 @@ pub(crate) fn name(msr: Msr) -> Option<&'static str> {
     database::by_msr(msr).map(|entry| entry.name)
 }
 
-fn json(policy: &Policy, explanation: &Explanation<'_>) -> Value {
+fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {
     let rule = explanation.rule.map(|(index, rule)| {
         let source = policy.sources.get(rule.place.source);
         json!({
@@ -87,11 +93,17 @@ fn json(policy: &Policy, explanation: &Explanation<'_>) -> Value {
         "range": range,
         "sees": explanation.sees,
         "exits": explanation.exits,
+        "no_preset": no_preset.map(NoPreset::name),
         "touches": explanation.touches,
     })
 }
 
-fn print(out: &mut impl Write, policy: &Policy, explanation: &Explanation<'_>) -> io::Result<()> {
+fn print(
+    out: &mut impl Write,
+    policy: &Policy,
+    explanation: &Explanation<'_>,
+    no_preset: Option<NoPreset>,
+) -> io::Result<()> {
     let name = name(explanation.msr).map(|name| format!(" {name}")).unwrap_or_default();
     writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
     match explanation.rule {
@@ -118,6 +130,9 @@ fn print(out: &mut impl Write, policy: &Policy, explanation: &Explanation<'_>) -
         "stays in the kernel"
     };
     writeln!(out, "  cost     {exits}")?;
+    if let Some(no_preset) = no_preset {
+        writeln!(out, "  preset   none: {no_preset}")?;
+    }
     if let Some(touches) = explanation.touches {
         let times = match touches {
             1 => "once".to_owned(),

@@ -5,7 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use msrgate_core::{Msr, Op};
+use msrgate_core::{Msr, MsrRange, Op};
+use msrgate_guest::{NoPreset, no_presets};
 use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
@@ -38,6 +39,8 @@ pub(crate) struct Loaded {
     pub(crate) policy: Policy,
     pub(crate) map: DecisionMap,
     pub(crate) plan: Plan,
+    /// Fixed answers that are no presets on this machine; empty where it was not asked.
+    pub(crate) no_presets: Vec<(MsrRange, NoPreset)>,
 }
 
 /// Why there is no plan: what to report, and how to end.
@@ -72,7 +75,11 @@ pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[To
 pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
     let (policy, map) = resolved(path, cpuid).map_err(|refused| refused.report())?;
     let map = held(map, cpuid)?.with_profile(profile.to_vec());
-    compiled(policy, map, cpuid).map_err(|refused| refused.report())
+    let loaded = compiled(policy, map, cpuid).map_err(|refused| refused.report())?;
+    Ok(Loaded {
+        no_presets: no_presets(&loaded.map, &loaded.plan),
+        ..loaded
+    })
 }
 
 /// The map with what this machine's kernel holds of its fixed answers.
@@ -170,7 +177,14 @@ fn accepted(read: Result<Policy, Rejected>) -> Result<Policy, Box<Refused>> {
 
 fn compiled(policy: Policy, map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
     let error = match Plan::compile(&map) {
-        Ok(plan) => return Ok(Loaded { policy, map, plan }),
+        Ok(plan) => {
+            return Ok(Loaded {
+                policy,
+                map,
+                plan,
+                no_presets: Vec::new(),
+            });
+        }
         Err(error) => error,
     };
     // The policy is fine; it does not fit what the kernel can hold.

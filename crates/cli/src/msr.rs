@@ -12,8 +12,11 @@ use crate::exit::{Exit, Failure};
 use crate::render;
 
 pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
-    let what = args.what.as_deref().unwrap_or("*");
-    let found = search(what)?;
+    let what = match args.what.as_slice() {
+        [] => "*".to_owned(),
+        words => words.join(" "),
+    };
+    let found = search(&what)?;
     let mut out = io::stdout().lock();
     if args.json {
         let array: Value = found.iter().map(|entry| json(entry)).collect();
@@ -34,7 +37,7 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         write!(out, "{}", render::text(&table))?;
     }
     if found.is_empty() {
-        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{}", instead(what))?;
+        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{}", instead(&what))?;
         return Ok(Exit::No);
     }
     Ok(Exit::Yes)

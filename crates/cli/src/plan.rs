@@ -110,6 +110,11 @@ fn json(loaded: &Loaded) -> Value {
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
         "presets": presets(plan),
+        "no_presets": loaded.no_presets.iter().map(|(range, why)| json!({
+            "first": range.first().to_string(),
+            "last": range.last().to_string(),
+            "why": why.name(),
+        })).collect::<Vec<_>>(),
         "spilled": plan.spilled().map(|(range, op)| json!({
             "first": range.first().to_string(),
             "last": range.last().to_string(),
@@ -272,6 +277,17 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         writeln!(
             out,
             "presets: fixed answers that this kernel holds, read without an exit:\n{table}"
+        )?;
+    }
+    let mut table = render::table(&["first", "last", "since"]);
+    for (range, why) in &loaded.no_presets {
+        table.add_row([range.first().to_string(), range.last().to_string(), why.to_string()]);
+    }
+    if table.row_count() > 0 {
+        writeln!(
+            out,
+            "fixed answers that this kernel does not give by itself, so that they make an exit:\n{}",
+            render::text(&table)
         )?;
     }
     let mut table = render::table(&["first", "last", "op", "exits"]);

@@ -91,7 +91,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
 impl Told {
     /// What the policy says of an access, where there is a policy.
     fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
-        let Loaded { policy, map, plan } = self.policy.as_ref()?;
+        let Loaded { policy, map, plan, .. } = self.policy.as_ref()?;
         Some(explain(policy, map, plan, msr, op))
     }
 

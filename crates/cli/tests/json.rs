@@ -152,7 +152,17 @@ fn is_a_plan(plan: &Value) {
     keys(
         plan,
         &[
-            "default", "ranges", "reasons", "presets", "spilled", "actions", "unknown", "invalid", "notes", "minimum",
+            "default",
+            "ranges",
+            "reasons",
+            "presets",
+            "no_presets",
+            "spilled",
+            "actions",
+            "unknown",
+            "invalid",
+            "notes",
+            "minimum",
             "hash",
         ],
     );
@@ -375,8 +385,18 @@ fn a_policy_of_pure_allow_and_deny_never_leaves_the_kernel() {
     assert_eq!(count(&plan["minimum"], "ranges"), 0);
 }
 
-const EXPLANATION: [&str; 10] = [
-    "msr", "name", "op", "action", "rule", "verdict", "range", "sees", "exits", "touches",
+const EXPLANATION: [&str; 11] = [
+    "msr",
+    "name",
+    "op",
+    "action",
+    "rule",
+    "verdict",
+    "range",
+    "sees",
+    "exits",
+    "no_preset",
+    "touches",
 ];
 
 fn explain(folder: &Folder, policy: &str, msr: &str, op: &str) -> Value {

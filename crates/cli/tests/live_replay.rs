@@ -105,6 +105,44 @@ fn fixed_answers_that_the_kernel_holds_are_presets_on_kvm_and_only_there() {
         (&explained["exits"], &explained["verdict"]),
         (&false.into(), &"allow".into())
     );
+    assert_eq!(
+        (&explained["no_preset"], list(&here, "no_presets").len()),
+        (&Value::Null, 0)
+    );
+}
+
+#[test]
+fn a_fixed_answer_that_is_no_preset_says_why() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    // KVM has no value for 0x10 that stands still, and 0x17 is 0 in every guest of KVM.
+    let rules = "[[rule]]\nmsr = 0x10\nread = \"zero\"\nwrite = \"deny\"\n\
+                 [[rule]]\nmsr = 0x17\nread = { value = 7 }\nwrite = \"deny\"\n\
+                 [[rule]]\nmsr = 0x8b\nread = { value = 7 }\n";
+    policy(&folder, "default = \"allow\"", rules);
+    let plan = folder.run(&["plan", "--host", "--json", "policy.toml"]).code(0).json();
+    let whys: Vec<_> = list(&plan, "no_presets")
+        .iter()
+        .map(|row| (text(row, "first"), text(row, "last"), text(row, "why")))
+        .collect();
+    let expected = [
+        ("0x10", "0x10", "unkept"),
+        ("0x17", "0x17", "unheld"),
+        ("0x8b", "0x8b", "written"),
+    ];
+    assert_eq!(whys, expected);
+    let explained = folder
+        .run(&["explain", "--host", "policy.toml", "0x17", "read"])
+        .code(0);
+    assert!(
+        explained
+            .out
+            .contains("preset   none: this kernel has another value here"),
+        "{}",
+        explained.out
+    );
 }
 
 #[test]

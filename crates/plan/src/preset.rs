@@ -22,15 +22,20 @@ impl DecisionMap {
     /// are not logged, and no write reaches the kernel's register, which would then hold another.
     pub fn preset(&self, msr: Msr) -> Option<Preset> {
         let read = self.reads.get(msr);
-        let untouched = matches!(
-            self.writes.get(msr).action,
-            WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow
-        );
+        let untouched = DecisionMap::keeps_register(self.writes.get(msr));
         let decided = !MsrRange::X2APIC.contains(msr) && msr != Msr::MAX;
         match read.action {
             ReadAction::Value(value) if read.log == Log::None && untouched && decided => Some(Preset { msr, value }),
             _ => None,
         }
+    }
+
+    /// Whether no write that gets this reaches the kernel's register.
+    pub fn keeps_register(write: &Decision<WriteAction>) -> bool {
+        matches!(
+            write.action,
+            WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow
+        )
     }
 
     /// The map for a kernel that was found to hold `held` ([`DecisionMap::held`]).
