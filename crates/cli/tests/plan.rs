@@ -350,6 +350,16 @@ fn what_does_not_fit_is_spilled_where_the_policy_asks_for_it() {
         .filter(|action| action["action"] == "pass");
     assert_eq!(actions.count(), 2);
     assert_eq!(plan["reasons"], serde_json::json!(["filter"]));
+    // The filter in source code would deny what is spilled: its heading names it all.
+    for (language, margin) in [("c", " *"), ("rust", "//")] {
+        let source = folder.run(&["plan", "--emit", language, "spill.toml"]).code(0).out;
+        let passed_on = "must pass them on with KVM_GET_MSRS and KVM_SET_MSRS";
+        assert!(source.contains(passed_on), "{source}");
+        for part in list(&plan, "spilled") {
+            let line = format!("{margin}   {} {}\n", text(part, "op"), text(part, "first"));
+            assert!(source.contains(&line), "{line} in {source}");
+        }
+    }
     // It is what the policy says, and what was refused: to who reads policies, and to who reads plans.
     folder.write("plan.json", folder.run(&["plan", "--json", "spill.toml"]).code(0).out);
     for other in ["refuse.toml", "plan.json"] {

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::{FilterRange, Op, Verdict};
+use msrgate_plan::Plan;
 use msrgate_policy::foreign::{Format, export};
 
 use crate::exit::{Exit, Failure};
@@ -29,6 +30,7 @@ pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         out,
         " * KVM_X86_SET_MSR_FILTER; the other way round a denied access may fault before the mask is set."
     )?;
+    spilled(out, plan, " *")?;
     writeln!(out, " */")?;
     writeln!(out, "#include <linux/kvm.h>\n#include <string.h>\n")?;
     writeln!(
@@ -84,6 +86,7 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "// First enable KVM_CAP_X86_USER_SPACE_MSR with args[0] = {name}_REASONS, then call `set_msr_filter`; the other"
     )?;
     writeln!(out, "// way round a denied access may fault before the mask is set.")?;
+    spilled(out, plan, "//")?;
     writeln!(
         out,
         "use kvm_ioctls::{{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags}};\n"
@@ -131,6 +134,23 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         writeln!(out, "        }},")?;
     }
     writeln!(out, "    ]\n}}")
+}
+
+/// What the VMM has to pass on, since the filter alone would deny it: within a comment whose lines begin with `margin`.
+fn spilled(out: &mut impl Write, plan: &Plan, margin: &str) -> io::Result<()> {
+    for (number, (range, op)) in plan.spilled().enumerate() {
+        if number == 0 {
+            writeln!(
+                out,
+                "{margin}\n\
+                 {margin} The filter has no room to allow these accesses, which the policy leaves to the kernel. They exit as\n\
+                 {margin} KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR: the VMM must pass them on with KVM_GET_MSRS and KVM_SET_MSRS,\n\
+                 {margin} on the vCPU's thread before it runs again, and set `error` to 1 where these do not take the MSR:"
+            )?;
+        }
+        writeln!(out, "{margin}   {op} {range}")?;
+    }
+    Ok(())
 }
 
 /// Another tool's words for the policy, or why it has none, by rule.
