@@ -145,11 +145,11 @@ impl Policy {
             Direction::Write => "writes",
             Direction::Both => "reads and writes",
         };
-        let rules: Vec<String> = group.rules.iter().filter_map(|rule| self.rule_place(*rule)).collect();
-        let rules = match rules.len() {
+        let places = self.first_places(&group.rules, 4);
+        let rules = match group.rules.len() {
             0 => "the default".to_owned(),
-            1..=4 => format!("rules at {}", rules.join(", ")),
-            n => format!("{n} rules, the first at {}", rules.first().map_or("?", |place| place)),
+            1..=4 => format!("rules at {}", places.join(", ")),
+            n => format!("{n} rules, the first at {}", places.first().map_or("?", |place| place)),
         };
         format!("{direction} of {}: {}, {rules}", group.range, accesses(group.accesses))
     }
@@ -180,8 +180,8 @@ impl Policy {
             advice.push_str(&format!("\nby this before all other rules:{rules}"));
         }
         if let Some(without) = without {
-            let places: Vec<String> = without.rules.iter().filter_map(|rule| self.rule_place(*rule)).collect();
-            let (s, rules) = match places.len() {
+            let places = self.first_places(&without.rules, LISTED);
+            let (s, rules) = match without.rules.len() {
                 n if n > LISTED => (
                     "s",
                     format!("{n} places, the first {}", places.first().map_or("?", |place| place)),
@@ -253,6 +253,12 @@ impl Policy {
             None => "the default".to_owned(),
         };
         format!("{op} of {}: {to}, against {by}", part.range)
+    }
+
+    /// Where the first of these rules are, at most `most`: to find a line its source is read up to there.
+    fn first_places(&self, rules: &[u32], most: usize) -> Vec<String> {
+        let rules = rules.iter().take(most);
+        rules.filter_map(|rule| self.rule_place(*rule)).collect()
     }
 
     /// File and line of a rule, by its number.
