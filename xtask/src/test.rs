@@ -541,7 +541,7 @@ fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (Strin
     // The nested lane sees all files of this machine as they are; the other has what it is given.
     let bare = lane == Lane::Intel;
     // Seconds for one binary, so that one which hangs does not take the others' time.
-    let patience = if bare { 600 } else { 300 };
+    let patience = 600;
     let mut script = String::from("export MSRGATE_LANE_REQUIRE=1\n");
     script.push_str(&format!(
         "export MSRGATE_BIN={}\n",
