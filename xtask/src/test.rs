@@ -222,10 +222,13 @@ fn sum_up(reports: &[Report]) -> ExitCode {
     }
     println!("\n{sum}");
     if sum.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
+        return ExitCode::SUCCESS;
     }
+    // The last line says where to look, since of a long output the end is what is kept.
+    let failed = reports.iter().filter(|report| report.count().failed > 0);
+    let names: Vec<_> = failed.map(|report| report.name.as_str()).collect();
+    println!("failed: {}", names.join(", "));
+    ExitCode::FAILURE
 }
 
 /// The stages of the lanes that must not be skipped, from a list with commas.

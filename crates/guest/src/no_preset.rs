@@ -52,7 +52,7 @@ impl fmt::Display for NoPreset {
 
 /// The fixed answers of `plan` that are no presets, and why, in order of MSR.
 ///
-/// `plan` is that of `map`, after a kernel was asked what it holds ([`crate::held`], [`DecisionMap::holding`]).
+/// `plan` is that of `map`, after a kernel was asked what it holds ([`crate::held()`], [`DecisionMap::holding`]).
 pub fn no_presets(map: &DecisionMap, plan: &Plan) -> Vec<(MsrRange, NoPreset)> {
     let tried = STORED.into_iter().chain(CONSTANT).filter_map(|msr| {
         let preset = map.preset(msr)?;

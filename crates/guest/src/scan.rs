@@ -69,7 +69,7 @@ const MOST_BROKEN: usize = 64;
 pub enum Writes {
     /// None.
     None,
-    /// Those without a [`hazard`].
+    /// Those without a [`hazard()`].
     Safe,
     /// All.
     All,

@@ -21,8 +21,7 @@ use crate::database::{self, Entry};
 /// What has to be saved with a guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct State {
-    /// Registers of the kernel whose value the guest sees or made, by MSR: the VMM saves them, as
-    /// [`Entry::state`](database::Entry::state) says.
+    /// Registers of the kernel whose value the guest sees or made, by MSR: the VMM saves them.
     pub save: Vec<Kept>,
     /// Registers that KVM_GET_MSRS would give and of which the guest has nothing, by MSR: the VMM leaves them out, unless it
     /// gave them a value itself.
