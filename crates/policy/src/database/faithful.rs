@@ -8,7 +8,7 @@ use msrgate_plan::Spillable;
 /// Made by `msrgate_guest::faithful` from registers which, by KVM's source, hold a value or have one answer, and which no
 /// clock, counter or event changes. Here is what was the same on Linux 6.18 with `kvm_pvm`, 6.1 with `kvm_amd` and 6.1 with
 /// `kvm_intel`: in real and in 64-bit mode, with all of the CPUID that KVM supports and with none. The live test
-/// `live_faithful` holds each kernel to it, and prints what more is the same there.
+/// `crates/guest/tests/live/faithful.rs` holds each kernel to it, and prints what more is the same there.
 ///
 /// Not here, though they only hold values: writes of IA32_LSTAR, IA32_CSTAR, the segment bases and the SYSENTER registers,
 /// since one of these kernels takes a value from the host that it does not take from a guest, or the reverse; and what a

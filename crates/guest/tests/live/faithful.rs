@@ -1,5 +1,4 @@
-//! The list of what is the same when it is passed through, on live KVM. Skipped where /dev/kvm does not open, unless
-//! MSRGATE_LANE_REQUIRE is 1.
+//! The list of what is the same when it is passed through.
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -11,22 +10,7 @@ use msrgate_guest::{Mode, faithful};
 use msrgate_kvm::{Probed, probe};
 use msrgate_policy::database;
 
-/// KVM, or `None` where the test is to be skipped.
-fn kvm() -> Option<(Kvm, Probed)> {
-    let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
-        Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    match ready {
-        Ok(ready) => Some(ready),
-        Err(reason) => {
-            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
-            assert!(!required, "{reason}");
-            println!("skipped: {reason}");
-            None
-        }
-    }
-}
+use crate::kvm;
 
 /// Those that are the same in each mode, with each CPUID.
 fn everywhere((kvm, probed): (&Kvm, &Probed), accesses: &[(Msr, Op)]) -> BTreeSet<(Msr, Op)> {
@@ -46,7 +30,8 @@ fn everywhere((kvm, probed): (&Kvm, &Probed), accesses: &[(Msr, Op)]) -> BTreeSe
 
 #[test]
 fn each_register_that_may_be_passed_through_is_the_same_when_it_is() {
-    let Some((kvm, probed)) = kvm() else { return };
+    let Some(kvm) = kvm() else { return };
+    let probed = probe(&kvm).unwrap();
     let mut listed = Vec::new();
     for entry in database::all() {
         listed.extend(
@@ -93,7 +78,8 @@ const CANDIDATES: [RangeInclusive<u32>; 24] = [
 #[test]
 #[ignore = "prints what the list is made from"]
 fn what_is_the_same_on_this_kernel() {
-    let Some((kvm, probed)) = kvm() else { return };
+    let Some(kvm) = kvm() else { return };
+    let probed = probe(&kvm).unwrap();
     let all = CANDIDATES.iter().cloned().flatten();
     let all: Vec<(Msr, Op)> = all.flat_map(|msr| Op::ALL.map(|op| (Msr(msr), op))).collect();
     for (msr, op) in everywhere((&kvm, &probed), &all) {

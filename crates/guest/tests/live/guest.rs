@@ -1,29 +1,17 @@
-//! On live KVM. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
+//! A guest, and what it sees of its accesses.
 
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Op, Outcome, Reason};
 use msrgate_guest::{Broke, Guest, GuestError, Mode, Options};
+
+use crate::kvm;
 
 const READ_OF_UNKNOWN: Access = Access::Read { msr: Msr(0xdead_beef) };
 const APIC_BASE: Msr = Msr(0x1b);
 const SYSENTER_CS: Msr = Msr(0x174);
 const PAT: Msr = Msr(0x277);
 const EFER: Msr = Msr(0xc000_0080);
-
-/// KVM, or `None` where the test is to be skipped.
-fn kvm() -> Option<Kvm> {
-    match Kvm::new() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
-            assert!(!required, "/dev/kvm does not open: {error}");
-            println!("skipped: /dev/kvm does not open: {error}");
-            None
-        }
-    }
-}
 
 fn outcomes(guest: &mut Guest, accesses: &[Access]) -> Vec<Outcome> {
     let seen = guest.run(0, accesses, &mut |_| {}).unwrap();

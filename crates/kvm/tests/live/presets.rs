@@ -1,75 +1,28 @@
-//! Fixed answers that the kernel holds, on live KVM. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE
-//! is 1.
+//! Fixed answers that the kernel holds.
 
-use std::sync::Arc;
-
-use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Log, Msr, MsrRange, Op, Outcome, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Access, Msr, Op, Outcome, ReadAction, Verdict, WriteAction};
 use msrgate_guest::{CONSTANT, Guest, Mode, Options, STORED, held};
-use msrgate_kvm::{Gate, Handlers, InstallError, Probed, VcpuGate, probe};
-use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, Preset};
+use msrgate_kvm::{Handlers, InstallError, VcpuGate};
+use msrgate_plan::{DecisionMap, Preset};
 
-const MICROCODE: Msr = Msr(0x8b);
+use crate::{MICROCODE, gated, kvm, map, plan, read, run};
+
 const TSC: Msr = Msr(0x10);
-
-/// KVM, or `None` where the test is to be skipped.
-fn kvm() -> Option<(Kvm, Probed)> {
-    let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
-        Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    match ready {
-        Ok(ready) => Some(ready),
-        Err(reason) => {
-            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
-            assert!(!required, "{reason}");
-            println!("skipped: {reason}");
-            None
-        }
-    }
-}
 
 /// Reads of these MSRs get these values and writes of them `write`; all else is allowed.
 fn fixed(values: &[(Msr, u64)], write: WriteAction) -> DecisionMap {
-    fn by_rule<A: Clone + Eq>(allow: A, rules: impl Iterator<Item = (Msr, A)>) -> Intervals<Decision<A>> {
-        let rules = rules.map(|(msr, action)| {
-            let decision = Decision {
-                action,
-                rule: Some(0),
-                log: Log::None,
-            };
-            (MsrRange::single(msr), decision)
-        });
-        Intervals::first_match(Decision::of(allow), rules)
-    }
-    let reads = values.iter().map(|(msr, value)| (*msr, ReadAction::Value(*value)));
-    let writes = values.iter().map(|(msr, _)| (*msr, write.clone()));
-    DecisionMap {
-        reads: by_rule(ReadAction::Allow, reads),
-        writes: by_rule(WriteAction::Allow, writes),
-        ..DecisionMap::allow_all()
-    }
-}
-
-fn gated(kvm: &Kvm, probed: Probed, mode: Mode, map: &DecisionMap) -> (Guest, Gate, VcpuGate) {
-    let mut guest = Guest::new(kvm, mode, &Options::default()).unwrap();
-    let plan = Arc::new(Plan::compile(map).unwrap());
-    let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
-    let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
-    (guest, gate, vcpu)
+    let reads: Vec<_> = values
+        .iter()
+        .map(|(msr, value)| (*msr, ReadAction::Value(*value)))
+        .collect();
+    let writes: Vec<_> = values.iter().map(|(msr, _)| (*msr, write.clone())).collect();
+    map(&reads, &writes)
 }
 
 /// What each access gets, and whether it left the kernel.
-fn run(guest: &mut Guest, gate: &VcpuGate, accesses: &[Access]) -> Vec<(Outcome, bool)> {
-    let seen = guest.run(0, accesses, &mut |pending| {
-        pending.dispatch(gate);
-    });
-    let seen = seen.unwrap().iter();
-    seen.map(|seen| (seen.outcome, seen.exit.is_some())).collect()
-}
-
-fn read(msr: Msr) -> Access {
-    Access::Read { msr }
+fn sees(guest: &mut Guest, gate: &VcpuGate, accesses: &[Access]) -> Vec<(Outcome, bool)> {
+    let seen = run(guest, gate, accesses);
+    seen.iter().map(|seen| (seen.outcome, seen.exit.is_some())).collect()
 }
 
 #[test]
@@ -85,7 +38,7 @@ fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest
         assert_eq!(presets, [Preset { msr: MICROCODE, value }]);
         let map = map.holding(presets);
         for mode in [Mode::Real, Mode::Long] {
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &map);
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&map), Handlers::new());
             let accesses = [
                 read(MICROCODE),
                 Access::Write {
@@ -96,7 +49,7 @@ fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest
             ];
             let fixed = (Outcome::Value(value), false);
             for _ in 0..2 {
-                assert_eq!(run(&mut guest, &vcpu, &accesses), [fixed, (done, exits), fixed]);
+                assert_eq!(sees(&mut guest, &vcpu, &accesses), [fixed, (done, exits), fixed]);
             }
         }
     }
@@ -134,10 +87,10 @@ fn a_guest_gets_the_same_with_presets_as_without_and_makes_no_more_exits() {
                 let value = 0xffff_ffff_ffff_ffff;
                 accesses.extend([Access::Write { msr: *msr, value }, read(*msr)]);
             }
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &with);
-            let got = run(&mut guest, &vcpu, &accesses);
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, &without);
-            let expected = run(&mut guest, &vcpu, &accesses);
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&with), Handlers::new());
+            let got = sees(&mut guest, &vcpu, &accesses);
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&without), Handlers::new());
+            let expected = sees(&mut guest, &vcpu, &accesses);
             for ((access, got), expected) in accesses.iter().zip(&got).zip(&expected) {
                 assert_eq!(got.0, expected.0, "{mode:?} {access:x?}");
                 let preset = presets.iter().any(|preset| preset.msr == access.msr());
@@ -163,8 +116,7 @@ fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
         let preset = Preset { msr, value: 5 };
         let map = fixed(&[(msr, 5)], WriteAction::Deny).holding(vec![preset]);
         let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
-        let plan = Arc::new(Plan::compile(&map).unwrap());
-        let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
+        let gate = probed.install(guest.vm(), plan(&map), Handlers::new()).unwrap();
         let error = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap_err();
         assert!(
             matches!(error, InstallError::PresetNotHeld { preset: of, .. } if of == preset),
@@ -176,7 +128,6 @@ fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
 #[test]
 fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one() {
     let Some((kvm, probed)) = kvm() else { return };
-    let plan = |map: &DecisionMap| Arc::new(Plan::compile(map).unwrap());
     let preset = Preset {
         msr: MICROCODE,
         value: 7,
@@ -184,18 +135,18 @@ fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one(
     let without = fixed(&[(MICROCODE, 7)], WriteAction::Deny);
     let with = without.clone().holding(vec![preset]);
 
-    let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, &without);
+    let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, plan(&without), Handlers::new());
     let late = gate.replace(plan(&with)).unwrap_err();
     assert!(matches!(late, InstallError::PresetTooLate { msr: MICROCODE }), "{late}");
 
-    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, &with);
+    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, plan(&with), Handlers::new());
     let left = gate.replace(plan(&DecisionMap::allow_all())).unwrap_err();
     assert!(matches!(left, InstallError::PresetLeft { msr: MICROCODE }), "{left}");
     for (map, exits) in [(&without, true), (&with, false)] {
         gate.replace(plan(map)).unwrap();
         let verdict = gate.plan().filter().verdict(MICROCODE, Op::Read);
         assert_eq!(verdict == Verdict::Deny, exits);
-        let seen = run(&mut guest, &vcpu, &[read(MICROCODE)]);
+        let seen = sees(&mut guest, &vcpu, &[read(MICROCODE)]);
         assert_eq!(seen, [(Outcome::Value(7), exits)]);
     }
 }

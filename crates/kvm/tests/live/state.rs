@@ -1,60 +1,28 @@
-//! What a vCPU remembers goes along to another VM, on live KVM. Skipped where /dev/kvm does not open, unless
-//! MSRGATE_LANE_REQUIRE is 1.
+//! What a vCPU remembers goes along to another VM.
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
-use msrgate_core::{Access, Log, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction};
-use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::{Fault, Gate, Handler, Handlers, Probed, SaveError, StateError, VcpuGate, probe};
-use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
+use msrgate_core::{Access, Msr, Op, Outcome, ReadAction, WriteAction};
+use msrgate_guest::{Guest, Mode};
+use msrgate_kvm::{Fault, Gate, Handler, Handlers, Probed, SaveError, StateError, VcpuGate};
+use msrgate_plan::{DecisionMap, Plan};
+
+use crate::{UNKNOWN, by_rule, gated, kvm, outcomes, plan, read, run, write};
 
 const SHADOWED: Msr = Msr(0xc001_0015);
 const UNTOUCHED: Msr = Msr(0xc001_0016);
 const LSTAR: Msr = Msr(0xc000_0082);
 const CSTAR: Msr = Msr(0xc000_0083);
-/// No kernel knows it.
-const UNKNOWN: Msr = Msr(0xdead_beef);
-
-/// KVM, or `None` where the test is to be skipped.
-fn kvm() -> Option<(Kvm, Probed)> {
-    let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
-        Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    match ready {
-        Ok(ready) => Some(ready),
-        Err(reason) => {
-            let required = std::env::var("MSRGATE_LANE_REQUIRE").is_ok_and(|value| value == "1");
-            assert!(!required, "{reason}");
-            println!("skipped: {reason}");
-            None
-        }
-    }
-}
-
-/// By MSR what it gets, else `allow`.
-fn intervals<A: Clone + Eq>(allow: A, rules: &[(Msr, A)]) -> Intervals<Decision<A>> {
-    let rules = rules.iter().map(|(msr, action)| {
-        let decision = Decision {
-            action: action.clone(),
-            rule: Some(0),
-            log: Log::None,
-        };
-        (MsrRange::single(*msr), decision)
-    });
-    Intervals::first_match(Decision::of(allow), rules)
-}
 
 /// Two shadow registers, two MSRs with one write each, and shadows of what the kernel does not know.
-fn map(initial: u64) -> DecisionMap {
+fn remembering(initial: u64) -> DecisionMap {
     let shadow = ReadAction::Shadow(initial);
     DecisionMap {
-        reads: intervals(ReadAction::Allow, &[(SHADOWED, shadow.clone()), (UNTOUCHED, shadow)]),
-        writes: intervals(
+        reads: by_rule(ReadAction::Allow, &[(SHADOWED, shadow.clone()), (UNTOUCHED, shadow)]),
+        writes: by_rule(
             WriteAction::Allow,
             &[
                 (SHADOWED, WriteAction::Shadow),
@@ -77,31 +45,17 @@ struct Machine {
 
 impl Machine {
     fn new(kvm: &Kvm, probed: Probed, map: &DecisionMap, handlers: Handlers) -> Machine {
-        let mut guest = Guest::new(kvm, Mode::Real, &Options::default()).unwrap();
-        let plan = Arc::new(Plan::compile(map).unwrap());
-        let gate = probed.install(guest.vm(), plan, handlers).unwrap();
-        let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
+        let (guest, gate, vcpu) = gated(kvm, probed, Mode::Real, plan(map), handlers);
         Machine { guest, gate, vcpu }
     }
 
     fn run(&mut self, accesses: &[Access]) -> Vec<Outcome> {
-        let seen = self.guest.run(0, accesses, &mut |pending| {
-            pending.dispatch(&self.vcpu);
-        });
-        seen.unwrap().iter().map(|seen| seen.outcome).collect()
+        outcomes(&run(&mut self.guest, &self.vcpu, accesses))
     }
 
     fn save(&mut self) -> String {
         self.vcpu.save_vcpu(self.guest.vcpu(0).unwrap().fd_mut()).unwrap()
     }
-}
-
-fn read(msr: Msr) -> Access {
-    Access::Read { msr }
-}
-
-fn write(msr: Msr, value: u64) -> Access {
-    Access::Write { msr, value }
 }
 
 /// What a VMM does with the MSRs of its list that the guest can reach.
@@ -125,7 +79,7 @@ fn move_registers(from: &VcpuFd, to: &VcpuFd, plan: &Plan) {
 #[test]
 fn a_guest_that_moves_to_another_vm_reads_back_its_shadows_and_finds_its_locks() {
     let Some((kvm, probed)) = kvm() else { return };
-    let map = map(7);
+    let map = remembering(7);
     let mut here = Machine::new(&kvm, probed, &map, Handlers::new());
     let done = here.run(&[
         write(SHADOWED, 0xfedc_ba98_7654_3210),
@@ -182,10 +136,10 @@ fn a_guest_that_moves_to_another_vm_reads_back_its_shadows_and_finds_its_locks()
 #[test]
 fn a_state_of_another_policy_is_refused_and_changes_nothing() {
     let Some((kvm, probed)) = kvm() else { return };
-    let mut here = Machine::new(&kvm, probed, &map(7), Handlers::new());
+    let mut here = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
     here.run(&[write(SHADOWED, 1), write(LSTAR, 0x1000)]);
     let state = here.save();
-    let mut there = Machine::new(&kvm, probed, &map(8), Handlers::new());
+    let mut there = Machine::new(&kvm, probed, &remembering(8), Handlers::new());
     there.run(&[write(CSTAR, 0x1000)]);
     let before = there.save();
     let error = there.vcpu.restore(state.as_bytes()).unwrap_err();
@@ -205,7 +159,7 @@ fn a_state_of_another_policy_is_refused_and_changes_nothing() {
 #[test]
 fn a_state_unlocks_nothing_that_is_locked() {
     let Some((kvm, probed)) = kvm() else { return };
-    let mut machine = Machine::new(&kvm, probed, &map(7), Handlers::new());
+    let mut machine = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
     machine.run(&[write(SHADOWED, 1)]);
     let early = machine.save();
     machine.run(&[write(SHADOWED, 2), write(LSTAR, 0x1000)]);
@@ -221,12 +175,12 @@ fn a_state_unlocks_nothing_that_is_locked() {
 #[test]
 fn a_vcpu_that_has_not_met_the_new_plan_is_saved_under_it() {
     let Some((kvm, probed)) = kvm() else { return };
-    let mut here = Machine::new(&kvm, probed, &map(7), Handlers::new());
+    let mut here = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
     here.run(&[write(SHADOWED, 1), write(LSTAR, 0x1000)]);
-    here.gate.replace(Arc::new(Plan::compile(&map(8)).unwrap())).unwrap();
+    here.gate.replace(plan(&remembering(8))).unwrap();
     let state = here.save();
-    let mut there = Machine::new(&kvm, probed, &map(7), Handlers::new());
-    there.gate.replace(Arc::new(Plan::compile(&map(8)).unwrap())).unwrap();
+    let mut there = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
+    there.gate.replace(plan(&remembering(8))).unwrap();
     there.vcpu.restore(state.as_bytes()).unwrap();
     let seen = there.run(&[read(SHADOWED), read(UNTOUCHED), write(LSTAR, 0x2000)]);
     assert_eq!(seen, [Outcome::Value(1), Outcome::Value(8), Outcome::Fault]);
@@ -235,7 +189,7 @@ fn a_vcpu_that_has_not_met_the_new_plan_is_saved_under_it() {
 #[test]
 fn a_vcpu_whose_exit_waits_for_its_answer_is_not_saved() {
     let Some((kvm, probed)) = kvm() else { return };
-    let mut machine = Machine::new(&kvm, probed, &map(7), Handlers::new());
+    let mut machine = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
     let Machine { guest, vcpu: gate, .. } = &mut machine;
     let mut refused = false;
     guest
@@ -273,7 +227,7 @@ impl Handler for Restoring {
 fn a_handler_cannot_restore_the_vcpu_that_waits_for_it() {
     let Some((kvm, probed)) = kvm() else { return };
     let map = DecisionMap {
-        reads: intervals(
+        reads: by_rule(
             ReadAction::Allow,
             &[(SHADOWED, ReadAction::Handler("restoring".into()))],
         ),
