@@ -52,7 +52,7 @@ pub const CONSTANT: [Msr; 24] = [
 
 /// Those fixed answers of `map` that this kernel holds by itself, in order of MSR: for [`DecisionMap::holding`].
 ///
-/// Each is put into a vCPU of a VM of its own, and counts if the host reads it back and the guest's RDMSR gives it,
+/// Each is put into the vCPUs of a VM of its own, and counts if the host reads it back and the guest's RDMSR gives it,
 /// before and after the guest has run. Only registers of which it is known that nothing but a write changes them are
 /// tried: [`STORED`] and [`CONSTANT`]. `cpuid` is the guest's; without it, an answer counts only if it is held with all
 /// that KVM supports and with no CPUID at all.
@@ -68,13 +68,17 @@ pub fn held(kvm: &Kvm, map: &DecisionMap, cpuid: Option<&CpuId>) -> Result<Vec<P
     };
     let mut held: Vec<Preset> = stored.iter().chain(&constant).copied().collect();
     held.sort_unstable();
-    for cpuid in cpuids {
-        let options = Options {
-            cpuid,
-            ..Options::default()
-        };
-        let mut guest = Guest::new(kvm, Mode::Real, &options)?;
-        let vcpu = guest.vcpu(0)?;
+    // A vCPU for each CPUID: a VM of its own for each would take twice as long.
+    let options = Options {
+        vcpus: cpuids.len(),
+        ..Options::default()
+    };
+    let mut guest = Guest::new(kvm, Mode::Real, &options)?;
+    for (vcpu, cpuid) in guest.vcpus().iter_mut().zip(cpuids) {
+        if let Some(cpuid) = cpuid {
+            let done = vcpu.fd().set_cpuid2(&cpuid);
+            done.map_err(GuestError::of("KVM_SET_CPUID2"))?;
+        }
         for preset in &stored {
             if get(vcpu.fd(), preset.msr) != Some(preset.value) {
                 // Whether it was taken is what reading shows.
