@@ -8,7 +8,7 @@ use std::path::Path;
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Plan, PlanError};
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
-use msrgate_policy::trace::TraceError;
+use msrgate_policy::trace::{self, TraceError};
 use msrgate_policy::{Policy, database};
 use serde_json::{Value, json};
 
@@ -53,6 +53,12 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     }
     let mut exit = Exit::Yes;
     let mut stderr = io::stderr().lock();
+    if learned.summary.events == 0 {
+        writeln!(
+            stderr,
+            "msrgate: there is no access in what was given, so this policy denies everything"
+        )?;
+    }
     for remark in &learned.remarks {
         exit = Exit::No;
         writeln!(stderr, "msrgate: {} {} was {}", remark.op, remark.msr, remark.message)?;
@@ -102,10 +108,9 @@ impl Before {
     fn read(path: &Path, widen: &Widen) -> Result<Before, Failure> {
         let shown = path.display();
         let mut file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{shown}`: {error}")))?;
-        // JSON Lines begin so, and no policy does.
-        let mut head = [0; 1];
-        let read = io::Read::read(&mut file, &mut head);
-        if read.is_ok_and(|bytes| bytes == 1) && head == *b"{" {
+        let mut head = [0; 4096];
+        let length = io::Read::read(&mut file, &mut head).unwrap_or(0);
+        if trace::is_trace(head.get(..length).unwrap_or_default()) {
             let summary = self::read(path)?;
             return Ok(Before {
                 map: compiled(&Learned::from(&summary, widen))?.map,

@@ -12,10 +12,11 @@
 //! # Ok::<(), msrgate_policy::trace::TraceError>(())
 //! ```
 //!
-//! The text of the kernel's tracepoint `kvm:kvm_msr`, as `perf script` and ftrace print it, is read as a trace too.
+//! The text of the kernel's tracepoint `kvm:kvm_msr`, as perf, trace-cmd and ftrace print it, is read as a trace too.
 //! [`Lines`] holds one line at a time, whatever the trace's length.
 
 mod canonical;
+mod stranger;
 mod tracepoint;
 
 use std::borrow::Cow;
@@ -36,6 +37,9 @@ pub const VERSION: u64 = 1;
 
 /// The longest line that is read: an event takes some 200 bytes, a header with a CPUID some 10,000.
 const LONGEST: u64 = 1 << 20;
+
+/// What is said of a last line that is not all there.
+const BREAKS_OFF: &str = "the line breaks off: the trace was cut short";
 
 /// What a trace says of itself in its first line. All but the version may be missing.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
@@ -180,6 +184,17 @@ impl Line<'_> {
     }
 }
 
+/// Whether a file that begins with these bytes, and may be a policy too, is a trace or a summary of some.
+pub fn is_trace(head: &[u8]) -> bool {
+    let head = String::from_utf8_lossy(head);
+    // Both may begin with comments.
+    let mut lines = head.trim_start_matches('\u{feff}').lines();
+    match lines.find(|line| !line.starts_with('#')) {
+        Some(line) => line.starts_with('{') || !line.starts_with("version") && tracepoint::begins(line),
+        None => head.starts_with("# tracer:"),
+    }
+}
+
 /// The events of a trace, one line at a time. After the first error there are no more.
 #[derive(Debug)]
 pub struct Lines<R> {
@@ -214,7 +229,10 @@ impl<R: BufRead> Lines<R> {
                 "the trace is empty; its first line should be a header: `{\"msrgate_trace\":1}`",
             ));
         }
-        if std::str::from_utf8(&lines.line).is_ok_and(tracepoint::begins) {
+        if lines.line.starts_with(b"\xef\xbb\xbf") {
+            lines.line.drain(..3); // the mark that some editors put before UTF-8
+        }
+        if !lines.line.starts_with(b"{") && tracepoint::begins(&String::from_utf8_lossy(&lines.line)) {
             lines.header = Header {
                 msrgate_trace: VERSION,
                 mode: Some("the tracepoint kvm:kvm_msr".to_owned()),
@@ -224,24 +242,18 @@ impl<R: BufRead> Lines<R> {
             lines.first = true;
             return Ok(lines);
         }
-        #[derive(Deserialize)]
-        struct Version {
-            msrgate_trace: serde_json::Value,
-        }
-        let version: Version = serde_json::from_slice(&lines.line).map_err(|error| {
-            TraceError::at(
+        let no_trace = |error: &serde_json::Error| TraceError::at(1, stranger::message(&lines.line, &plain(error)));
+        // A list would do for a structure.
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&lines.line).map_err(|error| no_trace(&error))?;
+        let Some(version) = object.get("msrgate_trace") else {
+            return Err(TraceError::at(
                 1,
-                format!(
-                    "this is no trace's header, `{{\"msrgate_trace\":1,…}}`: {}",
-                    plain(&error)
-                ),
-            )
-        })?;
-        if version.msrgate_trace.as_u64() != Some(VERSION) {
-            let message = format!(
-                "version {} of the format is not known here; {VERSION} is",
-                version.msrgate_trace
-            );
+                stranger::message(&lines.line, "`msrgate_trace` is missing"),
+            ));
+        };
+        if version.as_u64() != Some(VERSION) {
+            let message = format!("version {version} of the format is not known here; {VERSION} is");
             return Err(TraceError::at(1, message));
         }
         lines.header = serde_json::from_slice(&lines.line)
@@ -292,9 +304,11 @@ impl<R: BufRead> Lines<R> {
             return self.own_event().map(Some);
         };
         let line = String::from_utf8_lossy(&self.line);
-        threads
-            .event(line.trim_end())
-            .map_err(|message| TraceError::at(self.number, message))
+        let event = threads.event(line.trim_end());
+        if !line.ends_with('\n') && (event.is_err() || tracepoint::breaks_off(&line)) {
+            return Err(TraceError::at(self.number, BREAKS_OFF));
+        }
+        event.map_err(|message| TraceError::at(self.number, message))
     }
 
     fn own_event(&self) -> Result<Event, TraceError> {
@@ -309,9 +323,11 @@ impl<R: BufRead> Lines<R> {
         let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
         match parsed {
             Ok(line) => line.event().map_err(|message| TraceError::at(self.number, message)),
-            Err(error) if error.is_eof() && !self.line.ends_with(b"\n") => Err(TraceError::at(
+            Err(error) if error.is_eof() && !self.line.ends_with(b"\n") => Err(TraceError::at(self.number, BREAKS_OFF)),
+            Err(_) if self.line.starts_with(b"{\"msrgate_trace\"") => Err(TraceError::at(
                 self.number,
-                "the line breaks off: the trace was cut short",
+                "another trace begins here, and each has a file of its own: `csplit -z FILE '/^{\"msrgate_trace\"/' '{*}'` \
+                 cuts them apart",
             )),
             Err(error) => Err(TraceError::at(
                 self.number,
@@ -521,7 +537,14 @@ mod tests {
     fn a_trace_begins_with_a_header_of_a_known_version() {
         for (text, what) in [
             ("", "empty"),
-            ("{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n", "no trace's header"),
+            ("garbage\n", "no trace's header"),
+            ("{\"hello\":1}\n", "no trace's header"),
+            ("{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n", "put the line"),
+            ("{\n", "a whole object on each line"),
+            ("[{\"msrgate_trace\":1}]\n", "jq -c '.[]'"),
+            ("{\"msrgate_summary\":1}\n", "`learn` alone"),
+            ("\u{1f}\u{8b}", "no trace's header"),
+            ("PERFILE2 and bytes", "perf script -i"),
             ("{\"msrgate_trace\":2}\n", "version 2"),
             ("{\"msrgate_trace\":\"new\"}\n", "version \"new\""),
             ("{\"msrgate_trace\":1,\"guest\":5}\n", "malformed"),
@@ -529,6 +552,59 @@ mod tests {
             let error = read(text).1.unwrap();
             assert_eq!(error.line, 1);
             assert!(error.to_string().contains(what), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn other_files_are_told_by_what_they_begin_with() {
+        for (bytes, what) in [
+            (b"\x1f\x8b\x08\0".as_slice(), "gzip -dc"),
+            (b"\x17\x08\x44tracing6\0", "trace-cmd report -i"),
+            (b"\xff\xfe{\0\"\0", "iconv"),
+        ] {
+            let error = Lines::new(bytes).expect_err("no trace").to_string();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_trace_is_told_from_a_policy() {
+        for (head, trace) in [
+            (HEADER, true),
+            ("{\"msrgate_summary\":1,", true),
+            ("# tracer: nop\n#\n", true),
+            (" CPU 0/KVM 18 [015] 4831258.258053: kvm:kvm_msr: msr_write 6e0", true),
+            ("# what a guest needs\nversion = 1\n", false),
+            ("version = 1\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_trace(head.as_bytes()), trace, "{head}");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        let (events, error) = read(&format!("\u{feff}{HEADER}{{\"op\":\"rdmsr\",\"msr\":\"0x10\"}}\n"));
+        assert!(error.is_none() && events.len() == 1, "{error:?}");
+        let (events, error) = read("\u{feff} x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0\n");
+        assert!(error.is_none() && events.len() == 1, "{error:?}");
+    }
+
+    #[test]
+    fn a_second_trace_behind_the_first_is_told() {
+        let (_, error) = read(&format!("{HEADER}{HEADER}"));
+        assert!(error.is_some_and(|error| error.line == 2 && error.to_string().contains("csplit")));
+    }
+
+    #[test]
+    fn a_cut_line_of_the_tracepoint_is_told() {
+        let whole = " x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0 (#GP)";
+        assert!(read(whole).1.is_none());
+        for length in [whole.len() - 1, whole.len() - 9, 20, 8] {
+            let (events, error) = read(&format!("{whole}\n{}", &whole[..length]));
+            let error = error.unwrap_or_else(|| panic!("{length} bytes were read"));
+            assert!(error.to_string().contains("breaks off"), "{length}: {error}");
+            assert_eq!(events.len(), 1);
         }
     }
 

@@ -1,75 +1,83 @@
-//! The kernel's tracepoint `kvm:kvm_msr` as text: what `perf script`, `trace-cmd report` and ftrace's `trace` and
-//! `trace_pipe` print.
+//! The kernel's tracepoint `kvm:kvm_msr` as text: what `perf script`, `perf trace`, `trace-cmd report` and ftrace's `trace`
+//! and `trace_pipe` print.
 //!
 //! ```text
 //!  CPU 0/KVM 1821753 [015] 4831258.258053: kvm:kvm_msr: msr_write 6e0 = 0x10e8aebe830c9e
 //!  CPU 0/KVM-16856   [007] .......   380.398695: kvm_msr: msr_read 3a = 0x0 (#GP)
+//!      0.012 CPU 0/KVM/1821753 kvm:kvm_msr(write: 1, ecx: 1760, data: 4758392948)
 //! ```
 //!
 //! The format is the kernel's, `TRACE_EVENT(kvm_msr)` in `arch/x86/kvm/trace.h`. The tracepoint sees what KVM carries
 //! out: not what the hardware passes through, and not what goes to user space.
 
+mod head;
+
 use std::collections::HashMap;
 
 use msrgate_core::{Did, Event, Msr, Op};
+
+use self::head::Head;
 
 /// The most threads that are told apart.
 const MOST_THREADS: usize = 4096;
 
 /// Whether a trace that begins with this line is one of the tracepoint.
 pub(super) fn begins(line: &str) -> bool {
-    line.starts_with('#') || line.starts_with("cpus=") || seconds(line).is_some()
+    let remark = ["#", "cpus=", "version ="].iter().any(|start| line.starts_with(start));
+    remark || split(line).is_some() || head::time(line).is_some() || is_lost(line) || is_empty_cpu(line)
+}
+
+/// Whether a last line, which no newline ends, was cut short: what it is of, or its mark of a fault, is not all there.
+pub(super) fn breaks_off(line: &str) -> bool {
+    match split(line) {
+        Some((_, payload)) => payload
+            .split_whitespace()
+            .next_back()
+            .is_some_and(|word| word.starts_with('(') && !word.starts_with("(#GP)")),
+        None => {
+            let unfinished = |(_, word): (&str, &str)| !word.contains([' ', ':', '(']);
+            head::time(line).is_some() && line.rsplit_once(": ").is_some_and(unfinished)
+        }
+    }
+}
+
+/// What stands before the event's name, and what behind it.
+fn split(line: &str) -> Option<(&str, &str)> {
+    let (head, payload) = line.split_once("kvm_msr:").or_else(|| line.split_once("kvm_msr("))?;
+    Some((head.trim_end().trim_end_matches("kvm:"), payload))
 }
 
 /// The vCPUs that were met so far.
 #[derive(Default, Debug)]
 pub(super) struct Threads {
     known: HashMap<String, (u32, u32)>,
+    /// How many threads said of each vCPU that they are it.
+    named: HashMap<u32, u32>,
+    /// The VM of each process, and how many of its threads did not say which vCPU they are.
+    processes: HashMap<String, (u32, u32)>,
     unnamed: u32,
 }
 
 impl Threads {
     /// The event of a line; `None` if the line is of something else.
     pub(super) fn event(&mut self, line: &str) -> Result<Option<Event>, String> {
-        let Some((head, tail)) = line.split_once("kvm_msr:") else {
+        let Some((head, payload)) = split(line) else {
             return foreign(line).map(|()| None);
         };
-        let head = head.trim_end().trim_end_matches("kvm:");
-        let mut words = tail.split_whitespace();
-        let op = match words.next() {
-            Some("msr_read") => Op::Read,
-            Some("msr_write") => Op::Write,
-            other => {
-                let other = other.unwrap_or_default();
-                return Err(format!("`{other}` is neither `msr_read` nor `msr_write`"));
-            }
-        };
-        let mut number = |what: &str| {
-            let word = words
-                .next()
-                .filter(|word| *word != "=")
-                .or_else(|| words.next())
-                .unwrap_or_default();
-            let digits = word.strip_prefix("0x").unwrap_or(word);
-            u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
-        };
-        let index = number("index")?;
-        let msr = u32::try_from(index)
-            .map(Msr)
-            .map_err(|_| format!("the index is {index:#x}, and it has 32 bits"))?;
-        let value = number("value")?;
-        let (vm, vcpu) = self.vcpu(head)?;
+        let access = Access::read(payload)?;
+        let head = Head::read(head);
+        let (vm, vcpu) = self.vcpu(&head)?;
         Ok(Some(Event {
-            t: seconds(&format!("{head} ")).unwrap_or(0),
+            t: head.t.unwrap_or(0),
             vm,
             vcpu,
-            op,
-            msr,
-            value,
+            op: access.op,
+            msr: access.msr,
+            value: access.value,
             reason: None,
-            did: match words.next() {
-                Some("(#GP)") => Did::Fault,
-                _ => Did::Allow,
+            did: match access.faulted {
+                true => Did::Fault,
+                false => Did::Allow,
             },
             why: None,
             rule: None,
@@ -78,85 +86,152 @@ impl Threads {
         }))
     }
 
-    /// Which VM, and which vCPU of it. A thread's name may say which vCPU it is (`CPU 1/KVM`, `fc_vcpu 1`); the second thread
-    /// that says the same is of another VM. Other threads are vCPUs in the order in which they come.
-    fn vcpu(&mut self, head: &str) -> Result<(u32, u32), String> {
-        // Name and number of the thread stand before the CPU.
-        let thread = head.split(" [").next().unwrap_or_default().trim();
-        if let Some(known) = self.known.get(thread) {
+    /// Which VM, and which vCPU of it. A thread's name may say which vCPU it is (`CPU 1/KVM`, `fc_vcpu 1`), and the line
+    /// of which process it is; else the second thread that says the same is of another VM. Other threads are vCPUs in the
+    /// order in which they come.
+    fn vcpu(&mut self, head: &Head<'_>) -> Result<(u32, u32), String> {
+        if let Some(known) = self.known.get(head.id()) {
             return Ok(*known);
         }
         if self.known.len() >= MOST_THREADS {
             return Err(format!("there are more than {MOST_THREADS} vCPUs"));
         }
-        let found = match named(thread) {
-            Some(vcpu) => {
-                let others = self
-                    .known
-                    .iter()
-                    .filter(|(name, (_, other))| *other == vcpu && named(name) == Some(vcpu));
-                (u32::try_from(others.count()).unwrap_or(u32::MAX), vcpu)
-            }
-            None => {
-                self.unnamed += 1;
-                (0, self.unnamed - 1)
-            }
+        let next = |count: &mut u32| {
+            *count += 1;
+            *count - 1
         };
-        self.known.insert(thread.to_owned(), found);
+        let found = match (head.process, head.vcpu()) {
+            (Some(process), vcpu) => {
+                let vm = u32::try_from(self.processes.len()).unwrap_or(u32::MAX);
+                let (vm, unnamed) = self.processes.entry(process.to_owned()).or_insert((vm, 0));
+                (*vm, vcpu.unwrap_or_else(|| next(unnamed)))
+            }
+            (None, Some(vcpu)) => (next(self.named.entry(vcpu).or_default()), vcpu),
+            (None, None) => (0, next(&mut self.unnamed)),
+        };
+        self.known.insert(head.id().to_owned(), found);
         Ok(found)
     }
 }
 
-/// Which vCPU a thread says that it is.
-fn named(thread: &str) -> Option<u32> {
-    let digits = match thread.strip_prefix("CPU ") {
-        Some(rest) => rest.split_once("/KVM")?.0,
-        None => {
-            let rest = thread.split_once("vcpu")?.1.trim_start_matches(['_', ' ']);
-            let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-            rest.get(..end)?
-        }
-    };
-    digits.parse().ok()
+/// What an event says.
+struct Access {
+    op: Op,
+    msr: Msr,
+    value: u64,
+    faulted: bool,
 }
 
-/// When a line says that it was, in nanoseconds: the last word of the form `123.456789:`, or at the end without its colon.
-fn seconds(line: &str) -> Option<u64> {
-    let stamp = |word: &str| {
-        let (whole, part) = word.strip_suffix(':').unwrap_or(word).split_once('.')?;
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-        if !digits(whole) || !digits(part) || part.len() > 9 {
-            return None;
+impl Access {
+    /// `msr_read 3a = 0x0 (#GP)` as the kernel prints it, or the fields by their names.
+    fn read(payload: &str) -> Result<Access, String> {
+        let mut words = payload.split_whitespace().filter(|word| *word != "=");
+        let op = match words.next() {
+            Some("msr_read") => Op::Read,
+            Some("msr_write") => Op::Write,
+            other => return Access::fields(payload, other.unwrap_or_default()),
+        };
+        let mut number = |what: &str| {
+            let word = words.next().unwrap_or_default().trim_end_matches(')');
+            let digits = word.strip_prefix("0x").unwrap_or(word);
+            u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
+        };
+        let msr = index(number("index")?)?;
+        let value = number("value")?;
+        let faulted = words.next().is_some_and(|word| word.starts_with("(#GP)"));
+        Ok(Access {
+            op,
+            msr,
+            value,
+            faulted,
+        })
+    }
+
+    /// `write: 1, ecx: 1760, data: 5` of `perf trace`, which leaves out what is 0, or `write=1 ecx=0x6e0 data=0x5
+    /// exception=0` of `trace-cmd report -R` and ftrace's option `fields`.
+    fn fields(payload: &str, first: &str) -> Result<Access, String> {
+        let mut fields = [("write", None), ("ecx", None), ("data", None), ("exception", None)];
+        let mut words = payload
+            .split([' ', '\t', ',', ':', '=', ')'])
+            .filter(|word| !word.is_empty());
+        while let Some(key) = words.next() {
+            let Some((_, field)) = fields.iter_mut().find(|(name, _)| *name == key) else {
+                continue;
+            };
+            let word = words.next().unwrap_or_default();
+            *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
         }
-        let nanoseconds: u64 = format!("{part:0<9}").parse().ok()?;
-        whole
-            .parse::<u64>()
-            .ok()?
-            .checked_mul(1_000_000_000)?
-            .checked_add(nanoseconds)
-    };
-    line.split_whitespace()
-        .filter(|word| word.ends_with(':'))
-        .filter_map(stamp)
-        .next_back()
+        if fields.iter().all(|(_, field)| field.is_none()) {
+            return Err(format!("`{first}` is neither `msr_read` nor `msr_write`"));
+        }
+        let [write, ecx, data, exception] = fields.map(|(_, field)| field.unwrap_or(0));
+        Ok(Access {
+            op: match write {
+                0 => Op::Read,
+                _ => Op::Write,
+            },
+            msr: index(ecx)?,
+            value: data,
+            faulted: exception != 0,
+        })
+    }
+}
+
+fn index(number: u64) -> Result<Msr, String> {
+    u32::try_from(number)
+        .map(Msr)
+        .map_err(|_| format!("the index is {number:#x}, and it has 32 bits"))
+}
+
+/// A number in hexadecimal with `0x`, or in decimal, where `perf trace` prints those with bit 63 below zero.
+fn number(word: &str) -> Option<u64> {
+    match word.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => word.parse().ok().or_else(|| word.parse().ok().map(i64::cast_unsigned)),
+    }
 }
 
 /// A line without the tracepoint: another event, a comment, a stack; or one that says that events are missing.
 fn foreign(line: &str) -> Result<(), String> {
-    let lost = ["LOST", "DROPPED"].iter().any(|word| line.contains(word));
-    if lost && seconds(line).is_none() {
+    if is_lost(line) {
         return Err(
             "events were lost here, so this is not all that the guest did: record with a larger buffer, or take the \
              line out to go on without them"
                 .to_owned(),
         );
     }
+    if let Some((kept, written)) = overwritten(line) {
+        return Err(format!(
+            "the buffer held {kept} of {written} events, so this is not all that the guest did: record with a larger \
+             buffer (`buffer_size_kb`) or from `trace_pipe`, or take the line out to go on without them"
+        ));
+    }
     let first = line.split_whitespace().next().unwrap_or_default();
     let stack = line.starts_with([' ', '\t']) && first.bytes().all(|byte| byte.is_ascii_hexdigit());
     if begins(line) || stack || first == "=>" {
         return Ok(());
     }
-    Err("this is no line of `perf script`, `trace-cmd report` or ftrace".to_owned())
+    Err("this is no line of `perf script`, `perf trace`, `trace-cmd report` or ftrace".to_owned())
+}
+
+/// Whether a line says that events are missing.
+fn is_lost(line: &str) -> bool {
+    let lost = ["LOST", "DROPPED"].iter().any(|word| line.contains(word));
+    lost && (head::time(line).is_none() || line.contains("PERF_RECORD_LOST"))
+}
+
+/// How many events ftrace's buffer held of how many, where the head of `trace` says that they are fewer.
+fn overwritten(line: &str) -> Option<(u64, u64)> {
+    let (_, counts) = line.split_once("entries-in-buffer/entries-written:")?;
+    let (kept, written) = counts.split_whitespace().next()?.split_once('/')?;
+    let (kept, written) = (kept.parse().ok()?, written.parse().ok()?);
+    (kept < written).then_some((kept, written))
+}
+
+/// `trace-cmd report`'s remark of a CPU that saw nothing.
+fn is_empty_cpu(line: &str) -> bool {
+    line.strip_prefix("CPU ")
+        .is_some_and(|rest| rest.trim_end().ends_with(" is empty"))
 }
 
 #[cfg(test)]
@@ -203,6 +278,36 @@ mod tests {
     }
 
     #[test]
+    fn fields_by_their_names_are_read() {
+        for (payload, access) in [
+            (
+                "kvm_msr(write: 1, ecx: 1760, data: 16, exception: 0)",
+                (Op::Write, 0x6e0, 16, Did::Allow),
+            ),
+            ("kvm_msr(ecx: 422, exception: 1)", (Op::Read, 0x1a6, 0, Did::Fault)),
+            ("kvm_msr(ecx: 422, data: -1)", (Op::Read, 0x1a6, u64::MAX, Did::Allow)),
+            ("kvm_msr:msr_write 6e0 = 0x10)", (Op::Write, 0x6e0, 16, Did::Allow)),
+            ("kvm_msr(msr_read 1a6 = 0x0 (#GP))", (Op::Read, 0x1a6, 0, Did::Fault)),
+            (
+                "kvm_msr:   write=1 ecx=0x6e0 data=16 exception=0",
+                (Op::Write, 0x6e0, 16, Did::Allow),
+            ),
+            (
+                "kvm_msr: exception=0x1 (1) data=0x10 (16) ecx=0x6e0 (1760) write=0x1 (1)",
+                (Op::Write, 0x6e0, 16, Did::Fault),
+            ),
+            (
+                "kvm_msr: msr_read 3a = 0x0        <debug>",
+                (Op::Read, 0x3a, 0, Did::Allow),
+            ),
+        ] {
+            let read = event(&format!("     0.012 CPU 2/KVM/1821755 kvm:{payload}"));
+            assert_eq!((read.op, read.msr.0, read.value, read.did), access, "{payload}");
+            assert_eq!((read.vcpu, read.t), (2, 12_000), "{payload}");
+        }
+    }
+
+    #[test]
     fn threads_are_vcpus_and_the_second_of_a_name_is_of_another_vm() {
         let mut threads = Threads::default();
         let mut of = |thread: &str| {
@@ -216,6 +321,22 @@ mod tests {
         assert_eq!(of("CPU 0/KVM 100"), (0, 0));
         assert_eq!(of("something 7"), (0, 0));
         assert_eq!(of("something 8"), (0, 1));
+        assert_eq!(of("renamed 8"), (0, 1));
+    }
+
+    #[test]
+    fn where_lines_name_the_process_it_is_the_vm() {
+        let mut threads = Threads::default();
+        let mut of = |thread: &str| {
+            let line = format!(" {thread} [001] 1.0: kvm:kvm_msr: msr_read 10 = 0x0");
+            let event = threads.event(&line).expect("an event").expect("an event");
+            (event.vm, event.vcpu)
+        };
+        assert_eq!(of("CPU 1/KVM 100/101"), (0, 1));
+        assert_eq!(of("CPU 0/KVM 200/201"), (1, 0));
+        assert_eq!(of("CPU 0/KVM 100/102"), (0, 0));
+        assert_eq!(of("qemu 300/301"), (2, 0));
+        assert_eq!(of("qemu 300/302"), (2, 1));
     }
 
     #[test]
@@ -223,7 +344,10 @@ mod tests {
         let mut threads = Threads::default();
         for line in [
             "# tracer: nop",
+            "# entries-in-buffer/entries-written: 5/5   #P:8",
             "cpus=8",
+            "version = 6",
+            "CPU 3 is empty",
             " qemu-8397 [002] d....  1404.389510: kvm_entry: vcpu 1, rip 0xffffffff81000132",
             "\t    ffffffffc0a1 kvm_emulate_rdmsr+0x1 ([kvm])",
             " => kvm_emulate_rdmsr",
@@ -233,6 +357,8 @@ mod tests {
         for (line, what) in [
             ("CPU:3 [LOST 123 EVENTS]", "lost"),
             ("CPU:0 [EVENTS DROPPED]", "lost"),
+            (" x 1 [000] 1.0: PERF_RECORD_LOST lost 27", "lost"),
+            ("# entries-in-buffer/entries-written: 10/50   #P:8", "10 of 50"),
             ("garbage", "no line of"),
             (" x-1 [0] 1.0: kvm_msr: msr_read CTR1 = 0x0", "no number"),
             (" x-1 [0] 1.0: kvm_msr: msr_read 1_0000_0000 = 0x0", "no number"),
@@ -242,6 +368,20 @@ mod tests {
         ] {
             let error = threads.event(line).expect_err(line);
             assert!(error.contains(what), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_breaks_off_is_told_from_one_that_ends() {
+        for (line, breaks) in [
+            (" x-1 [0] 1.0: kvm_m", true),
+            (" x-1 [0] 1.0: kvm_entry: vcpu 1, rip 0xff", false),
+            (" x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0 (#G", true),
+            (" x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0 (#GP)", false),
+            (" x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0", false),
+            ("# tracer: nop", false),
+        ] {
+            assert_eq!(breaks_off(line), breaks, "{line}");
         }
     }
 }

@@ -1,0 +1,66 @@
+//! What a file most likely is that is no trace, and what makes one of it.
+
+use serde_json::Value;
+
+/// What is said of a file that begins with these bytes, its first line.
+pub(super) fn message(line: &[u8], error: &str) -> String {
+    match known(line) {
+        Some(what) => what.to_owned(),
+        None => format!(
+            "this is no trace's header, `{{\"msrgate_trace\":1,…}}`, and no text of the tracepoint kvm:kvm_msr: {error}"
+        ),
+    }
+}
+
+fn known(line: &[u8]) -> Option<&'static str> {
+    let binary: [(&[u8], &str); 6] = [
+        (
+            b"\x1f\x8b",
+            "this is compressed: `gzip -dc FILE | msrgate … -` reads it",
+        ),
+        (b"\xfd7zXZ", "this is compressed: `xz -dc FILE | msrgate … -` reads it"),
+        (
+            b"\x28\xb5\x2f\xfd",
+            "this is compressed: `zstd -dc FILE | msrgate … -` reads it",
+        ),
+        (
+            b"PERFILE2",
+            "this is perf's own file: `perf script -i FILE | msrgate … -` reads it",
+        ),
+        (
+            b"\x17\x08\x44tracing",
+            "this is trace-cmd's own file: `trace-cmd report -i FILE | msrgate … -` reads it",
+        ),
+        (
+            b"\xff\xfe",
+            "this is UTF-16: `iconv -f UTF-16 -t UTF-8 FILE | msrgate … -` reads it",
+        ),
+    ];
+    if let Some((_, what)) = binary.into_iter().find(|(start, _)| line.starts_with(start)) {
+        return Some(what);
+    }
+    let text = line.trim_ascii_start();
+    if text.starts_with(b"[") {
+        return Some(
+            "this is a list in JSON, and a trace has an object on each line: `jq -c '.[]' FILE | msrgate … -` reads a list of \
+             them",
+        );
+    }
+    if !text.starts_with(b"{") {
+        return None;
+    }
+    let Ok(Value::Object(keys)) = serde_json::from_slice(text) else {
+        let unfinished = serde_json::from_slice::<Value>(text).is_err_and(|error| error.is_eof());
+        return unfinished
+            .then_some("the line breaks off: a trace has a whole object on each line, as `jq -c . FILE` writes them");
+    };
+    if keys.contains_key("msrgate_summary") {
+        return Some("this is a summary, which `learn` alone reads");
+    }
+    if keys.contains_key("op") {
+        return Some(
+            "this is an event, and a trace begins with a header: put the line `{\"msrgate_trace\":1}` before it",
+        );
+    }
+    None
+}
