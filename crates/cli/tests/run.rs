@@ -171,9 +171,16 @@ fn programs_that_would_run_without_the_policy_are_refused_with_the_reason() {
     let at = 64 + 2 * 56;
     let mut foreign = elf(&[(3, 0, 0)], b"");
     foreign[4] = 1;
+    let musl = b"/lib/ld-musl-x86_64.so.1\0";
+    let interpreter = (3, 64 + 56, musl.len() as u64);
     for (name, bytes, why) in [
         ("foreign", foreign, "is a program for another kind of processor"),
         ("static", elf(&[(1, 0, 0)], b""), "is linked statically"),
+        (
+            "musl",
+            elf(&[interpreter], musl),
+            "another C library than glibc (its dynamic linker is `/lib/ld-musl-x86_64.so.1`)",
+        ),
         ("go", elf(&[(3, 0, 0), (4, at, go.len() as u64)], go), "is a Go program"),
     ] {
         folder.write(name, bytes);

@@ -1,19 +1,20 @@
 //! What a VMM's process writes down and the command reads, in memory that both have.
 //!
 //! ```text
-//! page 0    what is asked for, how many vCPUs there have been
-//! slate 0   of the first vCPU: counts by MSR and direction, and a ring of events
+//! page 0    what is asked for, how many vCPUs there have been, which slates are a vCPU's
+//! slate 0   a vCPU's: counts by MSR and direction, and a ring of events
 //! slate 1   …
 //! desk      where the policy for a CPUID is asked for
 //! ```
 //!
 //! A vCPU's thread is the only one that writes to its slate, and never waits: where the ring is full the event is
-//! counted as lost.
+//! counted as lost. Where the vCPU is gone the next one goes on with its slate.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
@@ -22,17 +23,21 @@ use crate::desk::Desk;
 use crate::mapping::{Mapping, get, set, word};
 
 const PAGE: usize = 4096;
-/// vCPUs of one run that have a slate; of further ones it is only counted how many accesses they made.
+/// vCPUs that have a slate at a time; of further ones it is only counted how many accesses they made.
 pub const SLATES: usize = 512;
 
 /// Words of page 0.
 mod head {
     pub(super) const MAGIC: usize = 0;
     pub(super) const WANTED: usize = 1;
-    pub(super) const SLATES: usize = 2;
+    pub(super) const VCPUS: usize = 2;
     pub(super) const VMS: usize = 3;
     pub(super) const REFUSED: usize = 4;
     pub(super) const WITHOUT_SLATE: usize = 5;
+    /// How many slates there is something on.
+    pub(super) const SLATES: usize = 6;
+    /// From here on a bit for each slate, which is 1 while a vCPU has it.
+    pub(super) const TAKEN: usize = 8;
 }
 
 const MAGIC: u64 = u64::from_le_bytes(*b"msrgateB");
@@ -121,7 +126,7 @@ pub struct Board {
     file: File,
     /// A VMM may close all descriptors that it does not know, and then the number is another file's.
     inode: u64,
-    head: Mapping,
+    head: Arc<Mapping>,
 }
 
 impl Board {
@@ -146,7 +151,7 @@ impl Board {
     }
 
     fn map(file: File) -> io::Result<Board> {
-        let head = Mapping::new(&file, 0, PAGE)?;
+        let head = Arc::new(Mapping::new(&file, 0, PAGE)?);
         let inode = file.metadata()?.ino();
         Ok(Board { file, inode, head })
     }
@@ -172,12 +177,16 @@ impl Board {
     /// The slate of a new vCPU; `None` where there are no more, or the file was closed.
     pub(crate) fn slate(&self) -> Option<Slate> {
         self.file.metadata().ok().filter(|file| file.ino() == self.inode)?;
-        let number = word(self.head.words(), head::SLATES).fetch_add(1, Ordering::Relaxed);
-        let number = usize::try_from(number).ok().filter(|number| *number < SLATES)?;
-        let slate = Slate::map(&self.file, number).ok()?;
+        let taken = Taken::any(&self.head)?;
+        let slate = Slate::map(&self.file, taken.number, Some(taken)).ok()?;
         // Touched here, so that no access of the guest waits for the page.
-        set(slate.words(), slate::LOST, 0);
+        set(slate.words(), slate::LOST, get(slate.words(), slate::LOST));
         Some(slate)
+    }
+
+    /// Counts a vCPU.
+    pub(crate) fn new_vcpu(&self) {
+        word(self.head.words(), head::VCPUS).fetch_add(1, Ordering::Relaxed);
     }
 
     /// Where the policy for a CPUID is asked for and told.
@@ -205,7 +214,7 @@ impl Board {
 
     /// How many vCPUs there have been.
     pub fn vcpus(&self) -> u64 {
-        get(self.head.words(), head::SLATES)
+        get(self.head.words(), head::VCPUS)
     }
 
     /// Reads what is on the slates.
@@ -217,17 +226,53 @@ impl Board {
     }
 }
 
+/// That a slate is one vCPU's, until it is dropped.
+#[derive(Debug)]
+struct Taken {
+    head: Arc<Mapping>,
+    number: usize,
+}
+
+impl Taken {
+    /// The first that is nobody's, of all processes that have the board.
+    fn any(head: &Arc<Mapping>) -> Option<Taken> {
+        let number = (0..SLATES).find(|number| {
+            let (word, bit) = Taken::bit(head, *number);
+            word.fetch_or(bit, Ordering::Acquire) & bit == 0
+        })?;
+        word(head.words(), head::SLATES).fetch_max(number as u64 + 1, Ordering::Relaxed);
+        let head = Arc::clone(head);
+        Some(Taken { head, number })
+    }
+
+    fn bit(head: &Mapping, number: usize) -> (&AtomicU64, u64) {
+        (word(head.words(), head::TAKEN + number / 64), 1 << (number % 64))
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let (word, bit) = Taken::bit(&self.head, self.number);
+        word.fetch_and(!bit, Ordering::Release);
+    }
+}
+
 /// One vCPU's part.
 #[derive(Debug)]
-pub(crate) struct Slate(Mapping);
+pub(crate) struct Slate {
+    mapping: Mapping,
+    /// Nothing for who only reads it.
+    _taken: Option<Taken>,
+}
 
 impl Slate {
-    fn map(file: &File, number: usize) -> io::Result<Slate> {
-        Mapping::new(file, (PAGE + number * SLATE_BYTES) as u64, SLATE_BYTES).map(Slate)
+    fn map(file: &File, number: usize, taken: Option<Taken>) -> io::Result<Slate> {
+        let mapping = Mapping::new(file, (PAGE + number * SLATE_BYTES) as u64, SLATE_BYTES)?;
+        Ok(Slate { mapping, _taken: taken })
     }
 
     fn words(&self) -> &[AtomicU64] {
-        self.0.words()
+        self.mapping.words()
     }
 
     /// Counts an access, which took so many ticks. The one thread that has the vCPU calls it, so plain stores will do.
@@ -369,9 +414,10 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// Maps the slates of vCPUs that are new.
     fn refresh(&mut self) {
-        let count = usize::try_from(self.board.vcpus()).unwrap_or(SLATES).min(SLATES);
+        let count = get(self.board.head.words(), head::SLATES);
+        let count = usize::try_from(count).unwrap_or(SLATES).min(SLATES);
         while self.slates.len() < count {
-            match Slate::map(&self.board.file, self.slates.len()) {
+            match Slate::map(&self.board.file, self.slates.len(), None) {
                 Ok(slate) => self.slates.push(slate),
                 // Next time, perhaps.
                 Err(_) => return,

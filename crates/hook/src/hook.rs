@@ -12,6 +12,7 @@ use msrgate_plan::DecisionMap;
 use crate::board::Board;
 use crate::descriptor::{Beyond, Descriptors, Object};
 use crate::hook::cpuid::{KVM_SET_CPUID, KVM_SET_CPUID2};
+use crate::hook::stray::Stray;
 use crate::kernel::{Gate, Kernel, errno, set_errno};
 use crate::turn::{Inside, Turn};
 use crate::user_filter::{self, word};
@@ -99,9 +100,10 @@ impl<K: Kernel> Hook<K> {
         }
     }
 
-    /// Whether this request may make a VM: until one did, there is nothing to keep track of.
+    /// Whether this request may make a VM, or a vCPU of one that came by another way: until one did, there is nothing
+    /// to keep track of.
     pub fn begins(request: c_ulong) -> bool {
-        request as u32 == KVM_CREATE_VM
+        matches!(request as u32, KVM_CREATE_VM | KVM_CREATE_VCPU)
     }
 
     /// `ioctl(2)`.
@@ -204,7 +206,7 @@ impl<K: Kernel> Hook<K> {
 
     fn create_vcpu(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let Some(Object::Vm(number)) = self.descriptors.object(fd) else {
-            return self.kernel.ioctl(fd, request, argument);
+            return self.unknown(fd, request, argument, Stray::Vm);
         };
         let vcpu = self.kernel.ioctl(fd, request, argument);
         if vcpu < 0 {
@@ -230,6 +232,7 @@ impl<K: Kernel> Hook<K> {
             let vcpu = vm.gate.vcpu(fd, id)?;
             self.presets.fetch_or(!registers.is_empty(), Ordering::Relaxed);
             let board = vm.shared.board.as_ref();
+            board.inspect(|board| board.new_vcpu());
             let slate = board.and_then(Board::slate);
             let wanted = board.map(Board::wanted).unwrap_or_default();
             let (policy, ready) = (Arc::clone(&vm.shared.policy), vm.shared.desk.is_none());
@@ -262,7 +265,7 @@ impl<K: Kernel> Hook<K> {
 
     fn set_msr_filter(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let Some(Object::Vm(number)) = self.descriptors.object(fd) else {
-            return self.kernel.ioctl(fd, request, argument);
+            return self.unknown(fd, request, argument, Stray::Vm);
         };
         let mut read = |address: u64, to: &mut [u8]| self.kernel.read(address, to);
         let filter = match user_filter::copy(argument as u64, &mut read) {
@@ -288,12 +291,13 @@ impl<K: Kernel> Hook<K> {
     fn enable_cap(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let object = self.descriptors.object(fd);
         let mut bytes = [0; ENABLE_CAP_SIZE];
-        let (Some(Object::Vm(number)), true) = (object, self.kernel.read(argument as u64, &mut bytes)) else {
-            return self.kernel.ioctl(fd, request, argument);
-        };
-        if word(&bytes, 0) != Ok(abi::CAP_X86_USER_SPACE_MSR) {
+        let read = self.kernel.read(argument as u64, &mut bytes);
+        if !read || word(&bytes, 0) != Ok(abi::CAP_X86_USER_SPACE_MSR) {
             return self.kernel.ioctl(fd, request, argument);
         }
+        let Some(Object::Vm(number)) = object else {
+            return self.unknown(fd, request, argument, Stray::Vm);
+        };
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
         let (flags, low, high) = (word(&bytes, 4), word(&bytes, 8), word(&bytes, 12));
         let mask = match (flags, low, high) {
@@ -484,6 +488,7 @@ fn beyond(fd: c_int) -> String {
 mod run;
 mod msrs;
 mod cpuid;
+mod stray;
 pub(crate) use msrs::Register;
 #[cfg(test)]
 mod tests;

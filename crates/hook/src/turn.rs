@@ -35,12 +35,29 @@ pub(crate) struct Inside(());
 impl Inside {
     /// `None` where the thread is inside already.
     pub(crate) fn enter() -> Option<Inside> {
-        (!INSIDE.replace(true)).then_some(Inside(()))
+        // Made only where it is given: what is not given would be dropped.
+        (!INSIDE.replace(true)).then(|| Inside(()))
     }
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
         INSIDE.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_inside_stays_so_however_often_it_is_asked() {
+        let inside = Inside::enter();
+        assert!(inside.is_some());
+        for _ in 0..3 {
+            assert!(Inside::enter().is_none());
+        }
+        drop(inside);
+        assert!(Inside::enter().is_some());
     }
 }

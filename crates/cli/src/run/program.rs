@@ -1,8 +1,9 @@
 //! Whether a library can be put into a program.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -38,7 +39,12 @@ pub(crate) fn check(program: &Path) -> Result<(), Failure> {
         );
     }
     match Kind::of(&mut file).map_err(unreadable)? {
-        Kind::Dynamic | Kind::Other => Ok(()),
+        Kind::Dynamic(linker) if !is_of_glibc(&linker) => refused(&format!(
+            "is linked to another C library than glibc (its dynamic linker is `{}`), and the policy's library needs \
+             glibc: take a build for glibc (a -gnu one, not -musl), or link msrgate into the VMM",
+            linker.display()
+        )),
+        Kind::Dynamic(_) | Kind::Other => Ok(()),
         Kind::Static => refused(
             "is linked statically, so no library can be put before its system calls: take a build that is linked \
              dynamically (a -gnu one, not -musl), or link msrgate into the VMM",
@@ -65,11 +71,17 @@ fn gains_rights(program: &Path, metadata: &Metadata) -> bool {
     setuid || setgid || capabilities
 }
 
+/// Whether a program's dynamic linker is glibc's, wherever it is.
+fn is_of_glibc(linker: &Path) -> bool {
+    let name = linker.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b"ld-linux") || name.starts_with(b"ld-lsb")
+}
+
 /// How a program reaches the kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 enum Kind {
-    /// By libraries that a dynamic linker loads.
-    Dynamic,
+    /// By libraries that this dynamic linker loads.
+    Dynamic(PathBuf),
     /// By itself.
     Static,
     /// By the Go runtime.
@@ -96,22 +108,21 @@ impl Kind {
             return Ok(Kind::Foreign);
         }
         let (table, size, count) = (u64::from_le_bytes(array(&header, 32)), half(54), half(56));
-        let mut dynamic = false;
+        let mut linker = None;
         for number in 0..u64::from(count) {
             let mut entry = [0; 56];
             let at = table.saturating_add(number * u64::from(size));
             file.seek(SeekFrom::Start(at))?;
             file.read_exact(&mut entry)?;
             match u32::from_le_bytes(array(&entry, 0)) {
-                PT_INTERP => dynamic = true,
+                PT_INTERP => {
+                    let mut path = section(file, &entry, 4096)?;
+                    // A C string.
+                    path.truncate(path.iter().position(|byte| *byte == 0).unwrap_or(path.len()));
+                    linker = Some(PathBuf::from(OsString::from_vec(path)));
+                }
                 PT_NOTE => {
-                    let (offset, length) = (
-                        u64::from_le_bytes(array(&entry, 8)),
-                        u64::from_le_bytes(array(&entry, 32)),
-                    );
-                    file.seek(SeekFrom::Start(offset))?;
-                    let mut notes = Vec::new();
-                    file.take(length.min(1 << 16)).read_to_end(&mut notes)?;
+                    let notes = section(file, &entry, 1 << 16)?;
                     // A note's name comes after three words: a Go build's is `Go`.
                     if notes.windows(8).any(|window| window == b"\x04\0\0\0Go\0\0") {
                         return Ok(Kind::Go);
@@ -120,8 +131,20 @@ impl Kind {
                 _ => {}
             }
         }
-        Ok(if dynamic { Kind::Dynamic } else { Kind::Static })
+        Ok(linker.map_or(Kind::Static, Kind::Dynamic))
     }
+}
+
+/// What a program header points to, and no more than `most` of it.
+fn section(file: &mut (impl Read + Seek), entry: &[u8; 56], most: u64) -> io::Result<Vec<u8>> {
+    let (offset, length) = (
+        u64::from_le_bytes(array(entry, 8)),
+        u64::from_le_bytes(array(entry, 32)),
+    );
+    file.seek(SeekFrom::Start(offset))?;
+    let mut bytes = Vec::new();
+    file.take(length.min(most)).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Bytes of a header that is longer than that.

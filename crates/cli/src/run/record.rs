@@ -161,7 +161,7 @@ impl<'a> Record<'a> {
         }
         if missing.accesses > 0 {
             text.push_str(&format!(
-                "msrgate: {} accesses more are not in the table: it has room for {SLATES} vCPUs, and some 1000 MSRs of \
+                "msrgate: {} accesses more are not in the table: it has room for {SLATES} vCPUs at a time, and some 1000 MSRs of \
                  each\n",
                 missing.accesses
             ));

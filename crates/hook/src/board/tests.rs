@@ -97,12 +97,33 @@ fn what_has_no_place_is_counted_as_such() {
     let counted: u64 = reader.tallies().values().map(|tally| tally.count).sum();
     assert!(counted <= TALLIES as u64);
     assert_eq!(counted + reader.missing().accesses, 3000);
-    for _ in 1..SLATES {
-        assert!(board.slate().is_some());
-    }
+    let others: Vec<Slate> = (1..SLATES).map(|_| board.slate().unwrap()).collect();
     assert!(board.slate().is_none());
     board.without_slate();
     assert_eq!(counted + reader.missing().accesses, 3001);
+    drop(others);
+    assert!(board.slate().is_some(), "who is gone needs none");
+}
+
+#[test]
+fn the_slate_of_a_vcpu_that_is_gone_goes_on_with_what_is_on_it() {
+    let board = board(Wanted::default());
+    let mut reader = board.reader();
+    let mut seen = Vec::new();
+    for round in 0..2 * SLATES as u32 {
+        let (slate, beside) = (board.slate().unwrap(), board.slate().unwrap());
+        slate.count(&event(1), 1);
+        slate.push(&event(round), Log::All);
+        beside.count(&event(2), 1);
+        if round % 7 == 0 {
+            reader.drain(&mut |event, _| seen.push(event.msr.0));
+        }
+    }
+    reader.drain(&mut |event, _| seen.push(event.msr.0));
+    assert_eq!(seen, (0..2 * SLATES as u32).collect::<Vec<_>>());
+    let counts = reader.tallies().into_values().map(|tally| tally.count);
+    assert_eq!(counts.collect::<Vec<_>>(), [2 * SLATES as u64; 2]);
+    assert_eq!(reader.missing(), Missing::default());
 }
 
 #[test]

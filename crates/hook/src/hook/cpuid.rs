@@ -34,8 +34,11 @@ impl<K: Kernel> Hook<K> {
         };
         let Some(leaves) = self.leaves(request as u32, argument as u64) else {
             // The kernel says what is wrong with it. If it finds nothing the vCPU does not run.
-            body.ready.set(false);
-            return self.kernel.ioctl(fd, request, argument);
+            let result = self.kernel.ioctl(fd, request, argument);
+            if result >= 0 {
+                body.ready.set(false);
+            }
+            return result;
         };
         match self.resolve(desk, body, &leaves) {
             Ok(policy) => {

@@ -7,6 +7,7 @@ use super::{BodyOf, Hook, KVM_SET_MSRS, failed};
 use crate::board::Mode;
 use crate::clock::ticks;
 use crate::descriptor::Object;
+use crate::hook::stray::Stray;
 use crate::kernel::{Kernel, RawExit, Vcpu, errno, set_errno};
 use crate::turn::Inside;
 use crate::vcpu::Entered;
@@ -21,7 +22,7 @@ impl<K: Kernel> Hook<K> {
     pub(super) fn run(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
         let object = self.descriptors.object(fd);
         let Some(Object::Vcpu(slot)) = object else {
-            return self.kernel.ioctl(fd, request, argument);
+            return self.unknown(fd, request, argument, Stray::Vcpu);
         };
         let entered = self.vcpus.enter(slot);
         let body = entered.as_ref().and_then(|entered| entered.body());

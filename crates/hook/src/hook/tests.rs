@@ -8,6 +8,7 @@ use msrgate_core::{
 };
 use msrgate_plan::{Decision, Intervals, Plan};
 
+use super::stray::{KVM_CHECK_EXTENSION, KVM_GET_MP_STATE};
 use super::*;
 use crate::board::{Mode, Wanted};
 use crate::kernel::{RawExit, Vcpu};
@@ -54,6 +55,8 @@ struct World {
     stuck: Option<u32>,
     /// What the host's calls on MSRs were.
     asked: Vec<u32>,
+    /// A VM and a vCPU that nobody was given.
+    strays: Vec<c_int>,
 }
 
 impl World {
@@ -135,6 +138,8 @@ impl Kernel for Fake {
                 0
             }
             KVM_SET_MP_STATE => 0,
+            // Both kinds, as the hook asks each for its own.
+            KVM_CHECK_EXTENSION | KVM_GET_MP_STATE if world.strays.contains(&fd) => 1,
             _ => fail(ENOTTY),
         }
     }
@@ -417,6 +422,23 @@ fn other_descriptors_and_requests_go_on_to_the_kernel() {
     assert_eq!(ioctl(&hook, vm, OTHER, 0), 7);
     assert_eq!((ioctl(&hook, 9, KVM_RUN, 0), errno()), (-1, EBADF));
     assert_eq!((ioctl(&hook, 9, abi::SET_MSR_FILTER, 0), errno()), (-1, ENOTTY));
+}
+
+#[test]
+fn a_vm_or_vcpu_that_came_by_another_way_is_refused() {
+    let (hook, fake) = hook(policy());
+    fake.world().strays = vec![50];
+    let own = vm(&hook);
+    for request in [KVM_CREATE_VCPU, KVM_RUN, abi::SET_MSR_FILTER] {
+        assert_eq!((ioctl(&hook, 50, request, 0), errno()), (-1, EACCES));
+        let said = fake.world().said.pop().unwrap();
+        assert!(said.starts_with("descriptor 50 is refused: it is a "), "{said}");
+    }
+    assert_eq!((set_mask(&hook, &fake, 50, 4), errno()), (-1, EACCES));
+    // It opens all that the policy denies.
+    assert_eq!(set_filter(&hook, &fake, 50, raw_filter(0, &[])), -1);
+    assert_eq!(fake.world().plans.len(), 1);
+    assert_eq!(set_filter(&hook, &fake, own, raw_filter(0, &[])), 0);
 }
 
 #[test]
@@ -1096,6 +1118,13 @@ fn a_cpuid_that_the_kernel_or_the_filter_refuses_changes_nothing() {
         (Verdict::Deny, -1),
         "closed"
     );
+    // What the kernel refuses leaves the vCPU the one that it has.
+    assert_eq!(set_model(&hook, &fake, vcpu, 2), Ok(()));
+    fake.world().refuse_cpuid = true;
+    fake.world().memory = Vec::new();
+    assert_eq!(ioctl(&hook, vcpu, KVM_SET_CPUID2, 0), -1);
+    assert_eq!(run(&hook, &fake, vcpu, &[Ran::Other]).0, 0);
+    fake.world().refuse_cpuid = false;
     // The older call has no index.
     let words = [1, 0, 1, 2, 0, 0, 0, 0_u32];
     fake.world().memory = words.into_iter().flat_map(u32::to_le_bytes).collect();
