@@ -15,10 +15,12 @@ use msrgate_policy::trace::{self, Header};
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::run::keeper::Keeper;
 use crate::run::record::{Record, Trace};
 use crate::run::resolve::Resolved;
 
 mod child;
+mod keeper;
 mod library;
 mod program;
 mod record;
@@ -72,6 +74,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         resolved.map = held;
     }
     let plan = resolve::plan(&resolved.map)?;
+    let mut keeper = Keeper::part()?;
     let handover = Handover::new(&resolved.map, wanted).map_err(machine)?;
     let known = resolved.by_cpuid.is_none().then_some(&plan);
     let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, known))?;
@@ -84,10 +87,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         .env(LD_PRELOAD, preloaded(library.into_os_string()));
     let every = (wanted.events || resolved.logs()).then_some(DRAIN);
     resolved.serve(handover.board()).map_err(machine)?;
-    let status = child::run(command, &program, every, &mut record)?;
+    let status = child::run(command, &program, every, &mut record, &mut keeper)?;
     record.drain();
-    record.summary();
-    child::end(status)
+    match status {
+        Some(status) => {
+            record.summary();
+            child::end(status)
+        }
+        // The front has ended long ago.
+        None => Ok(Exit::Yes),
+    }
 }
 
 /// What `--learn=all` does, for its reader and its trace.

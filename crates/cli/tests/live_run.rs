@@ -7,7 +7,8 @@ mod live;
 mod small_vmm;
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use command::{Folder, Ran, count, list, program, text};
 use live::kvm_opens;
@@ -15,6 +16,10 @@ use serde_json::Value;
 
 /// Has this test's own program be the VMM: the value is the VMM's arguments.
 const VMM: &str = "MSRGATE_TEST_VMM";
+/// A VMM that goes into the background, and writes what it says into the file `out`.
+const BACKGROUND: &str = "background ";
+/// One that waits for the file `go`.
+const LATER: &str = "later ";
 /// A VMM that runs nothing.
 const DESCRIPTORS: &str = "descriptors";
 
@@ -23,7 +28,18 @@ mod descriptors;
 
 #[test]
 fn vmm() {
-    let Ok(arguments) = std::env::var(VMM) else { return };
+    let Ok(mut arguments) = std::env::var(VMM) else { return };
+    if let Some(rest) = arguments.strip_prefix(BACKGROUND) {
+        let out = fs::File::create("out").unwrap();
+        let mut later = bare(&format!("{LATER}{rest}"));
+        later.stdin(Stdio::null()).stderr(out.try_clone().unwrap()).stdout(out);
+        later.spawn().unwrap();
+        std::process::exit(3);
+    }
+    if let Some(rest) = arguments.strip_prefix(LATER) {
+        wait_until(|| fs::exists("go").unwrap());
+        arguments = rest.to_owned();
+    }
     if arguments == DESCRIPTORS {
         descriptors::close_in_every_way();
         std::process::exit(0);
@@ -34,6 +50,14 @@ fn vmm() {
         std::process::exit(9);
     }
     std::process::exit(0);
+}
+
+fn wait_until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn ready() -> bool {
@@ -348,6 +372,23 @@ fn vcpus_that_the_policy_would_treat_otherwise_and_those_without_a_cpuid_do_not_
     assert_eq!(ran.code, Some(9), "{}", ran.err);
     ran.says(&["vCPU 0 does not get this CPUID: the policy needs 17 filter ranges"]);
     under(&folder, &["-p", "policy.toml"], "--vendors intel r:0x174").code(0);
+}
+
+#[test]
+fn a_vmm_in_the_background_gets_the_policy_for_its_cpuid_and_its_trace_is_written_to_the_end() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(BY_VENDOR);
+    let options = ["-p", "policy.toml", "--trace", "trace.jsonl", "--json"];
+    let ran = under(&folder, &options, "background --vendors amd r:0x8b w:0x8b=1").code(3);
+    let told = summary(&ran);
+    assert_eq!((&told["background"], count(&told, "vms")), (&Value::Bool(true), 0));
+    folder.write("go", "");
+    let trace = || fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
+    wait_until(|| trace().lines().count() == 3);
+    let out = || fs::read_to_string(folder.path().join("out")).unwrap();
+    wait_until(|| out().contains("rdmsr 0x8b 0x22\nwrmsr 0x8b done\n"));
 }
 
 #[test]

@@ -145,6 +145,33 @@ fn a_command_that_is_killed_takes_the_program_along() {
     assert_eq!(out.read_to_end(&mut Vec::new()).unwrap(), 0);
 }
 
+#[test]
+fn what_goes_on_in_the_background_has_a_process_that_stays_with_it_and_the_command_returns() {
+    let folder = Folder::furnished();
+    let script = "sh -c 'while [ ! -e go ]; do sleep 0.02; done; read pid comm state parent rest < /proc/$$/stat; \
+                  echo $parent $(cat /proc/$parent/comm) > who' > /dev/null 2>&1 < /dev/null & exit 3";
+    // It ends though the output is read to its end, and only once whoever could write it is gone.
+    let ran = run(&folder, &["sh", "-c", script]).code(3);
+    ran.says(&["no VM was made so far", "goes on in the background"]);
+    folder.write("go", "");
+    let start = Instant::now();
+    let who = loop {
+        let who = fs::read_to_string(folder.path().join("who")).unwrap_or_default();
+        if who.ends_with('\n') {
+            break who;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let (keeper, name) = who.trim().split_once(' ').unwrap();
+    assert_eq!(name, "msrgate");
+    // It ends when there is nothing left to stay with.
+    while fs::read_to_string(format!("/proc/{keeper}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// An ELF file with these program headers: type, offset and size of what they point to.
 fn elf(headers: &[(u32, u64, u64)], rest: &[u8]) -> Vec<u8> {
     let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();

@@ -53,4 +53,4 @@ pub use desk::{Desk, Leaf};
 pub use handover::{Handover, HandoverError, Received, VARIABLE};
 pub use hook::{Hook, Setup};
 pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};
-pub use spawn::bind;
+pub use spawn::{Forked, bind, fork};

@@ -1,12 +1,40 @@
-//! The VMM's process, as its child-to-be leaves the command.
+//! Processes that the command makes: one of its own, and the VMM's, as its child-to-be leaves it.
 
-#![expect(unsafe_code, reason = "system calls between fork and exec")]
+#![expect(unsafe_code, reason = "fork, and system calls between fork and exec")]
 
-use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
+use std::{fs, io};
+
+/// Which of two processes this is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Forked {
+    /// The one that was there; the number is the other's.
+    Parent(i32),
+    /// The one that is new.
+    Child,
+}
+
+/// `fork(2)`.
+///
+/// # Errors
+/// The kernel's; and where this process has more than one thread, since others are not in the child, and what they have
+/// locked stays locked there.
+pub fn fork() -> io::Result<Forked> {
+    let threads = fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        let line = format!("this process has {threads} threads");
+        return Err(io::Error::other(line));
+    }
+    // SAFETY: there is no other thread, so that the child is a copy in which nothing is amiss, and may do all.
+    match unsafe { libc::fork() } {
+        0 => Ok(Forked::Child),
+        child if child > 0 => Ok(Forked::Parent(child)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Has the child start with the signals blocked that the calling thread has blocked at this call, and not with those
 /// that it blocks afterwards; and has it killed where the thread that starts it ends before it does.

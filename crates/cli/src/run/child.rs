@@ -1,7 +1,7 @@
 //! The VMM as a child that nobody notices: its signals, its stops and its end are this process's own.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -14,10 +14,11 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
+use crate::run::keeper::Keeper;
 use crate::run::record::Record;
 
-/// What is caught, and sent on but for SIGUSR1. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running,
-/// the second takes it along.
+/// What is caught, and sent on. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running, the second takes
+/// it along.
 const CAUGHT: [Signal; 10] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -34,23 +35,64 @@ const CAUGHT: [Signal; 10] = [
 /// `si_code` of a signal that the kernel sent, such as a terminal's.
 const SI_KERNEL: i32 = 0x80;
 
-/// Starts the VMM and waits for its end. The record is drained every so often; SIGUSR1 has it summed up.
+/// Signals as they arrive.
+#[derive(Debug)]
+pub(crate) struct Signals(SignalFd);
+
+impl Signals {
+    /// From here on they do nothing else.
+    pub(crate) fn block() -> Result<Signals, Errno> {
+        let mut signals: SigSet = CAUGHT.into_iter().collect();
+        signals.add(Signal::SIGCHLD);
+        let mut blocked = signals;
+        // A trace that grows beyond the limit on a file's size cannot be written; that is no reason to end.
+        blocked.add(Signal::SIGXFSZ);
+        blocked.thread_block()?;
+        SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map(Signals)
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    pub(crate) fn read(&self) -> Result<Option<siginfo>, Errno> {
+        self.0.read_signal()
+    }
+
+    /// Sends it to a child that has not got it by itself.
+    pub(crate) fn pass_on(&self, signal: &siginfo, child: Pid) {
+        if let Some(which) = number(signal)
+            && which != Signal::SIGCHLD
+            && is_for(signal, child)
+        {
+            // It may have ended meanwhile, which SIGCHLD tells.
+            let _ = signal::kill(child, which);
+        }
+    }
+}
+
+fn number(signal: &siginfo) -> Option<Signal> {
+    Signal::try_from(i32::try_from(signal.ssi_signo).ok()?).ok()
+}
+
+/// Whether the child has not got the signal by itself: what a terminal sends goes to both, as they are one group.
+fn is_for(signal: &siginfo, child: Pid) -> bool {
+    signal.ssi_code != SI_KERNEL && signal.ssi_pid.cast_signed() != child.as_raw()
+}
+
+/// Starts the VMM, and waits for its end and for that of all that it has left behind. The record is drained every so
+/// often; SIGUSR1 has it summed up. Gives the status of the VMM where nobody else got it.
 pub(crate) fn run(
     mut command: Command,
     program: &Path,
     every: Option<Duration>,
     record: &mut Record<'_>,
-) -> Result<WaitStatus, Failure> {
+    keeper: &mut Keeper,
+) -> Result<Option<WaitStatus>, Failure> {
     let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
-    let mut signals: SigSet = CAUGHT.into_iter().collect();
-    signals.add(Signal::SIGCHLD);
-    let mut blocked = signals;
-    // A trace that grows beyond the limit on a file's size cannot be written; that is no reason to end.
-    blocked.add(Signal::SIGXFSZ);
     // Before they are blocked: the child starts as this process did.
     msrgate_hook::bind(&mut command).map_err(|error| Failure::Line(Exit::Machine, error.to_string()))?;
-    blocked.thread_block().map_err(machine)?;
-    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(machine)?;
+    let signals = Signals::block().map_err(machine)?;
 
     let child = command.spawn().map_err(|error| {
         let exit = match error.kind() {
@@ -60,54 +102,59 @@ pub(crate) fn run(
         Failure::Line(exit, format!("`{}` cannot be started: {error}", program.display()))
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
-    watch(child, &arrived, every, record).map_err(|error| {
+    watch(child, &signals, every, record, keeper).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", program.display());
         Failure::Line(Exit::Machine, line)
     })
 }
 
-/// Passes signals on until the child has ended.
+/// Passes signals on until the child has ended, and stays until the last one has.
 fn watch(
     child: Pid,
-    arrived: &SignalFd,
+    signals: &Signals,
     every: Option<Duration>,
     record: &mut Record<'_>,
-) -> Result<WaitStatus, Errno> {
+    keeper: &mut Keeper,
+) -> io::Result<Option<WaitStatus>> {
     let timeout = every.and_then(|every| PollTimeout::try_from(every).ok());
+    let (mut status, mut stays) = (None, false);
     loop {
-        let mut ready = [PollFd::new(arrived.as_fd(), PollFlags::POLLIN)];
+        let mut ready = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         match poll(&mut ready, timeout.unwrap_or(PollTimeout::NONE)) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
         record.drain();
-        let Some(signal) = arrived.read_signal()? else {
+        let Some(signal) = signals.read()? else {
             continue;
         };
-        let number = i32::try_from(signal.ssi_signo).ok();
-        match number.and_then(|number| Signal::try_from(number).ok()) {
+        match number(&signal) {
             Some(Signal::SIGCHLD) => {
-                if let Some(status) = changed(child)? {
-                    return Ok(status);
+                status = changed(child)?.or(status);
+                let others = others(child, &mut status)?;
+                match status {
+                    None => {}
+                    Some(_) if !others && stays => return Ok(None),
+                    Some(_) if !others => return Ok(status),
+                    Some(_) if stays => {}
+                    Some(status) => {
+                        stays = true;
+                        record.drain();
+                        record.goes_on();
+                        keeper.stay(status)?;
+                    }
                 }
             }
+            // What is in the background is nobody's terminal's, and ends when its processes do.
+            _ if stays => {}
             Some(Signal::SIGUSR1) => record.summary(),
-            Some(which) if is_for(&signal, child) => {
-                // It may have ended meanwhile, which SIGCHLD tells.
-                let _ = signal::kill(child, which);
-            }
-            _ => {}
+            _ => signals.pass_on(&signal, child),
         }
     }
 }
 
-/// Whether the child has not got the signal by itself: what a terminal sends goes to both, as they are one group.
-fn is_for(signal: &siginfo, child: Pid) -> bool {
-    signal.ssi_code != SI_KERNEL && signal.ssi_pid.cast_signed() != child.as_raw()
-}
-
 /// What the child's change of state means; its status if that was its end.
-fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
+pub(crate) fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
     loop {
         match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
             Ok(WaitStatus::Stopped(..)) => {
@@ -116,17 +163,29 @@ fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
                 let _ = signal::kill(child, Signal::SIGCONT);
             }
             Ok(status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..))) => return Ok(Some(status)),
-            Ok(_) => return Ok(None),
+            Ok(_) | Err(Errno::ECHILD) => return Ok(None),
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error),
         }
     }
 }
 
+/// Lets go of processes that have ended, and says whether there are more. The child may be among them.
+fn others(child: Pid, status: &mut Option<WaitStatus>) -> Result<bool, Errno> {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => return Ok(true),
+            Ok(ended) if ended.pid() == Some(child) => *status = Some(ended),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(Errno::ECHILD) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// Ends this process as the child ended.
-pub(crate) fn end(status: WaitStatus) -> Result<Exit, Failure> {
+pub(crate) fn end(status: WaitStatus) -> ! {
     let code = match status {
-        WaitStatus::Exited(_, code) => code,
         WaitStatus::Signaled(_, signal, _) => {
             // A second core would only hide the first.
             let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
@@ -136,7 +195,9 @@ pub(crate) fn end(status: WaitStatus) -> Result<Exit, Failure> {
             let _ = signal::raise(signal);
             128 + signal as i32
         }
-        _ => return Err(Failure::Line(Exit::Guest, "the VMM's end is not known".to_owned())),
+        WaitStatus::Exited(_, code) => code,
+        // No other state is an end.
+        _ => Exit::Guest as i32,
     };
     std::process::exit(code)
 }

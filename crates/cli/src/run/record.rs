@@ -23,6 +23,8 @@ pub(crate) struct Record<'a> {
     mode: Mode,
     presets: &'a [Preset],
     json: bool,
+    /// What there is from here on is told to nobody but the trace.
+    background: bool,
 }
 
 impl<'a> Record<'a> {
@@ -35,6 +37,7 @@ impl<'a> Record<'a> {
             mode,
             presets,
             json,
+            background: false,
         }
     }
 
@@ -50,6 +53,12 @@ impl<'a> Record<'a> {
         if count > 0 {
             trace.flush();
         }
+    }
+
+    /// Tells what there was so far, and that the rest is in the background.
+    pub(crate) fn goes_on(&mut self) {
+        self.background = true;
+        self.summary();
     }
 
     /// Tells what there was so far.
@@ -84,6 +93,7 @@ impl<'a> Record<'a> {
             "vms": self.board.vms(),
             "vcpus": self.board.vcpus(),
             "refused": self.board.refusals(),
+            "background": self.background,
             "cost_ns": rate.lasting(ticks(tallies)),
             "presets": self.presets.iter().map(|preset| json!({
                 "msr": preset.msr.to_string(),
@@ -125,6 +135,19 @@ impl<'a> Record<'a> {
             0 => String::new(),
             count => format!("msrgate: not made, since the policy could not be put on them: {count} VMs or vCPUs\n"),
         };
+        let background = match (self.background, &self.trace.to) {
+            (false, _) => "",
+            (true, To::File(..)) => {
+                "msrgate: what the VMM started goes on in the background, under the policy, and so does the trace\n"
+            }
+            (true, _) => {
+                "msrgate: what the VMM started goes on in the background, under the policy; with `--trace FILE` there is a \
+                 trace of it\n"
+            }
+        };
+        if vms == 0 && self.background {
+            return format!("{refused}msrgate: no VM was made so far\n{background}");
+        }
         if vms == 0 {
             let why = match msrgate_kvm::open() {
                 Ok(_) => String::new(),
@@ -178,6 +201,7 @@ impl<'a> Record<'a> {
                 unwritten.events, unwritten.error
             ));
         }
+        text.push_str(background);
         text
     }
 }

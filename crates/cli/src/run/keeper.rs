@@ -1,0 +1,127 @@
+//! Two processes: the front is the one that was started, and ends as the VMM's first process ends. The keeper starts the
+//! VMM, and stays with what goes on in the background: a policy is asked for, and a trace is read, as long as a guest runs.
+
+use std::fs::OpenOptions;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+
+use msrgate_hook::Forked;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::{Pid, getppid, setsid};
+
+use crate::exit::{Exit, Failure};
+use crate::run::child::{Signals, changed, end};
+
+/// The keeper's way to its front.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    front: PipeWriter,
+}
+
+impl Keeper {
+    /// Leaves the front behind, which ends by itself; what returns is the keeper.
+    pub(crate) fn part() -> Result<Keeper, Failure> {
+        let (reader, front) = io::pipe().map_err(|error| machine(&error))?;
+        let before = nix::unistd::getpid();
+        match msrgate_hook::fork().map_err(|error| machine(&error))? {
+            Forked::Parent(keeper) => {
+                drop(front);
+                let status = wait(Pid::from_raw(keeper), reader).map_err(|error| machine(&error.into()))?;
+                end(status)
+            }
+            Forked::Child => {
+                // Whoever kills the front means the VMM.
+                prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| machine(&error.into()))?;
+                // Processes that lose their parent are this one's, not init's.
+                prctl::set_child_subreaper(true).map_err(|error| machine(&error.into()))?;
+                if getppid() != before {
+                    return Err(machine(&io::ErrorKind::Interrupted.into()));
+                }
+                Ok(Keeper { front })
+            }
+        }
+    }
+
+    /// Has the front end with this status, and lets go of its terminal, of who reads what it prints, and of its end.
+    pub(crate) fn stay(&mut self, status: WaitStatus) -> io::Result<()> {
+        let nowhere = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        rustix::stdio::dup2_stdin(&nowhere)?;
+        rustix::stdio::dup2_stdout(&nowhere)?;
+        rustix::stdio::dup2_stderr(&nowhere)?;
+        setsid()?;
+        prctl::set_pdeathsig(None)?;
+        self.front.write_all(&encode(status).to_le_bytes())
+    }
+}
+
+fn machine(error: &io::Error) -> Failure {
+    let line = format!("a process to stay with the VMM cannot be started: {error}");
+    Failure::Line(Exit::Machine, line)
+}
+
+/// Passes signals on to the keeper until it has ended, or stays.
+fn wait(keeper: Pid, mut told: PipeReader) -> Result<WaitStatus, Errno> {
+    let signals = Signals::block()?;
+    let mut open = true;
+    loop {
+        // It may have ended before signals were watched.
+        if let Some(status) = changed(keeper)? {
+            return Ok(status);
+        }
+        let mut ready = [
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(told.as_fd(), PollFlags::POLLIN),
+        ];
+        let count = if open { 2 } else { 1 };
+        match poll(ready.get_mut(..count).unwrap_or_default(), PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+        let tells = open && ready[1].any() == Some(true);
+        if tells {
+            let mut bytes = [0; 4];
+            if told.read_exact(&mut bytes).is_ok() {
+                return Ok(decode(keeper, i32::from_le_bytes(bytes)));
+            }
+            // It ends, which SIGCHLD tells.
+            open = false;
+        }
+        while let Some(signal) = signals.read()? {
+            signals.pass_on(&signal, keeper);
+        }
+    }
+}
+
+/// A status as `wait(2)` has it, as far as it matters here.
+fn encode(status: WaitStatus) -> i32 {
+    match status {
+        WaitStatus::Signaled(_, signal, _) => signal as i32,
+        WaitStatus::Exited(_, code) => code << 8,
+        _ => 0,
+    }
+}
+
+fn decode(process: Pid, status: i32) -> WaitStatus {
+    WaitStatus::from_raw(process, status).unwrap_or(WaitStatus::Exited(process, 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_arrives_as_it_was_sent() {
+        let process = Pid::from_raw(7);
+        for status in [
+            WaitStatus::Exited(process, 0),
+            WaitStatus::Exited(process, 255),
+            WaitStatus::Signaled(process, Signal::SIGTERM, false),
+        ] {
+            assert_eq!(decode(process, encode(status)), status);
+        }
+    }
+}
