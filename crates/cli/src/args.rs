@@ -388,14 +388,16 @@ pub(crate) enum WriteArg {
 }
 
 const RUN_AFTER: &str = "\
-The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it, but for SIGUSR1, which
-prints the summary so far on standard error; it is printed at the end too.
-VMMs that make system calls without the C library (static programs, Go) are refused: nothing can be put between
+Options come before the VMM; what follows its name is its own. `--` before it may be left out.
+
+The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it, but for SIGUSR1, which \
+prints the summary so far on standard error; it is printed at the end too. \
+VMMs that make system calls without glibc (static programs, Go, musl) are refused: nothing can be put between \
 them and the kernel in this way.
 
 A policy that depends on the guest's CPUID is resolved for the one that the VMM sets, without --cpuid.
 
-The library that is loaded into the VMM, libmsrgate_preload.so, is looked for in MSRGATE_PRELOAD (its path), beside
+The library that is loaded into the VMM, libmsrgate_preload.so, is looked for in MSRGATE_PRELOAD (its path), beside \
 this program, in deps/ beside it, and in ../lib/msrgate/.";
 
 #[derive(ClapArgs)]
@@ -427,7 +429,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// The VMM and its arguments
-    #[arg(required = true, last = true, value_name = "VMM")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "VMM")]
     pub(crate) command: Vec<OsString>,
 }
 

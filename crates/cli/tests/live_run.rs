@@ -640,6 +640,35 @@ fn a_vmms_filter_that_does_not_fit_beside_the_policy_fails_at_its_ioctl() {
 }
 
 #[test]
+fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
+    if !ready() {
+        return;
+    }
+    let allowed = (0..15)
+        .map(|slot| 0x5000_0000 + (slot << 20))
+        .chain([0x277, 0xc000_0081_u32]);
+    let rules: String = allowed
+        .map(|msr| format!("[[rule]]\nmsr = \"{msr:#x}\"\nread = \"allow\"\nwrite = \"allow\"\n"))
+        .collect();
+    let folder = with_policy(&format!("default = \"deny\"\nspill = \"user-space\"\n{rules}"));
+    // 2 is no memory type.
+    let accesses = "--filter --vcpus 2 w:0x277=0x1 r:0x277 w:0x277=0x2 w:0xc0000081=5 r:0xc0000081 r:0x35";
+    let without = Ran::of(&mut bare(accesses)).code(0);
+    let ran = under(&folder, &["-p", "policy.toml", "--json"], accesses).code(0);
+    let denied = |line: &str| line.replace("rdmsr 0x35 0x20004", "rdmsr 0x35 fault");
+    let expected: Vec<_> = seen(&without).into_iter().map(denied).collect();
+    assert_eq!(seen(&ran), expected);
+    let passed = |row: &&Value| text(row, "did") == "pass";
+    let told = summary(&ran);
+    assert_ne!(list(&told, "by_msr").iter().filter(passed).count(), 0, "{told:#}");
+    // An audit changes nothing, and tells of these too.
+    let ran = under(&folder, &["-p", "policy.toml", "--audit", "--json"], accesses).code(0);
+    assert_eq!(seen(&ran), seen(&without));
+    let told = summary(&ran);
+    assert_ne!(list(&told, "by_msr").iter().filter(passed).count(), 0, "{told:#}");
+}
+
+#[test]
 fn where_the_policy_cannot_be_put_in_force_there_is_no_vm() {
     if !ready() {
         return;

@@ -69,6 +69,23 @@ fn a_script_is_started_as_a_shell_starts_it() {
 }
 
 #[test]
+fn the_vmms_own_options_are_not_the_commands() {
+    let folder = Folder::furnished();
+    let policy = &MICROCODE[..3];
+    for rest in [&["--", "echo", "-p", "--json"][..], &["echo", "-p", "--json"]] {
+        assert_eq!(folder.run(&[policy, rest].concat()).code(0).out, "-p --json\n");
+    }
+    folder
+        .run(&[policy, &["--no-such", "true"]].concat())
+        .code(2)
+        .says(&["--no-such"]);
+    folder
+        .run(&["run", "true", "-p", "x.toml"])
+        .code(2)
+        .says(&["--policy <POLICY>"]);
+}
+
+#[test]
 fn what_was_preloaded_before_still_is() {
     let folder = Folder::furnished();
     let mut command = folder.command(&[&MICROCODE[..], &["sh", "-c", "echo $LD_PRELOAD"]].concat());
@@ -232,6 +249,14 @@ fn what_cannot_be_done_is_said_before_the_program_starts() {
         .code(2)
         .says(&["`no-such-vmm` is not in PATH"]);
     run(&folder, &["./no-such-vmm"]).code(2).says(&["cannot be started"]);
+    folder.write("vmm", "#!/no/such/shell\n");
+    run(&folder, &["./vmm"])
+        .code(2)
+        .says(&["it is not executable for this user"]);
+    fs::set_permissions(folder.path().join("vmm"), fs::Permissions::from_mode(0o755)).unwrap();
+    run(&folder, &["./vmm"])
+        .code(2)
+        .says(&["its interpreter, which its first line names"]);
     let mut command = folder.command(&[&MICROCODE[..], &["true"]].concat());
     let twice = Ran::of(command.env("MSRGATE_RUN", "1:500:2:501:3"));
     twice.code(2).says(&["under `msrgate run` already", "`extends`"]);

@@ -172,7 +172,7 @@ impl<K: Kernel> Hook<K> {
                 Some(shared) => Arc::clone(shared),
                 None => Arc::clone(objects.shared.insert(Arc::new(self.shared()?))),
             };
-            let plan = shared.policy.composed(None, &BTreeSet::new(), Reasons::NONE);
+            let plan = shared.policy.composed(None, Some(&BTreeSet::new()), Reasons::NONE);
             let plan = Arc::new(plan.map_err(|error| error.to_string())?);
             let gate = self.kernel.install(kvm, fd, plan)?;
             let number = objects.vms.iter().position(Option::is_none);

@@ -52,18 +52,19 @@ impl Policy {
         self.map == *map
     }
 
-    /// The plan that holds for the policy and for a VMM with this filter and mask, where this was touched.
+    /// The plan that holds for the policy and for a VMM with this filter and mask, where this was touched; `None` stands
+    /// for all.
     pub(crate) fn composed(
         &self,
         filter: Option<&Filter>,
-        open: &BTreeSet<(Msr, Op)>,
+        open: Option<&BTreeSet<(Msr, Op)>>,
         mask: Reasons,
     ) -> Result<Plan, PlanError> {
         let watched;
         let map = match self.mode {
             Mode::Enforce => &self.map,
             Mode::Audit | Mode::Learn | Mode::LearnAll => {
-                watched = self.watched(open);
+                watched = open.map_or_else(DecisionMap::allow_all, |open| self.watched(open));
                 &watched
             }
         };
@@ -132,7 +133,8 @@ impl Policy {
     fn watches(&self, msr: Msr, op: Op) -> bool {
         match self.mode {
             Mode::Enforce => false,
-            Mode::Audit => !self.map.allows(msr, op),
+            // What is spilled makes an exit, though it is allowed.
+            Mode::Audit => self.plan.filter().verdict(msr, op) == Verdict::Deny,
             Mode::Learn | Mode::LearnAll => true,
         }
     }
@@ -140,15 +142,14 @@ impl Policy {
     /// All that is watched is handed over, but for what was touched before.
     fn watched(&self, open: &BTreeSet<(Msr, Op)>) -> DecisionMap {
         DecisionMap {
-            reads: self.watched_of(&self.map.reads, open, Op::Read, ReadAction::Allow, ReadAction::Deny),
-            writes: self.watched_of(&self.map.writes, open, Op::Write, WriteAction::Allow, WriteAction::Deny),
+            reads: self.watched_of(open, Op::Read, ReadAction::Allow, ReadAction::Deny),
+            writes: self.watched_of(open, Op::Write, WriteAction::Allow, WriteAction::Deny),
             ..DecisionMap::allow_all()
         }
     }
 
     fn watched_of<A: Clone + Eq>(
         &self,
-        policy: &Intervals<Decision<A>>,
         open: &BTreeSet<(Msr, Op)>,
         op: Op,
         allow: A,
@@ -162,22 +163,23 @@ impl Policy {
         };
         let open = open.iter().filter(|(_, touched)| *touched == op);
         let open = open.map(|(msr, _)| (MsrRange::single(*msr), Decision::of(allow.clone())));
-        let others = policy.iter().map(|(range, decision)| {
-            let kernels = self.mode == Mode::Audit && decision.action == allow;
-            let decision = if kernels {
-                Decision::of(allow.clone())
-            } else {
-                handed.clone()
-            };
-            (range, decision)
-        });
-        let parts: Vec<_> = open.chain(others).collect();
+        let kernels = |(range, verdict): (MsrRange, &Verdict)| {
+            (*verdict == Verdict::Allow).then(|| (range, Decision::of(allow.clone())))
+        };
+        let untouched = match self.mode {
+            Mode::Audit => Intervals::of_filter(self.plan.filter(), op)
+                .iter()
+                .filter_map(kernels)
+                .collect(),
+            _ => Vec::new(),
+        };
+        let parts: Vec<_> = open.chain(untouched).collect();
         Intervals::first_match(handed.clone(), parts)
     }
 
     /// What the policy would do, and by which rule.
     pub(crate) fn would(&self, msr: Msr, op: Op) -> (Did, Option<u32>) {
-        match op {
+        let (did, rule) = match op {
             Op::Read => {
                 let decision = self.map.reads.get(msr);
                 (decision.action.did(), decision.rule)
@@ -186,7 +188,9 @@ impl Policy {
                 let decision = self.map.writes.get(msr);
                 (decision.action.did(), decision.rule)
             }
-        }
+        };
+        let spilled = self.plan.table().passes(msr, op);
+        (if spilled { Did::Pass } else { did }, rule)
     }
 }
 
@@ -227,6 +231,8 @@ pub(crate) struct State {
     pub(crate) told: bool,
     /// What was touched.
     pub(crate) open: BTreeSet<(Msr, Op)>,
+    /// There is no room in a filter to go on watching, so that all is open.
+    pub(crate) blind: bool,
     /// What was put in force last; `None` for what the VM began with.
     pub(crate) plan: Option<Arc<Plan>>,
 }
@@ -240,22 +246,26 @@ impl State {
             filter: None,
             told: false,
             open: BTreeSet::new(),
+            blind: false,
             plan: None,
         }
     }
 
     /// The plan that holds for the policy and for a VMM with this filter and mask.
     pub(crate) fn composed(&self, mask: Reasons) -> Result<Plan, PlanError> {
-        self.policy.composed(self.filter.as_ref(), &self.open, mask)
+        let open = (!self.blind).then_some(&self.open);
+        self.policy.composed(self.filter.as_ref(), open, mask)
     }
 
     /// What a touch is.
     pub(crate) fn touch(&self, msr: Msr, op: Op) -> Touch {
         let denied = |filter: &Filter| filter.verdict(msr, op) == Verdict::Deny;
         let denied = self.filter.as_ref().is_some_and(denied);
-        if self.policy.mode == Mode::LearnAll {
+        // What is spilled has no room where it was touched either.
+        let spilled = self.policy.mode == Mode::Audit && self.policy.plan.table().passes(msr, op);
+        if self.policy.mode == Mode::LearnAll || spilled && !self.blind {
             if denied { Touch::Denied } else { Touch::Pass }
-        } else if self.policy.watches(msr, op) && !self.open.contains(&(msr, op)) {
+        } else if self.policy.watches(msr, op) && !self.blind && !self.open.contains(&(msr, op)) {
             Touch::First
         } else if denied {
             Touch::Denied

@@ -99,7 +99,17 @@ pub(crate) fn run(
             io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => Exit::Input,
             _ => Exit::Machine,
         };
-        Failure::Line(exit, format!("`{}` cannot be started: {error}", program.display()))
+        let why = match error.kind() {
+            io::ErrorKind::NotFound if program.exists() => "its interpreter, which its first line names, is not there",
+            io::ErrorKind::PermissionDenied if program.is_dir() => "it is a folder",
+            io::ErrorKind::PermissionDenied => "it is not executable for this user: see `chmod +x`",
+            _ => "",
+        };
+        let line = match why {
+            "" => format!("`{}` cannot be started: {error}", program.display()),
+            _ => format!("`{}` cannot be started: {why}", program.display()),
+        };
+        Failure::Line(exit, line)
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
     watch(child, &signals, every, record, keeper).map_err(|error| {

@@ -325,7 +325,7 @@ fn is_due(
     }
 }
 
-/// As strace prints a call.
+/// As strace prints a call and, with `-T`, what it took.
 fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     let Event {
         t,
@@ -356,6 +356,9 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     }
     if let Some(rip) = event.rip {
         write!(to, " rip {rip:#x}")?;
+    }
+    if let Some(cost) = event.cost {
+        write!(to, " <{}>", render::duration(cost))?;
     }
     writeln!(to)
 }
@@ -407,13 +410,14 @@ mod tests {
             did: Did::Deny,
             rule: None,
             rip: Some(0x1000),
+            cost: Some(1200),
             ..event(0, 0xdead)
         };
         line(&fault, &mut text).unwrap();
         assert_eq!(
             String::from_utf8(text).unwrap(),
             "1.500000 vm 0 vcpu 1 rdmsr(0x8b IA32_BIOS_SIGN_ID) = 0x5 value rule 2\n\
-             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000\n"
+             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000 <1.2 µs>\n"
         );
     }
 }

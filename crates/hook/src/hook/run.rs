@@ -95,12 +95,18 @@ impl<K: Kernel> Hook<K> {
             Touch::First => {
                 state.open.insert((msr, op));
                 let mask = body.vm.mask();
-                if self
-                    .compose(&body.vm, &mut state, mask, "the guest gets a fault")
-                    .is_err()
-                {
-                    state.open.remove(&(msr, op));
-                    return Ok(Some(Owner::Policy));
+                let so = "what the guests touch from here on is not told";
+                if self.compose(&body.vm, &mut state, mask, so).is_err() {
+                    // Rather that than a change for the guest.
+                    state.blind = true;
+                    if self
+                        .compose(&body.vm, &mut state, mask, "the guest gets a fault")
+                        .is_err()
+                    {
+                        state.blind = false;
+                        state.open.remove(&(msr, op));
+                        return Ok(Some(Owner::Policy));
+                    }
                 }
                 let (did, rule) = state.policy.would(msr, op);
                 let answer = Answer {

@@ -1240,6 +1240,31 @@ fn an_audit_watches_what_the_policy_decides_and_leaves_the_rest_alone() {
 }
 
 #[test]
+fn where_there_is_no_room_to_open_one_more_all_is_opened_and_nothing_is_changed() {
+    let far = |slot: u32| MsrRange::single(Msr(0x4000_0000 + (slot << 20)));
+    let allowed = (0..16).map(|slot| (far(slot), Decision::of(ReadAction::Allow)));
+    let map = DecisionMap {
+        reads: Intervals::first_match(Decision::of(ReadAction::Deny), allowed.collect::<Vec<_>>()),
+        ..DecisionMap::deny_all()
+    };
+    let (hook, fake, _board) = watching(mode(Mode::Audit), map);
+    let vm = vm(&hook);
+    let vcpu = vcpu(&hook, vm, &fake, &[]);
+    let touch = |msr| [Ran::Msr(read(msr), Reason::Filter), Ran::Other];
+    for _ in 0..2 {
+        assert_eq!(run(&hook, &fake, vcpu, &touch(0x10)), (0, None));
+    }
+    assert_eq!(taken_back_and_answered(&fake), (2, 0));
+    let open = Arc::clone(fake.world().plans.last().unwrap());
+    assert_eq!(open.filter().verdict(Msr(0x11), Op::Read), Verdict::Allow);
+    let said = fake.world().said.clone();
+    assert!(
+        said.len() == 1 && said[0].starts_with("what the guests touch from here on is not told: "),
+        "{said:?}"
+    );
+}
+
+#[test]
 fn a_weaker_filter_is_one_that_allows_more() {
     let filter = |bit| {
         Filter::new(
