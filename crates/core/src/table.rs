@@ -207,26 +207,17 @@ impl ActionTable {
         let Some((action, rule, log)) = decision(&self.reads, fallbacks, msr, reason) else {
             return Answer::fault(Why::NoRule, None);
         };
+        let answered = |outcome, did| Answer {
+            outcome,
+            did,
+            why: None,
+            rule,
+            log,
+        };
         let result = match action {
-            ReadAction::Deny => {
-                return Answer {
-                    outcome: Outcome::Fault,
-                    did: Did::Deny,
-                    why: None,
-                    rule,
-                    log,
-                };
-            }
+            ReadAction::Deny => return answered(Outcome::Fault, Did::Deny),
             ReadAction::Allow if reason == Reason::Filter => match backing.kernel_read(msr) {
-                Ok(value) => {
-                    return Answer {
-                        outcome: Outcome::Value(value),
-                        did: Did::Pass,
-                        why: None,
-                        rule,
-                        log,
-                    };
-                }
+                Ok(value) => return answered(Outcome::Value(value), Did::Pass),
                 // The kernel refuses the guest too, and does not say here which of two reasons it would have given.
                 Err(_) => return self.answer_read(msr, Reason::Unknown, state, backing),
             },
@@ -238,13 +229,7 @@ impl ActionTable {
             ReadAction::Handler(name) => backing.handler_read(name, msr),
         };
         match result {
-            Ok(value) => Answer {
-                outcome: Outcome::Value(value),
-                did: action.did(),
-                why: None,
-                rule,
-                log,
-            },
+            Ok(value) => answered(Outcome::Value(value), action.did()),
             Err(why) => Answer {
                 log,
                 ..Answer::fault(why, rule)
@@ -264,26 +249,17 @@ impl ActionTable {
         let Some((action, rule, log)) = decision(&self.writes, fallbacks, msr, reason) else {
             return Answer::fault(Why::NoRule, None);
         };
+        let answered = |outcome, did| Answer {
+            outcome,
+            did,
+            why: None,
+            rule,
+            log,
+        };
         let result = match action {
-            WriteAction::Deny => {
-                return Answer {
-                    outcome: Outcome::Fault,
-                    did: Did::Deny,
-                    why: None,
-                    rule,
-                    log,
-                };
-            }
+            WriteAction::Deny => return answered(Outcome::Fault, Did::Deny),
             WriteAction::Allow if reason == Reason::Filter => match backing.kernel_write(msr, value) {
-                Ok(()) => {
-                    return Answer {
-                        outcome: Outcome::Done,
-                        did: Did::Pass,
-                        why: None,
-                        rule,
-                        log,
-                    };
-                }
+                Ok(()) => return answered(Outcome::Done, Did::Pass),
                 Err(_) => return self.answer_write(msr, value, Reason::Unknown, state, backing),
             },
             WriteAction::Allow => Err(Why::NoRule),
@@ -301,13 +277,7 @@ impl ActionTable {
             WriteAction::Handler(name) => backing.handler_write(name, msr, value),
         };
         match result {
-            Ok(()) => Answer {
-                outcome: Outcome::Done,
-                did: action.did(),
-                why: None,
-                rule,
-                log,
-            },
+            Ok(()) => answered(Outcome::Done, action.did()),
             Err(why) => Answer {
                 log,
                 ..Answer::fault(why, rule)
