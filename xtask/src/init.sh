@@ -47,11 +47,13 @@ $B mount -t devpts none $DEV/pts
 $B ln -s /proc/self/fd $DEV/fd
 
 echo start > $DEV/ttyS2
-"$@" -c "$($B cat /command)" < $DEV/null > $DEV/ttyS1 2>&1
+# Held open to the end: a port forgets what it has not sent when its last writer is killed.
+exec 4> $DEV/ttyS1
+"$@" -c "$($B cat /command)" < $DEV/null >&4 2>&1 4>&-
 status=$?
 $B sync
-# The emulated ports still send when the last writer has closed them. Setting a mode waits until all is sent.
-$B stty -F $DEV/ttyS1 raw -echo -opost
+# By this the lane tells that all of the output came.
+$B printf '\000end\n' >&4
 echo "rc=$status" > $DEV/ttyS2
 $B sleep 3
 $B poweroff -f

@@ -212,14 +212,13 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
         if marks.started && started.is_none() {
             started = Some(Instant::now());
         }
-        if let Some(status) = marks.status {
-            // Closing the second port waited until all was sent, and the mark came after that:
-            // nothing is lost with what would be left to do, powering off.
-            break Some(status);
+        if marks.status.is_some() && whole(&folder.join("output")) {
+            // All is there: nothing is lost with what would be left to do, powering off.
+            break marks.status;
         }
         if ended {
             return Err(format!(
-                "the emulator ended without the command's status\n{}",
+                "the emulator ended without the command's status, or without the end of its output\n{}",
                 last_words(folder)
             ));
         }
@@ -236,13 +235,28 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
     if job.verbose {
         eprint!("{}", last_words(folder));
     }
+    let mut output = fs::read(folder.join("output")).map_err(failed)?;
+    output.truncate(end(&output).unwrap_or(output.len()));
     Ok(Done {
-        output: fs::read(folder.join("output")).map_err(failed)?,
+        output,
         status,
         version: kernel.version.clone(),
         boot: started.map_or(Duration::ZERO, |at| at - began),
         wall: began.elapsed(),
     })
+}
+
+/// What init writes to the second serial port behind the command's output.
+const END: &[u8] = b"\0end\n";
+
+/// Whether a file holds a command's output to its end.
+fn whole(output: &Path) -> bool {
+    fs::read(output).is_ok_and(|bytes| end(&bytes).is_some())
+}
+
+/// Where a command's output ends. What a process that it left behind writes comes after that.
+fn end(output: &[u8]) -> Option<usize> {
+    output.windows(END.len()).rposition(|bytes| bytes == END)
 }
 
 /// What init wrote to the third serial port; a line counts once its end is there.
@@ -393,6 +407,14 @@ fn sweep(cache: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_commands_output_is_whole_once_its_end_is_there() {
+        assert_eq!(end(b"1\n2"), None);
+        assert_eq!(end(b"1\n2\n\0end"), None);
+        assert_eq!(end(b"1\n2\n\0end\n"), Some(4));
+        assert_eq!(end(b"1\n2\n\0end\nleft behind\n"), Some(4));
+    }
 
     #[test]
     fn a_mark_counts_once_its_line_has_ended() {
