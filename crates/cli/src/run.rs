@@ -18,6 +18,7 @@ use crate::load;
 use crate::run::keeper::Keeper;
 use crate::run::record::{Record, Trace};
 use crate::run::resolve::Resolved;
+use crate::run::stranger::Strangers;
 
 mod child;
 mod keeper;
@@ -25,6 +26,7 @@ mod library;
 mod program;
 mod record;
 mod resolve;
+mod stranger;
 
 const LD_PRELOAD: &str = "LD_PRELOAD";
 
@@ -79,6 +81,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let known = resolved.by_cpuid.is_none().then_some(&plan);
     let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, known))?;
     let mut record = Record::new(handover.board(), trace, mode, plan.presets(), args.json);
+    let strangers = Strangers::new(handover.board(), &library);
     let mut command = Command::new(&program);
     command
         .arg0(name)
@@ -87,7 +90,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         .env(LD_PRELOAD, preloaded(library.into_os_string()));
     let every = (wanted.events || resolved.logs()).then_some(DRAIN);
     resolved.serve(handover.board()).map_err(machine)?;
-    let status = child::run(command, &program, every, &mut record, &mut keeper)?;
+    let status = child::run(command, &program, every, &strangers, &mut record, &mut keeper)?;
     record.drain();
     match status {
         Some(status) => {

@@ -20,6 +20,8 @@ const VMM: &str = "MSRGATE_TEST_VMM";
 const BACKGROUND: &str = "background ";
 /// One that waits for the file `go`.
 const LATER: &str = "later ";
+/// One that starts another without an environment.
+const STRIPPED: &str = "stripped ";
 /// A VMM that runs nothing.
 const DESCRIPTORS: &str = "descriptors";
 
@@ -35,6 +37,10 @@ fn vmm() {
         later.stdin(Stdio::null()).stderr(out.try_clone().unwrap()).stdout(out);
         later.spawn().unwrap();
         std::process::exit(3);
+    }
+    if let Some(rest) = arguments.strip_prefix(STRIPPED) {
+        let status = bare(rest).env_clear().env(VMM, rest).status().unwrap();
+        std::process::exit(status.code().unwrap_or(8));
     }
     if let Some(rest) = arguments.strip_prefix(LATER) {
         wait_until(|| fs::exists("go").unwrap());
@@ -389,6 +395,24 @@ fn a_vmm_in_the_background_gets_the_policy_for_its_cpuid_and_its_trace_is_writte
     wait_until(|| trace().lines().count() == 3);
     let out = || fs::read_to_string(folder.path().join("out")).unwrap();
     wait_until(|| out().contains("rdmsr 0x8b 0x22\nwrmsr 0x8b done\n"));
+}
+
+#[test]
+fn a_vmm_that_was_started_without_the_library_gets_no_vm() {
+    if !ready() {
+        return;
+    }
+    if !nix::unistd::Uid::current().is_root() {
+        println!("skipped: the kernel gives no listener to who is not root");
+        return;
+    }
+    let accesses = "stripped r:0x8b";
+    assert_eq!(seen(&Ran::of(&mut bare(accesses)).code(0)).len(), 1);
+    let ran = under(&Folder::furnished(), &[MICROCODE, &["--json"]].concat(), accesses).code(9);
+    assert_eq!(seen(&ran), Vec::<&str>::new());
+    let told = summary(&ran);
+    assert_eq!((count(&told, "vms"), count(&told, "refused")), (0, 1));
+    ran.says(&["msrgate: no VM is made by `/", "it has not loaded the policy's library"]);
 }
 
 #[test]

@@ -170,7 +170,7 @@ impl Board {
     }
 
     /// Counts a VM or vCPU that the VMM did not get.
-    pub(crate) fn refused(&self) {
+    pub fn refused(&self) {
         word(self.head.words(), head::REFUSED).fetch_add(1, Ordering::Relaxed);
     }
 

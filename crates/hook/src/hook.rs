@@ -19,7 +19,7 @@ use crate::user_filter::{self, word};
 use crate::vcpu::{Body, Slots};
 use crate::vm::{Policy, Shared, State, Vm, is_weaker};
 
-const KVM_CREATE_VM: u32 = 0xae01;
+pub(crate) const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
 /// `_IOW(KVMIO, 0x99, struct kvm_mp_state)`.
@@ -317,8 +317,11 @@ impl<K: Kernel> Hook<K> {
     /// Puts in force what policy and VMM say together; on an error what was in force still is, and `so` is said.
     fn compose(&self, vm: &Vm<K::Gate>, state: &mut State, mask: Reasons, so: &str) -> Result<(), c_int> {
         let plan = state.composed(mask).map_err(|error| {
-            self.kernel
-                .say(&format!("{so}: together with the VMM's own MSR filter {error}"));
+            let with = match &state.filter {
+                Some(_) => "together with the VMM's own MSR filter ",
+                None => "",
+            };
+            self.kernel.say(&format!("{so}: {with}{error}"));
             libc::E2BIG
         })?;
         let plan = Arc::new(plan);

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use msrgate_hook::Notifier;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, SigSet, Signal};
@@ -16,6 +17,7 @@ use nix::unistd::Pid;
 use crate::exit::{Exit, Failure};
 use crate::run::keeper::Keeper;
 use crate::run::record::Record;
+use crate::run::stranger::Strangers;
 
 /// What is caught, and sent on. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running, the second takes
 /// it along.
@@ -86,12 +88,15 @@ pub(crate) fn run(
     mut command: Command,
     program: &Path,
     every: Option<Duration>,
+    strangers: &Strangers<'_>,
     record: &mut Record<'_>,
     keeper: &mut Keeper,
 ) -> Result<Option<WaitStatus>, Failure> {
     let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
     // Before they are blocked: the child starts as this process did.
-    msrgate_hook::bind(&mut command).map_err(|error| Failure::Line(Exit::Machine, error.to_string()))?;
+    let cannot = |error: io::Error| Failure::Line(Exit::Machine, error.to_string());
+    msrgate_hook::bind(&mut command).map_err(cannot)?;
+    let notifier = msrgate_hook::notify(&mut command).map_err(cannot)?;
     let signals = Signals::block().map_err(machine)?;
 
     let child = command.spawn().map_err(|error| {
@@ -112,7 +117,8 @@ pub(crate) fn run(
         Failure::Line(exit, line)
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
-    watch(child, &signals, every, record, keeper).map_err(|error| {
+    let notifier = notifier.notifier().map(|notifier| (notifier, strangers));
+    watch(child, &signals, every, notifier, record, keeper).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", program.display());
         Failure::Line(Exit::Machine, line)
     })
@@ -123,16 +129,31 @@ fn watch(
     child: Pid,
     signals: &Signals,
     every: Option<Duration>,
+    mut asked: Option<(Notifier, &Strangers<'_>)>,
     record: &mut Record<'_>,
     keeper: &mut Keeper,
 ) -> io::Result<Option<WaitStatus>> {
     let timeout = every.and_then(|every| PollTimeout::try_from(every).ok());
     let (mut status, mut stays) = (None, false);
     loop {
-        let mut ready = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        let mut ready = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        ready.extend(
+            asked
+                .iter()
+                .map(|(notifier, _)| PollFd::new(notifier.as_fd(), PollFlags::POLLIN)),
+        );
         match poll(&mut ready, timeout.unwrap_or(PollTimeout::NONE)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
+        }
+        let asks = ready.get(1).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+        match &asked {
+            Some((notifier, strangers)) if asks.contains(PollFlags::POLLIN) => {
+                strangers.answer(notifier);
+            }
+            // Nobody is left who could ask.
+            Some(_) if !asks.is_empty() => asked = None,
+            _ => {}
         }
         record.drain();
         let Some(signal) = signals.read()? else {

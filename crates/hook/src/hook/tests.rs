@@ -1259,7 +1259,7 @@ fn where_there_is_no_room_to_open_one_more_all_is_opened_and_nothing_is_changed(
     assert_eq!(open.filter().verdict(Msr(0x11), Op::Read), Verdict::Allow);
     let said = fake.world().said.clone();
     assert!(
-        said.len() == 1 && said[0].starts_with("what the guests touch from here on is not told: "),
+        said.len() == 1 && said[0].starts_with("what the guests touch from here on is not told: the policy needs 17"),
         "{said:?}"
     );
 }
