@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use msrgate_core::abi;
 
-use super::Cursor;
+use super::cursor::Cursor;
 use super::token::{Kind, Macros};
 use crate::database;
 use crate::raw::RawError;
