@@ -40,7 +40,17 @@ pub enum Form {
     Bytes,
     /// Such bytes as a dump shows them.
     Dump,
+    /// Something that is known and that does not tell it; what to take in its place.
+    Other(&'static str),
 }
+
+/// What is said of Rust.
+const RUST: &str = "this is Rust, which is not read: write the filter in JSON or in C, or have its bytes written out by the \
+    program (docs/formats.md)";
+
+/// What is said of a system call in strace's words.
+const STRACE: &str = "strace shows where the filter lies and not what is in it: write its bytes out with gdb at this call \
+    (docs/formats.md)";
 
 impl Form {
     /// The form of these bytes, by what they begin with. What is in no other form is taken for a policy.
@@ -54,6 +64,9 @@ impl Form {
                 Some('"' | '}') | None => Form::Json,
                 Some(_) => Form::C,
             };
+        }
+        if let Some(what) = other(text) {
+            return Form::Other(what);
         }
         // A line that begins with `#` is a comment to one language and a directive to the other.
         let mut lines = text
@@ -75,6 +88,23 @@ impl Form {
     }
 }
 
+/// What is said of a text that shows a filter in a way that is not read.
+fn other(text: &str) -> Option<&'static str> {
+    let filter =
+        text.contains("kvm_msr_filter") && ["let ", "Default::default()"].iter().any(|word| text.contains(word));
+    if filter || text.contains("MsrFilterRange") {
+        return Some(RUST);
+    }
+    let of_strace = |line: &str| {
+        let call = line.contains("KVM_X86_SET_MSR_FILTER") || line.contains("0xae, 0xc6");
+        let result = line
+            .rsplit_once(") = ")
+            .is_some_and(|(_, result)| !result.contains([';', '"']));
+        call && result && line.contains("ioctl(")
+    };
+    text.lines().any(of_strace).then_some(STRACE)
+}
+
 /// What was read.
 #[derive(Clone, Debug)]
 pub struct Given {
@@ -94,6 +124,7 @@ pub fn read(bytes: &[u8]) -> Result<Given, RawError> {
         Form::Bytes => bytes::read(bytes),
         Form::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),
         Form::Policy => Err(RawError::new("this is no filter in any form that is known here")),
+        Form::Other(what) => Err(RawError::new(what)),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `struct kvm_msr_filter` as the bytes of a 64-bit process, and dumps of them.
+//! `struct kvm_msr_filter` as the bytes of a process, and dumps of them.
 
 use msrgate_core::abi::{Layout, MAX_RANGE_MSRS, MAX_RANGES};
 
@@ -10,13 +10,25 @@ use super::{Given, RawError, RawFilter, RawRange, hex};
 /// Where each used pointer is an offset into the bytes, behind the structure, the bitmaps lie there. Where none is, they
 /// follow the structure in the order of the slots, in whole words of 8 bytes, and nothing follows them: so a process's
 /// memory can be written out as it is, its pointers with it.
+///
+/// What is no structure of a 64-bit process may be one of a 32-bit process.
 pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
-    let layout = Layout::NATIVE;
+    read_as(bytes, &Layout::NATIVE).or_else(|error| {
+        let mut given = read_as(bytes, &Layout::COMPAT).map_err(|_| error)?;
+        let remark = "these are read as the bytes of a 32-bit process, whose structure is smaller";
+        given.remarks.insert(0, remark.to_owned());
+        Ok(given)
+    })
+}
+
+fn read_as(bytes: &[u8], layout: &Layout) -> Result<Given, RawError> {
     if bytes.len() < layout.filter_size {
         return Err(RawError::new(format!(
-            "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, and its bitmaps follow",
+            "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, of a 32-bit process {}, and its bitmaps \
+             follow",
             bytes.len(),
-            layout.filter_size
+            Layout::NATIVE.filter_size,
+            Layout::COMPAT.filter_size
         )));
     }
     let word = |at: usize| {
@@ -30,7 +42,11 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
     let mut pointers: Vec<(u64, usize)> = Vec::new();
     for slot in 0..MAX_RANGES {
         let at = layout.ranges + slot * layout.range_size;
-        let pointer = u64::from(word(at + layout.bitmap + 4)) << 32 | u64::from(word(at + layout.bitmap));
+        let high = match layout.pointer_size {
+            8 => word(at + layout.bitmap + 4),
+            _ => 0,
+        };
+        let pointer = u64::from(high) << 32 | u64::from(word(at + layout.bitmap));
         let range = RawRange {
             flags: word(at),
             nmsrs: word(at + 4),

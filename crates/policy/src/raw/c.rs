@@ -1,11 +1,12 @@
 //! `struct kvm_msr_filter` in C: initialisers and assignments, not programs.
 
 mod cursor;
+mod expression;
 mod fields;
 mod token;
 mod value;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use self::cursor::Cursor;
 use self::fields::{Filter, Pointer};
@@ -14,18 +15,24 @@ use self::token::{Kind, tokens};
 use self::value::{Object, Objects};
 use super::{Given, RawError, RawFilter, RawRange};
 
+/// Words that begin a statement which is carried out or not.
+const CONTROL: [&str; 9] = ["for", "while", "do", "if", "else", "switch", "case", "goto", "asm"];
+
 /// Reads the one filter that a text in C sets up.
 ///
 /// Understands object-like macros, KVM's names and the database's, arrays and variables of integers, designated
-/// initialisers, and assignments to fields one by one. What it does not understand and may change the filter is an
-/// error: a loop that fills a bitmap would be lost else.
+/// initialisers, and assignments to fields one by one. What it does not understand it passes over, unless it names the
+/// filter, a bitmap of it, or what was made of them: a loop that fills a bitmap would be lost else.
 pub(super) fn read(text: &str) -> Result<Given, RawError> {
     let (tokens, macros) = tokens(text)?;
     let mut reader = Reader {
         cursor: Cursor { tokens: &tokens, at: 0 },
         objects: Objects::new(macros),
         filters: Vec::new(),
-        handed: HashMap::new(),
+        touched: HashMap::new(),
+        others: Vec::new(),
+        named_in: HashMap::new(),
+        passed_over: None,
     };
     reader.file()?;
     reader.finish()
@@ -35,8 +42,22 @@ struct Reader<'a> {
     cursor: Cursor<'a>,
     objects: Objects,
     filters: Vec<Filter>,
-    /// What was handed to functions that are not known, and in which line.
-    handed: HashMap<String, (String, usize)>,
+    /// The names in what was not understood, and the first that was not understood of each.
+    touched: HashMap<String, Touch>,
+    /// The variables of each declaration that is not understood.
+    others: Vec<Vec<String>>,
+    /// In which of these declarations a name is: the variables may be pointers to it.
+    named_in: HashMap<String, Vec<usize>>,
+    /// Why the first statement was not understood.
+    passed_over: Option<RawError>,
+}
+
+/// What may have changed a variable.
+enum Touch {
+    /// A function, called in a line.
+    Call(String, usize),
+    /// A statement that is not understood.
+    Statement(RawError),
 }
 
 impl Reader<'_> {
@@ -49,8 +70,54 @@ impl Reader<'_> {
             self.filters.push(filter);
         }
         while self.cursor.peek().is_some() {
-            self.statement()?;
+            let from = self.cursor.at;
+            if let Err(error) = self.statement() {
+                self.cursor.at = from;
+                self.pass_over(error)?;
+            }
         }
+        Ok(())
+    }
+
+    /// To behind a statement that is not understood. One that declares a filter is not passed over.
+    fn pass_over(&mut self, error: RawError) -> Result<(), RawError> {
+        let from = self.cursor.at;
+        loop {
+            match self.cursor.peek() {
+                Some(Kind::Sign("}")) if self.cursor.at > from => break,
+                None => break,
+                Some(_) => {}
+            }
+            match self.cursor.next() {
+                Some(Kind::Sign(";")) => break,
+                Some(Kind::Sign("{")) => {
+                    self.cursor.skip();
+                    break;
+                }
+                Some(Kind::Sign("(" | "[")) => self.cursor.skip(),
+                _ => {}
+            }
+        }
+        let names = self.cursor.names(from);
+        if names.iter().any(|name| name == "kvm_msr_filter") {
+            // What it uses was perhaps not understood before.
+            let statement = self.cursor.tokens.get(from..self.cursor.at).unwrap_or_default();
+            let cause = statement.iter().find_map(|token| match &token.kind {
+                Kind::Word(name) => match self.touched.get(name) {
+                    Some(Touch::Statement(cause)) => Some(cause.clone()),
+                    _ => None,
+                },
+                _ => None,
+            });
+            return Err(cause.unwrap_or(error));
+        }
+        for name in names {
+            self.objects.doubt(&name);
+            self.touched
+                .entry(name)
+                .or_insert_with(|| Touch::Statement(error.clone()));
+        }
+        self.passed_over.get_or_insert(error);
         Ok(())
     }
 
@@ -59,11 +126,9 @@ impl Reader<'_> {
             return Ok(());
         }
         match (self.cursor.peek(), self.cursor.ahead(1)) {
-            (Some(Kind::Word(word)), _) if ["for", "while", "do", "if", "switch", "goto"].contains(&word.as_str()) => {
-                Err(self.cursor.error(format!(
-                    "`{word}` is not carried out here: only initialisers and assignments are read"
-                )))
-            }
+            (Some(Kind::Word(word)), _) if CONTROL.contains(&word.as_str()) => Err(self.cursor.error(format!(
+                "`{word}` is not carried out here: only initialisers and assignments are read"
+            ))),
             (Some(Kind::Word(word)), _) if word == "return" || word == "typedef" => {
                 while self.cursor.peek().is_some() && !self.cursor.is(";") {
                     match self.cursor.take("{") {
@@ -119,8 +184,8 @@ impl Reader<'_> {
                 .cursor
                 .error(format!("this is not understood{}", self.cursor.before())));
         };
-        if kind.contains(&"kvm_msr_filter") {
-            if self.cursor.take("=") && !pointer {
+        if kind.contains(&"kvm_msr_filter") && !pointer {
+            if self.cursor.take("=") {
                 let mut filter = Filter {
                     name: (*name).to_owned(),
                     ..Filter::default()
@@ -129,32 +194,69 @@ impl Reader<'_> {
                 self.filter_fields(&mut filter, true)?;
                 self.filters.push(filter);
             }
-            return self.rest_of_declaration();
+            if self.cursor.is(",") {
+                return Err(self.cursor.error("one declaration sets up one filter here".to_owned()));
+            }
+            return self.end_of_declaration();
         }
-        if let (Some(width), false) = (value::width(kind), pointer) {
+        // A pointer to a text is as good as an array of it.
+        let text = matches!(self.cursor.ahead(1), Some(Kind::Text(_)));
+        let (Some(width), true) = (value::width(kind), !pointer || text) else {
+            return self.other_variable(name);
+        };
+        let mut name = *name;
+        loop {
             let object = self.objects.declared(&mut self.cursor, width)?;
             self.objects.insert(name, object);
+            if !self.cursor.take(",") {
+                return self.end_of_declaration();
+            }
+            name = self.cursor.word()?;
         }
-        self.rest_of_declaration()
     }
 
-    /// To behind what is left of a declaration.
-    fn rest_of_declaration(&mut self) -> Result<(), RawError> {
-        while let Some(kind) = self.cursor.peek() {
-            match kind {
-                Kind::Sign(";" | "}") => return Ok(()),
-                Kind::Sign(",") => {
-                    return Err(self
-                        .cursor
-                        .error("one declaration sets up one variable here".to_owned()));
-                }
-                Kind::Sign("{" | "(" | "[") => {
-                    self.cursor.at += 1;
-                    self.cursor.skip();
-                }
-                _ => self.cursor.at += 1,
+    /// A declaration ends where it is read.
+    fn end_of_declaration(&mut self) -> Result<(), RawError> {
+        while let Some(Kind::Word(word)) = self.cursor.peek() {
+            // An attribute.
+            if !word.starts_with("__") {
+                break;
+            }
+            self.cursor.at += 1;
+            if self.cursor.take("(") {
+                self.cursor.skip();
             }
         }
+        match self.cursor.peek() {
+            None | Some(Kind::Sign(";" | "}")) => Ok(()),
+            _ => self.cursor.want(";"),
+        }
+    }
+
+    /// A variable of a type that is not looked into, or a pointer: what it begins with it may lead to.
+    fn other_variable(&mut self, name: &str) -> Result<(), RawError> {
+        if !(self.cursor.peek().is_none() || ["=", ";", "[", ","].iter().any(|sign| self.cursor.is(sign))) {
+            return Err(self
+                .cursor
+                .error(format!("this is not understood{}", self.cursor.before())));
+        }
+        let from = self.cursor.at;
+        let mut variables = vec![name.to_owned()];
+        while self.cursor.peek().is_some() && !self.cursor.is(";") && !self.cursor.is("}") {
+            match self.cursor.next() {
+                Some(Kind::Sign("{" | "(" | "[")) => self.cursor.skip(),
+                Some(Kind::Sign(",")) => {
+                    while self.cursor.take("*") {}
+                    variables.extend(self.cursor.word().ok().map(str::to_owned));
+                }
+                _ => {}
+            }
+        }
+        for name in self.cursor.names(from) {
+            self.objects.doubt(&name);
+            self.named_in.entry(name).or_default().push(self.others.len());
+        }
+        self.others.push(variables);
         Ok(())
     }
 
@@ -191,11 +293,11 @@ impl Reader<'_> {
         let from = self.cursor.at;
         self.cursor.skip();
         if !function.contains("ioctl") && !function.contains("assert") {
-            let arguments = self.cursor.tokens.get(from..self.cursor.at).unwrap_or_default();
-            for token in arguments {
-                if let Kind::Word(word) = &token.kind {
-                    self.handed.insert(word.clone(), (function.clone(), line));
-                }
+            for name in self.cursor.names(from) {
+                self.objects.doubt(&name);
+                self.touched
+                    .entry(name)
+                    .or_insert_with(|| Touch::Call(function.clone(), line));
             }
         }
         Ok(())
@@ -227,7 +329,10 @@ impl Reader<'_> {
 
     fn finish(mut self) -> Result<Given, RawError> {
         let filter = match self.filters.len() {
-            0 => return Err(RawError::new("nothing here sets a `struct kvm_msr_filter` up")),
+            0 => {
+                let nothing = || RawError::new("nothing here sets a `struct kvm_msr_filter` up");
+                return Err(self.passed_over.take().unwrap_or_else(nothing));
+            }
             1 => self.filters.remove(0),
             _ => {
                 let mut names: Vec<&str> = self.filters.iter().map(|filter| filter.name.as_str()).collect();
@@ -236,14 +341,14 @@ impl Reader<'_> {
                 return Err(RawError::new(message));
             }
         };
-        self.not_handed(&filter.name)?;
+        self.untouched(&filter.name)?;
         let mut ranges = Vec::new();
         for range in filter.ranges {
             let bitmap = match range.bitmap {
                 None => Vec::new(),
                 Some(Pointer::Bytes(bytes)) => bytes,
                 Some(Pointer::Into(name, offset)) => {
-                    self.not_handed(&name)?;
+                    self.untouched(&name)?;
                     let Some(Object { bytes, .. }) = self.objects.get(&name) else {
                         return Err(RawError::new(format!("the bitmap `{name}` is not here")));
                     };
@@ -264,11 +369,21 @@ impl Reader<'_> {
         filter.given()
     }
 
-    /// Nobody else has changed it.
-    fn not_handed(&self, name: &str) -> Result<(), RawError> {
-        match self.handed.get(name) {
+    /// Nothing that is not understood has changed it.
+    fn untouched(&self, name: &str) -> Result<(), RawError> {
+        let mut names = vec![name];
+        let mut known = HashSet::from([name]);
+        let mut at = 0;
+        while let Some(of) = names.get(at).copied() {
+            at += 1;
+            let others = self.named_in.get(of).into_iter().flatten();
+            let variables = others.filter_map(|other| self.others.get(*other)).flatten();
+            names.extend(variables.map(String::as_str).filter(|name| known.insert(*name)));
+        }
+        match names.into_iter().find_map(|name| self.touched.get(name)) {
             None => Ok(()),
-            Some((function, line)) => Err(RawError {
+            Some(Touch::Statement(error)) => Err(error.clone()),
+            Some(Touch::Call(function, line)) => Err(RawError {
                 line: Some(*line),
                 ..RawError::new(format!("what `{function}` does to `{name}` cannot be told here"))
             }),

@@ -198,6 +198,57 @@ fn a_filter_in_c_is_read_as_people_write_it() {
 }
 
 #[test]
+fn c_beside_the_filter_does_not_matter() {
+    let text = r#"
+        #include <stdio.h>
+        #define COUNT(x) (sizeof(x) * BITS_PER_BYTE)
+        enum { UNUSED };
+        static const unsigned char runs[] = { [0 ... 7] = 0xff, [8] = 017, [9 ... 15] = 'A' };
+        static uint64_t one[2] = { BIT_ULL(3) | GENMASK(1, 0), ~0ULL }, two = 1;
+        static const __u32 first = 0x174;
+        static const char *bits = "\x02\0\0\0\0\0\0";
+        static char *text = "a", letter = '\'';
+        static int helper(struct kvm_vm *vm, uint64_t *sum)
+        {
+            int i, j = vm->count;
+            for (i = 0; i < j; i++)
+                *sum += i;
+            if (!sum) { return -1; } else printf("none\n");
+            i++;
+            switch (j) { case 5: break; default: i = 7; }
+            return sum ? 0 : helper(vm, &two2);
+        }
+        struct kvm_msr_filter f __attribute__((unused)) = {
+            .ranges[2] = { .bitmap = (void *)(uintptr_t)&two, .base = 0x1a0, .nmsrs = sizeof(two) * 8, .flags = 0x3 },
+            .ranges[0] = { .nmsrs = 100, .bitmap = (__u8 *)runs, .flags = KVM_MSR_FILTER_READ, .base = (__u32)0x10 },
+            .ranges[1] = { 1, DIV_ROUND_UP(5, 2), first, "\x05\0\0\0" "\0\0\0" },
+            .ranges[3] = { 2, ARRAY_SIZE(one) * CHAR_BIT * sizeof(uint64_t), 0300, (__u8 *)one },
+            .ranges[4] = { 1, 2, 0x8a, (uint8_t *)bits },
+            .flags = KVM_MSR_FILTER_DEFAULT_DENY,
+        };
+    "#;
+    let filter = read(text.as_bytes()).expect("a filter").filter;
+    for (msr, op, allowed) in [
+        (0x10, Op::Read, true),
+        (0x53, Op::Read, true),
+        (0x54, Op::Read, false),
+        (0x58, Op::Read, true),
+        (0x174, Op::Read, true),
+        (0x175, Op::Read, false),
+        (0x176, Op::Read, true),
+        (0x1a0, Op::Write, true),
+        (0x1a1, Op::Write, false),
+        (0x8a, Op::Read, false),
+        (0x8b, Op::Read, true),
+        (0xc0 + 3, Op::Write, true),
+        (0xc0 + 4, Op::Write, false),
+        (0xc0 + 64, Op::Write, true),
+    ] {
+        assert_eq!(verdict(&filter, msr, op) == Verdict::Allow, allowed, "{msr:#x} {op}");
+    }
+}
+
+#[test]
 fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
     let range = "{ .flags = 3, .nmsrs = 9, .base = 0, .bitmap = b }";
     for (text, what) in [
@@ -236,6 +287,30 @@ fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
             "line 3: what `fill` does to `b`",
         ),
         (
+            "struct kvm_msr_filter f = { 0 };\nstruct kvm_msr_filter *g = &f;\nif (x) g->flags = 1;".to_owned(),
+            "line 3: `if`",
+        ),
+        (
+            "u8 b[1] = { 1, 2 };\nstruct kvm_msr_filter f = { .flags = sizeof(b) };".to_owned(),
+            "line 1: more is put",
+        ),
+        (
+            "int n = 1; if (x) n = 0; struct kvm_msr_filter f = { .flags = n };".to_owned(),
+            "line 1: `if`",
+        ),
+        (
+            "struct kvm_msr_filter f = { 0 };\nif (x) x = 0; else\nf.flags = 1;".to_owned(),
+            "line 2: `else`",
+        ),
+        (
+            "struct kvm_msr_filter f = { 0 };\nout: f.flags = 1;".to_owned(),
+            "line 2",
+        ),
+        (
+            "struct kvm_msr_filter f = { .flags = 3 - };\nstruct kvm_msr_filter g = { 0 };".to_owned(),
+            "a number is missing",
+        ),
+        (
             "struct kvm_msr_filter f;\nvoid g(void) { for (;;) f.flags = 1; }".to_owned(),
             "line 2: `for`",
         ),
@@ -253,7 +328,7 @@ fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
             "too deep",
         ),
         (
-            "u8 b[0xffffffff]; struct kvm_msr_filter f = { 0 };".to_owned(),
+            "u8 b[0xffffffff]; struct kvm_msr_filter f = { .ranges = { { 1, 1, 1, b } } };".to_owned(),
             "too large",
         ),
         (
@@ -305,6 +380,17 @@ fn the_bytes_of_the_structure_are_read_with_offsets_and_with_addresses() {
         let error = read(&structure(0, ranges, behind)).expect_err(what).to_string();
         assert!(error.contains(what), "{what}: {error}");
     }
+    // As a 32-bit process has it: 16 bytes a range, behind the flags alone.
+    let mut small = 1u32.to_le_bytes().to_vec();
+    for word in [1u32, 3, 0x174, 0xffff_0000] {
+        small.extend(word.to_le_bytes());
+    }
+    small.resize(260, 0);
+    small.extend([5, 0, 0, 0, 0, 0, 0, 0]);
+    let given = read(&small).expect("a filter");
+    assert!(given.remarks[0].contains("32-bit"), "{:?}", given.remarks);
+    let verdicts = [0x174, 0x175, 0x176].map(|msr| verdict(&given.filter, msr, Op::Read));
+    assert_eq!(verdicts, [Verdict::Allow, Verdict::Deny, Verdict::Allow]);
     let error = read(&[0; 100]).expect_err("too short").to_string();
     assert!(error.contains("here are 100 bytes"), "{error}");
 }
@@ -394,6 +480,23 @@ fn each_form_is_told_by_how_it_begins() {
             Form::C,
         ),
         ("\0\0\0\0", Form::Bytes),
+        (
+            "ioctl(15, KVM_X86_SET_MSR_FILTER, 0x7ffd1e3f0b40) = 0\n",
+            Form::Other(STRACE),
+        ),
+        (
+            "1 ioctl(15, _IOC(_IOC_WRITE, 0xae, 0xc6, 0x188), 0x7ffd) = -1 EINVAL (Invalid argument)\n",
+            Form::Other(STRACE),
+        ),
+        (
+            "let f = kvm_msr_filter { flags: 0, ..Default::default() };",
+            Form::Other(RUST),
+        ),
+        ("vm.set_msr_filter(action, &[MsrFilterRange {", Form::Other(RUST)),
+        (
+            "// kvm_msr_filter\nret = ioctl(fd, KVM_X86_SET_MSR_FILTER, &f);",
+            Form::C,
+        ),
         ("00000000: 0100 0000  ....", Form::Dump),
     ] {
         assert_eq!(Form::of(text.as_bytes()), form, "{text:?}");

@@ -57,6 +57,16 @@ impl<'a> Cursor<'a> {
         }
     }
 
+    /// A text, of several literals that stand beside each other too.
+    pub(super) fn text(&mut self) -> Option<Vec<u8>> {
+        let mut text: Option<Vec<u8>> = None;
+        while let Some(Kind::Text(bytes)) = self.peek() {
+            text.get_or_insert_default().extend(bytes);
+            self.at += 1;
+        }
+        text
+    }
+
     pub(super) fn before(&self) -> String {
         self.peek()
             .map_or(" at the end".to_owned(), |kind| format!(" before `{kind}`"))
@@ -80,5 +90,24 @@ impl<'a> Cursor<'a> {
                 None => return,
             }
         }
+    }
+
+    /// The names since a place, but for those whose size alone is asked.
+    pub(super) fn names(&self, from: usize) -> Vec<String> {
+        let mut names = Vec::new();
+        let mut inner = Cursor {
+            tokens: self.tokens.get(..self.at).unwrap_or(self.tokens),
+            at: from,
+        };
+        while let Some(kind) = inner.next() {
+            let Kind::Word(word) = kind else { continue };
+            let size_of = word == "sizeof" || word == "ARRAY_SIZE";
+            if !size_of {
+                names.push(word.clone());
+            } else if inner.take("(") {
+                inner.skip();
+            }
+        }
+        names
     }
 }

@@ -222,13 +222,11 @@ impl Reader<'_> {
             }
         }
         self.cursor.take("&");
+        if let Some(mut bytes) = self.cursor.text() {
+            bytes.push(0); // C ends it with one
+            return Ok(Some(Pointer::Bytes(bytes)));
+        }
         match self.cursor.peek() {
-            Some(Kind::Text(bytes)) => {
-                self.cursor.at += 1;
-                // C ends it with a zero.
-                let bytes = bytes.iter().copied().chain([0]).collect();
-                Ok(Some(Pointer::Bytes(bytes)))
-            }
             Some(Kind::Word(word)) if word == "NULL" => {
                 self.cursor.at += 1;
                 Ok(None)

@@ -148,12 +148,30 @@ fn token(rest: &str, line: usize) -> Result<(Kind, &str), RawError> {
         let (bytes, after) = string(inner).ok_or_else(|| error("a text does not end".to_owned()))?;
         return Ok((Kind::Text(bytes), after));
     }
+    if let Some((byte, after)) = character(rest) {
+        return Ok((Kind::Number(byte.into()), after));
+    }
     let sign = SIGNS.iter().find(|sign| rest.starts_with(**sign));
     let sign = sign.ok_or_else(|| {
         let c = rest.chars().next().unwrap_or_default();
         error(format!("`{}` is not understood", c.escape_default()))
     })?;
     Ok((Kind::Sign(sign), rest.get(sign.len()..).unwrap_or_default()))
+}
+
+/// A character as a constant, `'A'` or `'\\n'`, of one byte.
+fn character(rest: &str) -> Option<(u8, &str)> {
+    let inner = rest.strip_prefix('\'')?;
+    let length = match inner.strip_prefix('\\') {
+        Some(escape) => escape.get(1..)?.find('\'')? + 2,
+        None => inner.find('\'')?,
+    };
+    let (literal, after) = inner.split_at_checked(length)?;
+    let (bytes, _) = string(&format!("{literal}\""))?;
+    match bytes.as_slice() {
+        [byte] => Some((*byte, after.get(1..)?)),
+        _ => None,
+    }
 }
 
 /// A literal with C's prefixes and suffixes.

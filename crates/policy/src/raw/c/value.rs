@@ -1,28 +1,24 @@
-//! Values of C: constant expressions, and variables and arrays of integers.
+//! Variables and arrays of integers of C.
 
 use std::collections::HashMap;
 
-use msrgate_core::abi;
-
 use super::cursor::Cursor;
 use super::token::{Kind, Macros};
-use crate::database;
 use crate::raw::RawError;
 
 /// The most bytes that all variables of a text may take.
 const MOST_BYTES: usize = 1 << 22;
-
-/// How deep brackets and macros may go.
-const DEEPEST: u32 = 64;
 
 /// A variable or an array of integers.
 pub(super) struct Object {
     /// Its memory.
     pub(super) bytes: Vec<u8>,
     /// Bytes of one integer.
-    width: usize,
+    pub(super) width: usize,
     /// Bytes of what one index is for.
-    stride: usize,
+    pub(super) stride: usize,
+    /// Whether something that is not understood may have changed it.
+    pub(super) doubted: bool,
 }
 
 /// Bytes of an integer type; `None` for what is no integer type.
@@ -44,8 +40,8 @@ pub(super) fn width(words: &[&str]) -> Option<usize> {
 
 /// All that is known by name.
 pub(super) struct Objects {
-    macros: Macros,
-    objects: HashMap<String, Object>,
+    pub(super) macros: Macros,
+    pub(super) objects: HashMap<String, Object>,
     bytes: usize,
 }
 
@@ -68,6 +64,13 @@ impl Objects {
 
     pub(super) fn insert(&mut self, name: &str, object: Object) {
         self.objects.insert(name.to_owned(), object);
+    }
+
+    /// Its value is no number any more that can be told.
+    pub(super) fn doubt(&mut self, name: &str) {
+        if let Some(object) = self.objects.get_mut(name) {
+            object.doubted = true;
+        }
     }
 
     /// What follows the name in a declaration: brackets, and an initialiser. Without one it is zero, as static
@@ -119,14 +122,16 @@ impl Objects {
             bytes: vec![0; size],
             width,
             stride: if open { 0 } else { size / first },
+            doubted: false,
         })
     }
 
     fn initialise(&mut self, cursor: &mut Cursor<'_>, object: &mut Object) -> Result<(), RawError> {
         let open = object.stride == 0;
-        if let Some(Kind::Text(text)) = cursor.peek() {
-            cursor.at += 1;
-            let bytes = text.iter().copied().chain(open.then_some(0));
+        if let Some(text) = cursor.text() {
+            let pointer = object.width == object.bytes.len();
+            let open = open || pointer;
+            let bytes = text.into_iter().chain(open.then_some(0));
             return bytes
                 .enumerate()
                 .try_for_each(|(at, byte)| self.put(cursor, object, open, at, byte.into()));
@@ -261,124 +266,5 @@ impl Objects {
         let place = place.ok_or_else(|| format!("memset of `{name}` goes beyond its end"))?;
         place.fill(byte.to_le_bytes().first().copied().unwrap_or(0));
         Ok(())
-    }
-
-    /// A constant expression, in 64 bits.
-    pub(super) fn number(&self, cursor: &mut Cursor<'_>) -> Result<u64, RawError> {
-        self.binary(cursor, 0, 0)
-    }
-
-    fn binary(&self, cursor: &mut Cursor<'_>, weakest: u8, depth: u32) -> Result<u64, RawError> {
-        let mut left = self.unary(cursor, depth)?;
-        while let Some(Kind::Sign(sign)) = cursor.peek() {
-            let strength = match *sign {
-                "|" => 1,
-                "^" => 2,
-                "&" => 3,
-                "<<" | ">>" => 4,
-                "+" | "-" => 5,
-                "*" | "/" | "%" => 6,
-                _ => break,
-            };
-            // `x |= 1` is an assignment and no sum.
-            if strength <= weakest || matches!(cursor.ahead(1), Some(Kind::Sign("="))) {
-                break;
-            }
-            cursor.at += 1;
-            let right = self.binary(cursor, strength, depth)?;
-            let shift = u32::try_from(right).unwrap_or(u32::MAX);
-            let value = match *sign {
-                "|" => Some(left | right),
-                "^" => Some(left ^ right),
-                "&" => Some(left & right),
-                "<<" => left.checked_shl(shift),
-                ">>" => left.checked_shr(shift),
-                "+" => Some(left.wrapping_add(right)),
-                "-" => Some(left.wrapping_sub(right)),
-                "*" => Some(left.wrapping_mul(right)),
-                "/" => left.checked_div(right),
-                _ => left.checked_rem(right),
-            };
-            left = value.ok_or_else(|| cursor.error(format!("`{sign}` by {right} has no value")))?;
-        }
-        Ok(left)
-    }
-
-    fn unary(&self, cursor: &mut Cursor<'_>, depth: u32) -> Result<u64, RawError> {
-        let depth = depth + 1;
-        if depth > DEEPEST {
-            return Err(cursor.error("brackets or macros go too deep".to_owned()));
-        }
-        match cursor.next() {
-            Some(Kind::Number(number)) => Ok(*number),
-            Some(Kind::Sign("~")) => Ok(!self.unary(cursor, depth)?),
-            Some(Kind::Sign("-")) => Ok(self.unary(cursor, depth)?.wrapping_neg()),
-            Some(Kind::Sign("+")) => self.unary(cursor, depth),
-            Some(Kind::Sign("(")) => {
-                let mut ahead = cursor.clone();
-                let mut words: Vec<&str> = Vec::new();
-                while let Some(Kind::Word(word)) = ahead.peek() {
-                    words.push(word);
-                    ahead.at += 1;
-                }
-                match width(&words) {
-                    Some(width) if ahead.take(")") => {
-                        *cursor = ahead;
-                        let value = self.unary(cursor, depth)?;
-                        let bits = 64 - 8 * u32::try_from(width).unwrap_or(8);
-                        Ok(value << bits >> bits)
-                    }
-                    _ => {
-                        let value = self.binary(cursor, 0, depth)?;
-                        cursor.want(")")?;
-                        Ok(value)
-                    }
-                }
-            }
-            Some(Kind::Word(word)) if word == "sizeof" => self.size(cursor),
-            Some(Kind::Word(word)) => self.named(cursor, word, depth),
-            _ => {
-                cursor.at -= 1;
-                Err(cursor.error(format!("a number is missing{}", cursor.before())))
-            }
-        }
-    }
-
-    /// `sizeof x` or `sizeof(x)`, of a variable.
-    fn size(&self, cursor: &mut Cursor<'_>) -> Result<u64, RawError> {
-        let bracket = cursor.take("(");
-        let name = cursor.word()?;
-        let object = self.objects.get(name);
-        let object = object.ok_or_else(|| cursor.error(format!("the size of `{name}` is not known here")))?;
-        if bracket {
-            cursor.want(")")?;
-        }
-        Ok(object.bytes.len() as u64)
-    }
-
-    fn named(&self, cursor: &mut Cursor<'_>, name: &str, depth: u32) -> Result<u64, RawError> {
-        if let Some(tokens) = self.macros.get(name) {
-            let mut inner = Cursor { tokens, at: 0 };
-            let value = self.binary(&mut inner, 0, depth)?;
-            return match inner.peek() {
-                None => Ok(value),
-                Some(_) => Err(inner.error(format!("`{name}` is no number"))),
-            };
-        }
-        let known = match name {
-            "KVM_MSR_FILTER_READ" => Some(1),
-            "KVM_MSR_FILTER_WRITE" => Some(2),
-            "KVM_MSR_FILTER_RANGE_VALID_MASK" => Some(3),
-            "KVM_MSR_FILTER_DEFAULT_ALLOW" => Some(0),
-            "KVM_MSR_FILTER_DEFAULT_DENY" | "KVM_MSR_FILTER_VALID_MASK" => Some(u64::from(abi::FILTER_DEFAULT_DENY)),
-            "KVM_MSR_FILTER_MAX_RANGES" => Some(abi::MAX_RANGES as u64),
-            "KVM_MSR_FILTER_MAX_BITMAP_SIZE" => Some(u64::from(abi::MAX_BITMAP_BYTES)),
-            name => database::by_name(name).map(|entry| u64::from(entry.msr.0)),
-        };
-        known.ok_or_else(|| {
-            cursor.error(format!(
-                "`{name}` is not known here: give its number, or `#define` it in the same text"
-            ))
-        })
     }
 }
