@@ -674,7 +674,8 @@ fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
     let rules: String = allowed
         .map(|msr| format!("[[rule]]\nmsr = \"{msr:#x}\"\nread = \"allow\"\nwrite = \"allow\"\n"))
         .collect();
-    let folder = with_policy(&format!("default = \"deny\"\nspill = \"user-space\"\n{rules}"));
+    let head = "default = \"deny\"\nspill = \"user-space\"\n";
+    let folder = with_policy(&format!("{head}{rules}"));
     // 2 is no memory type.
     let accesses = "--filter --vcpus 2 w:0x277=0x1 r:0x277 w:0x277=0x2 w:0xc0000081=5 r:0xc0000081 r:0x35";
     let without = Ran::of(&mut bare(accesses)).code(0);
@@ -685,6 +686,12 @@ fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
     let passed = |row: &&Value| text(row, "did") == "pass";
     let told = summary(&ran);
     assert_ne!(list(&told, "by_msr").iter().filter(passed).count(), 0, "{told:#}");
+    // So it is where the CPUID tells what the policy is.
+    let rules = format!("{rules}when = {{ vendor = \"amd\" }}\n");
+    folder.write("by_cpuid.toml", format!("version = 1\nname = \"x\"\n{head}{rules}"));
+    let with_vendors = format!("--vendors amd,amd {accesses}");
+    let ran = under(&folder, &["-p", "by_cpuid.toml"], &with_vendors).code(0);
+    assert_eq!(seen(&ran), expected);
     // An audit changes nothing, and tells of these too.
     let ran = under(&folder, &["-p", "policy.toml", "--audit", "--json"], accesses).code(0);
     assert_eq!(seen(&ran), seen(&without));

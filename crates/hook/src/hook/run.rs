@@ -60,7 +60,7 @@ impl<K: Kernel> Hook<K> {
                     Err(error) => return failed(error),
                 },
                 // What the VMM denies is denied in the plan too; what it allows may be spilled.
-                Owner::Vmm if body.vm.shared.policy.spills() && body.vcpu.passes(exit.access) => Owner::Policy,
+                Owner::Vmm if policy.spills() && body.vcpu.passes(exit.access) => Owner::Policy,
                 owner => owner,
             };
             if owner == Owner::Vmm {
