@@ -1,6 +1,7 @@
 //! One `[[rule]]`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use msrgate_core::{Log, MsrRange};
 use toml::Spanned;
@@ -69,7 +70,8 @@ impl Reader {
             self.found(Diagnostic::at(Code::MissingKey, place, "`msr` lists no MSR"));
             return None;
         }
-        let mut patterns: Vec<(Pattern, Place)> = Vec::new();
+        let mut patterns: Vec<Pattern> = Vec::new();
+        let mut listed: HashMap<Vec<MsrRange>, Place> = HashMap::new();
         let mut fine = true;
         for item in items {
             let text = match item.get_ref() {
@@ -84,15 +86,17 @@ impl Reader {
             let place = self.place(item);
             match Pattern::parse(&text) {
                 Ok(pattern) => {
-                    let earlier = patterns.iter().find(|(other, _)| other.ranges() == pattern.ranges());
-                    if let Some((_, first)) = earlier {
-                        fine = false;
-                        let twice = Diagnostic::at(Code::Duplicate, place.clone(), format!("`{text}` is listed twice"))
-                            .second(first.clone(), "first here")
-                            .help("leave one of them out");
-                        self.found(twice);
+                    match listed.entry(pattern.ranges()) {
+                        Entry::Occupied(first) => {
+                            fine = false;
+                            let twice = Diagnostic::at(Code::Duplicate, place, format!("`{text}` is listed twice"))
+                                .second(first.get().clone(), "first here")
+                                .help("leave one of them out");
+                            self.found(twice);
+                        }
+                        Entry::Vacant(place_of) => _ = place_of.insert(place),
                     }
-                    patterns.push((pattern, place));
+                    patterns.push(pattern);
                 }
                 Err(error) => {
                     fine = false;
@@ -102,7 +106,7 @@ impl Reader {
                 }
             }
         }
-        fine.then(|| patterns.into_iter().map(|(pattern, _)| pattern).collect())
+        fine.then_some(patterns)
     }
 
     fn when(&mut self, value: &Spanned<DeValue<'_>>) -> Option<When> {
