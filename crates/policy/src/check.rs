@@ -2,6 +2,7 @@
 
 mod accept;
 mod guest;
+mod likely;
 mod model;
 mod order;
 mod tenant;
@@ -27,6 +28,7 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
     }
     findings.extend(guest::check(map, &rules, cpuid));
     findings.extend(tenant::check(map, &rules));
+    findings.extend(likely::check(map, &rules));
     if let Some(cpuid) = cpuid {
         findings.extend(model::check(map, &rules, cpuid));
     }

@@ -26,6 +26,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
 pub use self::faithful::{FAITHFUL, faithful, spillable};
+pub(crate) use self::need::{CHANGED_IN_PLACE, WORKED_BY};
 pub use self::need::{Need, System, needs};
 pub(crate) use self::search::nearest_of;
 pub use self::search::{around, near, nearest, search};

@@ -65,13 +65,15 @@ pub enum Code {
     AcceptsNothing,
     AllowsAbsent,
     DeniesShown,
+    TakenForDone,
+    Nowhere,
     NoGuestStarts,
     StateUnlisted,
     StateKept,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 37] = [
+    const ALL: [(Code, &'static str, &'static str); 39] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -149,6 +151,16 @@ impl Code {
             Code::DeniesShown,
             "W012",
             "the policy denies MSRs that the guest's CPUID shows",
+        ),
+        (
+            Code::TakenForDone,
+            "W013",
+            "a rule answers in place of a register that the processor works by",
+        ),
+        (
+            Code::Nowhere,
+            "W014",
+            "nothing is known to have an MSR where a rule names one",
         ),
         (
             Code::NoGuestStarts,

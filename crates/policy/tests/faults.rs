@@ -84,6 +84,16 @@ write = "allow"
 msr   = "IA32_DS_AREA"
 read  = "deny"
 write = "deny"
+
+# W013
+[[rule]]
+msr   = "IA32_STAR"
+write = "ignore"
+
+# W014
+[[rule]]
+msr  = "0xc000080"
+read = "deny"
 "#;
 
 #[test]

@@ -151,8 +151,55 @@ fn a_rule_that_denies_what_a_system_does_unguarded_is_found() {
     assert!(found.len() == 1 && found[0].1.contains("wrmsr IA32_LSTAR"), "{found:?}");
     // The other direction, an answer in another way, and what only a hypervisor has.
     assert_eq!(allowing(&rule("\"IA32_STAR\"", "read = \"deny\"")), []);
-    assert_eq!(allowing(&rule("\"IA32_EFER\"", "write = \"ignore\"")), []);
+    assert_eq!(allowing(&rule("\"IA32_EFER\"", "write = \"ignore\""))[0].0, "W013");
     assert_eq!(allowing(&rule("\"@hyperv\"", "read = \"deny\"\nwrite = \"deny\"")), []);
+}
+
+#[test]
+fn an_answer_in_place_of_a_register_that_the_processor_works_by_is_found() {
+    let found = |rules: &str| codes(&format!("default = \"allow\"\n{rules}"));
+    for (msr, action, is) in [
+        ("IA32_LSTAR", "write = \"ignore\"", true),
+        ("@syscall", "write = \"shadow\"\nread = { shadow = 0 }", true),
+        ("MSR_KVM_SYSTEM_TIME_NEW", "write = \"ignore\"", true),
+        ("IA32_EFER", "read = \"zero\"", true),
+        ("IA32_APIC_BASE", "read = { value = 0xfee00900 }", true),
+        ("IA32_LSTAR", "write = { once = true }", false),
+        ("IA32_LSTAR", "read = \"zero\"", false),
+        ("IA32_BIOS_SIGN_ID", "write = \"ignore\"", false),
+        ("IA32_EFER", "read = { mask = { set = 0x1 } }", false),
+    ] {
+        let found = found(&rule(&format!("\"{msr}\""), action));
+        assert_eq!(found.contains(&"W013"), is, "{msr} {action}: {found:?}");
+    }
+}
+
+#[test]
+fn an_index_where_nothing_has_msrs_is_found_where_a_known_one_is_near() {
+    for (msr, meant) in [
+        ("0xc000080", Some("IA32_EFER")),
+        ("0xc00000080", None), // an error: it has 36 bits
+        ("0xc00100150", None),
+        ("0x4b5640d01", None),
+        ("0x4b56401", None),
+        ("0xc00010", None),
+        ("0xc001015", Some("HWCR")),
+        ("0x474f4f00", None),
+        ("0x1ab", None),
+    ] {
+        let text = format!(
+            "version = 1\ndefault = \"allow\"\n{}",
+            rule(&format!("\"{msr}\""), "read = \"deny\"")
+        );
+        let Ok(policy) = Policy::parse("p.toml", &text) else {
+            continue;
+        };
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None);
+        let found = findings.iter().find(|found| found.code.code() == "W014");
+        let help = found.and_then(|found| found.help.clone()).unwrap_or_default();
+        assert_eq!(found.is_some(), meant.is_some(), "{msr}: {help}");
+        assert!(help.contains(meant.unwrap_or_default()), "{msr}: {help}");
+    }
 }
 
 #[test]

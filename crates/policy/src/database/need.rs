@@ -57,6 +57,33 @@ pub fn needs() -> &'static [Need] {
     NEEDS
 }
 
+/// Registers that the processor or KVM works by: a write that only seems done makes a system fail, or leaves it unprotected.
+pub(crate) const WORKED_BY: [u32; 20] = [
+    0x1b,
+    0x48,
+    0x174,
+    0x175,
+    0x176,
+    0x277,
+    0x6e0,
+    0xda0,
+    0x4000_0001,
+    0x4b56_4d00,
+    0x4b56_4d01,
+    0xc000_0080,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0100,
+    0xc000_0101,
+    0xc000_0102,
+    0xc000_0103,
+];
+
+/// Registers that systems read to change bits of them and write the others back.
+pub(crate) const CHANGED_IN_PLACE: [u32; 2] = [0x1b, 0xc000_0080];
+
 const fn n(msr: u32, op: Op, system: System, why: &'static str, source: &'static str) -> Need {
     Need {
         msr: Msr(msr),

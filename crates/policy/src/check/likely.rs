@@ -1,0 +1,100 @@
+//! Answers by which a guest goes on and fails later, and places where there is no MSR.
+
+use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_plan::DecisionMap;
+
+use super::named;
+use crate::database::{self, Entry};
+use crate::{Code, Diagnostic, Pattern, Rule};
+
+pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
+    let made_up = rules.iter().filter_map(|(index, rule)| made_up(map, rule, *index));
+    let nowhere = rules.iter().filter_map(|(_, rule)| nowhere(rule));
+    made_up.chain(nowhere).collect()
+}
+
+/// A rule that takes a write, or makes a read up, of a register that the processor or KVM works by.
+fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
+    let entries = |msrs: &[u32], op: Op| -> Vec<&'static Entry> {
+        let msrs = msrs.iter().map(|msr| Msr(*msr)).filter(|msr| match op {
+            Op::Read => {
+                let decision = map.reads.get(*msr);
+                decision.rule == Some(index) && matches!(decision.action, ReadAction::Value(_) | ReadAction::Shadow(_))
+            }
+            Op::Write => {
+                let decision = map.writes.get(*msr);
+                decision.rule == Some(index) && matches!(decision.action, WriteAction::Ignore | WriteAction::Shadow)
+            }
+        });
+        msrs.filter(|msr| names(rule, *msr))
+            .filter_map(database::by_msr)
+            .collect()
+    };
+    let written = entries(&database::WORKED_BY, Op::Write);
+    let read = entries(&database::CHANGED_IN_PLACE, Op::Read);
+    let message = if !written.is_empty() {
+        format!(
+            "this rule takes writes of {} and keeps them from the register, by which the processor or KVM works: the guest \
+             goes on as if it were set, and fails later or runs unprotected",
+            named(&written)
+        )
+    } else if !read.is_empty() {
+        format!(
+            "this rule makes up what reads of {} give: a guest reads it to change bits of it, and writes back the others as \
+             they were read",
+            named(&read)
+        )
+    } else {
+        return None;
+    };
+    Some(Diagnostic::at(Code::TakenForDone, rule.place.clone(), message).help(
+        "write `allow`, or close it after the first write with { once = true }; where no guest uses it: `accept = { W013 = \
+         \"why not\" }`",
+    ))
+}
+
+/// Whether a rule means this MSR, and does not only cover it by a range.
+fn names(rule: &Rule, msr: Msr) -> bool {
+    rule.msrs.iter().any(|pattern| {
+        let wide = matches!(pattern, Pattern::Range(range) if range.len() > 1);
+        !wide && pattern.ranges().iter().any(|range| range.contains(msr))
+    })
+}
+
+/// A rule with an index where nothing has MSRs, a digit away from one that is known.
+fn nowhere(rule: &Rule) -> Option<Diagnostic> {
+    rule.msrs.iter().find_map(|pattern| {
+        let Pattern::Range(range) = pattern else { return None };
+        let msr = range.first();
+        if range.len() > 1 || is_somewhere(msr) {
+            return None;
+        }
+        let meant = neighbours(msr.0).find_map(|index| database::by_msr(Msr(index)))?;
+        let message = format!("neither a processor nor a hypervisor is known to have MSRs near `{pattern}`");
+        let help = format!(
+            "is {} meant, {}? else: `accept = {{ W014 = \"whose it is\" }}`",
+            meant.msr, meant.name
+        );
+        Some(Diagnostic::at(Code::Nowhere, rule.place.clone(), message).help(help))
+    })
+}
+
+/// Where processors and hypervisors have MSRs: the architecture's, Hyper-V's, KVM's, AMD's.
+fn is_somewhere(msr: Msr) -> bool {
+    matches!(msr.0, 0..=0x1_ffff | 0x4000_0000..=0x4000_ffff | 0x4b56_4d00..=0x4b56_4dff | 0xc000_0000..=0xc001_ffff | u32::MAX)
+}
+
+/// Indices that are this one with a digit of its hexadecimal form left out, or one put in twice.
+fn neighbours(index: u32) -> impl Iterator<Item = u32> {
+    let text = format!("{index:x}");
+    (0..text.len()).flat_map(move |at| {
+        let (before, after) = text.split_at_checked(at).unwrap_or_default();
+        let digit = after.get(..1).unwrap_or_default();
+        let without = format!("{before}{}", after.get(1..).unwrap_or_default());
+        [format!("{before}{digit}{after}"), without]
+            .into_iter()
+            .filter_map(|text| u32::from_str_radix(&text, 16).ok())
+            // A small index is no misspelling of a large one.
+            .filter(|index| *index >= 0x4000_0000)
+    })
+}
