@@ -10,6 +10,8 @@
 
 #[allow(unused_macros, reason = "a part of it")]
 mod command;
+#[path = "live/policies.rs"]
+mod policies;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,6 +25,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use command::{Folder, find};
+use nix::unistd::Pid;
+use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
 use serde_json::{Value, json};
 
 /// Reads commands from its serial port and does them. `rd CPU MSR` and `wr CPU MSR VALUE` tell what the device of that
@@ -65,8 +69,10 @@ const BOOT: Duration = Duration::from_secs(80);
 /// How long it may take for a command.
 const ANSWER: Duration = Duration::from_secs(40);
 
+/// The guest's kernel's command line.
+const APPEND: &str = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 \
+                      cryptomgr.notests";
 const MICROVM: &[&str] = &["-M", "microvm,rtc=on"];
-const MICROCODE: &[&str] = &["-p", "policies/fixed-microcode.toml"];
 
 /// The lane's folder with a kernel, or `None` where the test is to be skipped.
 fn boot() -> Option<PathBuf> {
@@ -84,8 +90,7 @@ fn boot() -> Option<PathBuf> {
 
 /// A folder with an initramfs, the policies, and this one as `policy.toml`.
 fn furnished(boot: &Path, policy: &str) -> Folder {
-    let folder = Folder::furnished();
-    folder.write("policy.toml", format!("version = 1\nname = \"test\"\n{policy}"));
+    let folder = with_policy(policy);
     let root = folder.path().join("root");
     for name in ["bin", "proc", "dev"] {
         fs::create_dir_all(root.join(name)).unwrap();
@@ -103,6 +108,16 @@ fn furnished(boot: &Path, policy: &str) -> Folder {
 fn executable(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// A socket of QEMU's, once it is there.
+fn connected(socket: &Path) -> UnixStream {
+    let mut stream = None;
+    wait_until(|| {
+        stream = UnixStream::connect(socket).ok();
+        stream.is_some()
+    });
+    stream.unwrap()
 }
 
 /// What comes before QEMU's own arguments.
@@ -154,9 +169,7 @@ impl<'a> Guest<'a> {
         let fixed = "-accel kvm -cpu host -m 256 -nodefaults -display none -serial stdio -initrd initrd \
                      -qmp unix:qmp,server=on,wait=off";
         command.args(fixed.split_whitespace());
-        let append = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 \
-                      cryptomgr.notests";
-        command.args(["-append", append]).current_dir(folder.path());
+        command.args(["-append", APPEND]).current_dir(folder.path());
         let pipes = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -232,15 +245,7 @@ impl<'a> Guest<'a> {
 
     /// One of QEMU's own commands, for machines and for people.
     fn monitor(&self, command: &Value) -> Value {
-        let socket = self.folder.path().join("qmp");
-        let start = Instant::now();
-        let mut monitor = loop {
-            match UnixStream::connect(&socket) {
-                Ok(stream) => break stream,
-                Err(error) => assert!(start.elapsed() < BOOT, "{error}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        };
+        let mut monitor = connected(&self.folder.path().join("qmp"));
         let mut answers = BufReader::new(monitor.try_clone().unwrap()).lines().map(Result::unwrap);
         let mut ask = |command: &Value| {
             writeln!(monitor, "{command}").unwrap();
@@ -389,22 +394,7 @@ fn nothing_changed(folder: &Folder) {
 fn a_policy_that_depends_on_the_cpuid_is_the_one_for_qemus_cpu() {
     let Some(boot) = boot() else { return };
     // The lane's CPU is AMD's, which has no IA32_MISC_ENABLE.
-    let folder = furnished(
-        &boot,
-        r#"default = "allow"
-valid = "cpu-model"
-[[rule]]
-msr = "IA32_BIOS_SIGN_ID"
-read = { value = "0x11" }
-write = "ignore"
-when = { vendor = "intel" }
-[[rule]]
-msr = "IA32_BIOS_SIGN_ID"
-read = { value = "0x22" }
-write = "ignore"
-when = { vendor = "amd" }
-"#,
-    );
+    let folder = furnished(&boot, &format!("valid = \"cpu-model\"\n{BY_VENDOR}"));
     let machine = ["-M", "pc", "-smp", "2"];
     let run = under(&["-p", "policy.toml"]);
     let mut guest = Guest::boots(&folder, &run, &machine, &boot.join("vmlinux"));
@@ -523,7 +513,7 @@ fn a_vm_that_is_started_as_libvirt_does_it_has_the_policy_and_leaves_nothing_whe
     assert_eq!(guest.gets("rd 0 0x8b"), "0x0100000000000000");
 
     assert!(!mapped().is_empty(), "the board is shared memory");
-    let qemu = child_of(guest.command.id());
+    let qemu = child_of(child_of(Pid::from_raw(guest.command.id().cast_signed())));
     nix::sys::signal::kill(qemu, nix::sys::signal::Signal::SIGKILL).unwrap();
     let (status, errors) = guest.ended();
     assert_eq!(status.signal(), Some(9), "{status}");
@@ -532,6 +522,47 @@ fn a_vm_that_is_started_as_libvirt_does_it_has_the_policy_and_leaves_nothing_whe
     drop(guest);
     assert_eq!(left(), before);
     assert_eq!(mapped(), [""; 0]);
+}
+
+#[test]
+fn a_daemon_has_the_policy_for_its_cpuid_and_its_trace_and_the_command_has_ended() {
+    let Some(boot) = boot() else { return };
+    let folder = furnished(&boot, BY_VENDOR);
+    let options = ["-p", "policy.toml", "--trace", "trace.jsonl"];
+    let [program, first @ ..] = &under(&options)[..] else {
+        return;
+    };
+    let mut command = Command::new(program);
+    let fixed = "-daemonize -accel kvm -cpu host -m 256 -nodefaults -display none -initrd initrd \
+                 -serial unix:serial,server=on";
+    command.args(first).args(MICROVM).args(fixed.split_whitespace());
+    command.arg("-kernel").arg(boot.join("vmlinux"));
+    command.args(["-append", APPEND]);
+    let mut started = command
+        .current_dir(folder.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // QEMU waits for who reads its serial port before it goes into the background.
+    let mut serial = connected(&folder.path().join("serial"));
+    let mut lines = BufReader::new(serial.try_clone().unwrap())
+        .lines()
+        .map_while(Result::ok);
+    let mut errors = String::new();
+    started.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+    assert!(started.wait().unwrap().success(), "{errors}");
+    assert!(errors.contains("goes on in the background"), "{errors}");
+    assert!(lines.any(|line| line.trim() == "@ready"));
+    writeln!(serial, "rd 0 0x8b").unwrap();
+    assert_eq!(
+        lines.find(|line| line.starts_with("rd ")).unwrap().trim(),
+        "rd 0 0x8b 0x0000000000000022"
+    );
+    let trace = || fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
+    wait_until(|| trace().contains("\"0x8b\",\"value\":\"0x22\""));
+    writeln!(serial, "$B poweroff -f").unwrap();
+    assert_eq!(lines.find(|line| line.starts_with("rd ")), None, "it is off");
+    wait_until(|| mapped().is_empty());
 }
 
 /// Files that outlive a process.
@@ -553,12 +584,12 @@ fn mapped() -> Vec<String> {
     lines.filter(|line| line.contains("memfd:msrgate")).collect()
 }
 
-fn child_of(parent: u32) -> nix::unistd::Pid {
+fn child_of(parent: Pid) -> Pid {
     let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
     let mut children = processes.filter(|process| {
         let status = fs::read_to_string(process.join("status")).unwrap_or_default();
         status.lines().any(|line| line == format!("PPid:\t{parent}"))
     });
     let child = children.next().expect("a child");
-    nix::unistd::Pid::from_raw(child.file_name().unwrap().to_str().unwrap().parse().unwrap())
+    Pid::from_raw(child.file_name().unwrap().to_str().unwrap().parse().unwrap())
 }

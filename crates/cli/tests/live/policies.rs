@@ -1,0 +1,39 @@
+//! Policies that several VMMs run under.
+
+use std::time::{Duration, Instant};
+
+use crate::command::Folder;
+
+/// Options of `run`: the revision of microcode is 0x1000000.
+pub(crate) const MICROCODE: &[&str] = &["-p", "policies/fixed-microcode.toml"];
+
+/// What a guest of this maker's processor gets.
+pub(crate) const BY_VENDOR: &str = r#"default = "allow"
+[[rule]]
+msr = "0x8b"
+read = { value = "0x11" }
+write = "ignore"
+when = { vendor = "intel" }
+[[rule]]
+msr = "0x8b"
+read = { value = "0x22" }
+write = "ignore"
+when = { vendor = "amd" }
+"#;
+
+/// A folder with the policies that come with msrgate, and this one as `policy.toml`.
+pub(crate) fn with_policy(text: &str) -> Folder {
+    let folder = Folder::furnished();
+    folder.write("policy.toml", format!("version = 1\nname = \"test\"\n{text}"));
+    folder
+}
+
+/// Waits for what another process does.
+#[track_caller]
+pub(crate) fn wait_until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(80));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

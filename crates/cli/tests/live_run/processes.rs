@@ -1,0 +1,54 @@
+//! VMMs whose processes and descriptors come and go in other ways than most.
+
+use super::*;
+
+#[test]
+fn a_vmm_in_the_background_gets_the_policy_for_its_cpuid_and_its_trace_is_written_to_the_end() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(BY_VENDOR);
+    let options = ["-p", "policy.toml", "--trace", "trace.jsonl", "--json"];
+    let ran = under(&folder, &options, "background --vendors amd r:0x8b w:0x8b=1").code(3);
+    let told = summary(&ran);
+    assert_eq!((&told["background"], count(&told, "vms")), (&Value::Bool(true), 0));
+    folder.write("go", "");
+    let trace = || fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
+    wait_until(|| trace().lines().count() == 3);
+    let out = || fs::read_to_string(folder.path().join("out")).unwrap();
+    wait_until(|| out().contains("rdmsr 0x8b 0x22\nwrmsr 0x8b done\n"));
+}
+
+#[test]
+fn a_vmm_that_was_started_without_the_library_gets_no_vm() {
+    if !ready() {
+        return;
+    }
+    if !nix::unistd::Uid::current().is_root() {
+        println!("skipped: the kernel gives no listener to who is not root");
+        return;
+    }
+    let accesses = "stripped r:0x8b";
+    assert_eq!(seen(&Ran::of(&mut bare(accesses)).code(0)).len(), 1);
+    let ran = under(&Folder::furnished(), &[MICROCODE, &["--json"]].concat(), accesses).code(9);
+    assert_eq!(seen(&ran), Vec::<&str>::new());
+    let told = summary(&ran);
+    assert_eq!((count(&told, "vms"), count(&told, "refused")), (0, 1));
+    ran.says(&["msrgate: no VM is made by `/", "it has not loaded the policy's library"]);
+}
+
+#[test]
+fn a_descriptor_that_is_closed_in_any_way_is_no_longer_the_vms() {
+    if !ready() {
+        return;
+    }
+    let ran = under(&Folder::furnished(), MICROCODE, DESCRIPTORS).code(0);
+    let lines: Vec<_> = ran
+        .out
+        .lines()
+        .filter(|line| line.starts_with('c') || line.starts_with("sys"))
+        .collect();
+    let expected = ["close", "syscall", "close_range", "closefrom"].map(|way| format!("{way} true false"));
+    assert_eq!(lines, expected);
+    assert!(ran.err.contains("4 VMs and 0 vCPUs, no access answered"), "{}", ran.err);
+}

@@ -1,0 +1,181 @@
+//! What the summary, a trace and a log tell.
+
+use super::*;
+
+#[test]
+fn the_summary_says_what_each_msr_cost_and_all_together() {
+    if !ready() {
+        return;
+    }
+    let accesses = "--vcpus 2 r:0x174 r:0x174 w:0x174=1 r:0x8b";
+    let folder = with_policy("default = \"allow\"\n[[rule]]\nmsr = \"0x174\"\nread = \"zero\"\nwrite = \"ignore\"\n");
+    let ran = under(&folder, &["-p", "policy.toml", "--json"], accesses).code(0);
+    let summary = summary(&ran);
+    let costs: Vec<u64> = list(&summary, "by_msr")
+        .iter()
+        .map(|row| count(row, "cost_ns"))
+        .collect();
+    assert!(
+        costs.len() == 2 && costs.iter().all(|cost| (1..1_000_000_000).contains(cost)),
+        "{summary:#}"
+    );
+    // Each row is rounded down to whole nanoseconds.
+    assert!(
+        count(&summary, "cost_ns").abs_diff(costs.iter().sum()) < 2,
+        "{summary:#}"
+    );
+    let ran = under(&folder, &["-p", "policy.toml"], accesses).code(0);
+    ran.says(&["1 VM and 2 vCPUs, 6 accesses answered in ", " each "]);
+}
+
+#[test]
+fn a_trace_has_each_access_that_the_policy_decides() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let options = ["-p", "policies/fixed-microcode.toml", "--trace", "trace.jsonl", "--rip"];
+    under(&folder, &options, "--vcpus 2 r:0x8b w:0x8b=7 r:0x174").code(0);
+    let (header, events) = traced(&folder);
+    assert!(header.policy.is_some());
+    for vcpu in 0..2 {
+        let mut events = events.iter().filter(|event| event.vcpu == vcpu);
+        let (read, write) = (events.next().unwrap(), events.next().unwrap());
+        assert_eq!((read.msr.0, read.value, read.did.name()), (0x8b, 1 << 56, "value"));
+        assert_eq!((write.msr.0, write.value, write.did.name()), (0x8b, 7, "ignore"));
+        assert!(
+            read.t <= write.t && read.rip < write.rip && read.rip.is_some(),
+            "{read:?} {write:?}"
+        );
+        assert!(read.cost > Some(0) && write.cost > Some(0), "{read:?} {write:?}");
+        assert!(events.next().is_none());
+    }
+}
+
+#[test]
+fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let accesses = vec!["r:0x8b"; 700].join(" ");
+    let options = ["-p", "policies/fixed-microcode.toml", "--trace", "/dev/full", "--json"];
+    let ran = under(&folder, &options, &accesses);
+    // The header does not fit either, and that shows before a guest runs.
+    assert_eq!(ran.code, Some(2), "{}", ran.err);
+
+    let options = [
+        "-p",
+        "policies/fixed-microcode.toml",
+        "--trace",
+        "trace.jsonl",
+        "--json",
+    ];
+    let ran = under(&folder, &options, &accesses).code(0);
+    assert_eq!(seen(&ran).len(), 700);
+    let written = traced(&folder).1.len() as u64;
+    let summary = summary(&ran);
+    assert_eq!(written + count(&summary["lost"], "events"), 700);
+    assert_eq!(count(&list(&summary, "by_msr")[0], "count"), 700);
+}
+
+#[test]
+fn learning_changes_nothing_and_tells_each_msr_and_direction_once() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    // The kernel ignores the write of 0x8b; passing it through as the host would set the revision.
+    let accesses =
+        "--filter --vcpus 2 r:0x8b w:0x8b=7 r:0x8b r:0x35 w:0x174=8 r:0x174 r:0x174 r:0xdeadbeef w:0xdeadbeef=1";
+    let without = Ran::of(&mut bare(accesses)).code(0);
+    let ran = under(&folder, &["--learn", "--trace", "trace.jsonl"], accesses).code(0);
+    assert_eq!(seen(&ran), seen(&without));
+    let events = traced(&folder).1.into_iter();
+    let mut touched: Vec<_> = events.map(|event| (event.msr.0, event.op.name())).collect();
+    touched.sort_unstable();
+    let expected = [
+        (0x35, "rdmsr"),
+        (0x8b, "rdmsr"),
+        (0x8b, "wrmsr"),
+        (0x174, "rdmsr"),
+        (0x174, "wrmsr"),
+        (0xdeadbeef, "rdmsr"),
+        (0xdeadbeef, "wrmsr"),
+    ];
+    assert_eq!(touched, expected);
+}
+
+#[test]
+fn learning_all_tells_every_access_and_says_that_it_is_not_faithful() {
+    if !ready() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let accesses = "--filter w:0x174=8 r:0x174 r:0x174 r:0x35 r:0xdeadbeef";
+    let ran = under(&folder, &["--learn=all", "--trace", "trace.jsonl"], accesses).code(0);
+    let expected = [
+        "wrmsr 0x174 done",
+        "rdmsr 0x174 0x8",
+        "rdmsr 0x174 0x8",
+        "rdmsr 0x35 0x20004",
+        "rdmsr 0xdeadbeef fault",
+    ];
+    assert_eq!(seen(&ran), expected);
+    ran.says(&["not faithful"]);
+    let (header, events) = traced(&folder);
+    assert!(header.mode.unwrap_or_default().contains("not always"));
+    let events: Vec<_> = events
+        .into_iter()
+        .map(|event| (event.msr.0, event.did.name()))
+        .collect();
+    let expected = [(0x174, "pass"), (0x174, "pass"), (0x174, "pass"), (0xdeadbeef, "fault")];
+    assert_eq!(events, expected);
+}
+
+#[test]
+fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(
+        "default = \"deny\"\n[[rule]]\nmsr = \"0x174\"\nread = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"zero\"\n",
+    );
+    let accesses = "--filter r:0x35 r:0x8b r:0x8b w:0x174=8 r:0x174 w:0x174=9";
+    let without = Ran::of(&mut bare(accesses)).code(0);
+    let ran = under(&folder, &["-p", "policy.toml", "--audit", "--json"], accesses).code(0);
+    assert_eq!(seen(&ran), seen(&without));
+    let summary = summary(&ran);
+    let expected = [
+        ("0x35", "rdmsr", 1, "deny"),
+        ("0x8b", "rdmsr", 1, "zero"),
+        ("0x174", "wrmsr", 1, "deny"),
+    ];
+    assert_eq!(rows(&summary), expected);
+}
+
+#[test]
+fn what_a_rule_logs_is_told_without_a_trace() {
+    if !ready() {
+        return;
+    }
+    let folder = with_policy(
+        "default = \"allow\"\n[[rule]]\nmsr = \"0x8b\"\nread = \"zero\"\nlog = \"first\"\n\
+         [[rule]]\nmsr = \"0x174\"\nwrite = \"deny\"\nlog = \"all\"\n",
+    );
+    let ran = under(&folder, &["-p", "policy.toml"], "r:0x8b r:0x8b w:0x174=3 w:0x174=4").code(0);
+    let told = |what: &str| ran.err.lines().filter(|line| line.contains(what)).count();
+    assert_eq!(
+        told("rdmsr(0x8b IA32_BIOS_SIGN_ID) = 0x0 zero rule 0"),
+        1,
+        "{}",
+        ran.err
+    );
+    assert_eq!(
+        told("wrmsr(0x174 IA32_SYSENTER_CS, 0x3) = #GP deny rule 1"),
+        1,
+        "{}",
+        ran.err
+    );
+    assert_eq!(told("wrmsr(0x174"), 2, "{}", ran.err);
+}
