@@ -529,9 +529,8 @@ fn a_daemon_has_the_policy_for_its_cpuid_and_its_trace_and_the_command_has_ended
     let Some(boot) = boot() else { return };
     let folder = furnished(&boot, BY_VENDOR);
     let options = ["-p", "policy.toml", "--trace", "trace.jsonl"];
-    let [program, first @ ..] = &under(&options)[..] else {
-        return;
-    };
+    let run = under(&options);
+    let (program, first) = run.split_first().unwrap();
     let mut command = Command::new(program);
     let fixed = "-daemonize -accel kvm -cpu host -m 256 -nodefaults -display none -initrd initrd \
                  -serial unix:serial,server=on";

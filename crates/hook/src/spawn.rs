@@ -23,7 +23,10 @@ pub enum Forked {
 /// The kernel's; and where this process has more than one thread, since others are not in the child, and what they have
 /// locked stays locked there.
 pub fn fork() -> io::Result<Forked> {
-    let threads = fs::read_dir("/proc/self/task")?.count();
+    let threads = fs::read_dir("/proc/self/task");
+    let threads = threads
+        .map_err(|error| io::Error::other(format!("/proc/self/task: {error}")))?
+        .count();
     if threads != 1 {
         let line = format!("this process has {threads} threads");
         return Err(io::Error::other(line));

@@ -53,6 +53,8 @@ impl Keeper {
         rustix::stdio::dup2_stdout(&nowhere)?;
         rustix::stdio::dup2_stderr(&nowhere)?;
         setsid()?;
+        // No folder is kept from being unmounted.
+        std::env::set_current_dir("/")?;
         prctl::set_pdeathsig(None)?;
         self.front.write_all(&encode(status).to_le_bytes())
     }
