@@ -203,6 +203,42 @@ impl fmt::Display for ForeignError {
 
 impl std::error::Error for ForeignError {}
 
+/// The reads of a map that a tool cannot say; `say` does so, or tells why not.
+fn unsayable_reads(
+    map: &DecisionMap,
+    mut say: impl FnMut(MsrRange, &ReadAction) -> Result<(), &'static str>,
+) -> Vec<Unsayable> {
+    let unsaid = map.reads.iter().filter_map(|(range, decision)| {
+        let why = say(range, &decision.action).err()?;
+        Some(Unsayable {
+            range,
+            op: Op::Read,
+            action: decision.action.to_string(),
+            rule: decision.rule,
+            why,
+        })
+    });
+    unsaid.collect()
+}
+
+/// The same of writes.
+fn unsayable_writes(
+    map: &DecisionMap,
+    mut say: impl FnMut(MsrRange, &WriteAction) -> Result<(), &'static str>,
+) -> Vec<Unsayable> {
+    let unsaid = map.writes.iter().filter_map(|(range, decision)| {
+        let why = say(range, &decision.action).err()?;
+        Some(Unsayable {
+            range,
+            op: Op::Write,
+            action: decision.action.to_string(),
+            rule: decision.rule,
+            why,
+        })
+    });
+    unsaid.collect()
+}
+
 /// Each MSR of a range, if they are few enough to be named; else why not.
 fn each(range: MsrRange) -> Result<impl Iterator<Item = Msr>, &'static str> {
     match range.len() {

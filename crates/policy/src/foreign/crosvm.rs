@@ -8,10 +8,10 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Msr, Op, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Msr, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each};
+use super::{ForeignError, Format, Imported, Unsayable, each, unsayable_reads, unsayable_writes};
 use crate::{number, spell};
 
 const FLAG: &str = "--userspace-msr";
@@ -132,49 +132,24 @@ fn one(value: &str, to: &mut Imported) -> Result<(), String> {
 /// Reads from the host and writes that go nowhere are what crosvm can do just so; each MSR in one direction.
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut flags: BTreeMap<Msr, &str> = BTreeMap::new();
-    let mut unsayable = Vec::new();
-    for (range, decision) in map.reads.iter() {
-        let why = match &decision.action {
-            ReadAction::Allow => continue,
-            ReadAction::Host => match each(range) {
-                Ok(msrs) => {
-                    flags.extend(msrs.map(|msr| (msr, "type=r,action=pass")));
-                    continue;
-                }
-                Err(why) => why,
-            },
-            ReadAction::Deny => "crosvm answers what it takes from KVM, and denies nothing",
-            _ => "crosvm answers reads with the host's value, and with no other",
-        };
-        unsayable.push(Unsayable {
-            range,
-            op: Op::Read,
-            action: decision.action.to_string(),
-            rule: decision.rule,
-            why,
-        });
-    }
-    for (range, decision) in map.writes.iter() {
-        let why = match &decision.action {
-            WriteAction::Allow => continue,
-            WriteAction::Ignore => match each(range) {
-                Ok(mut msrs) => match msrs.any(|msr| flags.insert(msr, "type=w,action=emu").is_some()) {
-                    true => "crosvm has one action for an MSR, and its reads have another",
-                    false => continue,
-                },
-                Err(why) => why,
-            },
-            WriteAction::Deny => "crosvm answers what it takes from KVM, and denies nothing",
-            _ => "crosvm drops writes, or passes them to the host's register",
-        };
-        unsayable.push(Unsayable {
-            range,
-            op: Op::Write,
-            action: decision.action.to_string(),
-            rule: decision.rule,
-            why,
-        });
-    }
+    let mut unsayable = unsayable_reads(map, |range, action| match action {
+        ReadAction::Allow => Ok(()),
+        ReadAction::Host => {
+            flags.extend(each(range)?.map(|msr| (msr, "type=r,action=pass")));
+            Ok(())
+        }
+        ReadAction::Deny => Err("crosvm answers what it takes from KVM, and denies nothing"),
+        _ => Err("crosvm answers reads with the host's value, and with no other"),
+    });
+    unsayable.extend(unsayable_writes(map, |range, action| match action {
+        WriteAction::Allow => Ok(()),
+        WriteAction::Ignore => match each(range)?.any(|msr| flags.insert(msr, "type=w,action=emu").is_some()) {
+            true => Err("crosvm has one action for an MSR, and its reads have another"),
+            false => Ok(()),
+        },
+        WriteAction::Deny => Err("crosvm answers what it takes from KVM, and denies nothing"),
+        _ => Err("crosvm drops writes, or passes them to the host's register"),
+    }));
     let text = flags
         .iter()
         .map(|(msr, what)| format!("{FLAG} index={msr},{what},filter=yes\n"))

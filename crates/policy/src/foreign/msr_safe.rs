@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Msr, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each};
+use super::{ForeignError, Format, Imported, Unsayable, each, unsayable_reads, unsayable_writes};
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     let mut imported = Imported {
@@ -76,61 +76,29 @@ fn number(word: &str) -> Option<u64> {
 
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut listed: BTreeMap<Msr, u64> = BTreeMap::new();
-    let mut unsayable = Vec::new();
-    for (range, decision) in map.reads.iter() {
-        let why = match &decision.action {
-            ReadAction::Deny => continue,
-            ReadAction::Allow => match each(range) {
-                Ok(msrs) => {
-                    listed.extend(msrs.map(|msr| (msr, 0)));
-                    continue;
-                }
-                Err(why) => why,
-            },
-            _ => "msr-safe opens reads or does not",
-        };
-        unsayable.push(Unsayable {
-            range,
-            op: Op::Read,
-            action: decision.action.to_string(),
-            rule: decision.rule,
-            why,
-        });
-    }
-    for (range, decision) in map.writes.iter() {
-        let mask = match &decision.action {
-            WriteAction::Deny => continue,
-            WriteAction::Allow => Ok(u64::MAX),
+    let mut unsayable = unsayable_reads(map, |range, action| match action {
+        ReadAction::Deny => Ok(()),
+        ReadAction::Allow => {
+            listed.extend(each(range)?.map(|msr| (msr, 0)));
+            Ok(())
+        }
+        _ => Err("msr-safe opens reads or does not"),
+    });
+    unsayable.extend(unsayable_writes(map, |range, action| {
+        let mask = match action {
+            WriteAction::Deny => return Ok(()),
+            WriteAction::Allow => u64::MAX,
             WriteAction::Mask {
                 may_change,
                 otherwise: Otherwise::Drop,
-            } if *may_change != 0 => Ok(*may_change),
-            _ => Err("msr-safe opens writes, closes them, or drops bits of them"),
+            } if *may_change != 0 => *may_change,
+            _ => return Err("msr-safe opens writes, closes them, or drops bits of them"),
         };
-        let why = match (mask, each(range)) {
-            (Err(why), _) | (_, Err(why)) => why,
-            (Ok(mask), Ok(mut msrs)) => {
-                let unread = msrs.any(|msr| match listed.get_mut(&msr) {
-                    Some(place) => {
-                        *place = mask;
-                        false
-                    }
-                    None => true,
-                });
-                match unread {
-                    true => "what msr-safe lists can be read",
-                    false => continue,
-                }
-            }
-        };
-        unsayable.push(Unsayable {
-            range,
-            op: Op::Write,
-            action: decision.action.to_string(),
-            rule: decision.rule,
-            why,
-        });
-    }
+        for msr in each(range)? {
+            *listed.get_mut(&msr).ok_or("what msr-safe lists can be read")? = mask;
+        }
+        Ok(())
+    }));
     let mut text = "# MSR     write mask\n".to_owned();
     for (msr, mask) in &listed {
         text.push_str(&format!(

@@ -242,6 +242,13 @@ mod tests {
         Threads::default().event(line).expect(line).expect(line)
     }
 
+    /// Of which VM and vCPU an event of a thread is.
+    fn of(threads: &mut Threads, thread: &str) -> (u32, u32) {
+        let line = format!(" {thread} [001] 1.0: kvm:kvm_msr: msr_read 10 = 0x0");
+        let event = threads.event(&line).expect("an event").expect("an event");
+        (event.vm, event.vcpu)
+    }
+
     #[test]
     fn each_tools_line_is_read() {
         for (line, t, vcpu) in [
@@ -310,33 +317,23 @@ mod tests {
     #[test]
     fn threads_are_vcpus_and_the_second_of_a_name_is_of_another_vm() {
         let mut threads = Threads::default();
-        let mut of = |thread: &str| {
-            let line = format!(" {thread} [001] 1.0: kvm:kvm_msr: msr_read 10 = 0x0");
-            let event = threads.event(&line).expect("an event").expect("an event");
-            (event.vm, event.vcpu)
-        };
-        assert_eq!(of("CPU 0/KVM 100"), (0, 0));
-        assert_eq!(of("CPU 1/KVM 101"), (0, 1));
-        assert_eq!(of("CPU 1/KVM 201"), (1, 1));
-        assert_eq!(of("CPU 0/KVM 100"), (0, 0));
-        assert_eq!(of("something 7"), (0, 0));
-        assert_eq!(of("something 8"), (0, 1));
-        assert_eq!(of("renamed 8"), (0, 1));
+        assert_eq!(of(&mut threads, "CPU 0/KVM 100"), (0, 0));
+        assert_eq!(of(&mut threads, "CPU 1/KVM 101"), (0, 1));
+        assert_eq!(of(&mut threads, "CPU 1/KVM 201"), (1, 1));
+        assert_eq!(of(&mut threads, "CPU 0/KVM 100"), (0, 0));
+        assert_eq!(of(&mut threads, "something 7"), (0, 0));
+        assert_eq!(of(&mut threads, "something 8"), (0, 1));
+        assert_eq!(of(&mut threads, "renamed 8"), (0, 1));
     }
 
     #[test]
     fn where_lines_name_the_process_it_is_the_vm() {
         let mut threads = Threads::default();
-        let mut of = |thread: &str| {
-            let line = format!(" {thread} [001] 1.0: kvm:kvm_msr: msr_read 10 = 0x0");
-            let event = threads.event(&line).expect("an event").expect("an event");
-            (event.vm, event.vcpu)
-        };
-        assert_eq!(of("CPU 1/KVM 100/101"), (0, 1));
-        assert_eq!(of("CPU 0/KVM 200/201"), (1, 0));
-        assert_eq!(of("CPU 0/KVM 100/102"), (0, 0));
-        assert_eq!(of("qemu 300/301"), (2, 0));
-        assert_eq!(of("qemu 300/302"), (2, 1));
+        assert_eq!(of(&mut threads, "CPU 1/KVM 100/101"), (0, 1));
+        assert_eq!(of(&mut threads, "CPU 0/KVM 200/201"), (1, 0));
+        assert_eq!(of(&mut threads, "CPU 0/KVM 100/102"), (0, 0));
+        assert_eq!(of(&mut threads, "qemu 300/301"), (2, 0));
+        assert_eq!(of(&mut threads, "qemu 300/302"), (2, 1));
     }
 
     #[test]
