@@ -545,6 +545,7 @@ mod tests {
             ("{\"msrgate_summary\":1}\n", "`learn` alone"),
             ("\u{1f}\u{8b}", "no trace's header"),
             ("PERFILE2 and bytes", "perf script -i"),
+            ("[package]\n", "no trace's header"),
             ("{\"msrgate_trace\":2}\n", "version 2"),
             ("{\"msrgate_trace\":\"new\"}\n", "version \"new\""),
             ("{\"msrgate_trace\":1,\"guest\":5}\n", "malformed"),

@@ -40,7 +40,8 @@ fn known(line: &[u8]) -> Option<&'static str> {
         return Some(what);
     }
     let text = line.trim_ascii_start();
-    if text.starts_with(b"[") {
+    let inner = text.strip_prefix(b"[").map(<[u8]>::trim_ascii_start);
+    if inner.is_some_and(|inner| inner.is_empty() || inner.starts_with(b"{")) {
         return Some(
             "this is a list in JSON, and a trace has an object on each line: `jq -c '.[]' FILE | msrgate … -` reads a list of \
              them",

@@ -62,7 +62,7 @@ impl Threads {
     /// The event of a line; `None` if the line is of something else.
     pub(super) fn event(&mut self, line: &str) -> Result<Option<Event>, String> {
         let Some((head, payload)) = split(line) else {
-            return foreign(line).map(|()| None);
+            return foreign(line, !self.known.is_empty()).map(|()| None);
         };
         let access = Access::read(payload)?;
         let head = Head::read(head);
@@ -191,8 +191,9 @@ fn number(word: &str) -> Option<u64> {
     }
 }
 
-/// A line without the tracepoint: another event, a comment, a stack; or one that says that events are missing.
-fn foreign(line: &str) -> Result<(), String> {
+/// A line without the tracepoint: another event, a comment, a stack; or one that says that events are missing. What has had
+/// no event so far may be another file that begins with a comment.
+fn foreign(line: &str, had_events: bool) -> Result<(), String> {
     if is_lost(line) {
         return Err(
             "events were lost here, so this is not all that the guest did: record with a larger buffer, or take the \
@@ -211,7 +212,11 @@ fn foreign(line: &str) -> Result<(), String> {
     if begins(line) || stack || first == "=>" {
         return Ok(());
     }
-    Err("this is no line of `perf script`, `perf trace`, `trace-cmd report` or ftrace".to_owned())
+    Err(match had_events {
+        true => "this is no line of `perf script`, `perf trace`, `trace-cmd report` or ftrace",
+        false => "this is no trace: neither JSON Lines (docs/trace.md) nor the text of kvm:kvm_msr (docs/formats.md)",
+    }
+    .to_owned())
 }
 
 /// Whether a line says that events are missing.
@@ -356,7 +361,7 @@ mod tests {
             ("CPU:0 [EVENTS DROPPED]", "lost"),
             (" x 1 [000] 1.0: PERF_RECORD_LOST lost 27", "lost"),
             ("# entries-in-buffer/entries-written: 10/50   #P:8", "10 of 50"),
-            ("garbage", "no line of"),
+            ("garbage", "no trace"),
             (" x-1 [0] 1.0: kvm_msr: msr_read CTR1 = 0x0", "no number"),
             (" x-1 [0] 1.0: kvm_msr: msr_read 1_0000_0000 = 0x0", "no number"),
             (" x-1 [0] 1.0: kvm_msr: msr_read 100000000 = 0x0", "32 bits"),
@@ -366,6 +371,12 @@ mod tests {
             let error = threads.event(line).expect_err(line);
             assert!(error.contains(what), "{line}: {error}");
         }
+        let _ = of(&mut threads, "CPU 0/KVM 7");
+        assert!(
+            threads
+                .event("garbage")
+                .is_err_and(|error| error.contains("no line of"))
+        );
     }
 
     #[test]
