@@ -81,7 +81,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let known = resolved.by_cpuid.is_none().then_some(&plan);
     let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, known))?;
     let mut record = Record::new(handover.board(), trace, mode, plan.presets(), args.json);
-    let strangers = Strangers::new(handover.board(), &library);
+    let strangers = Strangers::new(handover.board());
     let mut command = Command::new(&program);
     command
         .arg0(name)

@@ -54,5 +54,5 @@ pub use desk::{Desk, Leaf};
 pub use handover::{Handover, HandoverError, Received, VARIABLE};
 pub use hook::{Hook, Setup};
 pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};
-pub use notifier::{Asking, Expected, Notifier, notify};
+pub use notifier::{Asking, Expected, MARK, Notifier, notify};
 pub use spawn::{Forked, bind, fork};

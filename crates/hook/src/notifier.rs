@@ -1,7 +1,7 @@
-//! Whoever asks for a VM, the kernel lets it wait until the command has looked whether it has the library.
+//! Whoever asks for a VM, the kernel lets it wait until the command has looked whether the call is the library's.
 //!
 //! A seccomp filter that the VMM and all that it starts inherit, whatever becomes of their environment and however they
-//! are linked. It looks at KVM_CREATE_VM alone.
+//! are linked. It looks at KVM_CREATE_VM alone. The library's calls have a mark, where `ioctl` has no argument.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -19,6 +19,9 @@ use rustix::net::{
 };
 
 use crate::hook::KVM_CREATE_VM;
+
+/// The fourth argument of KVM_CREATE_VM, which the kernel does not look at.
+pub const MARK: usize = u64::from_le_bytes(*b"msrgate!") as usize;
 
 /// `_IOWR('!', 0, struct seccomp_notif)`.
 const RECEIVE: c_ulong = 0xc050_2100;
@@ -130,6 +133,8 @@ pub struct Asking<'a> {
     pub thread: u32,
     /// What it believes to be `/dev/kvm`.
     pub descriptor: c_int,
+    /// The call is the library's.
+    pub marked: bool,
 }
 
 impl Notifier {
@@ -151,6 +156,7 @@ impl Notifier {
             thread: asked.pid,
             // The kernel takes 32 bits of it.
             descriptor: asked.data.args[0] as c_int,
+            marked: asked.data.args[3] == MARK as u64,
         })
     }
 }

@@ -28,7 +28,18 @@ impl Kernel for Live {
     type Gate = LiveGate;
 
     fn ioctl(&self, fd: c_int, request: c_ulong, argument: usize) -> c_int {
-        libc_calls::ioctl(fd, request, argument)
+        match request as u32 {
+            KVM_CREATE_VM => libc_calls::syscall(
+                libc::SYS_ioctl,
+                fd as usize,
+                request as usize,
+                argument,
+                msrgate_hook::MARK,
+                0,
+                0,
+            ) as c_int,
+            _ => libc_calls::ioctl(fd, request, argument),
+        }
     }
 
     fn close(&self, fd: c_int) -> c_int {
@@ -243,6 +254,7 @@ impl Vcpu for LiveVcpu {
     }
 }
 
+const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x83, struct kvm_sregs)`.
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
