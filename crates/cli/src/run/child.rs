@@ -118,6 +118,9 @@ pub(crate) fn run(
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
     let notifier = notifier.notifier().map(|notifier| (notifier, strangers));
+    if notifier.is_some() {
+        record.watched();
+    }
     watch(child, &signals, every, notifier, record, keeper).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", program.display());
         Failure::Line(Exit::Machine, line)

@@ -25,6 +25,8 @@ pub(crate) struct Record<'a> {
     json: bool,
     /// What there is from here on is told to nobody but the trace.
     background: bool,
+    /// A VM that is asked for past the library is refused.
+    watched: bool,
 }
 
 impl<'a> Record<'a> {
@@ -38,6 +40,7 @@ impl<'a> Record<'a> {
             presets,
             json,
             background: false,
+            watched: false,
         }
     }
 
@@ -53,6 +56,11 @@ impl<'a> Record<'a> {
         if count > 0 {
             trace.flush();
         }
+    }
+
+    /// A VM that is asked for past the library is refused.
+    pub(crate) fn watched(&mut self) {
+        self.watched = true;
     }
 
     /// Tells what there was so far, and that the rest is in the background.
@@ -154,7 +162,11 @@ impl<'a> Record<'a> {
                 Err(error) => format!(" ({error})"),
             };
             return match refused.is_empty() {
-                true => format!("msrgate: no VM was made through the C library, so the policy was put on none{why}\n"),
+                true if self.watched => format!("msrgate: no VM was made, so the policy was put on none{why}\n"),
+                true => format!(
+                    "msrgate: no VM was made through the C library, so the policy was put on none{why}; one that was made \
+                     in another way has no policy: `setpriv --no-new-privs msrgate run …` has it refused\n"
+                ),
                 false => refused,
             };
         }
