@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
 
+use crate::board::event::{decode, decode_answer, encode, encode_answer};
+use crate::board::taken::Taken;
 use crate::desk::Desk;
 use crate::mapping::{Mapping, get, set, word};
 
@@ -226,37 +228,6 @@ impl Board {
     }
 }
 
-/// That a slate is one vCPU's, until it is dropped.
-#[derive(Debug)]
-struct Taken {
-    head: Arc<Mapping>,
-    number: usize,
-}
-
-impl Taken {
-    /// The first that is nobody's, of all processes that have the board.
-    fn any(head: &Arc<Mapping>) -> Option<Taken> {
-        let number = (0..SLATES).find(|number| {
-            let (word, bit) = Taken::bit(head, *number);
-            word.fetch_or(bit, Ordering::Acquire) & bit == 0
-        })?;
-        word(head.words(), head::SLATES).fetch_max(number as u64 + 1, Ordering::Relaxed);
-        let head = Arc::clone(head);
-        Some(Taken { head, number })
-    }
-
-    fn bit(head: &Mapping, number: usize) -> (&AtomicU64, u64) {
-        (word(head.words(), head::TAKEN + number / 64), 1 << (number % 64))
-    }
-}
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        let (word, bit) = Taken::bit(&self.head, self.number);
-        word.fetch_and(!bit, Ordering::Release);
-    }
-}
-
 /// One vCPU's part.
 #[derive(Debug)]
 pub(crate) struct Slate {
@@ -312,70 +283,6 @@ impl Slate {
         }
         word(words, slate::WRITTEN).store(written.wrapping_add(1), Ordering::Release);
     }
-}
-
-/// What was done and why, as one word.
-fn encode_answer(event: &Event) -> u64 {
-    let why = event.why.map_or(0, |why| why as u64 + 1);
-    let reason = event.reason.map_or(0, |reason| reason as u64);
-    event.did as u64 | why << 8 | reason << 16
-}
-
-fn decode_answer(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
-    let did = Did::ALL.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
-    let why = (bits >> 8 & 0xff).checked_sub(1);
-    let why = why.and_then(|why| Why::ALL.get(why as usize).copied());
-    (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
-}
-
-fn encode(event: &Event, log: Log) -> [u64; EVENT] {
-    let (kind, per_second) = match log {
-        Log::None => (0, 0),
-        Log::All => (1, 0),
-        Log::First => (2, 0),
-        Log::PerSecond(n) => (3, n),
-    };
-    let op = (event.op == Op::Write) as u64;
-    let rip = u64::from(event.rip.is_some());
-    let cost = u64::from(event.cost.is_some());
-    [
-        event.t,
-        event.value,
-        event.rip.unwrap_or(0),
-        u64::from(event.msr.0) | u64::from(event.vm) << 32,
-        u64::from(event.vcpu) | u64::from(event.rule.unwrap_or(u32::MAX)) << 32,
-        encode_answer(event) | op << 24 | rip << 32 | cost << 33,
-        kind | u64::from(per_second) << 32,
-        event.cost.unwrap_or(0),
-    ]
-}
-
-/// Whatever the words are, they are some event.
-fn decode(words: [u64; EVENT]) -> (Event, Log) {
-    let [t, value, rip, msr_vm, vcpu_rule, bits, log, cost] = words;
-    let high = |word: u64| (word >> 32) as u32;
-    let (did, why, reason) = decode_answer(bits);
-    let event = Event {
-        t,
-        vm: high(msr_vm),
-        vcpu: vcpu_rule as u32,
-        op: if bits >> 24 & 1 == 0 { Op::Read } else { Op::Write },
-        msr: Msr(msr_vm as u32),
-        value,
-        reason,
-        did,
-        why,
-        rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
-        rip: (bits >> 32 & 1 == 1).then_some(rip),
-        cost: (bits >> 33 & 1 == 1).then_some(cost),
-    };
-    let log = match log & 3 {
-        0 => Log::None,
-        1 => Log::All,
-        2 => Log::First,
-        _ => Log::PerSecond(high(log)),
-    };
-    (event, log)
 }
 
 /// How often an MSR was accessed in one direction, and what the last access got.
@@ -496,5 +403,7 @@ impl Reader<'_> {
     }
 }
 
+mod event;
+mod taken;
 #[cfg(test)]
 mod tests;
