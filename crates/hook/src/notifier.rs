@@ -30,6 +30,8 @@ const SEND: c_ulong = 0xc018_2101;
 const _: () = assert!(size_of::<seccomp_notif>() == 0x50 && size_of::<seccomp_notif_resp>() == 0x18);
 /// `SECCOMP_USER_NOTIF_FLAG_CONTINUE`.
 const CONTINUE: u32 = 1;
+/// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV`.
+const WAIT_KILLABLE: c_ulong = 1 << 5;
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// `ioctl` of 32-bit programs.
 const IOCTL_32: u32 = 54;
@@ -82,12 +84,21 @@ fn listen() -> io::Result<OwnedFd> {
         step(end, libc::SECCOMP_RET_ALLOW, 0, 0),
         step(end, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
     ];
+    // A filter is not to make the VMM slower by mitigations that it had not, and a signal is to wait while the command
+    // looks.
+    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+    match install(&mut program, flags | WAIT_KILLABLE) {
+        // Linux 5.19 has it.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => install(&mut program, flags),
+        result => result,
+    }
+}
+
+fn install(program: &mut [sock_filter], flags: c_ulong) -> io::Result<OwnedFd> {
     let filter = libc::sock_fprog {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    // A filter is not to make the VMM slower by mitigations that it had not.
-    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
     // SAFETY: the kernel reads the program, so many steps at the address, which live over the call.
     let listener = unsafe {
         libc::syscall(
