@@ -22,7 +22,7 @@ mod json;
 
 use std::fmt;
 
-use msrgate_core::abi::{FILTER_DEFAULT_DENY, MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::abi::{FILTER_DEFAULT_DENY, MAX_BITMAP_BYTES, MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Filter, FilterRange, MsrRange, Ops, Verdict};
 use msrgate_plan::DecisionMap;
 
@@ -55,7 +55,7 @@ const STRACE: &str = "strace shows where the filter lies and not what is in it: 
 impl Form {
     /// The form of these bytes, by what they begin with. What is in no other form is taken for a policy.
     pub fn of(bytes: &[u8]) -> Form {
-        let text = match std::str::from_utf8(bytes) {
+        let text = match std::str::from_utf8(unmarked(bytes)) {
             Ok(text) if !text.contains('\0') => text.trim_start(),
             _ => return Form::Bytes,
         };
@@ -78,7 +78,10 @@ impl Form {
         if !c_names && bytes::looks_like_dump(first) {
             return Form::Dump;
         }
-        let c = ["/*", "//", "."].iter().any(|start| first.starts_with(start)) || first.ends_with(';');
+        let c = ["/*", "//", ".", "static ", "const ", "unsigned char ", "uint8_t "]
+            .iter()
+            .any(|start| first.starts_with(start))
+            || first.ends_with(';');
         let key = first.split('=').next().unwrap_or_default().trim_end();
         let toml = first.starts_with('[') || !key.is_empty() && !key.contains([' ', '\t', '(']);
         match c || !toml && c_names {
@@ -90,6 +93,14 @@ impl Form {
 
 /// What is said of a text that shows a filter in a way that is not read.
 fn other(text: &str) -> Option<&'static str> {
+    if text
+        .strip_prefix('[')
+        .is_some_and(|inner| inner.trim_start().starts_with('{'))
+    {
+        return Some(
+            "this is a list, and a filter has a default beside its ranges: { \"default\": \"deny\", \"ranges\": […] }",
+        );
+    }
     let filter =
         text.contains("kvm_msr_filter") && ["let ", "Default::default()"].iter().any(|word| text.contains(word));
     if filter || text.contains("MsrFilterRange") {
@@ -118,6 +129,7 @@ pub struct Given {
 
 /// Reads a plan or a raw filter in any form but [`Form::Policy`]'s.
 pub fn read(bytes: &[u8]) -> Result<Given, RawError> {
+    let bytes = unmarked(bytes);
     match Form::of(bytes) {
         Form::Json => json::read(bytes),
         Form::C => c::read(&String::from_utf8_lossy(bytes)),
@@ -313,6 +325,25 @@ impl fmt::Display for RawError {
 }
 
 impl std::error::Error for RawError {}
+
+/// What a name of the kernel's header stands for.
+fn kernel_name(name: &str) -> Option<u64> {
+    Some(match name {
+        "KVM_MSR_FILTER_READ" => 1,
+        "KVM_MSR_FILTER_WRITE" => 2,
+        "KVM_MSR_FILTER_RANGE_VALID_MASK" => 3,
+        "KVM_MSR_FILTER_DEFAULT_ALLOW" => 0,
+        "KVM_MSR_FILTER_DEFAULT_DENY" | "KVM_MSR_FILTER_VALID_MASK" => u64::from(FILTER_DEFAULT_DENY),
+        "KVM_MSR_FILTER_MAX_RANGES" => MAX_RANGES as u64,
+        "KVM_MSR_FILTER_MAX_BITMAP_SIZE" => u64::from(MAX_BITMAP_BYTES),
+        _ => return None,
+    })
+}
+
+/// A text without the mark that some editors put before UTF-8.
+fn unmarked(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
 
 /// Bytes from pairs of hexadecimal digits.
 fn hex(text: &str) -> Option<Vec<u8>> {

@@ -70,7 +70,8 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
 
 /// Which bits are left as they are, and which are ones.
 fn bits(bitmap: &str) -> Option<(u64, u64)> {
-    let digits = bitmap.strip_prefix("0b").unwrap_or(bitmap);
+    // Underscores may stand anywhere among them.
+    let digits = bitmap.strip_prefix("0b").unwrap_or(bitmap).replace('_', "");
     if digits.is_empty() || digits.len() > 64 {
         return None;
     }

@@ -68,7 +68,7 @@ fn a_template_of_firecracker_is_fixed_values_and_masks() {
         "cpuid_modifiers": [{ "leaf": "0x1" }],
         "msr_modifiers": [
             { "addr": "0x10a", "bitmap": "0b0000000000000000000000000000000000000000000000000000000000000101" },
-            { "addr": "416", "bitmap": "0bx1x0" },
+            { "addr": "416", "bitmap": "0bx1_x0" },
             { "addr": "0x8b", "bitmap": "xxxx" }
         ]
     }"#;

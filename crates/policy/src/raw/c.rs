@@ -8,6 +8,8 @@ mod value;
 
 use std::collections::{HashMap, HashSet};
 
+use msrgate_core::abi::Layout;
+
 use self::cursor::Cursor;
 use self::fields::{Filter, Pointer};
 pub(super) use self::token::string;
@@ -330,6 +332,11 @@ impl Reader<'_> {
     fn finish(mut self) -> Result<Given, RawError> {
         let filter = match self.filters.len() {
             0 => {
+                // As `xxd -i` shows the bytes of a file.
+                let array = self.objects.only_bytes();
+                if let Some(bytes) = array.filter(|bytes| bytes.len() >= Layout::COMPAT.filter_size) {
+                    return super::bytes::read(bytes);
+                }
                 let nothing = || RawError::new("nothing here sets a `struct kvm_msr_filter` up");
                 return Err(self.passed_over.take().unwrap_or_else(nothing));
             }

@@ -7,7 +7,7 @@ use msrgate_core::{Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteActi
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
 
-use super::{Given, RawError, RawFilter, RawRange, hex};
+use super::{Given, RawError, RawFilter, RawRange, hex, kernel_name};
 use crate::number;
 
 type Object = Map<String, Value>;
@@ -51,7 +51,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
 fn filter(object: &Object) -> Result<RawFilter, RawError> {
     let flags = match (object.get("default"), object.get("flags")) {
         (Some(_), Some(_)) => return Err(RawError::new("give `default` or `flags`, not both")),
-        (None, Some(flags)) => u32_of(flags, "flags")?,
+        (None, Some(flags)) => flags_of(flags, "flags")?,
         (Some(Value::String(word)), None) if word == "allow" => 0,
         (Some(Value::String(word)), None) if word == "deny" => FILTER_DEFAULT_DENY,
         (Some(_), None) => return Err(RawError::new("`default` is neither \"allow\" nor \"deny\"")),
@@ -88,7 +88,7 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
                 "`{at}`: give `flags`, or `read` and `write`, not both"
             )));
         }
-        Some(_) => number("flags")?,
+        Some(flags) => flags_of(flags, &format!("{at}.flags"))?,
         None => {
             let set = |key, ops: Ops| match object.get(key) {
                 Some(Value::Bool(true)) => Ok(ops.bits()),
@@ -98,13 +98,16 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
             set("read", Ops::READ)? | set("write", Ops::WRITE)?
         }
     };
-    let bitmap = text(required(object, "bitmap", at)?, &format!("{at}.bitmap"))?;
+    let bitmap = required(object, "bitmap", at)?;
     Ok(RawRange {
         flags,
         nmsrs: number("nmsrs")?,
         base: number("base")?,
-        bitmap: hex(bitmap)
-            .ok_or_else(|| RawError::new(format!("`{at}.bitmap` is not made of pairs of hexadecimal digits")))?,
+        bitmap: bytes_of(bitmap).ok_or_else(|| {
+            RawError::new(format!(
+                "`{at}.bitmap` is neither a text of pairs of hexadecimal digits, as \"0700000000000000\", nor a list of bytes"
+            ))
+        })?,
     })
 }
 
@@ -336,6 +339,27 @@ fn u64_of(value: &Value, at: &str) -> Result<u64, RawError> {
         value => value.as_u64(),
     };
     number.ok_or_else(|| RawError::new(format!("`{at}` is no number of 64 bits: {value}")))
+}
+
+fn bytes_of(value: &Value) -> Option<Vec<u8>> {
+    match value {
+        Value::String(text) => hex(text),
+        Value::Array(bytes) => {
+            let byte = |value: &Value| value.as_u64().and_then(|byte| u8::try_from(byte).ok());
+            bytes.iter().map(byte).collect()
+        }
+        _ => None,
+    }
+}
+
+/// Flags as a number, or by the kernel's names with `|` between them.
+fn flags_of(value: &Value, at: &str) -> Result<u32, RawError> {
+    let named = value.as_str().and_then(|text| {
+        let mut names = text.split('|');
+        let flags = names.try_fold(0, |flags, name| Some(flags | kernel_name(name.trim())?))?;
+        u32::try_from(flags).ok()
+    });
+    named.map_or_else(|| u32_of(value, at), Ok)
 }
 
 fn u32_of(value: &Value, at: &str) -> Result<u32, RawError> {

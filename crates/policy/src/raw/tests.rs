@@ -80,6 +80,29 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
 }
 
 #[test]
+fn a_filter_in_json_may_have_names_and_lists_and_a_byte_order_mark() {
+    let text = "\u{feff}{\"flags\":\"KVM_MSR_FILTER_DEFAULT_DENY\",\"ranges\":[{\"base\":\"0x174\",\"nmsrs\":3,\
+        \"flags\":\"KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE\",\"bitmap\":[5,0,0,0,0,0,0,0]}]}";
+    let filter = read(text.as_bytes()).expect("a filter").filter;
+    let verdicts = [0x174, 0x175, 0x176, 0x177].map(|msr| verdict(&filter, msr, Op::Write) == Verdict::Allow);
+    assert_eq!(verdicts, [true, false, true, false]);
+    for (text, what) in [
+        ("{\"flags\":\"KVM_MSR_FILTER_DENY\",\"ranges\":[]}", "no number"),
+        (
+            "{\"flags\":0,\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":[256]}]}",
+            "nor a list of bytes",
+        ),
+        (
+            "{\"flags\":0,\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0x01\"}]}",
+            "nor a list of bytes",
+        ),
+        ("[{\"base\":1}]", "a default beside its ranges"),
+    ] {
+        assert!(refused(text).contains(what), "{text}: {}", refused(text));
+    }
+}
+
+#[test]
 fn what_the_kernel_takes_for_something_else_is_remarked() {
     let text = r#"{ "default": "allow", "ranges": [
         { "base": "0xfffffff0", "nmsrs": 16, "flags": 3, "bitmap": "0000000000000000" },
@@ -117,7 +140,7 @@ fn json_that_is_no_filter_says_what_is_wrong_and_where() {
         ("{\"default\":\"allow\",\"rages\":[]}", "`rages` is no key"),
         (
             "{\"default\":\"allow\",\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0\"}]}",
-            "`ranges[0].bitmap` is not made of pairs",
+            "`ranges[0].bitmap` is neither a text of pairs",
         ),
         (
             "{\"default\":\"allow\",\"ranges\":[{\"base\":\"0x1_0000_0000\",\"nmsrs\":1,\"flags\":1,\"bitmap\":\"\"}]}",
@@ -451,6 +474,13 @@ fn dumps_of_those_bytes_are_read_whichever_tool_made_them() {
             "{dump}"
         );
     }
+    let hex: Vec<String> = bytes.iter().map(|byte| format!("0x{byte:02x}")).collect();
+    let in_c = format!(
+        "unsigned char filter_bin[] = {{\n  {}\n}};\nunsigned int filter_bin_len = 400;\n",
+        hex.join(", ")
+    );
+    let filter = read(in_c.as_bytes()).expect("a filter").filter;
+    assert_eq!(filter.ranges()[0].bitmap(), [0x5c_22fe]);
     for (dump, what) in [
         ("00000000  00 00\n*\n00000188\n", "line 2: `*`"),
         ("0000000 0000 0001\n", "words and not bytes"),

@@ -1,12 +1,10 @@
 //! Constant expressions of C.
 
-use msrgate_core::abi;
-
 use super::cursor::Cursor;
 use super::token::Kind;
 use super::value::{Objects, width};
 use crate::database;
-use crate::raw::RawError;
+use crate::raw::{RawError, kernel_name};
 
 /// How deep brackets and macros may go.
 const DEEPEST: u32 = 64;
@@ -202,14 +200,7 @@ impl Objects {
             "UINT8_MAX" | "U8_MAX" | "UCHAR_MAX" => Some(u64::from(u8::MAX)),
             "true" => Some(1),
             "false" => Some(0),
-            "KVM_MSR_FILTER_READ" => Some(1),
-            "KVM_MSR_FILTER_WRITE" => Some(2),
-            "KVM_MSR_FILTER_RANGE_VALID_MASK" => Some(3),
-            "KVM_MSR_FILTER_DEFAULT_ALLOW" => Some(0),
-            "KVM_MSR_FILTER_DEFAULT_DENY" | "KVM_MSR_FILTER_VALID_MASK" => Some(u64::from(abi::FILTER_DEFAULT_DENY)),
-            "KVM_MSR_FILTER_MAX_RANGES" => Some(abi::MAX_RANGES as u64),
-            "KVM_MSR_FILTER_MAX_BITMAP_SIZE" => Some(u64::from(abi::MAX_BITMAP_BYTES)),
-            name => database::by_name(name).map(|entry| u64::from(entry.msr.0)),
+            name => kernel_name(name).or_else(|| database::by_name(name).map(|entry| u64::from(entry.msr.0))),
         };
         known.ok_or_else(|| {
             cursor.error(format!(

@@ -66,6 +66,13 @@ impl Objects {
         self.objects.insert(name.to_owned(), object);
     }
 
+    /// The bytes of the only array that there is.
+    pub(super) fn only_bytes(&self) -> Option<&[u8]> {
+        let mut arrays = self.objects.values().filter(|object| object.bytes.len() > object.width);
+        let array = arrays.next().filter(|array| array.width == 1)?;
+        arrays.next().is_none().then_some(&array.bytes)
+    }
+
     /// Its value is no number any more that can be told.
     pub(super) fn doubt(&mut self, name: &str) {
         if let Some(object) = self.objects.get_mut(name) {
