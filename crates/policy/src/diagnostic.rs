@@ -70,10 +70,11 @@ pub enum Code {
     NoGuestStarts,
     StateUnlisted,
     StateKept,
+    InterfaceDenied,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 39] = [
+    const ALL: [(Code, &'static str, &'static str); 40] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -173,6 +174,11 @@ impl Code {
             "a snapshot must save MSRs that KVM does not list",
         ),
         (Code::StateKept, "N022", "the policy keeps state that KVM does not have"),
+        (
+            Code::InterfaceDenied,
+            "N023",
+            "a rule denies an interface that the guest's CPUID may show",
+        ),
     ];
 
     fn entry(self) -> &'static (Code, &'static str, &'static str) {

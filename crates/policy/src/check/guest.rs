@@ -23,6 +23,14 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cp
     };
     let by_rules = rules.iter().filter_map(|(index, rule)| breaks(rule, &by(Some(*index))));
     let mut findings: Vec<Diagnostic> = by_rules.collect();
+    if cpuid.is_none() {
+        let of_interface = |need: &&Need| !applies(need, None) && denies(map, need);
+        let offered: Vec<&Need> = database::needs().iter().filter(of_interface).collect();
+        findings.extend(rules.iter().filter_map(|(index, rule)| {
+            let by_rule = offered.iter().filter(|need| decider(map, need) == Some(*index));
+            offered_elsewhere(rule, &by_rule.copied().collect::<Vec<_>>())
+        }));
+    }
     findings.extend(none_starts(&by(None)));
     findings
 }
@@ -74,6 +82,20 @@ fn breaks(rule: &Rule, needs: &[&Need]) -> Option<Diagnostic> {
     }
     Some(Diagnostic::at(Code::BreaksGuest, rule.place.clone(), message).help(
         "allow it, or answer in another way than by #GP; where no such guest runs: `accept = { W008 = \"who runs\" }`",
+    ))
+}
+
+/// A note on what a guest does where its CPUID offers a hypervisor's interface.
+fn offered_elsewhere(rule: &Rule, needs: &[&Need]) -> Option<Diagnostic> {
+    let first = needs.first()?;
+    let message = format!(
+        "this rule denies {}, which {} does unguarded where its CPUID shows the hypervisor's interface: {}",
+        access(first),
+        first.system,
+        first.why
+    );
+    Some(Diagnostic::at(Code::InterfaceDenied, rule.place.clone(), message).help(
+        "take the interface from the guest's CPUID too, as QEMU does with `kvmclock=off`; with `--cpuid` it is looked at",
     ))
 }
 

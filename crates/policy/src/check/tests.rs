@@ -203,6 +203,22 @@ fn an_index_where_nothing_has_msrs_is_found_where_a_known_one_is_near() {
 }
 
 #[test]
+fn a_denied_interface_of_a_hypervisor_is_a_note_where_no_cpuid_tells() {
+    let notes = |rules: &str| {
+        let policy = policy(&format!("default = \"allow\"\n{rules}"));
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None);
+        let found = findings.into_iter().filter(|found| found.code.code() == "N023");
+        found.map(|found| found.message).collect::<Vec<_>>()
+    };
+    let clock = notes(&rule("\"@kvmclock\"", "write = \"deny\""));
+    assert!(clock.len() == 1 && clock[0].contains("Linux"), "{clock:?}");
+    let hyperv = notes(&rule("\"@hyperv\"", "write = \"deny\""));
+    assert!(hyperv.len() == 1 && hyperv[0].contains("Windows"), "{hyperv:?}");
+    assert_eq!(notes(&rule("\"@kvmclock\"", "write = \"allow\"")), [""; 0]);
+    assert_eq!(notes(&rule("\"IA32_EFER\"", "write = \"deny\"")), [""; 0]);
+}
+
+#[test]
 fn what_a_system_needs_of_a_hypervisor_it_needs_where_cpuid_shows_it() {
     let leaves = |features: u32| {
         Cpuid::from_entries([
