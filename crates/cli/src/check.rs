@@ -91,7 +91,7 @@ impl Checked {
                 "code": found.code.code(),
                 "severity": found.severity().name(),
                 "message": found.message,
-                "file": place.map(|(_, source)| source.path.display().to_string()),
+                "file": place.map(|(_, source)| source.path().display().to_string()),
                 "line": line,
                 "column": column,
                 "help": found.help,
@@ -161,7 +161,7 @@ impl Checked {
                 let source = self.sources.get(place.source)?;
                 Some(format!(
                     " at {}:{}",
-                    source.path.display(),
+                    source.path().display(),
                     source.line_column(place.span.start).0
                 ))
             });

@@ -74,7 +74,7 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
         let source = policy.sources.get(rule.place.source);
         json!({
             "index": index,
-            "file": source.map(|source| source.path.display().to_string()),
+            "file": source.map(|source| source.path().display().to_string()),
             "line": source.map(|source| source.line_column(rule.place.span.start).0),
             "why": rule.why,
         })

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 
 use annotate_snippets::renderer::DecorStyle;
-use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
+use annotate_snippets::{Annotation, AnnotationKind, Group, Level, Renderer, Snippet};
 use comfy_table::{ContentArrangement, Table, presets};
 use msrgate_policy::{Diagnostic, Place, Severity, Source};
 
@@ -23,24 +23,22 @@ pub(crate) fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
     let mut report: Vec<Group<'_>> = Vec::new();
     let mut group = Group::with_title(title);
     let source = |place: &Place| sources.get(place.source);
-    if let Some((place, at)) = found.place.as_ref().and_then(|place| Some((place, source(place)?))) {
-        let mut snippet = Snippet::source(&at.text)
-            .path(at.path.to_string_lossy().into_owned())
-            .annotation(AnnotationKind::Primary.span(visible(at, place)));
-        let mut elsewhere = None;
-        if let Some((second, label)) = &found.second {
-            if second.source == place.source {
-                snippet = snippet.annotation(AnnotationKind::Context.span(visible(at, second)).label(label));
-            } else {
-                elsewhere = source(second).map(|at| (second, at, label));
+    let first = found.place.as_ref().and_then(|place| Some((source(place)?, place)));
+    let second = found
+        .second
+        .as_ref()
+        .and_then(|(place, label)| Some((source(place)?, place, label)));
+    if let Some((at, place)) = first {
+        let primary = (place, AnnotationKind::Primary, None);
+        match second {
+            Some((_, second, label)) if near(place, second) => {
+                group = group.element(snippet(at, &[primary, (second, AnnotationKind::Context, Some(label))]));
             }
-        }
-        group = group.element(snippet);
-        if let Some((second, at, label)) = elsewhere {
-            let snippet = Snippet::source(&at.text)
-                .path(at.path.to_string_lossy().into_owned())
-                .annotation(AnnotationKind::Context.span(visible(at, second)).label(label));
-            group = group.element(snippet);
+            Some((elsewhere, second, label)) => {
+                group = group.element(snippet(at, &[primary]));
+                group = group.element(snippet(elsewhere, &[(second, AnnotationKind::Context, Some(label))]));
+            }
+            None => group = group.element(snippet(at, &[primary])),
         }
     }
     if let Some(help) = &found.help {
@@ -55,12 +53,50 @@ pub(crate) fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
     renderer.decor_style(DecorStyle::Ascii).render(&report)
 }
 
+/// Whether two places are shown as one part of a file.
+fn near(a: &Place, b: &Place) -> bool {
+    const BYTES: usize = 4096;
+    a.source == b.source && a.span.start.abs_diff(b.span.start) < BYTES
+}
+
+/// The lines of a source that have these places, underlined. Only they are given to the renderer, which reads all that it
+/// is given.
+fn snippet<'a>(
+    source: &'a Source,
+    places: &[(&Place, AnnotationKind, Option<&'a String>)],
+) -> Snippet<'a, Annotation<'a>> {
+    let text = source.text();
+    let spans = || places.iter().map(|(place, ..)| visible(text, place));
+    let begin = spans().map(|span| span.start).min().unwrap_or_default();
+    let end = spans().map(|span| span.end).max().unwrap_or_default();
+    let begin = text
+        .get(..begin)
+        .and_then(|before| before.rfind('\n'))
+        .map_or(0, |end| end + 1);
+    let end = text
+        .get(end..)
+        .and_then(|behind| behind.find('\n'))
+        .map_or(text.len(), |line| end + line);
+    let annotations = places.iter().map(|(place, kind, label)| {
+        let span = visible(text, place);
+        let annotation = kind.span(span.start - begin..span.end - begin);
+        match label {
+            Some(label) => annotation.label(label.as_str()),
+            None => annotation,
+        }
+    });
+    Snippet::source(text.get(begin..end).unwrap_or_default().trim_end_matches('\r'))
+        .line_start(source.line_column(begin).0)
+        .path(source.path().to_string_lossy().into_owned())
+        .annotations(annotations)
+}
+
 /// The part of a place that is shown: a rule is pointed at by its first line.
-fn visible(source: &Source, place: &Place) -> std::ops::Range<usize> {
-    let text = source.text.get(place.span.clone()).unwrap_or_default();
-    let first = text.lines().next().unwrap_or_default().trim_end();
-    let end = place.span.start + first.len();
-    place.span.start..end.min(source.text.len())
+fn visible(text: &str, place: &Place) -> std::ops::Range<usize> {
+    let part = text.get(place.span.clone()).unwrap_or_default();
+    let first = part.lines().next().unwrap_or_default().trim_end();
+    let start = place.span.start.min(text.len());
+    start..start + first.len()
 }
 
 /// A table without lines, as wide as the terminal allows.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// How much a finding weighs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -225,21 +226,51 @@ impl fmt::Display for Code {
 }
 
 /// A file that took part in a policy.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
-    /// As the author would recognise it.
-    pub path: PathBuf,
-    /// What it holds.
-    pub text: String,
+    path: PathBuf,
+    text: String,
+    /// The bytes at which lines begin, once somebody asks for a line.
+    lines: OnceLock<Vec<usize>>,
 }
 
+impl PartialEq for Source {
+    fn eq(&self, other: &Source) -> bool {
+        self.path == other.path && self.text == other.text
+    }
+}
+
+impl Eq for Source {}
+
 impl Source {
+    pub(crate) fn new(path: PathBuf, text: String) -> Source {
+        Source {
+            path,
+            text,
+            lines: OnceLock::new(),
+        }
+    }
+
+    /// As the author would recognise it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it holds.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// The line and column, both from 1, of a place in the text; columns count characters.
     pub fn line_column(&self, offset: usize) -> (usize, usize) {
-        let before = self.text.get(..offset).unwrap_or(&self.text);
-        let line = before.matches('\n').count() + 1;
-        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-        (line, column)
+        let lines = self.lines.get_or_init(|| {
+            let behind = self.text.match_indices('\n').map(|(end, _)| end + 1);
+            std::iter::once(0).chain(behind).collect()
+        });
+        let line = lines.partition_point(|start| *start <= offset).max(1);
+        let start = lines.get(line - 1).copied().unwrap_or_default();
+        let before = self.text.get(start..offset).or(self.text.get(start..));
+        (line, before.unwrap_or_default().chars().count() + 1)
     }
 }
 
@@ -364,12 +395,11 @@ mod tests {
 
     #[test]
     fn columns_count_characters_and_lines_start_at_one() {
-        let source = Source {
-            path: "p".into(),
-            text: "aé\nü = 1".to_owned(),
-        };
+        let source = Source::new("p".into(), "aé\nü = 1".to_owned());
         assert_eq!(source.line_column(0), (1, 1));
         assert_eq!(source.line_column(3), (1, 3));
+        assert_eq!(source.line_column(4), (2, 1));
         assert_eq!(source.line_column(source.text.len()), (2, 6));
+        assert_eq!(source.line_column(source.text.len() + 1), (2, 6));
     }
 }

@@ -267,7 +267,7 @@ impl Policy {
         let source = self.sources.get(rule.place.source)?;
         Some(format!(
             "{}:{}",
-            source.path.display(),
+            source.path().display(),
             source.line_column(rule.place.span.start).0
         ))
     }

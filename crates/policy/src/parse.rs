@@ -161,10 +161,7 @@ impl Loading<'_> {
             return None;
         }
         let source = self.sources.len();
-        self.sources.push(Source {
-            path: path.to_path_buf(),
-            text: text.clone(),
-        });
+        self.sources.push(Source::new(path.to_path_buf(), text.clone()));
         let mut file = self.parse(source, &text);
         self.open.push(canonical);
         for (name, place) in std::mem::take(&mut file.extends) {

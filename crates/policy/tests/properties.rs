@@ -273,7 +273,7 @@ fn assert_well_formed(rejected: &Rejected) {
         assert_eq!(found.severity(), Severity::Error, "{found:?}");
         let second = found.second.as_ref().map(|(place, _)| place);
         for place in found.place.iter().chain(second) {
-            let text = &rejected.sources[place.source].text;
+            let text = rejected.sources[place.source].text();
             assert!(text.get(place.span.clone()).is_some(), "{found:?} in {text:?}");
         }
     }

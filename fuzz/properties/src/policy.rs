@@ -21,7 +21,7 @@ fn is_well_formed(rejected: &Rejected) {
         assert_eq!(found.severity(), Severity::Error, "{found:?}");
         let second = found.second.as_ref().map(|(place, _)| place);
         for place in found.place.iter().chain(second) {
-            let text = rejected.sources.get(place.source).map(|source| source.text.as_str());
+            let text = rejected.sources.get(place.source).map(|source| source.text());
             assert!(
                 text.is_some_and(|text| text.get(place.span.clone()).is_some()),
                 "{found:?} has no place in {text:?}"

@@ -331,7 +331,7 @@ fn rules(told: &Told) -> Markup {
                                     (rule.why.as_deref().map(plain).unwrap_or_default())
                                     @if let Some(source) = policy.sources.get(rule.place.source) {
                                         div.muted {
-                                            (short(&source.path.display().to_string())) ":"
+                                            (short(&source.path().display().to_string())) ":"
                                             (source.line_column(rule.place.span.start).0)
                                         }
                                     }

@@ -144,7 +144,7 @@ fn rules(told: &Told) -> Value {
             let source = policy.sources.get(rule.place.source);
             json!({
                 "index": number,
-                "file": source.map(|source| source.path.display().to_string()),
+                "file": source.map(|source| source.path().display().to_string()),
                 "line": source.map(|source| source.line_column(rule.place.span.start).0),
                 "text": rule.to_string().trim(),
                 "why": rule.why,
