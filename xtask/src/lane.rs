@@ -39,7 +39,7 @@ pub(crate) struct Done {
 pub(crate) enum Failure {
     /// This machine lacks what the lane needs.
     Unavailable(String),
-    /// The emulator or its kernel failed, twice.
+    /// The emulator or its kernel failed, each time.
     Broken(String),
 }
 
@@ -72,7 +72,10 @@ pub(crate) fn main(lane: Lane, job: &Job) -> ExitCode {
     }
 }
 
-/// Boots the lane's kernel, trying twice, and runs the job's script in it.
+/// How often a machine that fails is started.
+const TRIES: u32 = 3;
+
+/// Boots the lane's kernel, trying again where the machine fails, and runs the job's script in it.
 ///
 /// # Errors
 /// Only where the lane fails; a script that fails is a [`Done`].
@@ -90,12 +93,15 @@ pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
     initrd(lane, job, &kernel, folder)
         .and_then(|bytes| fs::write(folder.join("initrd"), bytes).map_err(|error| unusable(folder, &error)))
         .map_err(Failure::Unavailable)?;
-    attempt(lane, job, &kernel, folder)
-        .or_else(|why| {
-            eprintln!("{}: trying once more: {why}", lane.name());
-            attempt(lane, job, &kernel, folder)
-        })
-        .map_err(Failure::Broken)
+    // QEMU's emulator stops now and then while a guest of four CPUs runs in it: no timer of the machine comes any more.
+    let mut tries = 1;
+    loop {
+        match attempt(lane, job, &kernel, folder) {
+            Err(why) if tries < TRIES => eprintln!("{}: trying once more: {why}", lane.name()),
+            result => return result.map_err(Failure::Broken),
+        }
+        tries += 1;
+    }
 }
 
 fn unusable(folder: &Path, error: &io::Error) -> String {
@@ -203,6 +209,7 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
     let mut emulator = Emulator(child);
 
     let mut started: Option<Instant> = None;
+    let (mut lived, mut last) = (0, Instant::now());
     let status = loop {
         let ended = emulator.0.try_wait().map_err(failed)?.is_some();
         let marks = Marks::read(&folder.join("marks"));
@@ -211,6 +218,9 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
         }
         if marks.started && started.is_none() {
             started = Some(Instant::now());
+        }
+        if marks.lived > lived || started.is_none() {
+            (lived, last) = (marks.lived, Instant::now());
         }
         if marks.status.is_some() && whole(&folder.join("output")) {
             // All is there: nothing is lost with what would be left to do, powering off.
@@ -224,6 +234,13 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
         }
         match started {
             Some(at) if at.elapsed() > job.timeout => break None,
+            Some(_) if last.elapsed() > 2 * lane.boot_limit() => {
+                let limit = 2 * lane.boot_limit().as_secs();
+                return Err(format!(
+                    "the emulated machine has stood still for {limit} s\n{}",
+                    last_words(folder)
+                ));
+            }
             None if began.elapsed() > lane.boot_limit() => {
                 let limit = lane.boot_limit().as_secs();
                 return Err(format!("no boot within {limit} s\n{}", last_words(folder)));
@@ -263,6 +280,8 @@ fn end(output: &[u8]) -> Option<usize> {
 #[derive(Default)]
 struct Marks {
     started: bool,
+    /// How often it said that it runs.
+    lived: usize,
     status: Option<u8>,
     failure: Option<String>,
 }
@@ -277,6 +296,8 @@ impl Marks {
         for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
             if line == "start" {
                 marks.started = true;
+            } else if line == "alive" {
+                marks.lived += 1;
             } else if let Some(status) = line.strip_prefix("rc=") {
                 marks.status = status.parse().ok();
             } else if let Some(why) = line.strip_prefix("fail=") {
@@ -421,5 +442,6 @@ mod tests {
         assert_eq!(Marks::parse("start\nrc=1").status, None);
         assert_eq!(Marks::parse("start\nrc=1\n").status, Some(1));
         assert!(Marks::parse("start\n").started);
+        assert_eq!(Marks::parse("start\nalive\nalive\nali").lived, 2);
     }
 }
