@@ -29,14 +29,14 @@ pub(crate) fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
         .as_ref()
         .and_then(|(place, label)| Some((source(place)?, place, label)));
     if let Some((at, place)) = first {
-        let primary = (place, AnnotationKind::Primary, None);
+        let primary = (place, None);
         match second {
             Some((_, second, label)) if near(place, second) => {
-                group = group.element(snippet(at, &[primary, (second, AnnotationKind::Context, Some(label))]));
+                group = group.element(snippet(at, &[primary, (second, Some(label))]));
             }
             Some((elsewhere, second, label)) => {
                 group = group.element(snippet(at, &[primary]));
-                group = group.element(snippet(elsewhere, &[(second, AnnotationKind::Context, Some(label))]));
+                group = group.element(snippet(elsewhere, &[(second, Some(label))]));
             }
             None => group = group.element(snippet(at, &[primary])),
         }
@@ -59,14 +59,11 @@ fn near(a: &Place, b: &Place) -> bool {
     a.source == b.source && a.span.start.abs_diff(b.span.start) < BYTES
 }
 
-/// The lines of a source that have these places, underlined. Only they are given to the renderer, which reads all that it
+/// The lines of a source that have these places, underlined; those with a label are beside the point. Only they are given to the renderer, which reads all that it
 /// is given.
-fn snippet<'a>(
-    source: &'a Source,
-    places: &[(&Place, AnnotationKind, Option<&'a String>)],
-) -> Snippet<'a, Annotation<'a>> {
+fn snippet<'a>(source: &'a Source, places: &[(&Place, Option<&'a String>)]) -> Snippet<'a, Annotation<'a>> {
     let text = source.text();
-    let spans = || places.iter().map(|(place, ..)| visible(text, place));
+    let spans = || places.iter().map(|(place, _)| visible(text, place));
     let begin = spans().map(|span| span.start).min().unwrap_or_default();
     let end = spans().map(|span| span.end).max().unwrap_or_default();
     let begin = text
@@ -77,12 +74,12 @@ fn snippet<'a>(
         .get(end..)
         .and_then(|behind| behind.find('\n'))
         .map_or(text.len(), |line| end + line);
-    let annotations = places.iter().map(|(place, kind, label)| {
+    let annotations = places.iter().map(|(place, label)| {
         let span = visible(text, place);
-        let annotation = kind.span(span.start - begin..span.end - begin);
+        let span = span.start - begin..span.end - begin;
         match label {
-            Some(label) => annotation.label(label.as_str()),
-            None => annotation,
+            Some(label) => AnnotationKind::Context.span(span).label(label.as_str()),
+            None => AnnotationKind::Primary.span(span),
         }
     });
     Snippet::source(text.get(begin..end).unwrap_or_default().trim_end_matches('\r'))

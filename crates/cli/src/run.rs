@@ -18,7 +18,6 @@ use crate::load;
 use crate::run::keeper::Keeper;
 use crate::run::record::{Record, Trace};
 use crate::run::resolve::Resolved;
-use crate::run::stranger::Strangers;
 
 mod child;
 mod keeper;
@@ -81,7 +80,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let known = resolved.by_cpuid.is_none().then_some(&plan);
     let trace = Trace::new(args.trace.as_deref(), &header(&program, mode, known))?;
     let mut record = Record::new(handover.board(), trace, mode, plan.presets(), args.json);
-    let strangers = Strangers::new(handover.board());
     let mut command = Command::new(&program);
     command
         .arg0(name)
@@ -90,7 +88,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         .env(LD_PRELOAD, preloaded(library.into_os_string()));
     let every = (wanted.events || resolved.logs()).then_some(DRAIN);
     resolved.serve(handover.board()).map_err(machine)?;
-    let status = child::run(command, &program, every, &strangers, &mut record, &mut keeper)?;
+    let status = child::run(command, &program, every, handover.board(), &mut record, &mut keeper)?;
     record.drain();
     match status {
         Some(status) => {

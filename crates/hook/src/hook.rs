@@ -19,9 +19,11 @@ use crate::user_filter::{self, word};
 use crate::vcpu::{Body, Slots};
 use crate::vm::{Policy, Shared, State, Vm, is_weaker};
 
-pub(crate) const KVM_CREATE_VM: u32 = 0xae01;
+/// `_IO(KVMIO, 0x01)`, as the kernel takes it: its lower 32 bits.
+pub const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
-const KVM_RUN: u32 = 0xae80;
+/// `_IO(KVMIO, 0x80)`, likewise.
+pub const KVM_RUN: u32 = 0xae80;
 /// `_IOW(KVMIO, 0x99, struct kvm_mp_state)`.
 const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
 /// `_IOWR(KVMIO, 0x88, struct kvm_msrs)`; the size is that of the header.

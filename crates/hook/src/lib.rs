@@ -52,7 +52,7 @@ pub use clock::{Clock, Rate};
 pub use descriptor::Descriptors;
 pub use desk::{Desk, Leaf};
 pub use handover::{Handover, HandoverError, Received, VARIABLE};
-pub use hook::{Hook, Setup};
+pub use hook::{Hook, KVM_CREATE_VM, KVM_RUN, Setup};
 pub use kernel::{Gate, Kernel, RawExit, Vcpu, errno, set_errno};
 pub use notifier::{Asking, Expected, MARK, Notifier, notify};
 pub use spawn::{Forked, bind, fork};

@@ -17,7 +17,7 @@ mod msr_safe;
 use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, Verdict, WriteAction};
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{Decision, DecisionMap, Intervals};
 
 use crate::{print, spell};
 
@@ -203,34 +203,17 @@ impl fmt::Display for ForeignError {
 
 impl std::error::Error for ForeignError {}
 
-/// The reads of a map that a tool cannot say; `say` does so, or tells why not.
-fn unsayable_reads(
-    map: &DecisionMap,
-    mut say: impl FnMut(MsrRange, &ReadAction) -> Result<(), &'static str>,
+/// What a tool cannot say of one direction of a map; `say` does so, or tells why not.
+fn unsayable<A: fmt::Display + Clone + Eq>(
+    op: Op,
+    decisions: &Intervals<Decision<A>>,
+    mut say: impl FnMut(MsrRange, &A) -> Result<(), &'static str>,
 ) -> Vec<Unsayable> {
-    let unsaid = map.reads.iter().filter_map(|(range, decision)| {
+    let unsaid = decisions.iter().filter_map(|(range, decision)| {
         let why = say(range, &decision.action).err()?;
         Some(Unsayable {
             range,
-            op: Op::Read,
-            action: decision.action.to_string(),
-            rule: decision.rule,
-            why,
-        })
-    });
-    unsaid.collect()
-}
-
-/// The same of writes.
-fn unsayable_writes(
-    map: &DecisionMap,
-    mut say: impl FnMut(MsrRange, &WriteAction) -> Result<(), &'static str>,
-) -> Vec<Unsayable> {
-    let unsaid = map.writes.iter().filter_map(|(range, decision)| {
-        let why = say(range, &decision.action).err()?;
-        Some(Unsayable {
-            range,
-            op: Op::Write,
+            op,
             action: decision.action.to_string(),
             rule: decision.rule,
             why,

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use kvm_bindings::{kvm_regs, kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr, kvm_sregs};
 use libc::{c_int, c_ulong, c_void};
 use msrgate_core::{Access, Answer, Msr, Outcome, abi};
-use msrgate_hook::{Gate, Kernel, RawExit, Vcpu};
+use msrgate_hook::{Gate, KVM_CREATE_VM, KVM_RUN, Kernel, RawExit, Vcpu};
 use msrgate_kvm::{Dispatch, Handlers, InstallError, VcpuGate};
 use msrgate_plan::Plan;
 
@@ -254,8 +254,6 @@ impl Vcpu for LiveVcpu {
     }
 }
 
-const KVM_CREATE_VM: u32 = 0xae01;
-const KVM_RUN: u32 = 0xae80;
 /// `_IOR(KVMIO, 0x83, struct kvm_sregs)`.
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
 /// `_IOR(KVMIO, 0x81, struct kvm_regs)`.

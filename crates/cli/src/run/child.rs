@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use msrgate_hook::Notifier;
+use msrgate_hook::{Board, Notifier};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, SigSet, Signal};
@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use crate::exit::{Exit, Failure};
 use crate::run::keeper::Keeper;
 use crate::run::record::Record;
-use crate::run::stranger::Strangers;
+use crate::run::stranger;
 
 /// What is caught, and sent on. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running, the second takes
 /// it along.
@@ -88,7 +88,7 @@ pub(crate) fn run(
     mut command: Command,
     program: &Path,
     every: Option<Duration>,
-    strangers: &Strangers<'_>,
+    board: &Board,
     record: &mut Record<'_>,
     keeper: &mut Keeper,
 ) -> Result<Option<WaitStatus>, Failure> {
@@ -117,11 +117,11 @@ pub(crate) fn run(
         Failure::Line(exit, line)
     })?;
     let child = Pid::from_raw(child.id().cast_signed());
-    let notifier = notifier.notifier().map(|notifier| (notifier, strangers));
+    let notifier = notifier.notifier();
     if notifier.is_some() {
         record.watched();
     }
-    watch(child, &signals, every, notifier, record, keeper).map_err(|error| {
+    watch(child, &signals, every, notifier, board, record, keeper).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", program.display());
         Failure::Line(Exit::Machine, line)
     })
@@ -132,7 +132,8 @@ fn watch(
     child: Pid,
     signals: &Signals,
     every: Option<Duration>,
-    mut asked: Option<(Notifier, &Strangers<'_>)>,
+    mut asked: Option<Notifier>,
+    board: &Board,
     record: &mut Record<'_>,
     keeper: &mut Keeper,
 ) -> io::Result<Option<WaitStatus>> {
@@ -143,7 +144,7 @@ fn watch(
         ready.extend(
             asked
                 .iter()
-                .map(|(notifier, _)| PollFd::new(notifier.as_fd(), PollFlags::POLLIN)),
+                .map(|notifier| PollFd::new(notifier.as_fd(), PollFlags::POLLIN)),
         );
         match poll(&mut ready, timeout.unwrap_or(PollTimeout::NONE)) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -151,9 +152,7 @@ fn watch(
         }
         let asks = ready.get(1).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
         match &asked {
-            Some((notifier, strangers)) if asks.contains(PollFlags::POLLIN) => {
-                strangers.answer(notifier);
-            }
+            Some(notifier) if asks.contains(PollFlags::POLLIN) => stranger::answer(notifier, board),
             // Nobody is left who could ask.
             Some(_) if !asks.is_empty() => asked = None,
             _ => {}

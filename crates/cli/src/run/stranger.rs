@@ -6,39 +6,27 @@ use std::os::unix::fs::MetadataExt;
 
 use msrgate_hook::{Asking, Board, Notifier};
 
-/// Looks at who asks.
-#[derive(Debug)]
-pub(crate) struct Strangers<'a> {
-    board: &'a Board,
-}
-
-impl<'a> Strangers<'a> {
-    pub(crate) fn new(board: &'a Board) -> Strangers<'a> {
-        Strangers { board }
+/// Answers the one that waits, and says so where it gets no VM.
+pub(crate) fn answer(notifier: &Notifier, board: &Board) {
+    // It may have been killed meanwhile.
+    let Ok(asking) = notifier.next() else { return };
+    let thread = asking.thread;
+    if asking.marked || !is_kvm(&asking) {
+        asking.allow();
+        return;
     }
-
-    /// Answers the one that waits, and says so where it gets no VM.
-    pub(crate) fn answer(&self, notifier: &Notifier) {
-        // It may have been killed meanwhile.
-        let Ok(asking) = notifier.next() else { return };
-        let thread = asking.thread;
-        if asking.marked || !is_kvm(&asking) {
-            asking.allow();
-            return;
-        }
-        let program = fs::read_link(format!("/proc/{thread}/exe")).unwrap_or_default();
-        let line = format!(
-            "msrgate: no VM is made by `{}` (process {thread}): the call did not come through the policy's library, since the \
-             program makes system calls by itself and not through glibc, gains rights when it starts, or was started \
-             without LD_PRELOAD and {} in its environment\n",
-            program.display(),
-            msrgate_hook::VARIABLE
-        );
-        // Where it cannot be printed the summary counts it.
-        let _ = io::stderr().lock().write_all(line.as_bytes());
-        self.board.refused();
-        asking.refuse();
-    }
+    let program = fs::read_link(format!("/proc/{thread}/exe")).unwrap_or_default();
+    let line = format!(
+        "msrgate: no VM is made by `{}` (process {thread}): the call did not come through the policy's library, since the \
+         program makes system calls by itself and not through glibc, gains rights when it starts, or was started \
+         without LD_PRELOAD and {} in its environment\n",
+        program.display(),
+        msrgate_hook::VARIABLE
+    );
+    // Where it cannot be printed the summary counts it.
+    let _ = io::stderr().lock().write_all(line.as_bytes());
+    board.refused();
+    asking.refuse();
 }
 
 fn is_kvm(asking: &Asking<'_>) -> bool {

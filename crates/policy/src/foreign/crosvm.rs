@@ -8,10 +8,10 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Msr, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Msr, Op, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each, unsayable_reads, unsayable_writes};
+use super::{ForeignError, Format, Imported, Unsayable, each, unsayable};
 use crate::{number, spell};
 
 const FLAG: &str = "--userspace-msr";
@@ -132,7 +132,7 @@ fn one(value: &str, to: &mut Imported) -> Result<(), String> {
 /// Reads from the host and writes that go nowhere are what crosvm can do just so; each MSR in one direction.
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut flags: BTreeMap<Msr, &str> = BTreeMap::new();
-    let mut unsayable = unsayable_reads(map, |range, action| match action {
+    let mut unsaid = unsayable(Op::Read, &map.reads, |range, action| match action {
         ReadAction::Allow => Ok(()),
         ReadAction::Host => {
             flags.extend(each(range)?.map(|msr| (msr, "type=r,action=pass")));
@@ -141,7 +141,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         ReadAction::Deny => Err("crosvm answers what it takes from KVM, and denies nothing"),
         _ => Err("crosvm answers reads with the host's value, and with no other"),
     });
-    unsayable.extend(unsayable_writes(map, |range, action| match action {
+    unsaid.extend(unsayable(Op::Write, &map.writes, |range, action| match action {
         WriteAction::Allow => Ok(()),
         WriteAction::Ignore => match each(range)?.any(|msr| flags.insert(msr, "type=w,action=emu").is_some()) {
             true => Err("crosvm has one action for an MSR, and its reads have another"),
@@ -154,5 +154,5 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         .iter()
         .map(|(msr, what)| format!("{FLAG} index={msr},{what},filter=yes\n"))
         .collect();
-    (text, unsayable)
+    (text, unsaid)
 }

@@ -5,10 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Msr, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each, unsayable_reads, unsayable_writes};
+use super::{ForeignError, Format, Imported, Unsayable, each, unsayable};
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     let mut imported = Imported {
@@ -76,7 +76,7 @@ fn number(word: &str) -> Option<u64> {
 
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut listed: BTreeMap<Msr, u64> = BTreeMap::new();
-    let mut unsayable = unsayable_reads(map, |range, action| match action {
+    let mut unsaid = unsayable(Op::Read, &map.reads, |range, action| match action {
         ReadAction::Deny => Ok(()),
         ReadAction::Allow => {
             listed.extend(each(range)?.map(|msr| (msr, 0)));
@@ -84,7 +84,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         }
         _ => Err("msr-safe opens reads or does not"),
     });
-    unsayable.extend(unsayable_writes(map, |range, action| {
+    unsaid.extend(unsayable(Op::Write, &map.writes, |range, action| {
         let mask = match action {
             WriteAction::Deny => return Ok(()),
             WriteAction::Allow => u64::MAX,
@@ -107,5 +107,5 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
             crate::spell::name(*msr)
         ));
     }
-    (text, unsayable)
+    (text, unsaid)
 }
