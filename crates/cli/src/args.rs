@@ -422,9 +422,13 @@ pub(crate) struct RunArgs {
     /// Write down each access that the policy decides: JSON Lines, or for people on standard error with `-`
     #[arg(long, value_name = "FILE|-")]
     pub(crate) trace: Option<PathBuf>,
-    /// Have the guest's instruction pointer in the trace, which costs a system call for each access
+    /// Have the guest's instruction pointer in the trace
     #[arg(long, requires = "trace")]
     pub(crate) rip: bool,
+    /// Let what the VMM starts gain rights (setuid programs), as without msrgate. Refused where the policy cannot be kept
+    /// so: to others than root the kernel lets no calls wait then
+    #[arg(long)]
+    pub(crate) allow_new_privs: bool,
     /// Print the summary as one JSON object, the last line of standard error
     #[arg(long)]
     pub(crate) json: bool,

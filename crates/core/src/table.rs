@@ -171,6 +171,12 @@ impl ActionTable {
         !self.spans.is_empty() || self.spare
     }
 
+    /// The MSRs that keep a state of their own for each vCPU (`shadow`, `once`), in order, and the place of the first of
+    /// each range: places are consecutive, from 0 on.
+    pub fn cells(&self) -> impl Iterator<Item = (MsrRange, usize)> {
+        self.spans.iter().map(|span| (span.range, span.cell))
+    }
+
     /// The state of a new vCPU. Allocates all that its accesses will need.
     pub fn vcpu_state(&self) -> VcpuState {
         let cells = self

@@ -1,12 +1,14 @@
 //! The VMM as a child that nobody notices: its signals, its stops and its end are this process's own.
 
-use std::io;
+use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Mutex;
+use std::thread::{self, JoinHandle};
+use std::time::SystemTime;
 
-use msrgate_hook::{Board, Notifier};
+use msrgate_supervise::{Marks, Supervisor};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, SigSet, Signal};
@@ -16,8 +18,8 @@ use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
 use crate::run::keeper::Keeper;
-use crate::run::record::Record;
-use crate::run::stranger;
+use crate::run::killed;
+use crate::run::writer::{Lines, Told, Writer};
 
 /// What is caught, and sent on. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running, the second takes
 /// it along.
@@ -82,106 +84,223 @@ fn is_for(signal: &siginfo, child: Pid) -> bool {
     signal.ssi_code != SI_KERNEL && signal.ssi_pid.cast_signed() != child.as_raw()
 }
 
-/// Starts the VMM, and waits for its end and for that of all that it has left behind. The record is drained every so
-/// often; SIGUSR1 has it summed up. Gives the status of the VMM where nobody else got it.
+/// What is started.
+pub(crate) struct Vmm<'a> {
+    pub(crate) command: Command,
+    pub(crate) program: &'a Path,
+    pub(crate) started: SystemTime,
+    pub(crate) no_new_privs: bool,
+}
+
+/// Whether the VMM has to start with `no_new_privs`: to others than root the kernel gives a filter of calls only so.
+pub(crate) fn needs_no_new_privs(allow: bool) -> Result<bool, Failure> {
+    let needed = !msrgate_supervise::may_administer();
+    if needed && allow {
+        let line = "without CAP_SYS_ADMIN the kernel lets a policy be kept only where the VMM cannot gain privileges \
+                    (no_new_privs): leave --allow-new-privs out, or run msrgate as root";
+        return Err(Failure::Line(Exit::Machine, line.to_owned()));
+    }
+    Ok(needed)
+}
+
+/// Starts the VMM, and waits for its end and for that of all that it has left behind. SIGUSR1 has it summed up. Gives the
+/// status of the VMM where nobody else got it.
 pub(crate) fn run(
-    mut command: Command,
-    program: &Path,
-    every: Option<Duration>,
-    board: &Board,
-    record: &mut Record<'_>,
+    mut vmm: Vmm<'_>,
+    supervisor: Supervisor,
+    marks: Marks,
+    writer: Writer,
+    lines: &Lines,
     keeper: &mut Keeper,
 ) -> Result<Option<WaitStatus>, Failure> {
-    let machine = |error: Errno| Failure::Line(Exit::Machine, format!("signals cannot be watched: {error}"));
+    let machine = |line: String| Failure::Line(Exit::Machine, line);
     // Before they are blocked: the child starts as this process did.
-    let cannot = |error: io::Error| Failure::Line(Exit::Machine, error.to_string());
-    msrgate_hook::bind(&mut command).map_err(cannot)?;
-    let notifier = msrgate_hook::notify(&mut command).map_err(cannot)?;
-    let signals = Signals::block().map_err(machine)?;
+    let cannot = |error: io::Error| machine(error.to_string());
+    msrgate_supervise::bind(&mut vmm.command).map_err(cannot)?;
+    let requests = supervisor.requests();
+    let expected = msrgate_supervise::notify(&mut vmm.command, &requests, &marks, vmm.no_new_privs).map_err(cannot)?;
+    let signals = Signals::block().map_err(|error| machine(format!("signals cannot be watched: {error}")))?;
+    let (summed_up, done) = io::pipe().map_err(cannot)?;
 
-    let child = command.spawn().map_err(|error| {
-        let exit = match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => Exit::Input,
-            _ => Exit::Machine,
-        };
-        let why = match error.kind() {
-            io::ErrorKind::NotFound if program.exists() => "its interpreter, which its first line names, is not there",
-            io::ErrorKind::PermissionDenied if program.is_dir() => "it is a folder",
-            io::ErrorKind::PermissionDenied => "it is not executable for this user: see `chmod +x`",
-            _ => "",
-        };
-        let line = match why {
-            "" => format!("`{}` cannot be started: {error}", program.display()),
-            _ => format!("`{}` cannot be started: {why}", program.display()),
-        };
-        Failure::Line(exit, line)
-    })?;
-    let child = Pid::from_raw(child.id().cast_signed());
-    let notifier = notifier.notifier();
-    if notifier.is_some() {
-        record.watched();
+    let child = vmm.command.spawn();
+    let (child, listener) = match (child, expected.listener()) {
+        (Ok(child), Ok(listener)) => (child, listener),
+        (Err(error), Ok(_)) => return Err(not_started(vmm.program, &error)),
+        // It got as far as to its filter, or did not.
+        (_, Err(error)) if error.kind() != io::ErrorKind::WouldBlock => return Err(machine(no_filter(&error))),
+        (Err(error), Err(_)) | (Ok(_), Err(error)) => return Err(not_started(vmm.program, &error)),
+    };
+    if vmm.no_new_privs {
+        lines.say(
+            "no_new_privs is set for the VMM, since it is not root's: what it starts gains no rights (setuid)"
+                .to_owned(),
+        );
     }
-    watch(child, &signals, every, notifier, board, record, keeper).map_err(|error| {
-        let line = format!("`{}` cannot be waited for: {error}", program.display());
-        Failure::Line(Exit::Machine, line)
+    let child = Pid::from_raw(child.id().cast_signed());
+    let tracing = supervisor.tracing();
+    // They start with this thread's signals blocked.
+    let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
+    let written = spawn("writer").spawn(move || writer.write(done)).map_err(cannot)?;
+    let served = spawn("supervisor")
+        .spawn(move || supervisor.serve(&listener))
+        .map_err(cannot)?;
+    let mut watch = Watch {
+        child,
+        signals,
+        tracing: &tracing,
+        summed_up,
+        lines,
+        started: vmm.started,
+        status: None,
+        stays: false,
+    };
+    watch.run(keeper, served, written).map_err(|error| {
+        let line = format!("`{}` cannot be waited for: {error}", vmm.program.display());
+        machine(line)
     })
 }
 
-/// Passes signals on until the child has ended, and stays until the last one has.
-fn watch(
+fn not_started(program: &Path, error: &io::Error) -> Failure {
+    let exit = match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => Exit::Input,
+        _ => Exit::Machine,
+    };
+    let why = match error.kind() {
+        io::ErrorKind::NotFound if program.exists() => "its interpreter, which its first line names, is not there",
+        io::ErrorKind::PermissionDenied if program.is_dir() => "it is a directory",
+        io::ErrorKind::PermissionDenied => "it is not executable for this user: see `chmod +x`",
+        _ => "",
+    };
+    let line = match why {
+        "" => format!("`{}` cannot be started: {error}", program.display()),
+        _ => format!("`{}` cannot be started: {why}", program.display()),
+    };
+    Failure::Line(exit, line)
+}
+
+/// Why the kernel does not let the VMM's calls wait.
+fn no_filter(error: &io::Error) -> String {
+    let why = match error.raw_os_error() {
+        Some(nix::libc::EBUSY) => {
+            "another supervisor lets calls wait here already, such as an outer `msrgate run` or a container's runtime, and \
+             the kernel takes one: put both policies into one by `extends`, or run msrgate outside"
+        }
+        Some(nix::libc::EINVAL | nix::libc::ENOSYS) => {
+            "this kernel has no seccomp listeners, which it takes (Linux 5.10)"
+        }
+        _ => "",
+    };
+    match why {
+        "" => format!("the kernel does not let the VMM's calls wait for the policy: {error}"),
+        _ => format!("the policy cannot be kept: {why}"),
+    }
+}
+
+/// What is waited for.
+struct Watch<'a> {
     child: Pid,
-    signals: &Signals,
-    every: Option<Duration>,
-    mut asked: Option<Notifier>,
-    board: &Board,
-    record: &mut Record<'_>,
-    keeper: &mut Keeper,
-) -> io::Result<Option<WaitStatus>> {
-    let timeout = every.and_then(|every| PollTimeout::try_from(every).ok());
-    let (mut status, mut stays) = (None, false);
-    loop {
-        let mut ready = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-        ready.extend(
-            asked
-                .iter()
-                .map(|notifier| PollFd::new(notifier.as_fd(), PollFlags::POLLIN)),
-        );
-        match poll(&mut ready, timeout.unwrap_or(PollTimeout::NONE)) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let asks = ready.get(1).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-        match &asked {
-            Some(notifier) if asks.contains(PollFlags::POLLIN) => stranger::answer(notifier, board),
-            // Nobody is left who could ask.
-            Some(_) if !asks.is_empty() => asked = None,
-            _ => {}
-        }
-        record.drain();
-        let Some(signal) = signals.read()? else {
-            continue;
-        };
-        match number(&signal) {
-            Some(Signal::SIGCHLD) => {
-                status = changed(child)?.or(status);
-                let others = others(child, &mut status)?;
-                match status {
-                    None => {}
-                    Some(_) if !others && stays => return Ok(None),
-                    Some(_) if !others => return Ok(status),
-                    Some(_) if stays => {}
-                    Some(status) => {
-                        stays = true;
-                        record.drain();
-                        record.goes_on();
-                        keeper.stay(status)?;
-                    }
+    signals: Signals,
+    /// Locked while a thread of the VMM stands still: its stops are the supervisor's to wait for.
+    tracing: &'a Mutex<()>,
+    summed_up: PipeReader,
+    lines: &'a Lines,
+    started: SystemTime,
+    status: Option<WaitStatus>,
+    /// The front has ended, and what is left is in the background.
+    stays: bool,
+}
+
+impl Watch<'_> {
+    /// Passes signals on until the child has ended, and stays until the last process has.
+    fn run(
+        &mut self,
+        keeper: &mut Keeper,
+        served: JoinHandle<io::Result<()>>,
+        written: JoinHandle<()>,
+    ) -> io::Result<Option<WaitStatus>> {
+        let mut changes = false;
+        loop {
+            let mut ready = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+            let timeout = if changes {
+                PollTimeout::from(5_u8)
+            } else {
+                PollTimeout::NONE
+            };
+            match poll(&mut ready, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            while let Some(signal) = self.signals.read()? {
+                match number(&signal) {
+                    Some(Signal::SIGCHLD) => changes = true,
+                    // What is in the background is nobody's terminal's, and ends when its processes do.
+                    _ if self.stays => {}
+                    Some(Signal::SIGUSR1) => self.lines.tell(Told::Summary),
+                    _ => self.signals.pass_on(&signal, self.child),
                 }
             }
-            // What is in the background is nobody's terminal's, and ends when its processes do.
-            _ if stays => {}
-            Some(Signal::SIGUSR1) => record.summary(),
-            _ => signals.pass_on(&signal, child),
+            if !changes {
+                continue;
+            }
+            let Ok(not_traced) = self.tracing.try_lock() else {
+                continue;
+            };
+            self.status = changed(self.child)?.or(self.status);
+            let others = others(self.child, &mut self.status)?;
+            drop(not_traced);
+            changes = false;
+            match self.status {
+                None => {}
+                Some(_) if !others => break,
+                Some(_) if self.stays => {}
+                Some(status) => {
+                    self.stays = true;
+                    self.lines.tell(Told::Background);
+                    self.wait_for_summary()?;
+                    keeper.stay(status)?;
+                }
+            }
+        }
+        // Nobody is left who could call.
+        let served = served.join();
+        let killed = match self.status {
+            Some(WaitStatus::Signaled(process, Signal::SIGSYS, _)) => Some(killed::by_sandbox(process, self.started)),
+            _ => None,
+        };
+        if let Ok(Err(error)) = served {
+            self.lines.say(format!("the supervisor ended: {error}"));
+        }
+        self.lines.tell(Told::End(killed));
+        if self.wait_for_summary()? {
+            // It has ended, or is about to.
+            let _ = written.join();
+        }
+        Ok(self.status.filter(|_| !self.stays))
+    }
+
+    /// Waits until a summary is out, or somebody wants an end: whoever reads it may not go on. Tells whether it is out.
+    fn wait_for_summary(&mut self) -> io::Result<bool> {
+        loop {
+            let mut ready = [
+                PollFd::new(self.summed_up.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut ready, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if ready[0].any() == Some(true) {
+                return Ok((&self.summed_up).read(&mut [0])? > 0);
+            }
+            while let Some(signal) = self.signals.read()? {
+                let which = number(&signal);
+                if matches!(
+                    which,
+                    Some(Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)
+                ) {
+                    return Ok(false);
+                }
+            }
         }
     }
 }

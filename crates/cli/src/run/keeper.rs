@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 
-use msrgate_hook::Forked;
+use msrgate_supervise::Forked;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
@@ -27,7 +27,7 @@ impl Keeper {
     pub(crate) fn part() -> Result<Keeper, Failure> {
         let (reader, front) = io::pipe().map_err(|error| machine(&error))?;
         let before = nix::unistd::getpid();
-        match msrgate_hook::fork().map_err(|error| machine(&error))? {
+        match msrgate_supervise::fork().map_err(|error| machine(&error))? {
             Forked::Parent(keeper) => {
                 drop(front);
                 let status = wait(Pid::from_raw(keeper), reader).map_err(|error| machine(&error.into()))?;

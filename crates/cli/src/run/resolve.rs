@@ -1,14 +1,12 @@
-//! What the policy is for a guest: said at the start, or asked for by its VMM's CPUID.
+//! What the policy is for a guest: said at the start, or resolved by the CPUID that its VMM sets.
 
-use std::io;
-
-use msrgate_core::{Log, ReadAction, WriteAction};
-use msrgate_hook::{Board, Leaf};
+use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
 use msrgate_policy::cpuid::Cpuid;
-use nix::sys::signal::{SigSet, SigmaskHow};
+use msrgate_supervise::{Leaf, Resolve};
 
+use super::is_told;
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
 use crate::load;
@@ -16,21 +14,21 @@ use crate::load;
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
     pub(crate) map: DecisionMap,
-    /// The policy, where it depends on a CPUID that the VMM will set: until then nothing is allowed.
-    pub(crate) by_cpuid: Option<Policy>,
-    ignore_unknown: bool,
-    profile: Vec<Touched>,
+    /// Where the policy depends on a CPUID that the VMM will set: until then nothing is allowed.
+    pub(crate) resolve: Option<Resolve>,
+    /// Whether some rule wants its accesses told.
+    pub(crate) logs: bool,
 }
 
 impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
         let profile = load::profile(&args.profile)?;
-        let known = |map| Resolved {
+        let known = |map: DecisionMap| Resolved {
+            logs: map.reads.iter().any(|(_, decision)| is_told(decision.log))
+                || map.writes.iter().any(|(_, decision)| is_told(decision.log)),
             map: completed(map, ignore_unknown),
-            by_cpuid: None,
-            ignore_unknown,
-            profile: Vec::new(),
+            resolve: None,
         };
         let Some(path) = &args.policy else {
             return Ok(known(DecisionMap::allow_all()));
@@ -45,34 +43,11 @@ impl Resolved {
         }
         Ok(Resolved {
             map: DecisionMap::deny_all(),
-            by_cpuid: Some(policy),
-            ignore_unknown,
-            profile,
+            logs: policy.rules.iter().any(|rule| is_told(rule.log)),
+            resolve: Some(Box::new(move |leaves| {
+                answer(&policy, ignore_unknown, &profile, leaves)
+            })),
         })
-    }
-
-    /// Whether some rule wants its accesses told.
-    pub(crate) fn logs(&self) -> bool {
-        match &self.by_cpuid {
-            Some(policy) => policy.rules.iter().any(|rule| rule.log != Log::None),
-            None => {
-                let mut reads = self.map.reads.iter().map(|(_, decision)| decision.log);
-                let mut writes = self.map.writes.iter().map(|(_, decision)| decision.log);
-                reads.any(|log| log != Log::None) || writes.any(|log| log != Log::None)
-            }
-        }
-    }
-
-    /// Has a thread answer what the policy is for each guest's CPUID, as long as this process lives.
-    pub(crate) fn serve(self, board: &Board) -> io::Result<()> {
-        let Some(policy) = self.by_cpuid else { return Ok(()) };
-        let desk = board.desk()?;
-        // Signals are for the thread that waits for them.
-        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-        let serving = move || desk.serve(&|leaves| answer(&policy, self.ignore_unknown, &self.profile, leaves));
-        let started = std::thread::Builder::new().name("policy".to_owned()).spawn(serving);
-        before.thread_set_mask()?;
-        started.map(drop)
     }
 }
 
@@ -97,11 +72,16 @@ fn completed(mut map: DecisionMap, ignore_unknown: bool) -> DecisionMap {
     map
 }
 
-/// What the policy is for a guest with these leaves, for the library; an error is one line for people.
-fn answer(policy: &Policy, ignore_unknown: bool, profile: &[Touched], leaves: Vec<Leaf>) -> Result<Vec<u8>, String> {
+/// What the policy is for a guest with these leaves; an error is one line for people.
+fn answer(
+    policy: &Policy,
+    ignore_unknown: bool,
+    profile: &[Touched],
+    leaves: Vec<Leaf>,
+) -> Result<DecisionMap, String> {
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));
     let map = completed(map.map_err(|needed| needed.diagnostic().message)?, ignore_unknown);
     let map = map.with_profile(profile.to_vec());
     plan(&map).map_err(|failure| failure.to_string())?;
-    Ok(map.to_bytes())
+    Ok(map)
 }

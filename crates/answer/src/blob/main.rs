@@ -1,0 +1,443 @@
+//! The answerer: makes a VMM's KVM_RUN, answers the MSR exits that are the policy's, and enters the guest again.
+//!
+//! It runs on the VMM's thread, at the VMM's own call. It allocates nothing, takes no lock, makes no system call but
+//! KVM_RUN, uses no register that `syscall` leaves alone, SSE among them, and no memory but what `layout` describes.
+//!
+//! All of it is one function, so that the stack pointer is the same from each KVM_RUN to the next: see [`Canary`].
+#![no_std]
+#![no_main]
+
+use core::arch::{asm, global_asm};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+#[allow(dead_code)]
+#[path = "../layout.rs"]
+mod layout;
+
+use layout::{control, image, private, question, reply, slot, table, vcpu};
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+// A call of `entry` does what `syscall` does with EAX 16 and ESI KVM_RUN, and changes the registers that it changes.
+global_asm!(
+    ".section .text.entry,\"ax\"",
+    ".globl entry",
+    "entry: jmp 2f",
+    ".balign 16",
+    "parameters: .fill 6, 8, 0",
+    "2: push rdi",
+    "push rsi",
+    "push rdx",
+    "push r10",
+    "push r8",
+    "push r9",
+    "push rbp",
+    "mov rbp, rsp",
+    "and rsp, -16",
+    "call {run}",
+    "mov rsp, rbp",
+    "pop rbp",
+    "pop r9",
+    "pop r8",
+    "pop r10",
+    "pop rdx",
+    "pop rsi",
+    "pop rdi",
+    "ret",
+    run = sym run,
+);
+
+unsafe extern "C" {
+    static parameters: [u64; image::COUNT];
+}
+
+const EAGAIN: i64 = -11;
+const EINTR: i64 = -4;
+const EXIT_INTR: u32 = 10;
+const EXIT_RDMSR: u32 = 29;
+const EXIT_WRMSR: u32 = 30;
+const REASON_FILTER: u64 = 4;
+/// What no kernel writes into `exit_reason`.
+const NOBODY: u32 = 0x6d73_7267;
+/// What no VMM writes into `immediate_exit`.
+const OURS: u8 = 2;
+/// `Did::Fault` with `Why::NoRule`, and with `Why::UnknownReason`.
+const NO_RULE: u64 = 12 | 1 << 8;
+const UNKNOWN_REASON: u64 = 12 | 2 << 8;
+
+/// Offsets in bytes in `struct kvm_run`.
+mod run {
+    pub const IMMEDIATE_EXIT: u64 = 1;
+    pub const EXIT_REASON: u64 = 8;
+    pub const ERROR: u64 = 32;
+    pub const REASON: u64 = 40;
+    pub const INDEX: u64 = 44;
+    pub const DATA: u64 = 48;
+    pub const VALID: u64 = 288;
+    pub const DIRTY: u64 = 296;
+    pub const REGISTERS: u64 = 304;
+    /// `KVM_SYNC_X86_REGS`.
+    pub const REGS: u64 = 1;
+    /// Words of `struct kvm_regs`; RIP is the one but last.
+    pub const COUNT: u64 = 18;
+    pub const RIP: u64 = 16;
+}
+
+#[inline(always)]
+fn get<T: Copy>(address: u64) -> T {
+    // SAFETY: every address here is one of the memory that the supervisor has mapped for this vCPU or process, at an
+    // offset of `layout` or of the kernel's `struct kvm_run`; what lies there is integers.
+    unsafe { (address as *const T).read_volatile() }
+}
+
+#[inline(always)]
+fn set<T>(address: u64, value: T) {
+    // SAFETY: as in `get`, and none of what is written is memory that only the supervisor writes.
+    unsafe { (address as *mut T).write_volatile(value) }
+}
+
+#[inline(always)]
+fn at(base: u64, word: usize) -> u64 {
+    base.wrapping_add((word as u64).wrapping_mul(8))
+}
+
+#[inline(always)]
+fn word(base: u64, number: usize) -> u64 {
+    get(at(base, number))
+}
+
+#[inline(always)]
+fn put(base: u64, number: usize, value: u64) {
+    set(at(base, number), value);
+}
+
+#[inline(always)]
+fn atomic(address: u64) -> &'static AtomicU64 {
+    // SAFETY: as in `get`: a word that stays mapped as long as the process may get here.
+    unsafe { &*(address as *const AtomicU64) }
+}
+
+#[inline(always)]
+fn parameter(number: usize) -> u64 {
+    // SAFETY: words of the image, written before it is mapped; `number` is one of `image`.
+    unsafe { (&raw const parameters).cast::<u64>().wrapping_add(number).read_volatile() }
+}
+
+/// `ioctl(2)` with what KVM does not look at.
+#[inline(always)]
+fn ioctl(fd: u64, request: u64, argument: u64, mark: u64, fifth: u64, sixth: u64) -> i64 {
+    let mut result: i64 = 16;
+    // SAFETY: KVM_RUN, or a question that reaches no ioctl: they write to `kvm_run` and the guest's memory, and to no
+    // memory that Rust knows of.
+    unsafe {
+        asm!("syscall", inlateout("rax") result, in("rdi") fd, in("rsi") request, in("rdx") argument, in("r10") mark,
+            in("r8") fifth, in("r9") sixth, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result
+}
+
+#[inline(always)]
+fn ticks() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: RDTSC changes these two registers.
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Tells whether a signal's handler ran on this stack since it was set: the kernel puts the frame of a signal below the
+/// stack pointer and the red zone, and always writes `sw_reserved` of the extended state there. A VMM that stops its
+/// vCPUs by a signal with a handler that does nothing wants KVM_RUN to return EINTR, whenever the signal comes.
+struct Canary(u64);
+
+impl Canary {
+    #[inline(always)]
+    fn new() -> Canary {
+        let frame = parameter(image::FRAME);
+        let stack: u64;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov {}, rsp", out(reg) stack, options(nomem, nostack, preserves_flags)) };
+        if frame == 0 {
+            return Canary(0);
+        }
+        // `get_sigframe`, `fpu__alloc_mathframe`; `sw_reserved` is at 464.
+        Canary((stack.wrapping_sub(128 + frame) & !63).wrapping_add(464))
+    }
+
+    #[inline(always)]
+    fn set(&self) {
+        if self.0 != 0 {
+            set(self.0, 0_u64);
+        }
+    }
+
+    #[inline(always)]
+    fn is_gone(&self) -> bool {
+        self.0 != 0 && get::<u64>(self.0) != 0
+    }
+}
+
+extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
+    let (process, control) = (parameter(image::PRIVATE), parameter(image::CONTROL));
+    let (run_mark, ask_mark) = (parameter(image::RUN), parameter(image::ASK));
+    let canary = Canary::new();
+    canary.set();
+    // KVM_RUN was made, on a vCPU that was not this descriptor's slot's.
+    let mut ran = false;
+    loop {
+        let alive = fd < control::LIMIT as u64 && word(process, private::ALIVE) != 0;
+        let number = if alive { word(control, control::DESCRIPTORS + fd as usize) as usize } else { 0 };
+        if number == 0 {
+            let code = if ran { question::OTHER } else { question::WHO };
+            match ioctl(fd, request, argument, ask_mark, code, 0) {
+                reply::AGAIN => continue,
+                EINTR if ran => continue,
+                error => return error,
+            }
+        }
+        let busy = atomic(at(process, private::BUSY + number));
+        if busy.swap(1, Ordering::SeqCst) != 0 {
+            match ioctl(fd, request, argument, ask_mark, question::BUSY, 0) {
+                reply::AGAIN => continue,
+                EINTR if ran => continue,
+                error => return error,
+            }
+        }
+        let this = at(control, control::LIMIT + number * control::SLOT);
+        // The supervisor takes a slot away by its descriptors first, and leaves it while it is busy.
+        let is_this = atomic(at(control, control::DESCRIPTORS + fd as usize)).load(Ordering::SeqCst) == number as u64;
+        if !is_this || word(this, slot::READY) == 0 {
+            busy.store(0, Ordering::SeqCst);
+            match ioctl(fd, request, argument, ask_mark, question::WHO, 0) {
+                reply::AGAIN => continue,
+                EINTR if ran => continue,
+                error => return error,
+            }
+        }
+        let (page, shared, flags) = (word(this, slot::RUN), word(this, slot::VCPU), word(this, slot::FLAGS));
+        let valid: u64 = get(page + run::VALID);
+        let synchronised = flags & (slot::RIP | slot::REDO) != 0;
+        let result = loop {
+            let before: u32 = get(page + run::EXIT_REASON);
+            if !ran {
+                set(page + run::EXIT_REASON, NOBODY);
+                if synchronised {
+                    set(page + run::VALID, valid | run::REGS);
+                }
+                let result = ioctl(fd, request, argument, run_mark, 0, 0);
+                if get::<u32>(page + run::EXIT_REASON) == NOBODY {
+                    set(page + run::EXIT_REASON, before);
+                    ran = result == 0;
+                    break result;
+                }
+                if result != 0 {
+                    break result;
+                }
+            }
+            ran = false;
+            let exit: u32 = get(page + run::EXIT_REASON);
+            if exit != EXIT_RDMSR && exit != EXIT_WRMSR {
+                break 0;
+            }
+            let began = ticks();
+            let write = exit == EXIT_WRMSR;
+            let why = u64::from(get::<u32>(page + run::REASON));
+            let msr = u64::from(get::<u32>(page + run::INDEX));
+            let data: u64 = get(page + run::DATA);
+
+            // What it gets: the entry, or the default of its reason.
+            let tables = word(this, slot::TABLE);
+            let mut entry = at(tables, table::DEFAULTS + usize::from(write) * table::ENTRY);
+            let known = why == 1 || why == 2 || why == REASON_FILTER;
+            if why == REASON_FILTER {
+                let (mut low, mut high) = (0, word(tables, table::COUNTS) as usize);
+                if write {
+                    (low, high) = (high, high + word(tables, table::COUNTS + 1) as usize);
+                }
+                while low < high {
+                    let middle = low + (high - low) / 2;
+                    let candidate = at(tables, table::ENTRIES + middle * table::ENTRY);
+                    let range = word(candidate, table::RANGE);
+                    if msr < range & 0xffff_ffff {
+                        high = middle;
+                    } else if msr > range >> 32 {
+                        low = middle + 1;
+                    } else {
+                        entry = candidate;
+                        break;
+                    }
+                }
+            } else {
+                let pair = if why == 2 { 2 } else { 4 };
+                entry = at(tables, table::DEFAULTS + (pair + usize::from(write)) * table::ENTRY);
+            }
+            let kind = if known { word(entry, table::KIND) } else { table::FAULT };
+            let mut told = if known { word(entry, table::TOLD) } else { UNKNOWN_REASON };
+            let mut rule = kind >> 32;
+            let mut log = word(entry, table::LOG);
+            let mut value = if write { data } else { 0 };
+            let mut error = 0_u8;
+            let mut redo = false;
+            match kind & 0xff {
+                table::ROUTE => {
+                    if word(this, slot::MASK) & why != 0 {
+                        break 0;
+                    }
+                    error = 1;
+                    told = NO_RULE;
+                }
+                table::ANSWER => value = word(entry, table::VALUE),
+                table::DONE => {}
+                table::LOAD | table::STORE => {
+                    let first = word(entry, table::RANGE) & 0xffff_ffff;
+                    let cell = word(entry, table::CELL).wrapping_add(msr - first) as usize;
+                    let cell = at(shared, vcpu::CELLS + 2 * cell);
+                    if write {
+                        put(cell, 1, data);
+                        put(cell, 0, 1);
+                    } else if word(cell, 0) != 0 {
+                        value = word(cell, 1);
+                    } else {
+                        value = word(entry, table::VALUE);
+                    }
+                }
+                table::ASK => {
+                    let code = question::EXIT | why << 8 | u64::from(write) << 16 | msr << 32;
+                    let answer = loop {
+                        let answer = ioctl(fd, request, argument, ask_mark, code, data);
+                        // A signal came before the supervisor saw the question; the canary tells of it.
+                        if answer != EINTR && answer != EAGAIN {
+                            break answer;
+                        }
+                    };
+                    told = word(shared, vcpu::REPLY + 1);
+                    rule = word(shared, vcpu::REPLY + 2);
+                    log = word(shared, vcpu::REPLY + 3);
+                    if !write {
+                        value = word(shared, vcpu::REPLY);
+                    }
+                    match answer {
+                        reply::ANSWERED => {}
+                        reply::VMM => break 0,
+                        reply::REDO | reply::TOLD => redo = true,
+                        reply::FAULTED => error = 1,
+                        // Nobody is there who answers.
+                        _ => (error, told, rule, log) = (1, NO_RULE, 0xffff_ffff, 0),
+                    }
+                    if answer == reply::REDO {
+                        log = u64::MAX;
+                    }
+                }
+                _ => error = 1,
+            }
+            if error == 0 && !write && !redo {
+                set(page + run::DATA, value);
+            }
+            set(page + run::ERROR, error);
+            // So that the exit is not taken for a new one, where KVM_RUN next gives EINTR.
+            set(page + run::EXIT_REASON, EXIT_INTR);
+            let rip: u64 = if synchronised { get(page + run::REGISTERS + run::RIP * 8) } else { 0 };
+
+            if redo {
+                // The kernel drops no pending access. It is completed without a guest instruction being executed, and the
+                // registers are put back.
+                for register in 0..run::COUNT {
+                    let value: u64 = get(page + run::REGISTERS + register * 8);
+                    put(shared, vcpu::REGISTERS + register as usize, value);
+                }
+                set(page + run::VALID, valid);
+                // SAFETY: a byte of `kvm_run`, which other threads of the VMM write too.
+                let immediate = unsafe { &*((page + run::IMMEDIATE_EXIT) as *const AtomicU8) };
+                let wanted = immediate.swap(OURS, Ordering::SeqCst);
+                ioctl(fd, request, argument, run_mark, 0, 0);
+                for register in 0..run::COUNT {
+                    let value = word(shared, vcpu::REGISTERS + register as usize);
+                    set(page + run::REGISTERS + register * 8, value);
+                }
+                set(page + run::DIRTY, get::<u64>(page + run::DIRTY) | run::REGS);
+                ioctl(fd, request, argument, run_mark, 0, 0);
+                let _ = immediate.compare_exchange(OURS, wanted, Ordering::SeqCst, Ordering::SeqCst);
+                set(page + run::EXIT_REASON, EXIT_INTR);
+            }
+
+            if log != u64::MAX {
+                let now = ticks();
+                let took = now.wrapping_sub(began);
+                let (op, told) = (u64::from(write), told | why << 16);
+                // Counted by MSR and direction.
+                let key = 1 << 63 | msr << 1 | op;
+                let place = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize;
+                let mut probe = 0;
+                loop {
+                    if probe == vcpu::PROBES {
+                        put(shared, vcpu::UNCOUNTED, word(shared, vcpu::UNCOUNTED).wrapping_add(1));
+                        break;
+                    }
+                    let place = (place + probe) % vcpu::TALLY_COUNT;
+                    let tally = at(shared, vcpu::TALLIES + place * vcpu::TALLY);
+                    let found = word(tally, 0);
+                    if found == key || found == 0 {
+                        put(tally, 1, word(tally, 1).wrapping_add(1));
+                        put(tally, 2, value);
+                        put(tally, 3, told);
+                        put(tally, 4, word(tally, 4).wrapping_add(took));
+                        // Who sees the key sees the rest.
+                        atomic(tally).store(key, Ordering::Release);
+                        break;
+                    }
+                    probe += 1;
+                }
+                // An event, where it is wanted; before it, how many found no room.
+                if log & 3 != 0 || flags & slot::EVENTS != 0 {
+                    let mut written = word(shared, vcpu::WRITTEN);
+                    let taken = atomic(at(shared, vcpu::TAKEN)).load(Ordering::Acquire);
+                    let missed = word(shared, vcpu::MISSED);
+                    let room = vcpu::EVENT_COUNT as u64 - written.wrapping_sub(taken);
+                    if room < 1 + u64::from(missed != 0) {
+                        put(shared, vcpu::MISSED, missed + 1);
+                    } else {
+                        let who = word(this, slot::WHO);
+                        if missed != 0 {
+                            let event = at(shared, vcpu::EVENTS + written as usize % vcpu::EVENT_COUNT * vcpu::EVENT);
+                            put(event, 0, now);
+                            put(event, 1, missed);
+                            put(event, 3, who << 32);
+                            put(event, 4, who >> 32);
+                            put(event, 5, vcpu::GAP);
+                            put(shared, vcpu::MISSED, 0);
+                            written = written.wrapping_add(1);
+                        }
+                        let event = at(shared, vcpu::EVENTS + written as usize % vcpu::EVENT_COUNT * vcpu::EVENT);
+                        put(event, 0, now);
+                        put(event, 1, value);
+                        put(event, 2, rip);
+                        put(event, 3, msr | who << 32);
+                        put(event, 4, who >> 32 | rule << 32);
+                        let has_rip = if flags & slot::RIP != 0 { vcpu::HAS_RIP } else { 0 };
+                        let has_cost = if redo { 0 } else { vcpu::HAS_COST };
+                        put(event, 5, told | op << 24 | has_rip | has_cost);
+                        put(event, 6, log);
+                        put(event, 7, took);
+                        atomic(at(shared, vcpu::WRITTEN)).store(written.wrapping_add(1), Ordering::Release);
+                    }
+                }
+            }
+            if canary.is_gone() {
+                break EINTR;
+            }
+        };
+        if synchronised {
+            set(page + run::VALID, valid);
+        }
+        busy.store(0, Ordering::SeqCst);
+        if !ran {
+            return result;
+        }
+        match ioctl(fd, request, argument, ask_mark, question::OTHER, 0) {
+            reply::AGAIN | EINTR => {}
+            error => return error,
+        }
+    }
+}

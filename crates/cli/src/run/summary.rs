@@ -1,0 +1,199 @@
+//! What the VMM's guests did, summed up.
+
+use std::collections::BTreeMap;
+
+use msrgate_core::{Msr, Op, Reason};
+use msrgate_plan::Preset;
+use msrgate_supervise::{Mode, Reader, Tally};
+use serde_json::{Value, json};
+
+use crate::run::trace::Trace;
+use crate::run::writer::print;
+use crate::{explain, render};
+
+/// What there is to say besides the counts.
+pub(crate) struct Summary {
+    mode: Mode,
+    presets: Vec<Preset>,
+    json: bool,
+    /// What there is from here on is told to nobody but the trace.
+    background: bool,
+}
+
+impl Summary {
+    pub(crate) fn new(mode: Mode, presets: &[Preset], json: bool) -> Summary {
+        Summary {
+            mode,
+            presets: presets.to_vec(),
+            json,
+            background: false,
+        }
+    }
+
+    pub(crate) fn background(&mut self) {
+        self.background = true;
+    }
+
+    /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
+    pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
+        let tallies = reader.tallies();
+        print(&match self.json {
+            true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_deref())),
+            false => self.text(reader, trace, &tallies, killed.as_deref()),
+        });
+    }
+
+    fn json(
+        &self,
+        reader: &Reader,
+        trace: &Trace,
+        tallies: &BTreeMap<(Msr, Op), Tally>,
+        killed: Option<&str>,
+    ) -> Value {
+        let rows = tallies.iter().map(|((msr, op), tally)| {
+            json!({
+                "msr": msr.to_string(),
+                "name": explain::name(*msr),
+                "op": op.name(),
+                "count": tally.count,
+                "cost_ns": tally.cost,
+                "reason": tally.reason.map(|reason| reason.name()),
+                "did": tally.did.name(),
+                "why": tally.why.map(|why| why.name()),
+                "value": format!("{:#x}", tally.value),
+            })
+        });
+        json!({
+            "vms": reader.ledger().vms(),
+            "vcpus": reader.ledger().vcpus(),
+            "refused": reader.ledger().refusals(),
+            "background": self.background,
+            "killed": killed,
+            "cost_ns": cost(tallies),
+            "presets": self.presets.iter().map(|preset| json!({
+                "msr": preset.msr.to_string(),
+                "value": format!("{:#x}", preset.value),
+            })).collect::<Vec<_>>(),
+            "by_msr": rows.collect::<Vec<_>>(),
+            "lost": {
+                "events": reader.lost(),
+                "unwritten": trace.unwritten().map_or(0, |unwritten| unwritten.events),
+                "uncounted": reader.uncounted(),
+            },
+        })
+    }
+
+    fn text(
+        &self,
+        reader: &Reader,
+        trace: &Trace,
+        tallies: &BTreeMap<(Msr, Op), Tally>,
+        killed: Option<&str>,
+    ) -> String {
+        let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
+        let mut accesses: u64 = 0;
+        for ((msr, op), tally) in tallies {
+            accesses = accesses.saturating_add(tally.count);
+            let got = match (tally.why, tally.reason) {
+                (Some(why), _) => format!("{}: {why}", tally.did),
+                (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason})", tally.did),
+                (None, _) => tally.did.to_string(),
+            };
+            table.add_row([
+                msr.to_string(),
+                explain::name(*msr).unwrap_or_default().to_owned(),
+                op.to_string(),
+                tally.count.to_string(),
+                render::duration(tally.cost / tally.count.max(1)),
+                got,
+                format!("{:#x}", tally.value),
+            ]);
+        }
+        let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
+        let took = render::duration(cost(tallies));
+        let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
+        match reader.ledger().refusals() {
+            0 => {}
+            count => before.push_str(&format!(
+                "msrgate: not made, since the policy could not be put on them: {}\n",
+                counted(count, "VM or vCPU", "VMs or vCPUs")
+            )),
+        }
+        let background = match (self.background, trace.is_file()) {
+            (false, _) => "",
+            (true, true) => {
+                "msrgate: what the VMM started goes on in the background, under the policy, and so does the trace\n"
+            }
+            (true, false) => {
+                "msrgate: what the VMM started goes on in the background, under the policy; with `--trace FILE` there is a \
+                 trace of it\n"
+            }
+        };
+        if vms == 0 && self.background {
+            return format!("{before}msrgate: no VM was made so far\n{background}");
+        }
+        if vms == 0 {
+            let why = match msrgate_kvm::open() {
+                Ok(_) => String::new(),
+                Err(error) => format!(" ({error})"),
+            };
+            return match reader.ledger().refusals() {
+                0 => format!("{before}msrgate: no VM was made, so the policy was put on none{why}\n"),
+                _ => before,
+            };
+        }
+        let mut text = format!(
+            "{before}msrgate: {} and {}, {}\n",
+            counted(vms, "VM", "VMs"),
+            counted(vcpus, "vCPU", "vCPUs"),
+            match (self.mode, accesses) {
+                (Mode::Enforce, 0) => "no access answered".to_owned(),
+                (Mode::Enforce, 1) => format!("1 access answered in {took}"),
+                (Mode::Enforce, _) => format!("{accesses} accesses answered in {took}"),
+                (Mode::Audit, _) => format!("{accesses} of the policy's MSRs and directions touched, nothing changed"),
+                (Mode::LearnAll, _) => format!("{accesses} accesses passed on in {took}, not faithfully"),
+                (Mode::Learn, _) => format!("{accesses} MSRs and directions touched, nothing changed"),
+            }
+        );
+        if accesses > 0 {
+            text.push_str(&render::text(&table));
+        }
+        if !self.presets.is_empty() {
+            let presets: Vec<String> = self.presets.iter().map(|preset| preset.msr.to_string()).collect();
+            text.push_str(&format!(
+                "msrgate: the kernel holds the policy's fixed answers of {}: reads of these make no exit and are not \
+                 counted\n",
+                presets.join(", ")
+            ));
+        }
+        if reader.uncounted() > 0 {
+            text.push_str(&format!(
+                "msrgate: {} accesses more are not in the table: it has room for some 1000 MSRs of each vCPU\n",
+                reader.uncounted()
+            ));
+        }
+        if reader.lost() > 0 {
+            text.push_str(&format!(
+                "msrgate: {} events are missing: they came faster than they were written; the trace says where\n",
+                reader.lost()
+            ));
+        }
+        if let Some(unwritten) = trace.unwritten() {
+            text.push_str(&format!(
+                "msrgate: {} events are lost: {}\n",
+                unwritten.events, unwritten.error
+            ));
+        }
+        text.push_str(background);
+        text
+    }
+}
+
+/// What all accesses took together.
+fn cost(tallies: &BTreeMap<(Msr, Op), Tally>) -> u64 {
+    tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost))
+}
+
+fn counted(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}

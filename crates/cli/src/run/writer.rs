@@ -1,0 +1,149 @@
+//! The thread that writes: nothing that a VMM or a signal waits for waits for it.
+
+use std::collections::HashMap;
+use std::io::{self, PipeWriter, Write};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use msrgate_plan::Preset;
+use msrgate_supervise::{Ledger, Mode, Reader};
+
+use crate::render;
+use crate::run::summary::Summary;
+use crate::run::trace::Trace;
+
+/// How often events are taken from the vCPUs' rings: a ring holds what a vCPU can do in some 20 ms.
+const DRAIN: Duration = Duration::from_millis(5);
+/// How often where nobody waits for an event: only what is over is let go of.
+const REST: Duration = Duration::from_secs(1);
+/// How many lines of a kind are told.
+const LINES: u64 = 10;
+
+/// What the thread is told to do.
+pub(crate) enum Told {
+    /// A line for people.
+    Line(String),
+    /// Sums up what there was so far.
+    Summary,
+    /// Sums up, since the rest is in the background.
+    Background,
+    /// Sums up, and ends. A signal that killed the VMM by its sandbox is named.
+    End(Option<String>),
+}
+
+/// Where others leave what is to be told.
+#[derive(Clone)]
+pub(crate) struct Lines(Sender<Told>);
+
+impl Lines {
+    pub(crate) fn say(&self, line: String) {
+        self.tell(Told::Line(line));
+    }
+
+    pub(crate) fn tell(&self, told: Told) {
+        // Nobody is there where all is over.
+        let _ = self.0.send(told);
+    }
+}
+
+/// What the thread works with.
+pub(crate) struct Writer {
+    told: Receiver<Told>,
+    reader: Reader,
+    trace: Trace,
+    summary: Summary,
+    every: Duration,
+    /// How many lines of each kind there were.
+    kinds: HashMap<String, u64>,
+}
+
+impl Writer {
+    pub(crate) fn new(
+        ledger: Arc<Ledger>,
+        trace: Trace,
+        mode: Mode,
+        presets: &[Preset],
+        json: bool,
+    ) -> (Writer, Lines) {
+        let (sender, told) = channel();
+        let writer = Writer {
+            told,
+            reader: Reader::new(ledger),
+            trace,
+            summary: Summary::new(mode, presets, json),
+            every: REST,
+            kinds: HashMap::new(),
+        };
+        (writer, Lines(sender))
+    }
+
+    /// Whether somebody waits for events.
+    pub(crate) fn every(self, tells: bool) -> Writer {
+        let every = if tells { DRAIN } else { REST };
+        Writer { every, ..self }
+    }
+
+    /// Writes until it is told to end; `done` gets a byte where a summary is out that somebody waits for.
+    pub(crate) fn write(mut self, mut done: PipeWriter) {
+        loop {
+            let told = self.told.recv_timeout(self.every);
+            self.drain();
+            match told {
+                Ok(Told::Line(line)) => self.line(line),
+                Ok(Told::Summary) => self.summary.print(&self.reader, &self.trace, None),
+                Ok(Told::Background) => {
+                    self.summary.background();
+                    self.summary.print(&self.reader, &self.trace, None);
+                    let _ = done.write_all(&[0]);
+                }
+                Ok(Told::End(killed)) => {
+                    if self.reader.ledger().vms() == 0 {
+                        self.trace.end();
+                    }
+                    self.more_lines();
+                    self.summary.print(&self.reader, &self.trace, killed);
+                    let _ = done.write_all(&[0]);
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn drain(&mut self) {
+        if self.reader.ledger().vms() > 0 {
+            self.trace.begin();
+        }
+        let trace = &mut self.trace;
+        if self.reader.drain(&mut |entry| trace.take(&entry)) > 0 {
+            self.trace.flush();
+        }
+    }
+
+    /// Prints a line, unless there were many of its kind. A kind is what stands before the program's name.
+    fn line(&mut self, line: String) {
+        let kind = line.split(" (`").next().unwrap_or_default().to_owned();
+        let count = self.kinds.entry(kind).or_insert(0);
+        *count += 1;
+        if *count <= LINES {
+            print(&format!("msrgate: {}\n", render::plain(&line)));
+        }
+    }
+
+    fn more_lines(&self) {
+        for (kind, count) in self.kinds.iter().filter(|(_, count)| **count > LINES) {
+            print(&format!(
+                "msrgate: {} times more: {}\n",
+                count - LINES,
+                render::plain(kind)
+            ));
+        }
+    }
+}
+
+/// Where it cannot be printed the VMM's end still counts.
+pub(crate) fn print(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}

@@ -1,0 +1,212 @@
+//! Calls on a VMM's own descriptors, made in its thread.
+
+use std::collections::HashMap;
+
+use libc::{MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE};
+use msrgate_core::abi::{self, Layout};
+use msrgate_core::{Filter, Msr, Reasons, Verdict};
+use nix::errno::Errno;
+
+use crate::seccomp::Waiting;
+use crate::stopped::{StopError, Stopped, Stopper};
+use crate::{kvm, target};
+
+/// Memory for the arguments of calls: a filter with all its bitmaps, and what tells that it is ours.
+const SCRATCH: usize = 36 << 10;
+const ARGUMENTS: u64 = 64;
+const _: () = assert!(
+    SCRATCH >= ARGUMENTS as usize + Layout::NATIVE.filter_size + abi::MAX_RANGES * abi::MAX_BITMAP_BYTES as usize
+);
+/// `F_OFD_SETLK`.
+const OFD_SETLK: u64 = 37;
+
+/// What makes them.
+#[derive(Debug)]
+pub(crate) struct Hands {
+    pub(crate) stopper: Stopper,
+    /// By process: where its memory for arguments is.
+    scratch: HashMap<i32, u64>,
+}
+
+impl Hands {
+    pub(crate) fn new(stopper: Stopper) -> Hands {
+        Hands {
+            stopper,
+            scratch: HashMap::new(),
+        }
+    }
+
+    /// Stops the thread of a call; `Err` has the line for people, or none where nobody waits any more.
+    pub(crate) fn stop(&self, waiting: &Waiting<'_>, elsewhere: Option<u64>) -> Result<Stopped, Option<String>> {
+        self.stopper.stop(waiting, elsewhere).map_err(|error| match error {
+            StopError::Gone => None,
+            StopError::Refused(line) => Some(line),
+        })
+    }
+
+    /// Has the bytes where calls in the thread find them, and gives the place. Another thread of the VMM could change
+    /// them; the VMM is trusted.
+    fn lay_out(&mut self, stopped: &mut Stopped, bytes: &[u8]) -> Result<u64, Errno> {
+        let ours = self.stopper.marks.call.to_le_bytes();
+        let process = stopped.process;
+        // After an exec it is gone.
+        let known = self.scratch.get(&process).copied().filter(|at| {
+            let mut there = [0; 8];
+            target::read(process, *at, &mut there) && there == ours
+        });
+        let at = match known {
+            Some(at) => at,
+            None => {
+                let at = stopped.map(0, SCRATCH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1)?;
+                if !target::write(process, at, &ours) {
+                    return Err(Errno::EFAULT);
+                }
+                self.scratch.insert(process, at);
+                at
+            }
+        };
+        match target::write(process, at + ARGUMENTS, bytes) {
+            true => Ok(at + ARGUMENTS),
+            false => Err(Errno::EFAULT),
+        }
+    }
+
+    /// An ioctl whose argument points to a structure; gives the result, and what the kernel left there.
+    pub(crate) fn ioctl(
+        &mut self,
+        stopped: &mut Stopped,
+        fd: u64,
+        request: u32,
+        structure: &mut [u8],
+    ) -> Result<u64, Errno> {
+        let at = self.lay_out(stopped, structure)?;
+        let result = stopped.ioctl(fd, request, at)?;
+        match target::read(stopped.process, at, structure) {
+            true => Ok(result),
+            false => Err(Errno::EFAULT),
+        }
+    }
+
+    /// Names the open file of a descriptor ([`target::Object`]).
+    pub(crate) fn tag(&mut self, stopped: &mut Stopped, fd: u64, tag: u64) -> Result<(), Errno> {
+        // `struct flock`: type, whence, start, length, process.
+        let mut lock = [0; 32];
+        let fields = [(0, i64::from(libc::F_WRLCK)), (8, tag.cast_signed()), (16, 1)];
+        for (at, value) in fields {
+            let bytes = if at == 0 {
+                &value.to_le_bytes()[..2]
+            } else {
+                &value.to_le_bytes()[..]
+            };
+            if let Some(field) = lock.get_mut(at..at + bytes.len()) {
+                field.copy_from_slice(bytes);
+            }
+        }
+        let at = self.lay_out(stopped, &lock)?;
+        stopped.call(libc::SYS_fcntl, [fd, OFD_SETLK, at, 0, 0, 0]).map(drop)
+    }
+
+    /// KVM_ENABLE_CAP of `KVM_CAP_X86_USER_SPACE_MSR`.
+    pub(crate) fn set_mask(&mut self, stopped: &mut Stopped, vm: u64, mask: Reasons) -> Result<(), Errno> {
+        let mut cap = [0; kvm::ENABLE_CAP_BYTES];
+        put(&mut cap, 0, &abi::CAP_X86_USER_SPACE_MSR.to_le_bytes());
+        put(&mut cap, 8, &u64::from(mask.bits()).to_le_bytes());
+        self.ioctl(stopped, vm, kvm::ENABLE_CAP, &mut cap).map(drop)
+    }
+
+    /// KVM_X86_SET_MSR_FILTER.
+    pub(crate) fn set_filter(&mut self, stopped: &mut Stopped, vm: u64, filter: &Filter) -> Result<(), Errno> {
+        // The structure has addresses of what lies behind it.
+        let at = self.lay_out(stopped, &[])?;
+        let bytes = raw(filter, at);
+        if !target::write(stopped.process, at, &bytes) {
+            return Err(Errno::EFAULT);
+        }
+        stopped.ioctl(vm, kvm::SET_MSR_FILTER, at).map(drop)
+    }
+
+    /// The kernel's value of an MSR, as the host reads it; `None` where the kernel gives none.
+    pub(crate) fn host_read(&mut self, stopped: &mut Stopped, vcpu: u64, msr: Msr) -> Option<u64> {
+        self.one_msr(stopped, vcpu, kvm::GET_MSRS, msr, 0)
+    }
+
+    /// Writes the kernel's MSR as the host does; `None` where the kernel does not take it.
+    pub(crate) fn host_write(&mut self, stopped: &mut Stopped, vcpu: u64, msr: Msr, value: u64) -> Option<()> {
+        self.one_msr(stopped, vcpu, kvm::SET_MSRS, msr, value).map(drop)
+    }
+
+    fn one_msr(&mut self, stopped: &mut Stopped, vcpu: u64, request: u32, msr: Msr, value: u64) -> Option<u64> {
+        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
+        let mut one = [0; 24];
+        put(&mut one, 0, &1_u32.to_le_bytes());
+        put(&mut one, 8, &msr.0.to_le_bytes());
+        put(&mut one, 16, &value.to_le_bytes());
+        let done = self.ioctl(stopped, vcpu, request, &mut one);
+        let value = one.get(16..).and_then(<[u8]>::first_chunk)?;
+        (done == Ok(1)).then(|| u64::from_le_bytes(*value))
+    }
+
+    /// Forgets processes that have ended.
+    pub(crate) fn prune(&mut self, ended: impl Fn(i32) -> bool) {
+        self.scratch.retain(|process, _| !ended(*process));
+    }
+}
+
+/// `struct kvm_msr_filter` at an address, and its bitmaps behind it.
+fn raw(filter: &Filter, at: u64) -> Vec<u8> {
+    const LAYOUT: Layout = Layout::NATIVE;
+    let mut bytes = vec![0; LAYOUT.filter_size];
+    if filter.default_verdict() == Verdict::Deny {
+        put(&mut bytes, 0, &abi::FILTER_DEFAULT_DENY.to_le_bytes());
+    }
+    for (slot, range) in filter.ranges().iter().enumerate() {
+        let place = LAYOUT.ranges + slot * LAYOUT.range_size;
+        let bitmap = at + bytes.len() as u64;
+        put(&mut bytes, place, &range.ops().bits().to_le_bytes());
+        put(&mut bytes, place + 4, &range.nmsrs().to_le_bytes());
+        put(&mut bytes, place + 8, &range.base().to_le_bytes());
+        put(&mut bytes, place + LAYOUT.bitmap, &bitmap.to_le_bytes());
+        bytes.extend(range.bitmap().iter().flat_map(|word| word.to_le_bytes()));
+    }
+    bytes
+}
+
+/// Puts a field into a structure that is long enough for it.
+pub(crate) fn put(structure: &mut [u8], at: usize, field: &[u8]) {
+    if let Some(place) = structure.get_mut(at..at + field.len()) {
+        place.copy_from_slice(field);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use msrgate_core::{FilterRange, Ops};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What is laid out for the kernel reads as the filter again.
+        #[test]
+        fn a_filter_is_laid_out_as_the_kernel_reads_it(
+            deny in any::<bool>(),
+            ranges in prop::collection::vec((any::<u32>(), 1_u32..200, 1_u32..4, any::<u64>()), 1..16),
+        ) {
+            let ranges: Vec<FilterRange> = ranges
+                .into_iter()
+                .map(|(base, nmsrs, ops, word)| {
+                    let words = vec![word; nmsrs.div_ceil(64) as usize];
+                    FilterRange::new(base, nmsrs, Ops::from_bits(ops).unwrap(), words).unwrap()
+                })
+                .collect();
+            let filter = Filter::new(if deny { Verdict::Deny } else { Verdict::Allow }, ranges).unwrap();
+            let at = 0x7000_0000;
+            let bytes = raw(&filter, at);
+            let mut read = |address: u64, to: &mut [u8]| {
+                let from = (address - at) as usize;
+                bytes.get(from..from + to.len()).map(|bytes| to.copy_from_slice(bytes)).is_some()
+            };
+            prop_assert_eq!(crate::raw_filter::copy(at, &mut read), Ok(filter));
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! What the answerers and the supervisor write down, and its reader.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use msrgate_answer::layout::vcpu;
+use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+
+use crate::memory::Words;
+
+/// Counts, and the memory of each vCPU that is answered for.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    vms: AtomicU64,
+    vcpus: AtomicU64,
+    refused: AtomicU64,
+    rings: Mutex<Vec<Arc<Ring>>>,
+}
+
+impl Ledger {
+    /// How many VMs a policy was put in force on.
+    pub fn vms(&self) -> u64 {
+        self.vms.load(Ordering::Relaxed)
+    }
+
+    /// How many vCPUs there have been.
+    pub fn vcpus(&self) -> u64 {
+        self.vcpus.load(Ordering::Relaxed)
+    }
+
+    /// How many VMs and vCPUs the VMM did not get, since nothing could be put in force on them.
+    pub fn refusals(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Counts a VM, and gives its number.
+    pub(crate) fn new_vm(&self) -> u32 {
+        self.vms.fetch_add(1, Ordering::Relaxed) as u32
+    }
+
+    pub(crate) fn new_vcpu(&self) {
+        self.vcpus.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn refuse(&self) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add(&self, ring: Arc<Ring>) {
+        self.rings().push(ring);
+    }
+
+    fn rings(&self) -> MutexGuard<'_, Vec<Arc<Ring>>> {
+        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A vCPU's memory ([`vcpu`]).
+#[derive(Debug)]
+pub(crate) struct Ring {
+    words: Words,
+    /// Of which VM and vCPU it is.
+    who: (u32, u32),
+    process: i32,
+    /// Nobody writes there any more.
+    ended: AtomicBool,
+}
+
+impl Ring {
+    /// With so many words for shadows; and the file that it is.
+    pub(crate) fn new(process: i32, who: (u32, u32), cells: usize) -> io::Result<(Arc<Ring>, File)> {
+        let (words, file) = Words::new(vcpu::CELLS + cells, false)?;
+        let ring = Ring {
+            words,
+            who,
+            process,
+            ended: AtomicBool::new(false),
+        };
+        Ok((Arc::new(ring), file))
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        (self.words.count() * size_of::<u64>()).next_multiple_of(4096)
+    }
+
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// The supervisor's answer: value, what an event says, rule, and how much is logged; `u64::MAX` for no word of it.
+    pub(crate) fn reply(&self, words: [u64; 4]) {
+        for (at, word) in (vcpu::REPLY..).zip(words) {
+            self.words.set(at, word);
+        }
+    }
+
+    /// No shadow was written.
+    pub(crate) fn forget_shadows(&self) {
+        (vcpu::CELLS..self.words.count()).for_each(|at| self.words.set(at, 0));
+    }
+
+    fn is_over(&self) -> bool {
+        // A process that is a zombie writes no more either, but will be gone soon.
+        self.ended.load(Ordering::Acquire) || kill(Pid::from_raw(self.process), None) == Err(nix::errno::Errno::ESRCH)
+    }
+}
+
+/// How often an MSR was accessed in one direction, and what the last access got.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tally {
+    /// How often.
+    pub count: u64,
+    /// What all of them took between the guest's exit and the answer, in nanoseconds.
+    pub cost: u64,
+    /// What the last read got or the last write gave.
+    pub value: u64,
+    /// What was done.
+    pub did: Did,
+    /// Why it faulted where the policy does not say `deny`.
+    pub why: Option<Why>,
+    /// Why the kernel handed it to user space.
+    pub reason: Option<Reason>,
+}
+
+/// What a vCPU did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Entry {
+    /// An access, and how much of it is logged.
+    Access(Event, Log),
+    /// So many events are missing here: they came faster than they were read.
+    Gap {
+        /// Nanoseconds since the reader's start.
+        t: u64,
+        /// Which VM.
+        vm: u32,
+        /// Which vCPU of it.
+        vcpu: u32,
+        /// How many.
+        events: u64,
+    },
+}
+
+/// Counts in ticks, by MSR and direction.
+type Counts = BTreeMap<(Msr, Op), Tally>;
+
+/// Takes what was written down. There is one for a ledger.
+#[derive(Debug)]
+pub struct Reader {
+    ledger: Arc<Ledger>,
+    start: Instant,
+    /// The counter at the start.
+    first: u64,
+    /// The counter and the time up to which all was taken.
+    from: (u64, u64),
+    /// The time of the last entry.
+    last: u64,
+    /// Of vCPUs that are gone.
+    ended: Counts,
+    uncounted: u64,
+    lost: u64,
+}
+
+impl Reader {
+    /// Times count from here on.
+    pub fn new(ledger: Arc<Ledger>) -> Reader {
+        let first = ticks();
+        Reader {
+            ledger,
+            start: Instant::now(),
+            first,
+            from: (first, 0),
+            last: 0,
+            ended: BTreeMap::new(),
+            uncounted: 0,
+            lost: 0,
+        }
+    }
+
+    /// Takes what there is, in the order of time, and gives how much it was.
+    pub fn drain(&mut self, take: &mut dyn FnMut(Entry)) -> usize {
+        let now = (ticks(), self.nanoseconds());
+        let rings = self.ledger.rings().clone();
+        let mut taken: Vec<(u64, Entry)> = Vec::new();
+        let mut over = Vec::new();
+        for ring in rings {
+            // Asked before it is read: what is over is read to its end.
+            let is_over = ring.is_over();
+            read(&ring, if is_over { u64::MAX } else { now.0 }, &mut taken);
+            if is_over {
+                let events = ring.words.get(vcpu::MISSED);
+                if events > 0 {
+                    taken.push((now.0, gap(ring.who, events)));
+                }
+                over.push(ring);
+            }
+        }
+        for ring in over {
+            self.uncounted = self.uncounted.wrapping_add(ring.words.get(vcpu::UNCOUNTED));
+            count(&ring, &mut self.ended);
+            self.ledger.rings().retain(|other| !Arc::ptr_eq(other, &ring));
+        }
+        taken.sort_by_key(|(ticks, _)| *ticks);
+        let count = taken.len();
+        for (ticks, mut entry) in taken {
+            // Between two looks at the clock the counter is even; a straggler of the last look is not sent back.
+            let t = between(self.from, now, ticks).max(self.last);
+            self.last = t;
+            match &mut entry {
+                Entry::Access(event, _) => {
+                    event.t = t;
+                    event.cost = event.cost.map(|cost| self.lasting(cost));
+                }
+                Entry::Gap { t: at, events, .. } => {
+                    *at = t;
+                    self.lost = self.lost.saturating_add(*events);
+                }
+            }
+            take(entry);
+        }
+        self.from = now;
+        count
+    }
+
+    /// The counts by MSR and direction, of all vCPUs together.
+    pub fn tallies(&self) -> Counts {
+        let mut counts = self.ended.clone();
+        for ring in self.ledger.rings().iter() {
+            count(ring, &mut counts);
+        }
+        for tally in counts.values_mut() {
+            tally.cost = self.lasting(tally.cost);
+        }
+        counts
+    }
+
+    /// Events that found their ring full.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// Accesses that are in no tally.
+    pub fn uncounted(&self) -> u64 {
+        let rings = self.ledger.rings();
+        let live = rings.iter().map(|ring| ring.words.get(vcpu::UNCOUNTED));
+        live.fold(self.uncounted, u64::wrapping_add)
+    }
+
+    /// Counts of VMs and vCPUs.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn nanoseconds(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// How many nanoseconds so many ticks last.
+    fn lasting(&self, some: u64) -> u64 {
+        let ticks = u128::from(ticks().wrapping_sub(self.first)).max(1);
+        let nanoseconds = u128::from(some).saturating_mul(u128::from(self.nanoseconds())) / ticks;
+        u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+    }
+}
+
+/// The time at which the counter was there, by two looks at both.
+fn between(from: (u64, u64), to: (u64, u64), ticks: u64) -> u64 {
+    let span = u128::from(to.0.saturating_sub(from.0)).max(1);
+    let part = u128::from(ticks.saturating_sub(from.0)).min(span);
+    let time = part.saturating_mul(u128::from(to.1.saturating_sub(from.1))) / span;
+    from.1.saturating_add(u64::try_from(time).unwrap_or(0))
+}
+
+/// The time stamp counter, by which the answerer tells time too. It does not stop and counts alike on all CPUs wherever
+/// KVM is of use.
+fn ticks() -> u64 {
+    #![expect(unsafe_code, reason = "an instruction")]
+    // SAFETY: every x86-64 processor has RDTSC, and it touches no memory.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Takes a ring's events up to a time.
+fn read(ring: &Ring, until: u64, taken: &mut Vec<(u64, Entry)>) {
+    let words = &ring.words;
+    let written = words.at(vcpu::WRITTEN).load(Ordering::Acquire);
+    let mut at = words.get(vcpu::TAKEN);
+    // More than a ring holds is what no answerer wrote.
+    for _ in 0..written.wrapping_sub(at).min(vcpu::EVENT_COUNT as u64) {
+        let first = vcpu::EVENTS + (at % vcpu::EVENT_COUNT as u64) as usize * vcpu::EVENT;
+        let event = std::array::from_fn(|word| words.get(first + word));
+        if event[0] > until {
+            return;
+        }
+        taken.push((event[0], decode(event)));
+        at = at.wrapping_add(1);
+        words.at(vcpu::TAKEN).store(at, Ordering::Release);
+    }
+}
+
+/// Adds a ring's counts.
+fn count(ring: &Ring, counts: &mut Counts) {
+    let words = &ring.words;
+    for at in (vcpu::TALLIES..vcpu::EVENTS).step_by(vcpu::TALLY) {
+        let key = words.at(at).load(Ordering::Acquire);
+        if key == 0 {
+            continue;
+        }
+        let op = if key & 1 == 0 { Op::Read } else { Op::Write };
+        let (count, cost) = (words.get(at + 1), words.get(at + 4));
+        let (did, why, reason) = decode_told(words.get(at + 3));
+        counts
+            .entry((Msr((key >> 1) as u32), op))
+            .and_modify(|tally| {
+                tally.count = tally.count.wrapping_add(count);
+                tally.cost = tally.cost.wrapping_add(cost);
+            })
+            .or_insert(Tally {
+                count,
+                cost,
+                value: words.get(at + 2),
+                did,
+                why,
+                reason,
+            });
+    }
+}
+
+fn gap((vm, vcpu): (u32, u32), events: u64) -> Entry {
+    Entry::Gap { t: 0, vm, vcpu, events }
+}
+
+fn decode_told(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
+    let did = Did::ALL.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
+    let why = (bits >> 8 & 0xff).checked_sub(1);
+    let why = why.and_then(|why| Why::ALL.get(why as usize).copied());
+    (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
+}
+
+/// Whatever the words are, they are some entry.
+fn decode(words: [u64; vcpu::EVENT]) -> Entry {
+    let [t, value, rip, msr_vm, vcpu_rule, bits, log, cost] = words;
+    let high = |word: u64| (word >> 32) as u32;
+    if bits & vcpu::GAP != 0 {
+        return gap((high(msr_vm), vcpu_rule as u32), value);
+    }
+    let (did, why, reason) = decode_told(bits);
+    let op = if bits & vcpu::WRITE == 0 { Op::Read } else { Op::Write };
+    let event = Event {
+        t,
+        vm: high(msr_vm),
+        vcpu: vcpu_rule as u32,
+        op,
+        msr: Msr(msr_vm as u32),
+        value: if op == Op::Read && did.is_fault() { 0 } else { value },
+        reason,
+        did,
+        why,
+        rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
+        rip: (bits & vcpu::HAS_RIP != 0).then_some(rip),
+        cost: (bits & vcpu::HAS_COST != 0).then_some(cost),
+    };
+    let log = match log & 3 {
+        0 => Log::None,
+        1 => Log::All,
+        2 => Log::First,
+        _ => Log::PerSecond(high(log)),
+    };
+    Entry::Access(event, log)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the answerer writes it.
+    fn push(ring: &Ring, event: [u64; vcpu::EVENT]) {
+        let written = ring.words.get(vcpu::WRITTEN);
+        let first = vcpu::EVENTS + (written as usize % vcpu::EVENT_COUNT) * vcpu::EVENT;
+        for (at, word) in (first..).zip(event) {
+            ring.words.set(at, word);
+        }
+        ring.words.set(vcpu::WRITTEN, written + 1);
+    }
+
+    fn access(t: u64, msr: u64, vcpu: u64) -> [u64; vcpu::EVENT] {
+        [
+            t,
+            5,
+            0,
+            msr | 3 << 32,
+            vcpu | 2 << 32,
+            Did::Value as u64 | 4 << 16 | vcpu::HAS_COST,
+            1,
+            10,
+        ]
+    }
+
+    fn rings(count: u32) -> (Reader, Vec<Arc<Ring>>) {
+        let ledger = Arc::new(Ledger::default());
+        let this = std::process::id().cast_signed();
+        let rings: Vec<_> = (0..count).map(|id| Ring::new(this, (3, id), 0).unwrap().0).collect();
+        rings.iter().for_each(|ring| ledger.add(Arc::clone(ring)));
+        (Reader::new(ledger), rings)
+    }
+
+    #[test]
+    fn events_of_all_vcpus_come_in_the_order_of_time_and_time_does_not_go_back() {
+        let (mut reader, rings) = rings(2);
+        let mut last = 0;
+        for _ in 0..50 {
+            let now = ticks();
+            // A straggler, which was late to write its event down.
+            push(&rings[0], access(now.wrapping_sub(1 << 40), 1, 0));
+            push(&rings[1], access(now + 1, 2, 1));
+            push(&rings[0], access(now + 2, 3, 0));
+            let mut seen = Vec::new();
+            while seen.len() < 3 {
+                reader.drain(&mut |entry| {
+                    let Entry::Access(event, Log::All) = entry else {
+                        panic!("{entry:?}")
+                    };
+                    assert!(event.t >= last, "{} is before {last}", event.t);
+                    last = event.t;
+                    seen.push((event.vm, event.vcpu, event.msr.0, event.rule));
+                });
+            }
+            assert_eq!(seen, [(3, 0, 1, Some(2)), (3, 1, 2, Some(2)), (3, 0, 3, Some(2))]);
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_told_where_it_is_missing() {
+        let (mut reader, rings) = rings(1);
+        let now = ticks();
+        push(&rings[0], access(now, 1, 0));
+        push(&rings[0], [now + 1, 7, 0, 3 << 32, 0, vcpu::GAP, 0, 0]);
+        push(&rings[0], access(now + 2, 2, 0));
+        rings[0].words.set(vcpu::MISSED, 9);
+        rings[0].end();
+        let mut seen = Vec::new();
+        reader.drain(&mut |entry| {
+            seen.push(match entry {
+                Entry::Access(event, _) => u64::from(event.msr.0),
+                Entry::Gap {
+                    vm: 3, vcpu: 0, events, ..
+                } => 1000 + events,
+                other => panic!("{other:?}"),
+            });
+        });
+        assert_eq!(seen, [1, 1007, 2, 1009]);
+        assert_eq!(reader.lost(), 16);
+        assert!(reader.ledger.rings().is_empty(), "what is over is let go of");
+    }
+
+    #[test]
+    fn counts_outlast_their_vcpu() {
+        let (mut reader, rings) = rings(2);
+        for (ring, count) in rings.iter().zip([2, 3]) {
+            let tally = [1 << 63 | 0x8b << 1 | 1, count, 7, Did::Ignore as u64, 100];
+            for (at, word) in (vcpu::TALLIES + 5 * vcpu::TALLY..).zip(tally) {
+                ring.words.set(at, word);
+            }
+        }
+        rings[0].end();
+        reader.drain(&mut |_| {});
+        let tallies = reader.tallies();
+        assert_eq!(tallies.len(), 1);
+        assert_eq!(tallies[&(Msr(0x8b), Op::Write)].count, 5);
+    }
+}

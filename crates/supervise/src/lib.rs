@@ -1,0 +1,47 @@
+//! Keeps a policy in force on the VMs of a VMM that knows nothing of it, from outside.
+//!
+//! The kernel lets the VMM's calls that matter wait (seccomp), and the supervisor makes them in the VMM's own thread
+//! (ptrace), with what the policy takes besides. Nothing is traced in between, and what a descriptor is, is asked of the
+//! kernel at that moment.
+//!
+//! ```text
+//! KVM_CREATE_VM ──────────→ made, and the plan installed, or no VM
+//! KVM_CREATE_VCPU ────────→ made, and presets put in
+//! KVM_X86_SET_MSR_FILTER ─→ VMM ∩ policy, planned anew
+//! KVM_ENABLE_CAP 188 ─────→ VMM ∪ policy
+//! KVM_SET_CPUID2 ─────────→ what the policy is for it, where it depends on that
+//! KVM_GET_MSRS, _SET_MSRS → on the VMM's values, where presets are
+//! KVM_RUN without a mark ─→ led to the answerer, where the policy answers
+//! ```
+//!
+//! A policy of allow, deny and presets has no code in the VMM. One that answers brings `msrgate-answer`'s image into the
+//! process ([`region`]), which makes KVM_RUN with a mark, answers from a table that only the supervisor can write, and asks
+//! the supervisor where an answer takes the kernel's register or a change of the filter.
+//!
+//! # Limits
+//! A VMM is trusted: it can read the marks, and change what it is told. Calls of 32-bit programs get no VM.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+mod supervisor;
+mod policy;
+mod watch;
+mod table;
+mod region;
+mod hands;
+mod stopped;
+mod target;
+mod seccomp;
+mod raw_filter;
+mod ledger;
+mod memory;
+mod frame;
+mod host;
+mod kvm;
+mod spawn;
+
+pub use ledger::{Entry, Ledger, Reader, Tally};
+pub use policy::Mode;
+pub use seccomp::{Expected, Listener, Marks, notify};
+pub use spawn::{Forked, bind, fork};
+pub use stopped::may_administer;
+pub use supervisor::{Leaf, Resolve, Setup, Supervisor};

@@ -1,0 +1,689 @@
+//! What becomes of each call that waits.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use libc::EACCES;
+use msrgate_answer::layout::slot;
+use msrgate_core::{Filter, Reasons, VcpuState, Verdict};
+use msrgate_plan::{DecisionMap, Plan, PlanError, Preset};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Pid;
+
+use crate::hands::Hands;
+use crate::host::HostMsrs;
+use crate::kvm;
+use crate::ledger::Ledger;
+use crate::policy::{Mode, Policy, State, is_weaker};
+use crate::raw_filter::{self, word};
+use crate::region::{Region, Table};
+use crate::seccomp::{Listener, Marks, Waiting};
+use crate::stopped::{Stopped, Stopper, may_suspend};
+use crate::table;
+use crate::target::{self, Object};
+
+mod cpuid;
+mod exit;
+mod msrs;
+mod run;
+
+/// What CPUID gives: leaf, subleaf, and EAX to EDX.
+pub type Leaf = (u32, u32, [u32; 4]);
+
+/// Says what a policy is for a guest with these leaves; an error is one line for people.
+pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<DecisionMap, String> + Send>;
+
+/// How long a call waits for a vCPU that another thread runs: the VMM's thread would wait for it in the kernel.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often is looked whether it still does, in milliseconds.
+const AGAIN: u8 = 1;
+
+/// What is to be enforced, and what is to be written down.
+pub struct Setup {
+    /// The policy; where it depends on the guest's CPUID, what is in force until that is known.
+    pub map: DecisionMap,
+    /// What becomes of what it decides.
+    pub mode: Mode,
+    /// Every access that the policy decides makes an event, whatever its rule says of logging.
+    pub events: bool,
+    /// Events have the guest's RIP.
+    pub rip: bool,
+    /// What the policy is for a guest's CPUID, where it depends on that.
+    pub resolve: Option<Resolve>,
+}
+
+impl fmt::Debug for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Setup")
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Keeps a policy in force on the VMs of all processes of a VMM.
+pub struct Supervisor {
+    setup: Setup,
+    policy: Arc<Policy>,
+    ledger: Arc<Ledger>,
+    say: Box<dyn Fn(String) + Send>,
+    hands: Hands,
+    /// What the next VM or vCPU is called.
+    next: u64,
+    vms: HashMap<u64, Vm>,
+    vcpus: HashMap<u64, Vcpu>,
+    regions: HashMap<u64, Region>,
+    /// The newest region of each process.
+    newest: HashMap<i32, u64>,
+    tables: Vec<(Arc<Policy>, Arc<Table>)>,
+    host: Option<HostMsrs>,
+    tracing: Arc<Mutex<()>>,
+}
+
+impl fmt::Debug for Supervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Supervisor")
+            .field("setup", &self.setup)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Vm {
+    number: u32,
+    process: i32,
+    state: State,
+    /// The VMM's own mask.
+    mask: Reasons,
+    /// What the kernel holds.
+    in_force: Filter,
+    reasons: Reasons,
+}
+
+struct Vcpu {
+    vm: u64,
+    id: u32,
+    /// Registers that hold presets.
+    registers: Vec<Register>,
+    /// Whether something is in force that it may run under.
+    ready: bool,
+    /// The VMM has put it into a state, and it did not run since.
+    placed: bool,
+    /// What its MSRs remember, apart from shadows that the answerer keeps.
+    state: Option<VcpuState>,
+}
+
+/// A register of a vCPU that holds a preset.
+struct Register {
+    preset: Preset,
+    /// What it would hold without msrgate: the kernel's own value, or what the VMM has put there.
+    vmms: u64,
+}
+
+/// Why a call does not come about.
+enum Refusal {
+    /// The kernel's error, for the VMM.
+    Kernel(Errno),
+    /// One line for people; the VMM gets EACCES.
+    Line(String),
+}
+
+impl From<Errno> for Refusal {
+    fn from(error: Errno) -> Refusal {
+        Refusal::Kernel(error)
+    }
+}
+
+impl Supervisor {
+    /// `say` gets lines for people, and must not wait.
+    ///
+    /// # Errors
+    /// No filter holds the map, or it reads the physical CPU's MSRs and they do not open.
+    pub fn new(
+        setup: Setup,
+        marks: Marks,
+        ledger: Arc<Ledger>,
+        say: Box<dyn Fn(String) + Send>,
+    ) -> Result<Supervisor, PlanError> {
+        let policy = Policy::new(setup.map.clone(), setup.mode)?;
+        let this = std::process::id().cast_signed();
+        let stopper = Stopper {
+            marks,
+            suspends: may_suspend(),
+            // Its own, and the one that makes calls wait.
+            filters: target::status(this, "Seccomp_filters").unwrap_or(0) + 1,
+        };
+        // Locks of other supervisors are elsewhere.
+        let next = marks.call >> 4 & !0xffff | 1 << 40;
+        Ok(Supervisor {
+            setup,
+            policy: Arc::new(policy),
+            ledger,
+            say,
+            hands: Hands::new(stopper),
+            next,
+            vms: HashMap::new(),
+            vcpus: HashMap::new(),
+            regions: HashMap::new(),
+            newest: HashMap::new(),
+            tables: Vec::new(),
+            host: None,
+            tracing: Arc::default(),
+        })
+    }
+
+    /// The ioctls that have to wait.
+    pub fn requests(&self) -> Vec<u32> {
+        let mut requests = vec![kvm::CREATE_VM, kvm::CREATE_VCPU, kvm::SET_MSR_FILTER, kvm::ENABLE_CAP];
+        if self.setup.resolve.is_some() {
+            requests.extend([kvm::SET_CPUID, kvm::SET_CPUID2]);
+        }
+        if !self.policy.presets().is_empty() {
+            requests.extend([kvm::GET_MSRS, kvm::SET_MSRS, kvm::GET_ONE_REG, kvm::SET_ONE_REG]);
+        }
+        if self.answers() {
+            requests.push(kvm::RUN);
+        }
+        if self.setup.resolve.is_some() || self.policy.remembers() {
+            requests.push(kvm::SET_MP_STATE);
+        }
+        requests
+    }
+
+    /// The fixed answers that the kernel holds.
+    pub fn presets(&self) -> &[Preset] {
+        self.policy.presets()
+    }
+
+    /// Whether exits are to be answered: what only allows and denies makes none.
+    fn answers(&self) -> bool {
+        self.setup.mode != Mode::Enforce
+            || self.setup.resolve.is_some()
+            || self.policy.plan().reasons() != Reasons::NONE
+    }
+
+    /// Locked while a thread stands still. Whoever waits for children of this process waits for stops of theirs too, which
+    /// the supervisor must not miss: it holds this lock meanwhile.
+    pub fn tracing(&self) -> Arc<Mutex<()>> {
+        Arc::clone(&self.tracing)
+    }
+
+    /// Answers until nobody is left who could call.
+    ///
+    /// # Errors
+    /// The kernel's, where it does not say who calls.
+    pub fn serve(mut self, listener: &Listener) -> io::Result<()> {
+        let mut later: Vec<(Waiting<'_>, Instant)> = Vec::new();
+        loop {
+            let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            let timeout = if later.is_empty() {
+                PollTimeout::NONE
+            } else {
+                AGAIN.into()
+            };
+            match poll(&mut ready, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let events = ready[0].revents().unwrap_or(PollFlags::empty());
+            for (waiting, until) in mem::take(&mut later) {
+                if self.must_wait(&waiting) && Instant::now() < until {
+                    later.push((waiting, until));
+                } else {
+                    self.answer(&waiting);
+                }
+            }
+            if events.contains(PollFlags::POLLIN) {
+                // It may have been killed meanwhile.
+                let Ok(waiting) = listener.next() else { continue };
+                if self.must_wait(&waiting) {
+                    later.push((waiting, Instant::now() + PATIENCE));
+                } else {
+                    self.answer(&waiting);
+                }
+            } else if !events.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether the call is on a vCPU that another thread runs.
+    fn must_wait(&self, waiting: &Waiting<'_>) -> bool {
+        let on_vcpu = matches!(
+            waiting.arguments[1] as u32,
+            kvm::SET_CPUID
+                | kvm::SET_CPUID2
+                | kvm::GET_MSRS
+                | kvm::SET_MSRS
+                | kvm::GET_ONE_REG
+                | kvm::SET_ONE_REG
+                | kvm::SET_MP_STATE
+        );
+        let vcpu = || Object::of(waiting.thread, waiting.arguments[0] as i32);
+        let process = || target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
+        on_vcpu
+            && matches!(vcpu(), Ok(Object::Vcpu(tag)) if target::is_run_by_another(process(), waiting.thread, tag).unwrap_or(false))
+    }
+
+    fn answer(&mut self, waiting: &Waiting<'_>) {
+        let tracing = Arc::clone(&self.tracing);
+        let _stands_still = tracing.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.number != libc::SYS_ioctl as u32 {
+            return self.foreign(waiting);
+        }
+        match waiting.arguments[1] as u32 {
+            kvm::RUN => self.run(waiting),
+            kvm::CREATE_VM => self.create_vm(waiting),
+            kvm::CREATE_VCPU => self.on_vm(waiting, Self::create_vcpu),
+            kvm::SET_MSR_FILTER => self.on_vm(waiting, Self::set_msr_filter),
+            kvm::ENABLE_CAP => self.enable_cap(waiting),
+            kvm::SET_CPUID | kvm::SET_CPUID2 => self.on_vcpu(waiting, Self::set_cpuid),
+            kvm::GET_MSRS | kvm::SET_MSRS | kvm::GET_ONE_REG | kvm::SET_ONE_REG => self.on_vcpu(waiting, Self::msrs),
+            kvm::SET_MP_STATE => self.on_vcpu(waiting, Self::set_mp_state),
+            _ => waiting.allow(),
+        }
+    }
+
+    /// A call of a program that is not for x86-64.
+    fn foreign(&self, waiting: &Waiting<'_>) {
+        match Object::of(waiting.thread, waiting.arguments[0] as i32) {
+            Ok(Object::Other) => waiting.allow(),
+            _ => {
+                let line = "it makes 32-bit system calls: take a build of the VMM for x86-64";
+                self.refuse_object(waiting, "no VM is made", line);
+            }
+        }
+    }
+
+    /// Has the VMM go without a VM or vCPU.
+    fn refuse_object(&self, waiting: &Waiting<'_>, what: &str, line: &str) {
+        self.ledger.refuse();
+        self.refuse(waiting, what, line);
+    }
+
+    fn refuse(&self, waiting: &Waiting<'_>, what: &str, line: &str) {
+        self.tell(waiting.thread, what, line);
+        // Who no longer waits needs no answer.
+        let _ = waiting.give(i64::from(-EACCES));
+    }
+
+    fn tell(&self, thread: i32, what: &str, line: &str) {
+        let program = target::program(thread);
+        (self.say)(format!("{what}: {line} (`{program}`, thread {thread})"));
+    }
+
+    /// Stops the thread; where it cannot be, `what` is refused.
+    fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Stopped> {
+        match self.hands.stop(waiting, self.syscall(waiting)) {
+            Ok(stopped) => Some(stopped),
+            Err(None) => None,
+            Err(Some(line)) => {
+                self.refuse(waiting, what, &line);
+                None
+            }
+        }
+    }
+
+    /// A `syscall` instruction in the thread's process.
+    fn syscall(&self, waiting: &Waiting<'_>) -> Option<u64> {
+        let process = target::status(waiting.thread, "Tgid")? as i32;
+        self.regions.get(self.newest.get(&process)?)?.syscall()
+    }
+
+    fn create_vm(&mut self, waiting: &Waiting<'_>) {
+        match Object::of(waiting.thread, waiting.arguments[0] as i32) {
+            Ok(Object::Kvm) => {}
+            Ok(_) => return waiting.allow(),
+            Err(error) => return self.refuse_object(waiting, "no VM is made", &error.to_string()),
+        }
+        let mut stopped = match self.hands.stop(waiting, self.syscall(waiting)) {
+            Ok(stopped) => stopped,
+            Err(None) => return,
+            Err(Some(line)) => return self.refuse_object(waiting, "no VM is made", &line),
+        };
+        self.collect(&mut stopped, waiting.thread);
+        let [kvm, _, kind, ..] = waiting.arguments;
+        let vm = match stopped.ioctl(kvm, kvm::CREATE_VM, kind) {
+            Ok(vm) => vm,
+            Err(error) => return stopped.finish(-(error as i64)),
+        };
+        match self.adopt_vm(&mut stopped, vm) {
+            Ok(()) => stopped.finish(vm.cast_signed()),
+            Err(refusal) => self.take_back(stopped, vm, waiting.thread, "no VM is made", refusal),
+        }
+    }
+
+    /// Closes a descriptor that nothing can be put in force on.
+    fn take_back(&self, mut stopped: Stopped, fd: u64, thread: i32, what: &str, refusal: Refusal) {
+        self.ledger.refuse();
+        let line = match refusal {
+            Refusal::Line(line) => line,
+            Refusal::Kernel(error) => format!("the kernel refuses what the policy takes: {}", error.desc()),
+        };
+        self.tell(thread, what, &line);
+        stopped.close(fd as i32);
+        stopped.finish(i64::from(-EACCES));
+    }
+
+    fn adopt_vm(&mut self, stopped: &mut Stopped, fd: u64) -> Result<(), Refusal> {
+        let line = |error: &dyn fmt::Display| Refusal::Line(error.to_string());
+        self.open_host_msrs(&self.policy.clone())?;
+        let plan = self.policy.composed(None, Some(&BTreeSet::new()), Reasons::NONE);
+        let plan = plan.map_err(|error| line(&error))?;
+        let tag = self.new_tag();
+        self.hands.tag(stopped, fd, tag)?;
+        let mut vm = Vm {
+            number: 0,
+            process: stopped.process,
+            state: State::new(Arc::clone(&self.policy)),
+            mask: Reasons::NONE,
+            in_force: Filter::allow_all(),
+            reasons: Reasons::NONE,
+        };
+        put_in_force(&mut self.hands, stopped, fd, &mut vm, plan.filter(), plan.reasons())?;
+        vm.state.plan = Some(Arc::new(plan));
+        vm.number = self.ledger.new_vm();
+        self.vms.insert(tag, vm);
+        Ok(())
+    }
+
+    fn new_tag(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn open_host_msrs(&mut self, policy: &Policy) -> Result<(), Refusal> {
+        if self.host.is_none() && HostMsrs::are_read_by(policy.plan().table()) {
+            self.host = Some(HostMsrs::open().map_err(Refusal::Line)?);
+        }
+        Ok(())
+    }
+
+    /// A call on a VM that is known.
+    fn on_vm(&mut self, waiting: &Waiting<'_>, call: fn(&mut Self, &Waiting<'_>, u64)) {
+        match Object::of(waiting.thread, waiting.arguments[0] as i32) {
+            Ok(Object::Vm(tag)) if self.vms.contains_key(&tag) => call(self, waiting, tag),
+            Ok(Object::Vm(_)) => self.refuse(
+                waiting,
+                "the call is refused",
+                "its VM was not made under this `msrgate run`",
+            ),
+            Ok(_) => waiting.allow(),
+            Err(error) => self.refuse(waiting, "the call is refused", &error.to_string()),
+        }
+    }
+
+    /// A call on a vCPU that is known.
+    fn on_vcpu(&mut self, waiting: &Waiting<'_>, call: fn(&mut Self, &Waiting<'_>, u64)) {
+        match Object::of(waiting.thread, waiting.arguments[0] as i32) {
+            Ok(Object::Vcpu(tag)) if self.vcpus.contains_key(&tag) => call(self, waiting, tag),
+            Ok(Object::Vcpu(_)) => {
+                self.refuse(
+                    waiting,
+                    "the call is refused",
+                    "its vCPU was not made under this `msrgate run`",
+                );
+            }
+            Ok(_) => waiting.allow(),
+            Err(error) => self.refuse(waiting, "the call is refused", &error.to_string()),
+        }
+    }
+
+    fn create_vcpu(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        let [vm, _, id, ..] = waiting.arguments;
+        let what = format!("vCPU {id} is not made");
+        let Some(mut stopped) = self.stop(waiting, &what) else {
+            return;
+        };
+        let fd = match stopped.ioctl(vm, kvm::CREATE_VCPU, id) {
+            Ok(fd) => fd,
+            Err(error) => return stopped.finish(-(error as i64)),
+        };
+        match self.adopt_vcpu(&mut stopped, fd, tag, id as u32) {
+            Ok(()) => stopped.finish(fd.cast_signed()),
+            Err(refusal) => self.take_back(stopped, fd, waiting.thread, &what, refusal),
+        }
+    }
+
+    fn adopt_vcpu(&mut self, stopped: &mut Stopped, fd: u64, vm: u64, id: u32) -> Result<(), Refusal> {
+        let tag = self.new_tag();
+        self.hands.tag(stopped, fd, tag)?;
+        let mut registers = Vec::new();
+        for preset in self.policy.presets() {
+            let vmms = self.hands.host_read(stopped, fd, preset.msr);
+            let vmms = vmms.ok_or_else(|| Refusal::Line(format!("the kernel gives no value of {}", preset.msr)))?;
+            registers.push(Register { preset: *preset, vmms });
+            let _ = self.hands.host_write(stopped, fd, preset.msr, preset.value);
+            if self.hands.host_read(stopped, fd, preset.msr) != Some(preset.value) {
+                let line = format!("the kernel does not hold {:#x} in {}", preset.value, preset.msr);
+                return Err(Refusal::Line(line));
+            }
+        }
+        // The number may have been another vCPU's.
+        self.regions
+            .values()
+            .filter(|region| region.process == stopped.process)
+            .for_each(|region| region.forget(fd));
+        self.ledger.new_vcpu();
+        self.vcpus.insert(
+            tag,
+            Vcpu {
+                vm,
+                id,
+                registers,
+                ready: self.setup.resolve.is_none(),
+                placed: false,
+                state: None,
+            },
+        );
+        Ok(())
+    }
+
+    fn set_msr_filter(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
+        let [fd, _, address, ..] = waiting.arguments;
+        let process = stopped.process;
+        let mut read = |address: u64, to: &mut [u8]| target::read(process, address, to);
+        let filter = match raw_filter::copy(address, &mut read) {
+            Ok(filter) => filter,
+            Err(error) => return stopped.finish(i64::from(-error)),
+        };
+        let Some(vm) = self.vms.get_mut(&tag) else { return };
+        let weaker = vm.state.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
+        let old = vm.state.filter.replace(filter);
+        let mask = vm.mask;
+        match self.compose(&mut stopped, fd, tag, mask) {
+            Ok(()) => stopped.finish(0),
+            Err(refusal) => {
+                if let Some(vm) = self.vms.get_mut(&tag) {
+                    vm.state.filter = old;
+                }
+                return self.fail(stopped, waiting.thread, "the VMM's call fails", refusal);
+            }
+        }
+        if weaker
+            && let Some(vm) = self.vms.get_mut(&tag)
+            && !mem::replace(&mut vm.state.told, true)
+        {
+            let line = "the VMM allows MSRs that its own filter denied before; the policy stays in force";
+            (self.say)(line.to_owned());
+        }
+    }
+
+    fn enable_cap(&mut self, waiting: &Waiting<'_>) {
+        let tag = match Object::of(waiting.thread, waiting.arguments[0] as i32) {
+            Ok(Object::Vm(tag)) => tag,
+            Ok(_) => return waiting.allow(),
+            Err(error) => return self.refuse(waiting, "the VMM's call fails", &error.to_string()),
+        };
+        let mut cap = [0; kvm::ENABLE_CAP_BYTES];
+        let read = target::read(waiting.thread, waiting.arguments[2], &mut cap);
+        if !read || word(&cap, 0) != Ok(msrgate_core::abi::CAP_X86_USER_SPACE_MSR) {
+            // Of another capability, or of none: the kernel says so.
+            return waiting.allow();
+        }
+        if !self.vms.contains_key(&tag) {
+            let line = "its VM was not made under this `msrgate run`";
+            return self.refuse(waiting, "the call is refused", line);
+        }
+        // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
+        let mask = match (word(&cap, 4), word(&cap, 8), word(&cap, 12)) {
+            (Ok(0), Ok(low), Ok(high)) => Reasons::from_bits(u64::from(high) << 32 | u64::from(low)),
+            _ => None,
+        };
+        let Some(mask) = mask else {
+            let _ = waiting.give(i64::from(-libc::EINVAL));
+            return;
+        };
+        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
+        match self.compose(&mut stopped, waiting.arguments[0], tag, mask) {
+            Ok(()) => {
+                if let Some(vm) = self.vms.get_mut(&tag) {
+                    vm.mask = mask;
+                }
+                self.tell_regions(tag, slot::MASK, u64::from(mask.bits()));
+                stopped.finish(0);
+            }
+            Err(refusal) => self.fail(stopped, waiting.thread, "the VMM's call fails", refusal),
+        }
+    }
+
+    /// Has the answerers of a VM's vCPUs know something.
+    fn tell_regions(&self, vm: u64, word: usize, value: u64) {
+        let of_vm = |vcpu: u64| self.vcpus.get(&vcpu).filter(|vcpu| vcpu.vm == vm).map(|_| value);
+        self.regions.values().for_each(|region| region.tell(word, of_vm));
+    }
+
+    fn fail(&self, stopped: Stopped, thread: i32, what: &str, refusal: Refusal) {
+        match refusal {
+            Refusal::Kernel(error) => stopped.finish(-(error as i64)),
+            Refusal::Line(line) => {
+                self.tell(thread, what, &line);
+                stopped.finish(i64::from(-EACCES));
+            }
+        }
+    }
+
+    /// Puts in force what policy and VMM say together; on an error what was in force still is.
+    fn compose(&mut self, stopped: &mut Stopped, fd: u64, tag: u64, mask: Reasons) -> Result<(), Refusal> {
+        let vm = self.vms.get_mut(&tag).ok_or(Refusal::Kernel(Errno::EBADF))?;
+        let plan = vm.state.composed(mask).map_err(|error| {
+            let with = match &vm.state.filter {
+                Some(_) => "together with the VMM's own MSR filter ",
+                None => "",
+            };
+            Refusal::Line(format!("{with}{error}"))
+        })?;
+        put_in_force(&mut self.hands, stopped, fd, vm, plan.filter(), plan.reasons())?;
+        let plan = Arc::new(plan);
+        let old = vm.state.plan.replace(Arc::clone(&plan));
+        if let Some(old) = old.filter(|old| old.table() != plan.table()) {
+            let of_vm = self.vcpus.values_mut().filter(|vcpu| vcpu.vm == tag);
+            for vcpu in of_vm {
+                vcpu.state = vcpu.state.take().map(|state| state.carried(old.table(), plan.table()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The table for a policy, made once.
+    fn table(&mut self, policy: &Arc<Policy>) -> Result<Arc<Table>, Refusal> {
+        if let Some((_, table)) = self.tables.iter().find(|(known, _)| Arc::ptr_eq(known, policy)) {
+            return Ok(Arc::clone(table));
+        }
+        let table = Table::new(table::words(policy));
+        let table = table.map_err(|error| Refusal::Line(format!("memory for its answers: {error}")))?;
+        let table = Arc::new(table);
+        self.tables.push((Arc::clone(policy), Arc::clone(&table)));
+        Ok(table)
+    }
+
+    fn set_mp_state(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
+        let [fd, request, address, ..] = waiting.arguments;
+        let result = stopped.ioctl(fd, request as u32, address);
+        if let (Ok(_), Some(vcpu)) = (&result, self.vcpus.get_mut(&tag)) {
+            vcpu.placed = true;
+            // It is looked at where it runs next.
+            let this = |vcpu: u64| (vcpu == tag).then_some(0);
+            self.regions.values().for_each(|region| region.tell(slot::READY, this));
+        }
+        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+    }
+
+    /// Lets go of what is no longer there: vCPUs that the process has closed, and processes that have ended.
+    fn collect(&mut self, stopped: &mut Stopped, thread: i32) {
+        let ended = |process: i32| nix::sys::signal::kill(Pid::from_raw(process), None) == Err(Errno::ESRCH);
+        self.regions.retain(|_, region| {
+            let over = ended(region.process);
+            if over {
+                region.end();
+            }
+            !over
+        });
+        let regions = &self.regions;
+        self.newest.retain(|_, name| regions.contains_key(name));
+        self.hands.prune(ended);
+        self.vms.retain(|_, vm| !ended(vm.process));
+        let vms = &self.vms;
+        self.vcpus.retain(|_, vcpu| vms.contains_key(&vcpu.vm));
+        let of_process = self
+            .newest
+            .get(&stopped.process)
+            .and_then(|name| self.regions.get_mut(name));
+        if let Some(region) = of_process.filter(|region| region.len() > 0) {
+            region.collect(stopped, thread);
+        }
+    }
+}
+
+/// Widens the mask, then swaps the filter, then narrows the mask: an access that either filter denies is handed over if
+/// its plan says so. On an error what was in force still is.
+fn put_in_force(
+    hands: &mut Hands,
+    stopped: &mut Stopped,
+    fd: u64,
+    vm: &mut Vm,
+    filter: &Filter,
+    reasons: Reasons,
+) -> Result<(), Errno> {
+    let both = vm.reasons.union(reasons);
+    if both != vm.reasons {
+        hands.set_mask(stopped, fd, both)?;
+    }
+    if *filter != vm.in_force
+        && let Err(error) = hands.set_filter(stopped, fd, filter)
+    {
+        if both != vm.reasons {
+            // A mask that stays too wide hands over what the answerer faults, as the kernel would.
+            let _ = hands.set_mask(stopped, fd, vm.reasons);
+        }
+        return Err(error);
+    }
+    vm.in_force = filter.clone();
+    if both != reasons {
+        let _ = hands.set_mask(stopped, fd, reasons);
+    }
+    vm.reasons = reasons;
+    Ok(())
+}
+
+/// What a plan that lets nothing through is made of: for a VM whose policy cannot be kept any more.
+fn closed() -> Result<Plan, PlanError> {
+    Plan::compile(&DecisionMap::deny_all())
+}
+
+/// Whether a filter denies an access.
+fn denies(filter: &Filter, msr: msrgate_core::Msr, op: msrgate_core::Op) -> bool {
+    filter.verdict(msr, op) == Verdict::Deny
+}

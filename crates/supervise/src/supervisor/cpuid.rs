@@ -1,0 +1,141 @@
+//! KVM_SET_CPUID2, where the policy depends on it: what the policy is for this guest is in force when the call returns.
+
+use std::mem;
+use std::sync::Arc;
+
+use msrgate_answer::layout::slot;
+
+use super::{Leaf, Refusal, Supervisor};
+use crate::kvm;
+use crate::policy::Policy;
+use crate::raw_filter::word;
+use crate::seccomp::Waiting;
+use crate::target;
+
+impl Supervisor {
+    pub(super) fn set_cpuid(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        let Some(id) = self.vcpus.get(&tag).map(|vcpu| vcpu.id) else {
+            return;
+        };
+        let what = format!("vCPU {id} does not get this CPUID");
+        let Some(mut stopped) = self.stop(waiting, &what) else {
+            return;
+        };
+        let [fd, request, address, ..] = waiting.arguments;
+        let request = request as u32;
+        let Some(leaves) = leaves(stopped.process, request, address) else {
+            // The kernel says what is wrong with it. If it finds nothing the vCPU does not run.
+            let result = stopped.ioctl(fd, request, address);
+            if result.is_ok() {
+                self.set_ready(tag, false);
+            }
+            return stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+        };
+        let policy = match self.resolve(tag, leaves) {
+            Ok(policy) => policy,
+            Err(refusal) => return self.fail(stopped, waiting.thread, &what, refusal),
+        };
+        let Some(vm) = self.vcpus.get(&tag).map(|vcpu| vcpu.vm) else {
+            return;
+        };
+        let Some(object) = self.vms.get_mut(&vm) else { return };
+        // The filter is put in force before the kernel takes the CPUID, and taken back where the kernel does not. A VM's
+        // own descriptor is needed for it, and the call has the vCPU's.
+        let changes = *policy != *object.state.policy;
+        if changes && object.state.resolved.iter().any(|known| *known != id) {
+            let line = "the policy means something else for it than for the VM's other vCPUs, and a VM has one filter: \
+                        give all of them the same model and features";
+            return self.fail(stopped, waiting.thread, &what, Refusal::Line(line.to_owned()));
+        }
+        let mask = object.mask;
+        let old = mem::replace(&mut object.state.policy, Arc::clone(&policy));
+        let vm_fd = target::descriptor(waiting.thread, vm);
+        let composed = match (changes, vm_fd) {
+            (false, _) => Ok(()),
+            (true, Some(vm_fd)) => self.compose(&mut stopped, vm_fd, vm, mask),
+            (true, None) => Err(Refusal::Line("the VMM has no descriptor of its VM any more".to_owned())),
+        };
+        if let Err(refusal) = composed {
+            self.put_back(vm, old);
+            return self.fail(stopped, waiting.thread, &what, refusal);
+        }
+        let result = stopped.ioctl(fd, request, address);
+        match &result {
+            Ok(_) => {
+                if let Some(object) = self.vms.get_mut(&vm) {
+                    object.state.resolved.insert(id);
+                }
+                // Its slot, if it has one, is another policy's.
+                self.set_ready(tag, true);
+            }
+            Err(_) => {
+                self.put_back(vm, old);
+                if changes
+                    && let Some(vm_fd) = vm_fd
+                    && self.compose(&mut stopped, vm_fd, vm, mask).is_err()
+                {
+                    self.set_ready(tag, false);
+                }
+            }
+        }
+        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+    }
+
+    fn put_back(&mut self, vm: u64, policy: Arc<Policy>) {
+        if let Some(object) = self.vms.get_mut(&vm) {
+            object.state.policy = policy;
+        }
+    }
+
+    fn set_ready(&mut self, tag: u64, ready: bool) {
+        if let Some(vcpu) = self.vcpus.get_mut(&tag) {
+            vcpu.ready = ready;
+        }
+        let this = |vcpu: u64| (vcpu == tag).then_some(0);
+        self.regions.values().for_each(|region| region.tell(slot::READY, this));
+    }
+
+    /// What the policy is for a guest with this CPUID.
+    fn resolve(&mut self, tag: u64, leaves: Vec<Leaf>) -> Result<Arc<Policy>, Refusal> {
+        let resolve = self.setup.resolve.as_ref();
+        let resolve = resolve.ok_or_else(|| Refusal::Line("the policy does not depend on it".to_owned()))?;
+        let map = resolve(leaves).map_err(Refusal::Line)?;
+        // The same policy is one, so that its table is too.
+        let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get(&vcpu.vm));
+        let known = self.tables.iter().map(|(policy, _)| policy);
+        let known = known
+            .chain(vm.map(|vm| &vm.state.policy))
+            .find(|policy| policy.is(&map));
+        if let Some(known) = known {
+            return Ok(Arc::clone(known));
+        }
+        // A preset would come too late.
+        let policy = Policy::new(map.holding(Vec::new()), self.setup.mode);
+        let policy = Arc::new(policy.map_err(|error| Refusal::Line(error.to_string()))?);
+        self.open_host_msrs(&policy)?;
+        Ok(policy)
+    }
+}
+
+/// The VMM's `struct kvm_cpuid` or `struct kvm_cpuid2`.
+fn leaves(process: i32, request: u32, address: u64) -> Option<Vec<Leaf>> {
+    let size = if request == kvm::SET_CPUID2 { 40 } else { 24 };
+    let mut header = [0; 8];
+    target::read(process, address, &mut header).then_some(())?;
+    let count = usize::try_from(word(&header, 0).ok()?).ok();
+    let count = count.filter(|count| *count <= kvm::MAX_CPUID_ENTRIES)?;
+    let mut entries = vec![0; count * size];
+    let read = entries.is_empty() || target::read(process, address + 8, &mut entries);
+    read.then_some(())?;
+    let leaf = |entry: &[u8]| {
+        let field = |number: usize| word(entry, number * 4).ok();
+        let (index, first) = match request {
+            // The index says something where the flags say so (`KVM_CPUID_FLAG_SIGNIFCANT_INDEX`).
+            kvm::SET_CPUID2 => (if field(2)? & 1 == 1 { field(1)? } else { 0 }, 3),
+            _ => (0, 1),
+        };
+        let values = [field(first)?, field(first + 1)?, field(first + 2)?, field(first + 3)?];
+        Some((field(0)?, index, values))
+    };
+    entries.chunks_exact(size).map(leaf).collect()
+}

@@ -1,0 +1,320 @@
+//! Exits that the answerer leaves to the supervisor.
+
+use std::sync::Arc;
+
+use msrgate_answer::layout::reply;
+use msrgate_core::{Access, Answer, Backing, Did, Exit, Log, Msr, Op, Outcome, Reason, Why};
+
+use super::{Refusal, Supervisor, denies, put_in_force};
+use crate::hands::Hands;
+use crate::host::HostMsrs;
+use crate::policy::{Owner, Touch};
+use crate::seccomp::Waiting;
+use crate::stopped::Stopped;
+use crate::{table, watch};
+
+/// What an exit comes to.
+struct Verdict {
+    /// A number of [`reply`].
+    code: i64,
+    /// The value of a read.
+    value: u64,
+    /// `None` where it is not to be told.
+    told: Option<(Did, Option<Why>)>,
+    rule: Option<u32>,
+    log: Log,
+}
+
+impl Verdict {
+    fn of(code: i64) -> Verdict {
+        Verdict {
+            code,
+            value: 0,
+            told: None,
+            rule: None,
+            log: Log::None,
+        }
+    }
+
+    fn answered(answer: Answer) -> Verdict {
+        let (code, value) = match answer.outcome {
+            Outcome::Value(value) => (reply::ANSWERED, value),
+            Outcome::Done => (reply::ANSWERED, 0),
+            Outcome::Fault => (reply::FAULTED, 0),
+        };
+        Verdict {
+            code,
+            value,
+            told: Some((answer.did, answer.why)),
+            rule: answer.rule,
+            log: answer.log,
+        }
+    }
+}
+
+/// What actions reach: the thread is stopped where one asks the kernel.
+struct Reach<'a, 'l> {
+    hands: &'a mut Hands,
+    host: Option<&'a HostMsrs>,
+    waiting: &'a Waiting<'l>,
+    stopped: &'a mut Option<Stopped>,
+    elsewhere: Option<u64>,
+    refused: Option<String>,
+}
+
+impl Reach<'_, '_> {
+    fn thread(&mut self) -> Option<(&mut Hands, &mut Stopped)> {
+        if self.stopped.is_none() {
+            match self.hands.stop(self.waiting, self.elsewhere) {
+                Ok(stopped) => *self.stopped = Some(stopped),
+                Err(line) => self.refused = line,
+            }
+        }
+        Some((self.hands, self.stopped.as_mut()?))
+    }
+}
+
+impl Backing for Reach<'_, '_> {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+        let fd = self.waiting.arguments[0];
+        let (hands, stopped) = self.thread().ok_or(Why::KernelRefused)?;
+        hands.host_read(stopped, fd, msr).ok_or(Why::KernelRefused)
+    }
+
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+        let fd = self.waiting.arguments[0];
+        let (hands, stopped) = self.thread().ok_or(Why::KernelRefused)?;
+        hands.host_write(stopped, fd, msr, value).ok_or(Why::KernelRefused)
+    }
+
+    fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
+        let thread = self.waiting.thread;
+        self.host
+            .and_then(|host| host.read(thread, msr))
+            .ok_or(Why::HostUnreadable)
+    }
+
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::NoHandler)
+    }
+
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::NoHandler)
+    }
+}
+
+impl Supervisor {
+    pub(super) fn exit(&mut self, waiting: &Waiting<'_>, tag: u64, region: u64) {
+        let [.., code, value] = waiting.arguments;
+        let msr = Msr((code >> 32) as u32);
+        let access = match code >> 16 & 1 {
+            0 => Access::Read { msr },
+            _ => Access::Write { msr, value },
+        };
+        let mut stopped = None;
+        let verdict = self.verdict(waiting, tag, access, (code >> 8 & 0xff) as u32, &mut stopped);
+        if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
+            let rule = u64::from(verdict.rule.unwrap_or(u32::MAX));
+            let (told, log) = match verdict.told {
+                Some((did, why)) => (table::told(did, why), table::log_word(verdict.log)),
+                None => (0, u64::MAX),
+            };
+            ring.reply([verdict.value, told, rule, log]);
+        }
+        match stopped {
+            Some(stopped) => stopped.finish(verdict.code),
+            // Who no longer waits asks again.
+            None => _ = waiting.give(verdict.code),
+        }
+    }
+
+    fn verdict(
+        &mut self,
+        waiting: &Waiting<'_>,
+        tag: u64,
+        access: Access,
+        reason: u32,
+        stopped: &mut Option<Stopped>,
+    ) -> Verdict {
+        let nobody = Verdict::answered(Answer::fault(Why::NoRule, None));
+        let vm_tag = self.vcpus.get(&tag).map(|vcpu| vcpu.vm);
+        let vm = vm_tag.and_then(|tag| Some((tag, self.vms.get(&tag)?)));
+        let (Some((vm_tag, vm)), Some(reason)) = (vm, Reason::from_bits(reason)) else {
+            return nobody;
+        };
+        let Some(plan) = vm.state.plan.clone() else {
+            return nobody;
+        };
+        let policy = Arc::clone(&vm.state.policy);
+        let owner = match policy.owner(access, reason, vm.mask) {
+            Owner::Watch => return self.touched(waiting, vm_tag, access, stopped),
+            // What the VMM denies is denied in the plan too; what it allows may be spilled.
+            Owner::Vmm if policy.spills() && plan.table().passes(access.msr(), access.op()) => Owner::Policy,
+            owner => owner,
+        };
+        if owner == Owner::Vmm {
+            return Verdict::of(reply::VMM);
+        }
+        let elsewhere = self.syscall(waiting);
+        let Some(vcpu) = self.vcpus.get_mut(&tag) else {
+            return nobody;
+        };
+        let state = vcpu.state.get_or_insert_with(|| plan.table().vcpu_state());
+        let mut reach = Reach {
+            hands: &mut self.hands,
+            host: self.host.as_ref(),
+            waiting,
+            stopped,
+            elsewhere,
+            refused: None,
+        };
+        let answer = plan.table().answer(Exit { access, reason }, state, &mut reach);
+        if let Some(line) = reach.refused {
+            self.tell(
+                waiting.thread,
+                &format!("the guest gets a fault for {}", access.msr()),
+                &line,
+            );
+        }
+        Verdict::answered(answer)
+    }
+
+    /// The guest touched what is watched: it is written down and opened, and the guest does it again.
+    fn touched(
+        &mut self,
+        waiting: &Waiting<'_>,
+        vm_tag: u64,
+        access: Access,
+        stopped: &mut Option<Stopped>,
+    ) -> Verdict {
+        let nobody = Verdict::answered(Answer::fault(Why::NoRule, None));
+        let (msr, op) = (access.msr(), access.op());
+        let elsewhere = self.syscall(waiting);
+        let Some(vm) = self.vms.get_mut(&vm_tag) else {
+            return nobody;
+        };
+        let denied = vm.state.filter.as_ref().is_some_and(|filter| denies(filter, msr, op));
+        let closed = |vm: &super::Vm| match Owner::of_rest(Reason::Filter, vm.mask) {
+            Owner::Vmm => Verdict::of(reply::VMM),
+            // As the kernel would, and what the VMM denies is not the policy's to tell of.
+            _ => Verdict::of(reply::FAULTED),
+        };
+        match vm.state.touch(msr, op) {
+            Touch::Denied => return closed(vm),
+            Touch::Open if vm.cannot_open(msr, op) => return closed(vm),
+            Touch::Open => return Verdict::of(reply::REDO),
+            Touch::Pass | Touch::First => {}
+        }
+        let mut reach = Reach {
+            hands: &mut self.hands,
+            host: None,
+            waiting,
+            stopped,
+            elsewhere,
+            refused: None,
+        };
+        if vm.state.touch(msr, op) == Touch::Pass {
+            let outcome = match access {
+                Access::Read { msr } => reach.kernel_read(msr).map(Outcome::Value),
+                Access::Write { msr, value } => reach.kernel_write(msr, value).map(|()| Outcome::Done),
+            };
+            return Verdict::answered(match outcome {
+                Ok(outcome) => Answer {
+                    outcome,
+                    did: Did::Pass,
+                    why: None,
+                    rule: None,
+                    log: Log::None,
+                },
+                Err(why) => Answer::fault(why, None),
+            });
+        }
+        // What the guest gets is the kernel's; this is the host's view of it.
+        let value = match op {
+            Op::Read => reach.kernel_read(msr).unwrap_or(0),
+            Op::Write => 0,
+        };
+        let Some((hands, thread)) = reach.thread() else {
+            return nobody;
+        };
+        let vm_fd = crate::target::descriptor(waiting.thread, vm_tag);
+        vm.state.open.insert((msr, op));
+        let opened = match (denied, vm_fd) {
+            // Nothing is to be opened.
+            (true, _) => Ok(()),
+            (false, None) => Err(Refusal::Line("the VMM has no descriptor of its VM any more".to_owned())),
+            (false, Some(fd)) => match watch::opened(&vm.in_force, msr, op) {
+                Some(filter) => {
+                    let reasons = vm.reasons;
+                    put_in_force(hands, thread, fd, vm, &filter, reasons).map_err(Refusal::from)
+                }
+                None => {
+                    let mask = vm.mask;
+                    self.compose_watching(thread_of(stopped), fd, vm_tag, mask)
+                }
+            },
+        };
+        let Some(vm) = self.vms.get_mut(&vm_tag) else {
+            return nobody;
+        };
+        if let Err(refusal) = opened {
+            vm.state.open.remove(&(msr, op));
+            let line = match refusal {
+                Refusal::Line(line) => line,
+                Refusal::Kernel(error) => error.desc().to_owned(),
+            };
+            self.tell(waiting.thread, &format!("the guest gets a fault for {msr}"), &line);
+            return nobody;
+        }
+        if vm.cannot_open(msr, op) {
+            return nobody;
+        }
+        let (did, rule) = vm.state.policy.would(msr, op);
+        Verdict {
+            code: reply::TOLD,
+            value,
+            told: Some((did, None)),
+            rule,
+            log: Log::None,
+        }
+    }
+
+    /// A plan for all that was touched; where there is no room for it nothing is watched any more: rather that than a
+    /// change for the guest.
+    fn compose_watching(
+        &mut self,
+        thread: Option<&mut Stopped>,
+        fd: u64,
+        vm_tag: u64,
+        mask: msrgate_core::Reasons,
+    ) -> Result<(), Refusal> {
+        let thread = thread.ok_or(Refusal::Kernel(nix::errno::Errno::ESRCH))?;
+        let Err(refusal) = self.compose(thread, fd, vm_tag, mask) else {
+            return Ok(());
+        };
+        if let Refusal::Line(line) = &refusal {
+            (self.say)(format!("what the guests touch from here on is not told: {line}"));
+        }
+        if let Some(vm) = self.vms.get_mut(&vm_tag) {
+            vm.state.blind = true;
+        }
+        let blind = self.compose(thread, fd, vm_tag, mask);
+        if blind.is_err()
+            && let Some(vm) = self.vms.get_mut(&vm_tag)
+        {
+            vm.state.blind = false;
+        }
+        blind
+    }
+}
+
+fn thread_of(stopped: &mut Option<Stopped>) -> Option<&mut Stopped> {
+    stopped.as_mut()
+}
+
+impl super::Vm {
+    /// Whether the kernel hands over what was opened all the same: no filter range covers the last MSR.
+    fn cannot_open(&self, msr: Msr, op: Op) -> bool {
+        denies(&self.in_force, msr, op) && !self.state.filter.as_ref().is_some_and(|filter| denies(filter, msr, op))
+    }
+}

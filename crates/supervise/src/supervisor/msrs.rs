@@ -1,0 +1,62 @@
+//! The VMM's own calls on MSRs: where a preset is, it sees and sets what would be there without it.
+
+use super::{Supervisor, closed, put_in_force};
+use crate::seccomp::Waiting;
+use crate::target;
+
+impl Supervisor {
+    /// KVM_GET_MSRS and its like: the registers hold the VMM's values for the length of the call, and what it leaves
+    /// there is the VMM's.
+    pub(super) fn msrs(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        if self.vcpus.get(&tag).is_none_or(|vcpu| vcpu.registers.is_empty()) {
+            return waiting.allow();
+        }
+        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
+        let (hands, Some(vcpu)) = (&mut self.hands, self.vcpus.get_mut(&tag)) else {
+            return;
+        };
+        let [fd, request, address, ..] = waiting.arguments;
+        for register in vcpu
+            .registers
+            .iter()
+            .filter(|register| register.vmms != register.preset.value)
+        {
+            // Where it is not taken the VMM sees the preset.
+            let _ = hands.host_write(&mut stopped, fd, register.preset.msr, register.vmms);
+        }
+        let result = stopped.ioctl(fd, request as u32, address);
+        let mut lost = None;
+        for register in &mut vcpu.registers {
+            let preset = register.preset;
+            let holds = hands.host_read(&mut stopped, fd, preset.msr);
+            register.vmms = holds.unwrap_or(register.vmms);
+            if holds == Some(preset.value) {
+                continue;
+            }
+            // Whether it was taken is what reading shows.
+            let _ = hands.host_write(&mut stopped, fd, preset.msr, preset.value);
+            if hands.host_read(&mut stopped, fd, preset.msr) != Some(preset.value) {
+                lost = Some(preset);
+            }
+        }
+        if let Some(preset) = lost {
+            let (id, vm) = (vcpu.id, vcpu.vm);
+            // The guest would see another value than the policy's: from here on it sees none.
+            if let (Some(object), Some(vm_fd), Ok(plan)) =
+                (self.vms.get_mut(&vm), target::descriptor(waiting.thread, vm), closed())
+            {
+                let _ = put_in_force(hands, &mut stopped, vm_fd, object, plan.filter(), plan.reasons());
+            }
+            let line = format!("the kernel no longer holds {:#x} in {}", preset.value, preset.msr);
+            self.tell(
+                waiting.thread,
+                &format!("the guest of vCPU {id} gets #GP for every MSR from here on"),
+                &line,
+            );
+            return stopped.finish(i64::from(-libc::EACCES));
+        }
+        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+    }
+}

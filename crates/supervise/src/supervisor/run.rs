@@ -1,0 +1,236 @@
+//! KVM_RUN without a mark, and what answerers ask.
+
+use std::mem;
+use std::sync::Arc;
+
+use libc::EACCES;
+use msrgate_answer::layout::{image, question, reply, slot};
+use nix::errno::Errno;
+
+use super::{Refusal, Supervisor};
+use crate::hands::Hands;
+use crate::kvm;
+use crate::ledger::Ring;
+use crate::policy::Mode;
+use crate::region::{self, Entry, Handed, Region};
+use crate::seccomp::Waiting;
+use crate::stopped::Stopped;
+use crate::target::{self, Object};
+
+/// Who calls.
+enum Caller {
+    /// The VMM.
+    Vmm,
+    /// An answerer, whose image has these parameters and is there.
+    Answerer(u64, [u64; image::COUNT]),
+}
+
+impl Supervisor {
+    pub(super) fn run(&mut self, waiting: &Waiting<'_>) {
+        let [fd, _, _, mark, code, _] = waiting.arguments;
+        let process = target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
+        let marks = self.hands.stopper.marks;
+        let image = match mark == marks.ask {
+            true => region::image_of(process, waiting.instruction, &marks),
+            false => None,
+        };
+        let caller = image.map_or(Caller::Vmm, |(at, parameters)| Caller::Answerer(at, parameters));
+        let tag = match Object::of(waiting.thread, fd as i32) {
+            Ok(Object::Vcpu(tag)) if self.vcpus.contains_key(&tag) => tag,
+            Ok(Object::Vcpu(_)) => {
+                let line = "it was not made under this `msrgate run`";
+                return self.refuse(waiting, "a vCPU does not run", line);
+            }
+            // The kernel says what it is not.
+            Ok(_) => return waiting.allow(),
+            Err(error) => return self.refuse(waiting, "a vCPU does not run", &error.to_string()),
+        };
+        let known = match &caller {
+            Caller::Answerer(_, parameters) if region::is_alive(process, parameters) => {
+                self.regions.get(&parameters[image::NAME]).map(|region| region.name)
+            }
+            Caller::Answerer(..) => None,
+            Caller::Vmm => {
+                let newest = self.newest.get(&process).and_then(|name| self.regions.get(name));
+                newest
+                    .filter(|region| region.is_there(process, &marks))
+                    .map(|region| region.name)
+            }
+        };
+        match (code & 0xff, &caller, known) {
+            (question::EXIT, Caller::Answerer(..), Some(name)) => self.exit(waiting, tag, name),
+            (question::BUSY, Caller::Answerer(..), Some(name)) => {
+                let another = target::is_run_by_another(process, waiting.thread, tag).unwrap_or(false);
+                if !another && let Some(region) = self.regions.get(&name) {
+                    region.release(tag);
+                }
+                // The kernel would let it wait; it may as well be interrupted.
+                let _ = waiting.give(if another { i64::from(-libc::EINTR) } else { reply::AGAIN });
+            }
+            _ => self.enter(waiting, tag, caller, known),
+        }
+    }
+
+    /// Has a vCPU's exits answered in the process, from its next KVM_RUN on.
+    fn enter(&mut self, waiting: &Waiting<'_>, tag: u64, caller: Caller, known: Option<u64>) {
+        let Some(vcpu) = self.vcpus.get(&tag) else { return };
+        let what = format!("vCPU {} does not run", vcpu.id);
+        if !vcpu.ready {
+            return self.not_ready(waiting, tag);
+        }
+        match self.entered(waiting, tag, &what, &caller, known) {
+            Ok(()) => {}
+            Err((None, Refusal::Kernel(error))) => self.refuse(waiting, &what, error.desc()),
+            Err((None, Refusal::Line(line))) => self.refuse(waiting, &what, &line),
+            Err((Some(stopped), refusal)) => {
+                let line = match refusal {
+                    Refusal::Kernel(error) => format!("the kernel refuses memory for its answers: {}", error.desc()),
+                    Refusal::Line(line) => line,
+                };
+                self.tell(waiting.thread, &what, &line);
+                stopped.finish(i64::from(-EACCES));
+            }
+        }
+    }
+
+    fn entered(
+        &mut self,
+        waiting: &Waiting<'_>,
+        tag: u64,
+        what: &str,
+        caller: &Caller,
+        known: Option<u64>,
+    ) -> Result<(), (Option<Stopped>, Refusal)> {
+        let early = |refusal: Refusal| (None, refusal);
+        let io = |error: std::io::Error| {
+            early(Refusal::Line(format!(
+                "the VMM gets no memory for its answers: {error}"
+            )))
+        };
+        let lost = || early(Refusal::Kernel(Errno::EBADF));
+        let (vm, id) = self.vcpus.get(&tag).map(|vcpu| (vcpu.vm, vcpu.id)).ok_or_else(lost)?;
+        let (policy, number, mask) = match self.vms.get(&vm) {
+            Some(vm) => (Arc::clone(&vm.state.policy), vm.number, vm.mask),
+            None => return Err(lost()),
+        };
+        let table = self.table(&policy).map_err(early)?;
+        let process = target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
+        let region = known.and_then(|name| self.regions.get(&name));
+        let ring = || Ring::new(process, (number, id), table.cells);
+        let mut handed = Handed::over(waiting, region, tag, &table, ring).map_err(io)?;
+        let Some(mut stopped) = self.stop(waiting, what) else {
+            return Ok(());
+        };
+        let result = (|| {
+            let name = match known {
+                Some(name) => name,
+                None => self.settle(&mut stopped, &mut handed, caller)?,
+            };
+            let region = self.regions.get_mut(&name).ok_or(Errno::EBADF)?;
+            let flags = [
+                (self.setup.events, slot::EVENTS),
+                (self.setup.rip, slot::RIP),
+                (self.setup.mode != Mode::Enforce, slot::REDO),
+            ];
+            let entry = Entry {
+                vcpu: tag,
+                fd: waiting.arguments[0],
+                table: &table,
+                mask: u64::from(mask.bits()),
+                flags: flags
+                    .into_iter()
+                    .filter(|(on, _)| *on)
+                    .fold(0, |all, (_, flag)| all | flag),
+                who: u64::from(number) | u64::from(id) << 32,
+            };
+            region.enter(&mut stopped, &mut handed, &entry)?;
+            if let Some((ring, _)) = &handed.ring {
+                self.ledger.add(Arc::clone(ring));
+            }
+            self.look_at_reset(&mut stopped, waiting.arguments[0], tag, name);
+            match caller {
+                Caller::Answerer(..) => Ok::<_, Errno>(None),
+                Caller::Vmm => self
+                    .regions
+                    .get_mut(&name)
+                    .ok_or(Errno::EBADF)?
+                    .lead(&mut stopped)
+                    .map(Some),
+            }
+        })();
+        handed.close(&mut stopped);
+        match result {
+            Ok(None) => stopped.finish(reply::AGAIN),
+            Ok(Some((stub, patched))) => {
+                if !patched {
+                    let line = "its KVM_RUN has no room for a jump beside it, so that each one takes some 50 µs more";
+                    self.tell(waiting.thread, "the VMM runs slower", line);
+                }
+                stopped.redirect(stub, libc::SYS_ioctl);
+            }
+            Err(error) => return Err((Some(stopped), Refusal::Kernel(error))),
+        }
+        Ok(())
+    }
+
+    /// A region in a process that has none.
+    fn settle(&mut self, stopped: &mut Stopped, handed: &mut Handed, caller: &Caller) -> Result<u64, Errno> {
+        let control = handed.control.take().ok_or(Errno::EBADF)?;
+        let fd = control.1;
+        let inherited = match caller {
+            Caller::Vmm => None,
+            Caller::Answerer(at, parameters) => Some((*at, *parameters)),
+        };
+        let name = self.new_tag();
+        let marks = self.hands.stopper.marks;
+        let stacks = !target::is_go(stopped.process);
+        let region = Region::new(stopped, control, name, &marks, stacks, inherited);
+        stopped.close(fd);
+        self.regions.insert(name, region?);
+        self.newest.insert(stopped.process, name);
+        Ok(name)
+    }
+
+    /// A vCPU that the VMM has reset remembers nothing. Looked at where it runs next, since a VMM resets a vCPU before it
+    /// loads a saved state too, which undoes no lock.
+    fn look_at_reset(&mut self, stopped: &mut Stopped, fd: u64, tag: u64, region: u64) {
+        let Some(vcpu) = self.vcpus.get_mut(&tag) else { return };
+        if mem::replace(&mut vcpu.placed, false) && is_reset(&mut self.hands, stopped, fd) {
+            vcpu.state = None;
+            if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
+                ring.forget_shadows();
+            }
+        }
+    }
+
+    /// A vCPU was to run that cannot.
+    fn not_ready(&mut self, waiting: &Waiting<'_>, tag: u64) {
+        let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get_mut(&vcpu.vm));
+        if vm.is_some_and(|vm| !mem::replace(&mut vm.state.told_of_cpuid, true)) {
+            (self.say)(
+                "no vCPU runs whose CPUID the VMM has not set, since the policy depends on it: if this VMM never does, \
+                 give `msrgate run` the option --cpuid"
+                    .to_owned(),
+            );
+        }
+        let _ = waiting.give(i64::from(-EACCES));
+    }
+}
+
+/// "Processor State After Reset": CS has a base that no other state has in real mode, and RIP is at the first instruction.
+/// A guest can bring this about too, so it says something only where the VMM has just set the state.
+fn is_reset(hands: &mut Hands, stopped: &mut Stopped, fd: u64) -> bool {
+    let mut special = [0; kvm::SREGS_BYTES];
+    // `struct kvm_segment`, the first one CS: base, limit, selector.
+    let cs = hands.ioctl(stopped, fd, kvm::GET_SREGS, &mut special).is_ok()
+        && special.first_chunk().map(|base| u64::from_le_bytes(*base)) == Some(0xffff_0000)
+        && special.get(12..14) == Some(&[0, 0xf0]);
+    // `struct kvm_regs`: sixteen general registers, RIP, RFLAGS.
+    let mut registers = [0; 18 * 8];
+    let read = hands.ioctl(stopped, fd, kvm::GET_REGS, &mut registers).is_ok();
+    let rip = registers
+        .get(128..)
+        .and_then(<[u8]>::first_chunk)
+        .map(|rip| u64::from_le_bytes(*rip));
+    cs && read && rip == Some(0xfff0)
+}

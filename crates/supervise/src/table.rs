@@ -1,0 +1,177 @@
+//! What exits get, as words for the answerer.
+
+use msrgate_answer::layout::table;
+use msrgate_core::{Entry, Log, MsrRange, ReadAction, Why, WriteAction};
+
+use crate::policy::{Mode, Policy};
+
+/// What the answerer does by itself, and what it asks for.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// What the entry says, on a read: this value.
+    Answer(u64),
+    Done,
+    Fault(Option<Why>),
+    /// A shadow, and a read's value before it was written.
+    Load(u64),
+    Store,
+    Ask,
+    /// The policy has nothing to say.
+    Route,
+}
+
+/// How many words of its own a vCPU keeps for shadows, and the table ([`msrgate_answer::layout::table`]).
+pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
+    let (map, table) = (policy.map(), policy.plan().table());
+    let asks = policy.mode() != Mode::Enforce;
+    // What is passed on there depends on the VMM's own filter too.
+    let filter = if asks || policy.spills() {
+        Kind::Ask
+    } else {
+        Kind::Route
+    };
+    let fallback = |action: &ReadAction| match action {
+        ReadAction::Deny => Kind::Route,
+        _ if asks => Kind::Route,
+        // Shadows of MSRs that no entry names have no place of their own.
+        ReadAction::Shadow(_) => Kind::Ask,
+        ReadAction::Allow => Kind::Fault(Some(Why::NoRule)),
+        action => read(action),
+    };
+    let fallback_write = |action: &WriteAction| match action {
+        WriteAction::Deny => Kind::Route,
+        _ if asks => Kind::Route,
+        WriteAction::Shadow => Kind::Ask,
+        WriteAction::Allow => Kind::Fault(Some(Why::NoRule)),
+        action => write(action),
+    };
+    let all = MsrRange::ALL;
+    let mut words = Vec::new();
+    let default = |kind, did| entry(all, kind, did, None, Log::None, 0);
+    let (unknown, invalid) = (table.unknown(), table.invalid());
+    words.extend(default(filter, 0));
+    words.extend(default(filter, 0));
+    for (reads, writes) in [unknown, invalid] {
+        words.extend(default(fallback(reads), reads.did() as u64));
+        words.extend(default(fallback_write(writes), writes.did() as u64));
+    }
+    let mut reads = Vec::new();
+    let mut writes = Vec::new();
+    if matches!(filter, Kind::Route) {
+        for Entry {
+            range,
+            action,
+            rule,
+            log,
+        } in table.reads()
+        {
+            for (range, cell) in parts(policy, *range, matches!(action, ReadAction::Shadow(_))) {
+                reads.push(entry(range, read(action), action.did() as u64, *rule, *log, cell));
+            }
+        }
+        // Beside the VMM's filter a preset may not fit, and then it is an exit.
+        for preset in policy.plan().presets() {
+            let decision = map.reads.get(preset.msr);
+            let did = decision.action.did() as u64;
+            let range = MsrRange::single(preset.msr);
+            reads.push(entry(
+                range,
+                Kind::Answer(preset.value),
+                did,
+                decision.rule,
+                decision.log,
+                0,
+            ));
+        }
+        reads.sort_unstable_by_key(|entry| entry.first().map(|range| *range as u32));
+        for Entry {
+            range,
+            action,
+            rule,
+            log,
+        } in table.writes()
+        {
+            for (range, cell) in parts(policy, *range, *action == WriteAction::Shadow) {
+                writes.push(entry(range, write(action), action.did() as u64, *rule, *log, cell));
+            }
+        }
+    }
+    words.extend([reads.len() as u64, writes.len() as u64]);
+    words.extend(reads.into_iter().chain(writes).flatten());
+    let cells = table.cells().map(|(range, first)| first + range.len() as usize).max();
+    (cells.unwrap_or(0) * 2, words)
+}
+
+/// A range as a whole, or where it keeps a state the parts that lie together.
+fn parts(policy: &Policy, range: MsrRange, keeps: bool) -> Vec<(MsrRange, u64)> {
+    if !keeps {
+        return vec![(range, 0)];
+    }
+    let cells = policy.plan().table().cells();
+    let part = |(span, cell): (MsrRange, usize)| {
+        let part = MsrRange::new(range.first().max(span.first()), range.last().min(span.last()))?;
+        let distance = part.first().0 - span.first().0;
+        Some((part, cell as u64 + u64::from(distance)))
+    };
+    cells.filter_map(part).collect()
+}
+
+fn read(action: &ReadAction) -> Kind {
+    match action {
+        ReadAction::Deny => Kind::Fault(None),
+        ReadAction::Value(value) => Kind::Answer(*value),
+        ReadAction::Shadow(initial) => Kind::Load(*initial),
+        ReadAction::Allow | ReadAction::Mask { .. } | ReadAction::Host | ReadAction::Handler(_) => Kind::Ask,
+    }
+}
+
+fn write(action: &WriteAction) -> Kind {
+    match action {
+        WriteAction::Deny => Kind::Fault(None),
+        WriteAction::Ignore => Kind::Done,
+        WriteAction::Shadow => Kind::Store,
+        WriteAction::Allow
+        | WriteAction::Mask { .. }
+        | WriteAction::Only(_)
+        | WriteAction::Once
+        | WriteAction::Handler(_) => Kind::Ask,
+    }
+}
+
+fn entry(range: MsrRange, kind: Kind, did: u64, rule: Option<u32>, log: Log, cell: u64) -> [u64; table::ENTRY] {
+    let (number, value) = match kind {
+        Kind::Route => (table::ROUTE, 0),
+        Kind::Answer(value) => (table::ANSWER, value),
+        Kind::Done => (table::DONE, 0),
+        Kind::Fault(_) => (table::FAULT, 0),
+        Kind::Load(initial) => (table::LOAD, initial),
+        Kind::Store => (table::STORE, 0),
+        Kind::Ask => (table::ASK, 0),
+    };
+    let told = match kind {
+        Kind::Fault(Some(why)) => told(msrgate_core::Did::Fault, Some(why)),
+        _ => did,
+    };
+    let mut words = [0; table::ENTRY];
+    words[table::RANGE] = u64::from(range.first().0) | u64::from(range.last().0) << 32;
+    words[table::KIND] = number | u64::from(rule.unwrap_or(u32::MAX)) << 32;
+    words[table::VALUE] = value;
+    words[table::TOLD] = told;
+    words[table::LOG] = log_word(log);
+    words[table::CELL] = cell;
+    words
+}
+
+/// What was done and why, as an event has it.
+pub(crate) fn told(did: msrgate_core::Did, why: Option<Why>) -> u64 {
+    did as u64 | why.map_or(0, |why| why as u64 + 1) << 8
+}
+
+pub(crate) fn log_word(log: Log) -> u64 {
+    match log {
+        Log::None => 0,
+        Log::All => 1,
+        Log::First => 2,
+        Log::PerSecond(most) => 3 | u64::from(most) << 32,
+    }
+}

@@ -1,0 +1,172 @@
+//! What the kernel says of a VMM's threads, descriptors and memory, at the moment of the question.
+
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::RawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
+
+/// What a descriptor is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Object {
+    /// `/dev/kvm`.
+    Kvm,
+    /// A VM, with its tag; 0 where it has none.
+    Vm(u64),
+    /// A vCPU, likewise.
+    Vcpu(u64),
+    /// Something else, or nothing.
+    Other,
+}
+
+impl Object {
+    /// What a thread's descriptor is. One that cannot be looked at is an error.
+    pub(crate) fn of(thread: i32, fd: RawFd) -> io::Result<Object> {
+        let path = format!("/proc/{thread}/fd/{fd}");
+        let link = match fs::read_link(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Object::Other),
+            link => link?,
+        };
+        let name = link.as_os_str().as_encoded_bytes();
+        if name == b"anon_inode:kvm-vm" {
+            return tag(thread, fd).map(Object::Vm);
+        }
+        if name.starts_with(b"anon_inode:kvm-vcpu") {
+            return tag(thread, fd).map(Object::Vcpu);
+        }
+        // `KVM_MINOR` in `include/linux/miscdevice.h`, wherever the node is.
+        let device = fs::metadata(&path).is_ok_and(|file| file.rdev() == rustix::fs::makedev(10, 232));
+        Ok(if device { Object::Kvm } else { Object::Other })
+    }
+}
+
+/// What the supervisor calls a VM or a vCPU: the start of a lock on its open file.
+///
+/// A lock belongs to the open file and goes along with it, whichever descriptors and processes have it, keeps nothing
+/// alive, and ends with it. KVM's files share one inode, on which a tag is one byte's place (`F_OFD_SETLK`).
+fn tag(thread: i32, fd: RawFd) -> io::Result<u64> {
+    let info = fs::read_to_string(format!("/proc/{thread}/fdinfo/{fd}"))?;
+    let locks = info
+        .lines()
+        .filter(|line| line.starts_with("lock:") && line.contains(" OFDLCK "));
+    let starts = locks.filter_map(|line| line.split_whitespace().rev().nth(1)?.parse().ok());
+    Ok(starts.min().unwrap_or(0))
+}
+
+/// The tags of all vCPUs that a thread has descriptors of.
+pub(crate) fn vcpus(thread: i32) -> io::Result<Vec<u64>> {
+    let mut tags = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{thread}/fd"))? {
+        let name = entry?.file_name();
+        if let Some(fd) = name.to_str().and_then(|name| name.parse().ok())
+            && let Ok(Object::Vcpu(tag)) = Object::of(thread, fd)
+        {
+            tags.push(tag);
+        }
+    }
+    Ok(tags)
+}
+
+/// A field of a thread's status (`proc_pid_status(5)`).
+pub(crate) fn status(thread: i32, field: &str) -> Option<i64> {
+    let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    let mut lines = status.lines();
+    lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().parse().ok())
+}
+
+/// The program that a thread runs.
+pub(crate) fn program(thread: i32) -> String {
+    let path = fs::read_link(format!("/proc/{thread}/exe")).unwrap_or_default();
+    path.display().to_string()
+}
+
+/// Whether the kernel runs another thread of the process on the vCPU of this tag, or may soon.
+pub(crate) fn is_run_by_another(process: i32, thread: i32, vcpu: u64) -> io::Result<bool> {
+    for entry in fs::read_dir(format!("/proc/{process}/task"))? {
+        let name = entry?.file_name();
+        let Some(other) = name
+            .to_str()
+            .and_then(|name| name.parse().ok())
+            .filter(|other| *other != thread)
+        else {
+            continue;
+        };
+        // The number of the call and its arguments, or `running`.
+        let Ok(call) = fs::read_to_string(format!("/proc/{process}/task/{other}/syscall")) else {
+            continue;
+        };
+        let mut words = call.split_whitespace();
+        let is_ioctl = words.next().is_some_and(|number| number == libc::SYS_ioctl.to_string());
+        let fd = words
+            .next()
+            .and_then(|word| i32::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+        let request = words
+            .next()
+            .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+        if call.starts_with("running") {
+            return Ok(true);
+        }
+        if is_ioctl
+            && request.is_some_and(|request| request as u32 == crate::kvm::RUN)
+            && fd.is_some_and(|fd| Object::of(other, fd).is_ok_and(|object| object == Object::Vcpu(vcpu)))
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Reads a process's memory: all of it, or nothing.
+pub(crate) fn read(process: i32, address: u64, to: &mut [u8]) -> bool {
+    let remote = RemoteIoVec {
+        base: address as usize,
+        len: to.len(),
+    };
+    let len = to.len();
+    let read = process_vm_readv(Pid::from_raw(process), &mut [IoSliceMut::new(to)], &[remote]);
+    read == Ok(len)
+}
+
+/// Writes a process's memory, where the process may.
+pub(crate) fn write(process: i32, address: u64, bytes: &[u8]) -> bool {
+    let remote = RemoteIoVec {
+        base: address as usize,
+        len: bytes.len(),
+    };
+    let written = process_vm_writev(Pid::from_raw(process), &[IoSlice::new(bytes)], &[remote]);
+    written == Ok(bytes.len())
+}
+
+/// Writes a process's memory, code too: what is mapped from a file becomes the process's own.
+pub(crate) fn write_code(process: i32, address: u64, bytes: &[u8]) -> io::Result<()> {
+    let memory = fs::OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/{process}/mem"))?;
+    memory.write_all_at(bytes, address)
+}
+
+/// A thread's descriptor of the open file of a tag.
+pub(crate) fn descriptor(thread: i32, tag: u64) -> Option<u64> {
+    for entry in fs::read_dir(format!("/proc/{thread}/fd")).ok()? {
+        let fd: Option<RawFd> = entry.ok()?.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(fd) = fd
+            && let Ok(Object::Vm(found) | Object::Vcpu(found)) = Object::of(thread, fd)
+            && found == tag
+        {
+            return u64::try_from(fd).ok();
+        }
+    }
+    None
+}
+
+/// Whether a process runs a Go program: its threads have stacks that lie in the heap, and below them is memory in use.
+pub(crate) fn is_go(process: i32) -> bool {
+    let mut start = vec![0; 1 << 14];
+    let program = fs::File::open(format!("/proc/{process}/exe"));
+    let read = program.and_then(|file| file.read_at(&mut start, 0)).unwrap_or(0);
+    start.truncate(read);
+    // A note's type 4 and its name, which the linker puts near the start: `ELF_NOTE_GOBUILDID_TAG`.
+    start.windows(8).any(|window| window == b"\x04\0\0\0Go\0\0")
+}
