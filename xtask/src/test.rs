@@ -432,7 +432,12 @@ fn host() -> Result<Ending, String> {
         .filter(|name| name.starts_with("kvm_"))
         .collect::<Vec<_>>()
         .join(" ");
-    let note = format!("Linux {}, {vendor}", release.trim());
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find(|line| line.starts_with("model name"));
+    let model = model
+        .and_then(|line| line.split_once(": "))
+        .map_or("?", |(_, name)| name);
+    let note = format!("Linux {}, {vendor}, {model}", release.trim());
     let Some(work) = Work::find()? else {
         return Ok(no_live_tests());
     };

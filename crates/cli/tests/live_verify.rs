@@ -211,7 +211,8 @@ fn while_filters_are_swapped_an_msr_shows_one_of_the_two_and_nothing_else() {
     }
     let folder = Folder::new();
     for mode in MODES {
-        let report = agrees(&folder, &["--swap", "1", "--mode", mode]);
+        // In no time: what is asked for is done however slow the machine.
+        let report = agrees(&folder, &["--swap", "0", "--mode", mode]);
         assert!(count(&report, "filters") > 50, "{report:#}");
         for row in list(&report, "swapped") {
             assert_eq!(count(row, "neither"), 0, "{row}");

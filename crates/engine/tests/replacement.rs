@@ -6,7 +6,6 @@ mod machine;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use msrgate_core::{Candidate, Filter, FilterRange, Msr, MsrRange, Op, Ops, Reason, Reasons, Verdict};
 use msrgate_engine::{Completion, Instruction, Intercepts, Path, PickUp, Step, Vcpu, Vm};
@@ -14,6 +13,10 @@ use msrgate_engine::{Completion, Instruction, Intercepts, Path, PickUp, Step, Vc
 use machine::Machine;
 
 const VCPUS: usize = 4;
+const REPLACEMENTS: u32 = 4000;
+/// After so many replacements the writer waits until each vCPU has made so many more accesses by one filter.
+const BETWEEN: u32 = 100;
+const PINNED: u64 = 20;
 /// Filter `n` denies `FIRST + n % COUNT` and allows the rest of these.
 const FIRST: u32 = 0x1000;
 const COUNT: u32 = 64;
@@ -68,11 +71,14 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
     vm.install(filter(0));
     let [begun, ended] = [0; 2].map(|_| Arc::new(AtomicU32::new(0)));
     let stop = Arc::new(AtomicBool::new(false));
-    let accesses = Arc::new(AtomicU64::new(0));
-    let vcpus: Vec<_> = (0..VCPUS)
-        .map(|i| {
+    // What each vCPU accessed while no filter was replaced.
+    let pinned: [_; VCPUS] = [0; VCPUS].map(|_| Arc::new(AtomicU64::new(0)));
+    let vcpus: Vec<_> = pinned
+        .iter()
+        .enumerate()
+        .map(|(i, pinned)| {
             let (vm, begun, ended) = (vm.clone(), begun.clone(), ended.clone());
-            let (stop, accesses) = (stop.clone(), accesses.clone());
+            let (stop, pinned) = (stop.clone(), pinned.clone());
             thread::spawn(move || {
                 let intercepts = if i % 2 == 0 {
                     Intercepts::vmx(candidates())
@@ -81,7 +87,6 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
                 };
                 let mut vcpu = Vcpu::new(vm, intercepts);
                 let mut machine = Machine::default();
-                let mut pinned = 0u64;
                 let mut rounds = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     rounds += 1;
@@ -97,7 +102,7 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
                     let may_deny = window.clone().any(|n| n % COUNT == msr);
                     let may_allow = window.clone().any(|n| n % COUNT != msr);
                     assert!(if answer { may_allow } else { may_deny }, "{msr} {answer} {window:?}");
-                    pinned += u64::from(from == to);
+                    pinned.fetch_add(u64::from(from == to), Ordering::Relaxed);
                     // The bitmap belongs to the filter that decided.
                     let held = vcpu.filter().unwrap();
                     for op in Op::ALL {
@@ -105,25 +110,29 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
                         assert_eq!(vcpu.intercepts().intercepts(Msr(FIRST + msr), op), expected);
                     }
                 }
-                accesses.fetch_add(rounds * 3, Ordering::Relaxed);
-                pinned
+                rounds
             })
         })
         .collect();
-    let start = Instant::now();
-    let mut n = 0;
-    while start.elapsed() < Duration::from_secs(3) {
-        n += 1;
+    for n in 1..=REPLACEMENTS {
         let next = filter(n);
         begun.store(n, Ordering::SeqCst);
         vm.install(next);
         ended.store(n, Ordering::SeqCst);
+        if !n.is_multiple_of(BETWEEN) {
+            continue;
+        }
+        for (vcpu, pinned) in vcpus.iter().zip(&pinned) {
+            let before = pinned.load(Ordering::Relaxed);
+            while pinned.load(Ordering::Relaxed) < before + PINNED && !vcpu.is_finished() {
+                thread::yield_now();
+            }
+        }
     }
     stop.store(true, Ordering::Relaxed);
-    let pinned: u64 = vcpus.into_iter().map(|vcpu| vcpu.join().unwrap()).sum();
-    let accesses = accesses.load(Ordering::Relaxed);
-    println!("{accesses} accesses, {n} replacements, {pinned} accesses that one filter alone could decide");
-    assert!(n > 1000 && pinned > 1000 && accesses > 10_000, "the threads hardly ran");
+    let rounds: u64 = vcpus.into_iter().map(|vcpu| vcpu.join().unwrap()).sum();
+    let pinned: u64 = pinned.iter().map(|pinned| pinned.load(Ordering::Relaxed)).sum();
+    println!("{rounds} rounds, {REPLACEMENTS} replacements, {pinned} accesses that one filter alone could decide");
 }
 
 #[test]

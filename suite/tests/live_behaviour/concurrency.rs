@@ -68,7 +68,8 @@ fn accesses() -> Vec<Access> {
 struct Load {
     started: AtomicU64,
     done: AtomicU64,
-    batches: AtomicU64,
+    /// By vCPU.
+    batches: Vec<AtomicU64>,
     over: AtomicBool,
 }
 
@@ -94,6 +95,13 @@ impl Drop for Over<'_> {
 }
 
 impl Load {
+    fn of(vcpus: usize) -> Load {
+        Load {
+            batches: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+            ..Load::default()
+        }
+    }
+
     /// Replaces the filter `swaps` times.
     fn swap(&self, calls: &dyn Calls, swaps: u64) {
         let arguments: [(Arena, u64); 2] = filters().map(|filter| {
@@ -107,13 +115,15 @@ impl Load {
             self.done.store(number, Ordering::SeqCst);
             // By turns behind an even one and an odd one.
             if number % 49 == 0 {
-                // A pause, so that there are quiet batches.
-                let before = self.batches.load(Ordering::SeqCst);
-                while self.batches.load(Ordering::SeqCst) < before + 6 {
-                    if self.over.load(Ordering::SeqCst) {
-                        return;
+                // A pause, so that each vCPU has quiet batches.
+                for batches in &self.batches {
+                    let before = batches.load(Ordering::SeqCst);
+                    while batches.load(Ordering::SeqCst) < before + 3 {
+                        if self.over.load(Ordering::SeqCst) {
+                            return;
+                        }
+                        thread::yield_now();
                     }
-                    thread::yield_now();
                 }
             }
         }
@@ -121,7 +131,7 @@ impl Load {
     }
 
     /// Has a vCPU make batches until the last filter is there, and judges each.
-    fn vcpu(&self, mut batch: impl FnMut(&[Access]) -> Batch) -> Counts {
+    fn vcpu(&self, batches: &AtomicU64, mut batch: impl FnMut(&[Access]) -> Batch) -> Counts {
         let accesses = accesses();
         let _over = Over(&self.over);
         let mut counts = Counts::default();
@@ -131,7 +141,7 @@ impl Load {
             let seen = batch(&accesses);
             let newest = self.started.load(Ordering::SeqCst);
             self.judge(&accesses, &seen, first, newest, &mut counts);
-            self.batches.fetch_add(1, Ordering::SeqCst);
+            batches.fetch_add(1, Ordering::SeqCst);
             if last {
                 return counts;
             }
@@ -208,11 +218,11 @@ fn a_running_vcpu_sees_old_or_new_only_and_what_is_equal_in_both_never_changes()
         prepare(vm);
         let swaps = 1000;
         let calls = vm.calls();
-        let load = Load::default();
+        let load = Load::of(1);
         let start = Instant::now();
         let counts = thread::scope(|scope| {
             scope.spawn(|| load.swap(&*calls, swaps));
-            load.vcpu(|accesses| vm.batch(accesses, &mut answer))
+            load.vcpu(&load.batches[0], |accesses| vm.batch(accesses, &mut answer))
         });
         report(vm.name(), &[counts], swaps, start);
     });
@@ -233,7 +243,7 @@ fn two_running_vcpus_see_old_or_new_only_each() {
     prepare(&mut live);
     let swaps = 1000;
     let calls = live.calls();
-    let load = Load::default();
+    let load = Load::of(2);
     let start = Instant::now();
     let counts: Vec<Counts> = thread::scope(|scope| {
         scope.spawn(|| load.swap(&*calls, swaps));
@@ -241,10 +251,11 @@ fn two_running_vcpus_see_old_or_new_only_each() {
             .guest
             .vcpus()
             .iter_mut()
-            .map(|vcpu| {
+            .zip(&load.batches)
+            .map(|(vcpu, batches)| {
                 let load = &load;
                 scope.spawn(move || {
-                    load.vcpu(|accesses| {
+                    load.vcpu(batches, |accesses| {
                         let seen = vcpu.run(accesses, &mut |pending| pending.answer(answer(pending.access())));
                         let reason = |seen: &msrgate_guest::Seen| seen.exit.map_or(0, |exit| exit.reason_bits);
                         let seen = seen.unwrap().iter();

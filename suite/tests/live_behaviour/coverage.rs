@@ -338,8 +338,9 @@ fn a_denied_write_of_tsc_deadline_is_handed_over_or_done_as_the_profile_says_and
 
         // The engine's, on the path that this kernel's accesses come by.
         let fastpath = match kernel.module {
-            Module::Intel => parameter("kvm_intel", "preemption_timer"),
-            Module::Amd => true,
+            // From 6.18 on it needs no timer of the hardware's.
+            Module::Intel => kernel.version >= (6, 18) || parameter("kvm_intel", "preemption_timer"),
+            Module::Amd => parameter("kvm_amd", "nrips"),
             Module::Software => false,
         };
         let path = match kernel.vendor() {

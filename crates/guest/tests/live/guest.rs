@@ -1,7 +1,5 @@
 //! A guest, and what it sees of its accesses.
 
-use std::time::{Duration, Instant};
-
 use msrgate_core::{Access, Msr, Op, Outcome, Reason};
 use msrgate_guest::{Broke, Guest, GuestError, Mode, Options};
 
@@ -327,12 +325,11 @@ fn trace(name: &str) -> Vec<Vec<Access>> {
 }
 
 #[test]
-fn recorded_linux_guests_run_in_both_modes_well_within_a_second() {
+fn recorded_linux_guests_run_to_their_end_in_both_modes() {
     let Some(kvm) = kvm() else { return };
     for name in ["linux-6.1-microvm.jsonl", "linux-6.1-pc-smp2.jsonl"] {
         let vcpus = trace(name);
         for (mode, irqchip) in [(Mode::Real, true), (Mode::Real, false), (Mode::Long, true)] {
-            let start = Instant::now();
             let options = Options {
                 vcpus: vcpus.len(),
                 irqchip,
@@ -343,10 +340,8 @@ fn recorded_linux_guests_run_in_both_modes_well_within_a_second() {
             for (vcpu, accesses) in vcpus.iter().enumerate() {
                 made += guest.run(vcpu, accesses, &mut |_| {}).unwrap().len();
             }
-            let took = start.elapsed();
-            println!("{name}, {mode:?}, irqchip {irqchip}: {made} accesses in {took:?}");
-            assert_eq!(made, vcpus.iter().map(Vec::len).sum::<usize>());
-            assert!(took < Duration::from_secs(1), "{took:?}");
+            let all = vcpus.iter().map(Vec::len).sum::<usize>();
+            assert_eq!(made, all, "{name}, {mode:?}, irqchip {irqchip}");
         }
     }
 }

@@ -82,15 +82,16 @@ fn running_vcpus_get_old_or_new_and_never_a_third_thing() {
         .map(|id| gate.vcpu(guest.vcpu(id).unwrap().fd(), id as u32).unwrap())
         .collect();
     let stop = AtomicBool::new(false);
-    let rounds = AtomicU64::new(0);
+    let rounds = [0, 0].map(AtomicU64::new);
     let (mut old, mut new, mut kernel) = (0, 0, 0);
     std::thread::scope(|scope| {
         let threads: Vec<_> = guest
             .vcpus()
             .iter_mut()
             .zip(gates)
-            .map(|(vcpu, gate)| {
-                let (stop, rounds) = (&stop, &rounds);
+            .zip(&rounds)
+            .map(|((vcpu, gate), rounds)| {
+                let stop = &stop;
                 scope.spawn(move || {
                     let accesses = [
                         read(SAME),
@@ -134,12 +135,12 @@ fn running_vcpus_get_old_or_new_and_never_a_third_thing() {
             .collect();
         for swap in 1..=200 {
             gate.replace(plans[swap % 2].clone()).unwrap();
-            let before = rounds.load(Ordering::Relaxed);
-            while swap % 20 == 0
-                && rounds.load(Ordering::Relaxed) < before + 4
-                && !threads.iter().any(|t| t.is_finished())
-            {
-                std::thread::yield_now();
+            // By turns one plan and the other, until each vCPU has made a whole round under it.
+            for rounds in rounds.iter().filter(|_| swap % 19 == 0) {
+                let before = rounds.load(Ordering::Relaxed);
+                while rounds.load(Ordering::Relaxed) < before + 2 && !threads.iter().any(|t| t.is_finished()) {
+                    std::thread::yield_now();
+                }
             }
         }
         stop.store(true, Ordering::Relaxed);
