@@ -505,8 +505,6 @@ struct Work {
     beside: Vec<PathBuf>,
     /// The command as released.
     program: PathBuf,
-    /// What it puts into VMMs.
-    library: PathBuf,
 }
 
 impl Work {
@@ -525,8 +523,6 @@ impl Work {
             live,
             nested,
             beside,
-            // Where cargo leaves the libraries that the command depends on.
-            library: program.with_file_name("deps").join("libmsrgate_preload.so"),
             program,
         }))
     }
@@ -568,7 +564,7 @@ fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (Strin
     let data = ["testdata", "policies", "traces"].map(|name| root.join(name));
     let mut programs: Vec<_> = tests.iter().map(|binary| binary.executable.clone()).collect();
     programs.extend(work.beside.iter().cloned());
-    programs.extend([work.program.clone(), work.library.clone()]);
+    programs.push(work.program.clone());
     let packages = tests.iter().map(|binary| binary.package.join("Cargo.toml"));
     let add = data.into_iter().filter(|folder| folder.is_dir()).chain(packages);
     let job = Job {
