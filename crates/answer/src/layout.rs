@@ -160,8 +160,8 @@ pub mod question {
     pub const OTHER: u64 = 1;
     /// Another thread runs the slot's vCPU.
     pub const BUSY: u64 = 2;
-    /// An exit: reason from bit 8 on, 1 for a write from bit 16 on, MSR from bit 32 on; a write's value is the sixth
-    /// argument.
+    /// An exit: reason from bit 8 on, 1 for a write at bit 12, the slot from bit 16 on, MSR from bit 32 on; a write's value
+    /// is the sixth argument.
     pub const EXIT: u64 = 3;
 }
 

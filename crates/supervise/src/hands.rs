@@ -36,9 +36,14 @@ impl Hands {
         }
     }
 
-    /// Stops the thread of a call; `Err` has the line for people, or none where nobody waits any more.
-    pub(crate) fn stop(&self, waiting: &Waiting<'_>, elsewhere: Option<u64>) -> Result<Stopped, Option<String>> {
-        self.stopper.stop(waiting, elsewhere).map_err(|error| match error {
+    /// Stops the thread of a call ([`Stopper::stop`]); `Err` has the line for people, or none where nobody waits any more.
+    pub(crate) fn stop<T>(
+        &self,
+        waiting: &Waiting<'_>,
+        elsewhere: Option<u64>,
+        before: impl FnOnce() -> T,
+    ) -> Result<(Stopped, T), Option<String>> {
+        self.stopper.stop(waiting, elsewhere, before).map_err(|error| match error {
             StopError::Gone => None,
             StopError::Refused(line) => Some(line),
         })

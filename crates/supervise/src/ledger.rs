@@ -89,6 +89,11 @@ impl Ring {
         (self.words.count() * size_of::<u64>()).next_multiple_of(4096)
     }
 
+    /// Words for shadows.
+    pub(crate) fn cells(&self) -> usize {
+        self.words.count() - vcpu::CELLS
+    }
+
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Release);
     }
@@ -105,9 +110,11 @@ impl Ring {
         (vcpu::CELLS..self.words.count()).for_each(|at| self.words.set(at, 0));
     }
 
-    fn is_over(&self) -> bool {
+    /// Whether nobody writes there any more; whether the process is still there is asked where `asks`.
+    fn is_over(&self, asks: bool) -> bool {
         // A process that is a zombie writes no more either, but will be gone soon.
-        self.ended.load(Ordering::Acquire) || kill(Pid::from_raw(self.process), None) == Err(nix::errno::Errno::ESRCH)
+        let is_gone = || kill(Pid::from_raw(self.process), None) == Err(nix::errno::Errno::ESRCH);
+        self.ended.load(Ordering::Acquire) || asks && is_gone()
     }
 }
 
@@ -164,7 +171,12 @@ pub struct Reader {
     ended: Counts,
     uncounted: u64,
     lost: u64,
+    /// How often was taken.
+    passes: u32,
 }
+
+/// How often is asked whether processes are still there: each so many times.
+const ASKS: u32 = 64;
 
 impl Reader {
     /// Times count from here on.
@@ -179,6 +191,7 @@ impl Reader {
             ended: BTreeMap::new(),
             uncounted: 0,
             lost: 0,
+            passes: 0,
         }
     }
 
@@ -186,11 +199,13 @@ impl Reader {
     pub fn drain(&mut self, take: &mut dyn FnMut(Entry)) -> usize {
         let now = (ticks(), self.nanoseconds());
         let rings = self.ledger.rings().clone();
+        self.passes = self.passes.wrapping_add(1);
+        let asks = self.passes.is_multiple_of(ASKS);
         let mut taken: Vec<(u64, Entry)> = Vec::new();
         let mut over = Vec::new();
         for ring in rings {
             // Asked before it is read: what is over is read to its end.
-            let is_over = ring.is_over();
+            let is_over = ring.is_over(asks);
             read(&ring, if is_over { u64::MAX } else { now.0 }, &mut taken);
             if is_over {
                 let events = ring.words.get(vcpu::MISSED);

@@ -110,27 +110,39 @@ pub(crate) struct Handed {
 }
 
 impl Handed {
-    /// Files for a region that is new, and for a vCPU that is.
+    /// Hands over files for a region that is new, and for a vCPU that is; on an error, not all of them.
     pub(crate) fn over(
         waiting: &Waiting<'_>,
         region: Option<&Region>,
         vcpu: u64,
         table: &Arc<Table>,
         ring: impl FnOnce() -> io::Result<(Arc<Ring>, File)>,
-    ) -> io::Result<Handed> {
+    ) -> (Handed, io::Result<()>) {
         let mut handed = Handed::default();
+        let done = handed.add(waiting, region, vcpu, table, ring);
+        (handed, done)
+    }
+
+    fn add(
+        &mut self,
+        waiting: &Waiting<'_>,
+        region: Option<&Region>,
+        vcpu: u64,
+        table: &Arc<Table>,
+        ring: impl FnOnce() -> io::Result<(Arc<Ring>, File)>,
+    ) -> io::Result<()> {
         if region.is_none() {
             let (words, file) = Words::new(control::WORDS, true)?;
-            handed.control = Some((words, waiting.hand_over(&file)?));
+            self.control = Some((words, waiting.hand_over(&file)?));
+        }
+        if region.is_none_or(|region| region.table(table).is_none()) {
+            self.table = Some(waiting.hand_over(&table.file)?);
         }
         if region.is_none_or(|region| region.slot(vcpu).is_none()) {
-            if region.is_none_or(|region| region.table(table).is_none()) {
-                handed.table = Some(waiting.hand_over(&table.file)?);
-            }
             let (ring, file) = ring()?;
-            handed.ring = Some((ring, waiting.hand_over(&file)?));
+            self.ring = Some((ring, waiting.hand_over(&file)?));
         }
-        Ok(handed)
+        Ok(())
     }
 
     /// Takes them out of the process's descriptors again.
@@ -250,10 +262,24 @@ impl Region {
             .ok()
             .filter(|fd| *fd < control::LIMIT)
             .ok_or(Errno::EMFILE)?;
+        let table = match (self.table(entry.table), handed.table) {
+            (Some(at), _) => at,
+            (None, Some(fd)) => {
+                let at = stopped.map(0, entry.table.bytes(), PROT_READ, MAP_SHARED, fd)?;
+                self.tables.push((Arc::clone(entry.table), at));
+                at
+            }
+            (None, None) => return Err(Errno::EBADF),
+        };
         let number = match self.slot(entry.vcpu) {
+            // It may have got another policy meanwhile, for which it has no room.
+            Some(_) if self.ring(entry.vcpu).is_none_or(|ring| ring.cells() < entry.table.cells) => {
+                return Err(Errno::ENOSPC);
+            }
             Some(number) => number,
             None => self.put(stopped, handed, entry)?,
         };
+        self.control.set(Self::word(number, slot::TABLE), table);
         self.control.set(Self::word(number, slot::READY), 1);
         self.control
             .at(control::DESCRIPTORS + fd)
@@ -270,15 +296,6 @@ impl Region {
             }
             None => return Err(Errno::EMFILE),
         };
-        let table = match (self.table(entry.table), handed.table) {
-            (Some(at), _) => at,
-            (None, Some(fd)) => {
-                let at = stopped.map(0, entry.table.bytes(), PROT_READ, MAP_SHARED, fd)?;
-                self.tables.push((Arc::clone(entry.table), at));
-                at
-            }
-            (None, None) => return Err(Errno::EBADF),
-        };
         let (ring, file) = handed.ring.as_ref().ok_or(Errno::EBADF)?;
         let rights = PROT_READ | PROT_WRITE;
         let shared = stopped.map(0, ring.bytes(), rights, MAP_SHARED, *file)?;
@@ -289,7 +306,6 @@ impl Region {
         let run = stopped.map(0, PAGE, rights, MAP_SHARED, fd)?;
         let words = [
             (slot::RUN, run),
-            (slot::TABLE, table),
             (slot::VCPU, shared),
             (slot::MASK, entry.mask),
             (slot::FLAGS, entry.flags),
@@ -307,6 +323,11 @@ impl Region {
             });
         }
         Ok(number)
+    }
+
+    /// The vCPU of a slot.
+    pub(crate) fn vcpu(&self, number: usize) -> Option<u64> {
+        Some(self.slots.get(number)?.as_ref()?.vcpu)
     }
 
     /// The memory of a vCPU that is answered here.

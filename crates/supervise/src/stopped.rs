@@ -61,11 +61,20 @@ pub(crate) enum StopError {
 
 impl Stopper {
     /// Stops the thread of a call that waits. On [`StopError::Refused`] it still waits. `elsewhere` has a `syscall`
-    /// instruction, where that of the call is no longer one.
-    pub(crate) fn stop(&self, waiting: &Waiting<'_>, elsewhere: Option<u64>) -> Result<Stopped, StopError> {
+    /// instruction, where that of the call is no longer one. `before` does what takes a call that waits, once it is certain
+    /// that the thread can be stopped; what it gives is given.
+    pub(crate) fn stop<T>(
+        &self,
+        waiting: &Waiting<'_>,
+        elsewhere: Option<u64>,
+        before: impl FnOnce() -> T,
+    ) -> Result<(Stopped, T), StopError> {
         let refused = |line: String| Err(StopError::Refused(line));
         let thread = Pid::from_raw(waiting.thread);
-        let process = target::status(waiting.thread, "Tgid").ok_or(StopError::Gone)? as i32;
+        let process = target::process(waiting.thread);
+        if process == 0 {
+            return Err(StopError::Gone);
+        }
         let site = waiting.instruction.wrapping_sub(2);
         let mut instruction = [0; 2];
         let read = target::read(process, site, &mut instruction);
@@ -99,6 +108,7 @@ impl Stopper {
                 });
             }
         }
+        let done = before();
         // It stops when the call comes back, since it is told so before.
         let told = ptrace::interrupt(thread);
         let gone = told.is_err() || waiting.give(i64::from(-libc::EINTR)).is_err();
@@ -117,7 +127,7 @@ impl Stopper {
             let _ = ptrace::detach(thread, None);
             return Err(StopError::Gone);
         };
-        Ok(Stopped {
+        let stopped = Stopped {
             thread,
             process,
             registers,
@@ -126,7 +136,8 @@ impl Stopper {
             syscall,
             call_mark: self.marks.call,
             finished: false,
-        })
+        };
+        Ok((stopped, done))
     }
 }
 

@@ -95,6 +95,8 @@ impl fmt::Debug for Supervisor {
 
 struct Vm {
     number: u32,
+    /// The descriptor by which it was found last.
+    fd: Option<u64>,
     process: i32,
     state: State,
     /// The VMM's own mask.
@@ -264,9 +266,8 @@ impl Supervisor {
                 | kvm::SET_MP_STATE
         );
         let vcpu = || Object::of(waiting.thread, waiting.arguments[0] as i32);
-        let process = || target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
         on_vcpu
-            && matches!(vcpu(), Ok(Object::Vcpu(tag)) if target::is_run_by_another(process(), waiting.thread, tag).unwrap_or(false))
+            && matches!(vcpu(), Ok(Object::Vcpu(tag)) if target::is_run_by_another(target::process(waiting.thread), waiting.thread, tag).unwrap_or(false))
     }
 
     fn answer(&mut self, waiting: &Waiting<'_>) {
@@ -318,8 +319,8 @@ impl Supervisor {
 
     /// Stops the thread; where it cannot be, `what` is refused.
     fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Stopped> {
-        match self.hands.stop(waiting, self.syscall(waiting)) {
-            Ok(stopped) => Some(stopped),
+        match self.hands.stop(waiting, self.syscall(waiting), || ()) {
+            Ok((stopped, ())) => Some(stopped),
             Err(None) => None,
             Err(Some(line)) => {
                 self.refuse(waiting, what, &line);
@@ -330,8 +331,7 @@ impl Supervisor {
 
     /// A `syscall` instruction in the thread's process.
     fn syscall(&self, waiting: &Waiting<'_>) -> Option<u64> {
-        let process = target::status(waiting.thread, "Tgid")? as i32;
-        self.regions.get(self.newest.get(&process)?)?.syscall()
+        self.regions.get(self.newest.get(&target::process(waiting.thread))?)?.syscall()
     }
 
     fn create_vm(&mut self, waiting: &Waiting<'_>) {
@@ -340,8 +340,8 @@ impl Supervisor {
             Ok(_) => return waiting.allow(),
             Err(error) => return self.refuse_object(waiting, "no VM is made", &error.to_string()),
         }
-        let mut stopped = match self.hands.stop(waiting, self.syscall(waiting)) {
-            Ok(stopped) => stopped,
+        let mut stopped = match self.hands.stop(waiting, self.syscall(waiting), || ()) {
+            Ok((stopped, ())) => stopped,
             Err(None) => return,
             Err(Some(line)) => return self.refuse_object(waiting, "no VM is made", &line),
         };
@@ -378,6 +378,7 @@ impl Supervisor {
         self.hands.tag(stopped, fd, tag)?;
         let mut vm = Vm {
             number: 0,
+            fd: Some(fd),
             process: stopped.process,
             state: State::new(Arc::clone(&self.policy)),
             mask: Reasons::NONE,

@@ -76,6 +76,11 @@ pub(crate) fn status(thread: i32, field: &str) -> Option<i64> {
     lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().parse().ok())
 }
 
+/// The process of a thread; 0 where it has ended.
+pub(crate) fn process(thread: i32) -> i32 {
+    status(thread, "Tgid").and_then(|process| i32::try_from(process).ok()).unwrap_or(0)
+}
+
 /// The program that a thread runs.
 pub(crate) fn program(thread: i32) -> String {
     let path = fs::read_link(format!("/proc/{thread}/exe")).unwrap_or_default();

@@ -304,7 +304,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     }
                 }
                 table::ASK => {
-                    let code = question::EXIT | why << 8 | u64::from(write) << 16 | msr << 32;
+                    let code = question::EXIT | why << 8 | u64::from(write) << 12 | (number as u64) << 16 | msr << 32;
                     let answer = loop {
                         let answer = ioctl(fd, request, argument, ask_mark, code, data);
                         // A signal came before the supervisor saw the question; the canary tells of it.

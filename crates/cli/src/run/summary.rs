@@ -109,6 +109,8 @@ impl Summary {
                 format!("{:#x}", tally.value),
             ]);
         }
+        // Each is one access, and the table has not room for all.
+        let touched = accesses.saturating_add(reader.uncounted());
         let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
         let took = render::duration(cost(tallies));
         let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
@@ -150,9 +152,9 @@ impl Summary {
                 (Mode::Enforce, 0) => "no access answered".to_owned(),
                 (Mode::Enforce, 1) => format!("1 access answered in {took}"),
                 (Mode::Enforce, _) => format!("{accesses} accesses answered in {took}"),
-                (Mode::Audit, _) => format!("{accesses} of the policy's MSRs and directions touched, nothing changed"),
+                (Mode::Audit, _) => format!("{touched} of the policy's MSRs and directions touched, nothing changed"),
                 (Mode::LearnAll, _) => format!("{accesses} accesses passed on in {took}, not faithfully"),
-                (Mode::Learn, _) => format!("{accesses} MSRs and directions touched, nothing changed"),
+                (Mode::Learn, _) => format!("{touched} MSRs and directions touched, nothing changed"),
             }
         );
         if accesses > 0 {

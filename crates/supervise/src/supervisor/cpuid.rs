@@ -49,7 +49,7 @@ impl Supervisor {
         }
         let mask = object.mask;
         let old = mem::replace(&mut object.state.policy, Arc::clone(&policy));
-        let vm_fd = target::descriptor(waiting.thread, vm);
+        let vm_fd = object.descriptor(waiting.thread, vm);
         let composed = match (changes, vm_fd) {
             (false, _) => Ok(()),
             (true, Some(vm_fd)) => self.compose(&mut stopped, vm_fd, vm, mask),

@@ -11,6 +11,7 @@ use crate::host::HostMsrs;
 use crate::policy::{Owner, Touch};
 use crate::seccomp::Waiting;
 use crate::stopped::Stopped;
+use crate::target::{self, Object};
 use crate::{table, watch};
 
 /// What an exit comes to.
@@ -58,15 +59,14 @@ struct Reach<'a, 'l> {
     host: Option<&'a HostMsrs>,
     waiting: &'a Waiting<'l>,
     stopped: &'a mut Option<Stopped>,
-    elsewhere: Option<u64>,
     refused: Option<String>,
 }
 
 impl Reach<'_, '_> {
     fn thread(&mut self) -> Option<(&mut Hands, &mut Stopped)> {
         if self.stopped.is_none() {
-            match self.hands.stop(self.waiting, self.elsewhere) {
-                Ok(stopped) => *self.stopped = Some(stopped),
+            match self.hands.stop(self.waiting, None, || ()) {
+                Ok((stopped, ())) => *self.stopped = Some(stopped),
                 Err(line) => self.refused = line,
             }
         }
@@ -104,15 +104,21 @@ impl Backing for Reach<'_, '_> {
 }
 
 impl Supervisor {
-    pub(super) fn exit(&mut self, waiting: &Waiting<'_>, tag: u64, region: u64) {
+    pub(super) fn exit(&mut self, waiting: &Waiting<'_>, region: u64) {
         let [.., code, value] = waiting.arguments;
+        let known = self.regions.get(&region).and_then(|region| region.vcpu((code >> 16 & 0xffff) as usize));
+        let Some(tag) = known else {
+            // Nobody knows what it was.
+            _ = waiting.give(reply::FAULTED);
+            return;
+        };
         let msr = Msr((code >> 32) as u32);
-        let access = match code >> 16 & 1 {
+        let access = match code >> 12 & 1 {
             0 => Access::Read { msr },
             _ => Access::Write { msr, value },
         };
         let mut stopped = None;
-        let verdict = self.verdict(waiting, tag, access, (code >> 8 & 0xff) as u32, &mut stopped);
+        let verdict = self.verdict(waiting, tag, access, (code >> 8 & 0xf) as u32, &mut stopped);
         if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
             let rule = u64::from(verdict.rule.unwrap_or(u32::MAX));
             let (told, log) = match verdict.told {
@@ -155,7 +161,6 @@ impl Supervisor {
         if owner == Owner::Vmm {
             return Verdict::of(reply::VMM);
         }
-        let elsewhere = self.syscall(waiting);
         let Some(vcpu) = self.vcpus.get_mut(&tag) else {
             return nobody;
         };
@@ -165,7 +170,6 @@ impl Supervisor {
             host: self.host.as_ref(),
             waiting,
             stopped,
-            elsewhere,
             refused: None,
         };
         let answer = plan.table().answer(Exit { access, reason }, state, &mut reach);
@@ -189,7 +193,6 @@ impl Supervisor {
     ) -> Verdict {
         let nobody = Verdict::answered(Answer::fault(Why::NoRule, None));
         let (msr, op) = (access.msr(), access.op());
-        let elsewhere = self.syscall(waiting);
         let Some(vm) = self.vms.get_mut(&vm_tag) else {
             return nobody;
         };
@@ -210,7 +213,6 @@ impl Supervisor {
             host: None,
             waiting,
             stopped,
-            elsewhere,
             refused: None,
         };
         if vm.state.touch(msr, op) == Touch::Pass {
@@ -237,7 +239,7 @@ impl Supervisor {
         let Some((hands, thread)) = reach.thread() else {
             return nobody;
         };
-        let vm_fd = crate::target::descriptor(waiting.thread, vm_tag);
+        let vm_fd = vm.descriptor(waiting.thread, vm_tag);
         vm.state.open.insert((msr, op));
         let opened = match (denied, vm_fd) {
             // Nothing is to be opened.
@@ -313,6 +315,13 @@ fn thread_of(stopped: &mut Option<Stopped>) -> Option<&mut Stopped> {
 }
 
 impl super::Vm {
+    /// A descriptor of it that the thread has.
+    pub(super) fn descriptor(&mut self, thread: i32, tag: u64) -> Option<u64> {
+        let is = |fd: &u64| Object::of(thread, *fd as i32).is_ok_and(|object| object == Object::Vm(tag));
+        self.fd = self.fd.filter(is).or_else(|| target::descriptor(thread, tag));
+        self.fd
+    }
+
     /// Whether the kernel hands over what was opened all the same: no filter range covers the last MSR.
     fn cannot_open(&self, msr: Msr, op: Op) -> bool {
         denies(&self.in_force, msr, op) && !self.state.filter.as_ref().is_some_and(|filter| denies(filter, msr, op))

@@ -2,7 +2,6 @@
 
 use super::{Supervisor, closed, put_in_force};
 use crate::seccomp::Waiting;
-use crate::target;
 
 impl Supervisor {
     /// KVM_GET_MSRS and its like: the registers hold the VMM's values for the length of the call, and what it leaves
@@ -44,8 +43,8 @@ impl Supervisor {
         if let Some(preset) = lost {
             let (id, vm) = (vcpu.id, vcpu.vm);
             // The guest would see another value than the policy's: from here on it sees none.
-            if let (Some(object), Some(vm_fd), Ok(plan)) =
-                (self.vms.get_mut(&vm), target::descriptor(waiting.thread, vm), closed())
+            if let (Some(object), Ok(plan)) = (self.vms.get_mut(&vm), closed())
+                && let Some(vm_fd) = object.descriptor(waiting.thread, vm)
             {
                 let _ = put_in_force(hands, &mut stopped, vm_fd, object, plan.filter(), plan.reasons());
             }

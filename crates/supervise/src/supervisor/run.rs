@@ -28,12 +28,17 @@ enum Caller {
 impl Supervisor {
     pub(super) fn run(&mut self, waiting: &Waiting<'_>) {
         let [fd, _, _, mark, code, _] = waiting.arguments;
-        let process = target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
         let marks = self.hands.stopper.marks;
         let image = match mark == marks.ask {
-            true => region::image_of(process, waiting.instruction, &marks),
+            true => region::image_of(waiting.thread, waiting.instruction, &marks),
             false => None,
         };
+        let alive = image.filter(|(_, parameters)| region::is_alive(waiting.thread, parameters));
+        if let Some((_, parameters)) = alive
+            && code & 0xff == question::EXIT
+        {
+            return self.exit(waiting, parameters[image::NAME]);
+        }
         let caller = image.map_or(Caller::Vmm, |(at, parameters)| Caller::Answerer(at, parameters));
         let tag = match Object::of(waiting.thread, fd as i32) {
             Ok(Object::Vcpu(tag)) if self.vcpus.contains_key(&tag) => tag,
@@ -45,29 +50,27 @@ impl Supervisor {
             Ok(_) => return waiting.allow(),
             Err(error) => return self.refuse(waiting, "a vCPU does not run", &error.to_string()),
         };
-        let known = match &caller {
-            Caller::Answerer(_, parameters) if region::is_alive(process, parameters) => {
-                self.regions.get(&parameters[image::NAME]).map(|region| region.name)
-            }
-            Caller::Answerer(..) => None,
-            Caller::Vmm => {
+        let process = target::process(waiting.thread);
+        let known = match (&caller, alive) {
+            (Caller::Answerer(..), alive) => alive.and_then(|(_, parameters)| self.regions.get(&parameters[image::NAME])),
+            (Caller::Vmm, _) => {
                 let newest = self.newest.get(&process).and_then(|name| self.regions.get(name));
-                newest
-                    .filter(|region| region.is_there(process, &marks))
-                    .map(|region| region.name)
+                newest.filter(|region| region.is_there(process, &marks))
             }
         };
         match (code & 0xff, &caller, known) {
-            (question::EXIT, Caller::Answerer(..), Some(name)) => self.exit(waiting, tag, name),
-            (question::BUSY, Caller::Answerer(..), Some(name)) => {
+            (question::BUSY, Caller::Answerer(..), Some(region)) => {
                 let another = target::is_run_by_another(process, waiting.thread, tag).unwrap_or(false);
-                if !another && let Some(region) = self.regions.get(&name) {
+                if !another {
                     region.release(tag);
                 }
                 // The kernel would let it wait; it may as well be interrupted.
                 let _ = waiting.give(if another { i64::from(-libc::EINTR) } else { reply::AGAIN });
             }
-            _ => self.enter(waiting, tag, caller, known),
+            _ => {
+                let known = known.map(|region| region.name);
+                self.enter(waiting, tag, caller, known);
+            }
         }
     }
 
@@ -78,7 +81,7 @@ impl Supervisor {
         if !vcpu.ready {
             return self.not_ready(waiting, tag);
         }
-        match self.entered(waiting, tag, &what, &caller, known) {
+        match self.entered(waiting, tag, &caller, known) {
             Ok(()) => {}
             Err((None, Refusal::Kernel(error))) => self.refuse(waiting, &what, error.desc()),
             Err((None, Refusal::Line(line))) => self.refuse(waiting, &what, &line),
@@ -97,16 +100,10 @@ impl Supervisor {
         &mut self,
         waiting: &Waiting<'_>,
         tag: u64,
-        what: &str,
         caller: &Caller,
         known: Option<u64>,
     ) -> Result<(), (Option<Stopped>, Refusal)> {
         let early = |refusal: Refusal| (None, refusal);
-        let io = |error: std::io::Error| {
-            early(Refusal::Line(format!(
-                "the VMM gets no memory for its answers: {error}"
-            )))
-        };
         let lost = || early(Refusal::Kernel(Errno::EBADF));
         let (vm, id) = self.vcpus.get(&tag).map(|vcpu| (vcpu.vm, vcpu.id)).ok_or_else(lost)?;
         let (policy, number, mask) = match self.vms.get(&vm) {
@@ -114,13 +111,20 @@ impl Supervisor {
             None => return Err(lost()),
         };
         let table = self.table(&policy).map_err(early)?;
-        let process = target::status(waiting.thread, "Tgid").map_or(0, |process| process as i32);
+        let process = target::process(waiting.thread);
         let region = known.and_then(|name| self.regions.get(&name));
         let ring = || Ring::new(process, (number, id), table.cells);
-        let mut handed = Handed::over(waiting, region, tag, &table, ring).map_err(io)?;
-        let Some(mut stopped) = self.stop(waiting, what) else {
-            return Ok(());
+        let hand_over = || Handed::over(waiting, region, tag, &table, ring);
+        let (mut stopped, (mut handed, done)) = match self.hands.stop(waiting, self.syscall(waiting), hand_over) {
+            Ok(stopped) => stopped,
+            Err(None) => return Ok(()),
+            Err(Some(line)) => return Err((None, Refusal::Line(line))),
         };
+        if let Err(error) = done {
+            handed.close(&mut stopped);
+            let line = format!("the VMM gets no memory for its answers: {error}");
+            return Err((Some(stopped), Refusal::Line(line)));
+        }
         let result = (|| {
             let name = match known {
                 Some(name) => name,
