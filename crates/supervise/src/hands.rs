@@ -43,10 +43,12 @@ impl Hands {
         elsewhere: Option<u64>,
         before: impl FnOnce() -> T,
     ) -> Result<(Stopped, T), Option<String>> {
-        self.stopper.stop(waiting, elsewhere, before).map_err(|error| match error {
-            StopError::Gone => None,
-            StopError::Refused(line) => Some(line),
-        })
+        self.stopper
+            .stop(waiting, elsewhere, before)
+            .map_err(|error| match error {
+                StopError::Gone => None,
+                StopError::Refused(line) => Some(line),
+            })
     }
 
     /// Has the bytes where calls in the thread find them, and gives the place. Another thread of the VMM could change

@@ -273,7 +273,11 @@ impl Region {
         };
         let number = match self.slot(entry.vcpu) {
             // It may have got another policy meanwhile, for which it has no room.
-            Some(_) if self.ring(entry.vcpu).is_none_or(|ring| ring.cells() < entry.table.cells) => {
+            Some(_)
+                if self
+                    .ring(entry.vcpu)
+                    .is_none_or(|ring| ring.cells() < entry.table.cells) =>
+            {
                 return Err(Errno::ENOSPC);
             }
             Some(number) => number,

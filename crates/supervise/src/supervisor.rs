@@ -331,7 +331,9 @@ impl Supervisor {
 
     /// A `syscall` instruction in the thread's process.
     fn syscall(&self, waiting: &Waiting<'_>) -> Option<u64> {
-        self.regions.get(self.newest.get(&target::process(waiting.thread))?)?.syscall()
+        self.regions
+            .get(self.newest.get(&target::process(waiting.thread))?)?
+            .syscall()
     }
 
     fn create_vm(&mut self, waiting: &Waiting<'_>) {

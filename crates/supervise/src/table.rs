@@ -175,3 +175,140 @@ pub(crate) fn log_word(log: Log) -> u64 {
         Log::PerSecond(most) => 3 | u64::from(most) << 32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use msrgate_answer::layout::reply;
+    use msrgate_core::{Access, Answer, Backing, Did, Exit, Msr, Op, Outcome, Reason, VcpuState};
+    use msrgate_plan::{Decision, DecisionMap, Intervals};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Nothing is asked of the kernel where the answerer answers.
+    struct Nobody;
+
+    impl Backing for Nobody {
+        fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+            panic!("the kernel is asked")
+        }
+        fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+            panic!("the kernel is asked")
+        }
+        fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+            panic!("the host is asked")
+        }
+        fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+            panic!("a handler is asked")
+        }
+        fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+            panic!("a handler is asked")
+        }
+    }
+
+    /// What the answerer does with an entry, on a vCPU's cells.
+    fn carried_out(words: &[u64], exit: Exit, cells: &mut [u64]) -> Option<(Outcome, u64)> {
+        let (msr, write) = (exit.access.msr().0, usize::from(exit.access.op() == Op::Write));
+        let entry = |at: usize| &words[at..at + table::ENTRY];
+        let default = match exit.reason {
+            Reason::Filter => 0,
+            Reason::Unknown => 2,
+            Reason::Invalid => 4,
+        };
+        let mut found = entry(table::DEFAULTS + (default + write) * table::ENTRY);
+        if exit.reason == Reason::Filter {
+            let (reads, writes) = (words[table::COUNTS] as usize, words[table::COUNTS + 1] as usize);
+            let numbers = if write == 1 { reads..reads + writes } else { 0..reads };
+            let entries = numbers.map(|number| entry(table::ENTRIES + number * table::ENTRY));
+            let mut covering = entries.filter(|entry| (entry[0] as u32..=(entry[0] >> 32) as u32).contains(&msr));
+            found = covering.next().unwrap_or(found);
+            assert!(covering.next().is_none(), "two entries cover {msr:#x}");
+        }
+        let cell = || 2 * (found[table::CELL] as usize + (msr - found[table::RANGE] as u32) as usize);
+        let outcome = match (found[table::KIND] & 0xff, exit.access) {
+            (table::ANSWER, Access::Read { .. }) => Outcome::Value(found[table::VALUE]),
+            (table::DONE, Access::Write { .. }) => Outcome::Done,
+            (table::FAULT, _) => Outcome::Fault,
+            (table::LOAD, Access::Read { .. }) => match cells[cell()] {
+                0 => Outcome::Value(found[table::VALUE]),
+                _ => Outcome::Value(cells[cell() + 1]),
+            },
+            (table::STORE, Access::Write { value, .. }) => {
+                cells[cell()..cell() + 2].copy_from_slice(&[1, value]);
+                Outcome::Done
+            }
+            (table::ASK | table::ROUTE, _) => return None,
+            (kind, access) => panic!("{kind} for {access:?}"),
+        };
+        Some((outcome, found[table::TOLD]))
+    }
+
+    fn reads() -> impl Strategy<Value = ReadAction> {
+        prop_oneof![
+            Just(ReadAction::Allow),
+            Just(ReadAction::Deny),
+            (0..3_u64).prop_map(ReadAction::Value),
+            (0..3_u64).prop_map(ReadAction::Shadow),
+            Just(ReadAction::Mask { keep: 1, set: 2 }),
+        ]
+    }
+
+    fn writes() -> impl Strategy<Value = WriteAction> {
+        prop_oneof![
+            Just(WriteAction::Allow),
+            Just(WriteAction::Deny),
+            Just(WriteAction::Ignore),
+            Just(WriteAction::Shadow),
+            Just(WriteAction::Once),
+        ]
+    }
+
+    proptest! {
+        /// Where the answerer answers by itself, it answers as the policy's own table does.
+        #[test]
+        fn the_answerers_table_says_what_the_policys_says(
+            parts in prop::collection::vec((0..30_u32, 1..8_u32, reads(), writes()), 1..5),
+            unknown in (reads(), writes()),
+            exits in prop::collection::vec((0..40_u32, any::<bool>(), 0..3_usize, 0..4_u64), 1..60),
+        ) {
+            let range = |first: u32, count: u32| MsrRange::new(Msr(first), Msr(first + count)).unwrap();
+            let log = |action, rule| Decision { action, rule: Some(rule), log: Log::None };
+            let map = DecisionMap {
+                reads: Intervals::first_match(
+                    Decision::of(ReadAction::Allow),
+                    parts.iter().zip(0..).map(|((first, count, read, _), rule)| (range(*first, *count), log(read.clone(), rule))),
+                ),
+                writes: Intervals::first_match(
+                    Decision::of(WriteAction::Allow),
+                    parts.iter().zip(0..).map(|((first, count, _, write), rule)| {
+                        (range(*first, *count), Decision { action: write.clone(), rule: Some(rule), log: Log::None })
+                    }),
+                ),
+                unknown,
+                ..DecisionMap::allow_all()
+            };
+            let policy = Policy::new(map, Mode::Enforce).unwrap();
+            let (cells, words) = words(&policy);
+            let mut cells = vec![0; cells];
+            let table = policy.plan().table();
+            let mut state: VcpuState = table.vcpu_state();
+            for (msr, write, reason, value) in exits {
+                let msr = Msr(msr);
+                let access = if write { Access::Write { msr, value } } else { Access::Read { msr } };
+                let exit = Exit { access, reason: [Reason::Filter, Reason::Unknown, Reason::Invalid][reason] };
+                let Some((outcome, told)) = carried_out(&words, exit, &mut cells) else { continue };
+                let answer: Answer = table.answer(exit, &mut state, &mut Nobody);
+                prop_assert_eq!(outcome, answer.outcome, "{:?}", exit);
+                prop_assert_eq!(told, super::told(answer.did, answer.why), "{:?}", exit);
+            }
+        }
+    }
+
+    #[test]
+    fn the_answerers_numbers_are_these() {
+        // As the image has them.
+        assert_eq!(told(Did::Fault, Some(Why::NoRule)), 12 | 1 << 8);
+        assert_eq!(told(Did::Fault, Some(Why::UnknownReason)), 12 | 2 << 8);
+        assert!(reply::AGAIN == 0 && reply::TOLD > 0);
+    }
+}

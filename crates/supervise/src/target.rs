@@ -78,7 +78,9 @@ pub(crate) fn status(thread: i32, field: &str) -> Option<i64> {
 
 /// The process of a thread; 0 where it has ended.
 pub(crate) fn process(thread: i32) -> i32 {
-    status(thread, "Tgid").and_then(|process| i32::try_from(process).ok()).unwrap_or(0)
+    status(thread, "Tgid")
+        .and_then(|process| i32::try_from(process).ok())
+        .unwrap_or(0)
 }
 
 /// The program that a thread runs.

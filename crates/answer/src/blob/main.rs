@@ -179,6 +179,8 @@ impl Canary {
     }
 }
 
+// Named, so that its machine code can be looked at.
+#[unsafe(no_mangle)]
 extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
     let (process, control) = (parameter(image::PRIVATE), parameter(image::CONTROL));
     let (run_mark, ask_mark) = (parameter(image::RUN), parameter(image::ASK));

@@ -106,7 +106,10 @@ impl Backing for Reach<'_, '_> {
 impl Supervisor {
     pub(super) fn exit(&mut self, waiting: &Waiting<'_>, region: u64) {
         let [.., code, value] = waiting.arguments;
-        let known = self.regions.get(&region).and_then(|region| region.vcpu((code >> 16 & 0xffff) as usize));
+        let known = self
+            .regions
+            .get(&region)
+            .and_then(|region| region.vcpu((code >> 16 & 0xffff) as usize));
         let Some(tag) = known else {
             // Nobody knows what it was.
             _ = waiting.give(reply::FAULTED);

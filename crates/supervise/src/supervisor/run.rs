@@ -52,7 +52,9 @@ impl Supervisor {
         };
         let process = target::process(waiting.thread);
         let known = match (&caller, alive) {
-            (Caller::Answerer(..), alive) => alive.and_then(|(_, parameters)| self.regions.get(&parameters[image::NAME])),
+            (Caller::Answerer(..), alive) => {
+                alive.and_then(|(_, parameters)| self.regions.get(&parameters[image::NAME]))
+            }
             (Caller::Vmm, _) => {
                 let newest = self.newest.get(&process).and_then(|name| self.regions.get(name));
                 newest.filter(|region| region.is_there(process, &marks))
