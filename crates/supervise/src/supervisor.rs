@@ -26,7 +26,7 @@ use crate::region::{Region, Table};
 use crate::seccomp::{Listener, Marks, Waiting};
 use crate::stopped::{Stopped, Stopper, may_suspend};
 use crate::table;
-use crate::target::{self, Object};
+use crate::target::{self, Object, Other};
 
 mod cpuid;
 mod exit;
@@ -201,10 +201,12 @@ impl Supervisor {
         self.policy.presets()
     }
 
-    /// Whether exits are to be answered: what only allows and denies makes none.
+    /// Whether KVM_RUN is led to an answerer. A policy that denies makes no exits by itself; but a VMM may ask for exits of
+    /// its own at any time, and what the policy denies is an exit too then, of which that VMM knows nothing.
     fn answers(&self) -> bool {
         self.setup.mode != Mode::Enforce
             || self.setup.resolve.is_some()
+            || *self.policy.plan().filter() != Filter::allow_all()
             || self.policy.plan().reasons() != Reasons::NONE
     }
 
@@ -265,9 +267,14 @@ impl Supervisor {
                 | kvm::SET_ONE_REG
                 | kvm::SET_MP_STATE
         );
-        let vcpu = || Object::of(waiting.thread, waiting.arguments[0] as i32);
-        on_vcpu
-            && matches!(vcpu(), Ok(Object::Vcpu(tag)) if target::is_run_by_another(target::process(waiting.thread), waiting.thread, tag).unwrap_or(false))
+        let Ok(Object::Vcpu(tag)) = (match on_vcpu {
+            true => Object::of(waiting.thread, waiting.arguments[0] as i32),
+            false => Ok(Object::Other),
+        }) else {
+            return false;
+        };
+        let other = target::other_runs(target::process(waiting.thread), waiting.thread, tag);
+        matches!(other, Ok(Other::Runs))
     }
 
     fn answer(&mut self, waiting: &Waiting<'_>) {

@@ -89,15 +89,25 @@ pub(crate) fn program(thread: i32) -> String {
     path.display().to_string()
 }
 
-/// Whether the kernel runs another thread of the process on the vCPU of this tag, or may soon.
-pub(crate) fn is_run_by_another(process: i32, thread: i32, vcpu: u64) -> io::Result<bool> {
+/// How another thread of a process stands to a vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Other {
+    /// One is in KVM_RUN on it.
+    Runs,
+    /// One is on a CPU, in the guest or elsewhere: the kernel does not say.
+    May,
+    /// None is.
+    None,
+}
+
+/// Whether another thread of the process runs the vCPU of this tag.
+pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Other> {
+    let number = |word: Option<&str>| u64::from_str_radix(word?.trim_start_matches("0x"), 16).ok();
+    let mut found = Other::None;
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {
         let name = entry?.file_name();
-        let Some(other) = name
-            .to_str()
-            .and_then(|name| name.parse().ok())
-            .filter(|other| *other != thread)
-        else {
+        let other = name.to_str().and_then(|name| name.parse().ok());
+        let Some(other) = other.filter(|other| *other != thread) else {
             continue;
         };
         // The number of the call and its arguments, or `running`.
@@ -105,24 +115,20 @@ pub(crate) fn is_run_by_another(process: i32, thread: i32, vcpu: u64) -> io::Res
             continue;
         };
         let mut words = call.split_whitespace();
-        let is_ioctl = words.next().is_some_and(|number| number == libc::SYS_ioctl.to_string());
-        let fd = words
-            .next()
-            .and_then(|word| i32::from_str_radix(word.trim_start_matches("0x"), 16).ok());
-        let request = words
-            .next()
-            .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
-        if call.starts_with("running") {
-            return Ok(true);
-        }
-        if is_ioctl
-            && request.is_some_and(|request| request as u32 == crate::kvm::RUN)
-            && fd.is_some_and(|fd| Object::of(other, fd).is_ok_and(|object| object == Object::Vcpu(vcpu)))
-        {
-            return Ok(true);
+        match words.next() {
+            Some("running") => found = Other::May,
+            Some("16") => {
+                let (fd, request) = (number(words.next()), number(words.next()));
+                let is_run = request.is_some_and(|request| request as u32 == crate::kvm::RUN);
+                let is_this = |fd: u64| Object::of(other, fd as RawFd).is_ok_and(|object| object == Object::Vcpu(vcpu));
+                if is_run && fd.is_some_and(is_this) {
+                    return Ok(Other::Runs);
+                }
+            }
+            _ => {}
         }
     }
-    Ok(false)
+    Ok(found)
 }
 
 /// Reads a process's memory: all of it, or nothing.

@@ -15,7 +15,7 @@ use crate::policy::Mode;
 use crate::region::{self, Entry, Handed, Region};
 use crate::seccomp::Waiting;
 use crate::stopped::Stopped;
-use crate::target::{self, Object};
+use crate::target::{self, Object, Other};
 
 /// Who calls.
 enum Caller {
@@ -62,7 +62,8 @@ impl Supervisor {
         };
         match (code & 0xff, &caller, known) {
             (question::BUSY, Caller::Answerer(..), Some(region)) => {
-                let another = target::is_run_by_another(process, waiting.thread, tag).unwrap_or(false);
+                let other = target::other_runs(process, waiting.thread, tag);
+                let another = !matches!(other, Ok(Other::None));
                 if !another {
                     region.release(tag);
                 }
