@@ -11,12 +11,13 @@
 //! KVM_ENABLE_CAP 188 ─────→ VMM ∪ policy
 //! KVM_SET_CPUID2 ─────────→ what the policy is for it, where it depends on that
 //! KVM_GET_MSRS, _SET_MSRS → on the VMM's values, where presets are
-//! KVM_RUN without a mark ─→ led to the answerer, where the policy answers
+//! KVM_RUN without a mark ─→ led to the answerer, where the policy denies or answers
 //! ```
 //!
-//! A policy of allow, deny and presets has no code in the VMM. One that answers brings `msrgate-answer`'s image into the
-//! process ([`region`]), which makes KVM_RUN with a mark, answers from a table that only the supervisor can write, and asks
-//! the supervisor where an answer takes the kernel's register or a change of the filter.
+//! The answerer is `msrgate-answer`'s image in the process ([`region`]). It makes KVM_RUN with a mark, answers from a table
+//! that only the supervisor can write, and asks the supervisor where an answer takes the kernel's register or a change of the
+//! filter. A policy that only denies has it too: a VMM may ask for exits of its own at any time, and what the policy denies is
+//! an exit too then.
 //!
 //! # Limits
 //! A VMM is trusted: it can read the marks, and change what it is told. Calls of 32-bit programs get no VM.
