@@ -88,7 +88,7 @@ pub use instruction::{Advance, Completion, Instruction, KvmRunMsr, Path, Step, W
 pub use intercepts::Intercepts;
 pub use ioctl::{Caller, Descriptor, Process};
 pub use msrs::{Msrs, Refusal};
-pub use profile::{Compat, Coverage, Profile, ReservedBits, TscDeadline, Vendor};
+pub use profile::{Compat, Coverage, Profile, RangeFlags, Replacement, ReservedBits, TscDeadline, Vendor};
 pub use user_memory::{Fault, UserMemory};
 pub use vcpu::{Drained, Interruption, PickUp, StillPending, Vcpu};
 pub use vm::{Origin, UnknownMsrs, Vm};

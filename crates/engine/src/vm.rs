@@ -101,11 +101,12 @@ impl Vm {
     /// KVM_X86_SET_MSR_FILTER on the VM's descriptor, with `argp` in either layout; a layout that is neither gives
     /// EFAULT. Otherwise as [`Self::set_filter`].
     ///
-    /// A failed call changes nothing.
+    /// A failed call changes nothing, but for [`crate::Replacement::Piecewise`].
     pub fn set_msr_filter(&self, argp: u64, layout: Layout, memory: &impl UserMemory) -> Result<(), Errno> {
         self.gate()?;
-        self.set_filter(copy_filter(argp, layout, self.profile.reserved_bits, memory)?);
-        Ok(())
+        let (filter, result) = copy_filter(argp, layout, &self.profile, memory)?;
+        self.set_filter(filter);
+        result
     }
 
     /// Replaces the filter alone, as the kernel's call does: the mask of exit reasons stays, and there is no table any
