@@ -198,7 +198,7 @@ fn dispatches(times: usize, gate: &VcpuGate) -> Result<(), String> {
 fn engine(times: usize, filter: Filter) {
     let vm = Arc::new(Vm::new());
     vm.set_reasons(Reasons::of(Reason::Filter));
-    vm.install(filter);
+    vm.set_filter(filter);
     let mut vcpu = Vcpu::new(vm, Intercepts::all());
     again(times, || {
         let rdmsr = Instruction::Rdmsr { rcx: FIXED.0.into() };

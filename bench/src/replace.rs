@@ -28,10 +28,10 @@ pub(crate) fn measure(effort: Effort) -> Measured {
     let [first, _] = &plain;
     let swap = ArcSwap::new(Arc::clone(first));
     let lock = RwLock::new(Arc::clone(first));
-    vm.install(a.clone());
+    vm.set_filter(a.clone());
     let ours = Store {
         filters: &flat,
-        replace: &|filter| vm.install(Arc::clone(filter)),
+        replace: &|filter| vm.set_filter(Arc::clone(filter)),
         reader: || {
             let mut vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::all());
             move |msr, op| vcpu.verdict(msr, op)

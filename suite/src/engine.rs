@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::{
-    Access, Candidate, Exit, Msr, MsrRange, Op, Ops, Outcome, Reason, Reasons, SvmPermissionMap, VcpuState, VmxBitmap,
+    Access, Candidate, Exit, Msr, MsrRange, Op, Ops, Outcome, Reason, SvmPermissionMap, VcpuState, VmxBitmap,
 };
 use msrgate_engine::{
     Advance, Caller, Completion, Instruction, Intercepts, KvmRunMsr, Path, Step, UnknownMsrs, Vcpu, Vm, Written,
@@ -108,7 +108,10 @@ impl Subject for Guest {
                     perform(call, |call| make(&self.vm, self.process, call))?;
                 }
                 let outcome = match &mut self.plan {
-                    Some((plan, state)) => plan.table().answer(exit, state, &mut self.machine).outcome,
+                    Some((_, state)) => {
+                        let table = self.vcpu.table().ok_or(Stop::fail("the filter came without a table"))?;
+                        table.answer(exit, state, &mut self.machine).outcome
+                    }
                     None => step.answer,
                 };
                 let completion = self.vcpu.answer(outcome);
@@ -138,10 +141,8 @@ impl Subject for Guest {
             Some((plan, state)) => state.carried(plan.table(), next.table()),
             None => next.table().vcpu_state(),
         };
-        let before = self.plan.as_ref().map_or(Reasons::NONE, |(plan, _)| plan.reasons());
-        self.vm.set_reasons(before.union(next.reasons()));
-        self.vm.install(next.filter().clone());
-        self.vm.set_reasons(next.reasons());
+        self.vm
+            .install(next.filter().clone(), next.reasons(), next.table().clone());
         self.plan = Some((next, state));
         Ok(())
     }
@@ -154,7 +155,7 @@ impl Subject for Guest {
 
 impl Guest {
     /// The vCPU's bitmap is that of its filter.
-    fn bitmap_follows(&self, msr: Msr, op: Op) -> Result<(), Stop> {
+    fn bitmap_follows(&mut self, msr: Msr, op: Op) -> Result<(), Stop> {
         let open = msrgate_core::Filter::allow_all();
         let filter = self.vcpu.filter().unwrap_or(&open);
         let candidates = [Candidate::new(MsrRange::single(msr), Ops::of(op))];
@@ -162,7 +163,7 @@ impl Guest {
             Process::Native => VmxBitmap::derive(filter, &candidates).intercepts(msr, op),
             Process::Compat => SvmPermissionMap::derive(filter, &candidates).intercepts(msr, op),
         };
-        if derived != self.vcpu.intercepts().intercepts(msr, op) {
+        if derived != self.vcpu.pick_up().intercepts.intercepts(msr, op) {
             return Err(Stop::fail("the vCPU's bitmap is not its filter's"));
         }
         Ok(())

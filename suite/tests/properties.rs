@@ -282,12 +282,11 @@ proptest! {
         let svm = SvmPermissionMap::derive(&core, &candidates);
         let vm = Arc::new(Vm::new());
         let mut on_vmx = Vcpu::new(Arc::clone(&vm), Intercepts::vmx(candidates.clone()));
-        vm.install(core.clone());
-        let on_svm = Vcpu::new(vm, Intercepts::svm(candidates.clone()));
+        vm.set_filter(core.clone());
+        let mut on_svm = Vcpu::new(vm, Intercepts::svm(candidates.clone()));
         // One vCPU finds the filter there, the other picks it up.
-        let _ = on_vmx.pick_up();
-        prop_assert_eq!(on_vmx.intercepts().vmx_bitmap(), Some(&vmx));
-        prop_assert_eq!(on_svm.intercepts().svm_permission_map(), Some(&svm));
+        prop_assert_eq!(on_vmx.pick_up().intercepts.vmx_bitmap(), Some(&vmx));
+        prop_assert_eq!(on_svm.pick_up().intercepts.svm_permission_map(), Some(&svm));
         // Every bit that either has, and MSRs that have none.
         let windows = [0..0x2001u32, 0xbfff_ffff..0xc000_2001, 0xc000_ffff..0xc001_2001, 0xffff_fff0..0xffff_ffff];
         for msr in windows.into_iter().flatten() {

@@ -319,6 +319,12 @@ pub(crate) struct VerifyArgs {
 pub(crate) enum ProfileArg {
     #[value(name = "5.10")]
     V5_10,
+    #[value(name = "5.12")]
+    V5_12,
+    #[value(name = "5.14")]
+    V5_14,
+    #[value(name = "5.18")]
+    V5_18,
     #[value(name = "5.19")]
     V5_19,
     #[value(name = "6.1")]

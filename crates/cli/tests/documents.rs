@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use command::{Folder, count, list, text};
-use msrgate_core::Msr;
+use msrgate_core::{Backing, Msr, Why};
 use msrgate_engine::{Completion, Msrs, Refusal, Written};
 use msrgate_plan::Plan;
 use msrgate_policy::Policy;
@@ -116,6 +116,28 @@ impl Msrs for Nothing {
 
     fn write(&mut self, _: Msr, _: u64) -> Result<(), Refusal> {
         Err(Refusal::Unknown)
+    }
+}
+
+impl Backing for Nothing {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::KernelRefused)
+    }
+
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::KernelRefused)
+    }
+
+    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::HostUnreadable)
+    }
+
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::NoHandler)
+    }
+
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::NoHandler)
     }
 }
 

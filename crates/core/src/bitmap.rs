@@ -47,7 +47,10 @@ fn offset(first: u32, msr: Msr) -> Option<usize> {
 ///
 /// Four areas of 1 KiB: reads of 0–0x1fff, reads of 0xc0000000–0xc0001fff, then the writes of each. Every other MSR
 /// always exits.
+///
+/// Lies in memory as the hardware reads it, at a page's boundary: its physical address is a VMCS's MSR-bitmap address.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[repr(C, align(4096))]
 pub struct VmxBitmap([u64; 512]);
 
 impl VmxBitmap {
@@ -97,7 +100,11 @@ impl VmxBitmap {
 ///
 /// Two bits an MSR, reads in the even one, for the windows at 0, 0xc0000000 and 0xc0010000 of 0x2000 MSRs each; the
 /// last 2 KiB are reserved. Every other MSR always exits.
+///
+/// Lies in memory as the hardware reads it, at a page's boundary: its physical address is a VMCB's MSRPM_BASE_PA, where
+/// both pages follow each other in physical memory.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[repr(C, align(4096))]
 pub struct SvmPermissionMap([u64; 1024]);
 
 impl SvmPermissionMap {
@@ -180,6 +187,7 @@ fn is_set(words: &[u64], bit: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use alloc::boxed::Box;
     use alloc::vec;
     use alloc::vec::Vec;
 
@@ -261,6 +269,24 @@ mod tests {
                 let expected = expected(&filter, &SvmPermissionMap::WINDOWS, msr, op);
                 assert_eq!(map.intercepts(msr, op), expected, "{op} {msr}");
             }
+        }
+    }
+
+    #[test]
+    fn the_hardware_can_use_a_bitmap_where_it_lies() {
+        let page = 4096;
+        assert_eq!((align_of::<VmxBitmap>(), size_of::<VmxBitmap>()), (page, page));
+        assert_eq!(
+            (align_of::<SvmPermissionMap>(), size_of::<SvmPermissionMap>()),
+            (page, 2 * page)
+        );
+        let bitmap = Box::new(VmxBitmap::intercept_all());
+        let map = Box::new(SvmPermissionMap::intercept_all());
+        for (itself, words) in [
+            (&raw const *bitmap as usize, bitmap.words().as_ptr() as usize),
+            (&raw const *map as usize, map.words().as_ptr() as usize),
+        ] {
+            assert_eq!((itself % page, words), (0, itself));
         }
     }
 

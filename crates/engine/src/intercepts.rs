@@ -1,15 +1,24 @@
 //! The permission bitmap of one vCPU.
 
 use alloc::boxed::Box;
+use core::mem;
 
 use msrgate_core::{Candidate, Filter, Msr, Op, SvmPermissionMap, VmxBitmap};
 
 /// What the hardware asks whether an access leaves the guest: everything does, but for the candidates that the
 /// hypervisor passes through and the filter allows.
+///
+/// The hardware can use a vCPU's bitmap where it lies. It begins at a page's boundary, and from [`crate::Vcpu::new`] to
+/// the vCPU's end it stays at its address, wherever the [`crate::Vcpu`] moves: it is an allocation of its own. SVM's two
+/// pages must follow each other in physical memory too. It changes in no other calls than [`crate::Vcpu::pick_up`],
+/// [`crate::Vcpu::execute`], [`crate::Vcpu::verdict`] and [`crate::Vcpu::recalculate`], which a hypervisor makes while
+/// the vCPU is out of the guest.
 #[derive(Clone, Debug)]
 pub struct Intercepts {
     bitmap: Bitmap,
     candidates: Box<[Candidate]>,
+    /// Whether the bitmap was recomputed since [`Self::take_changed`].
+    changed: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -25,6 +34,7 @@ impl Intercepts {
         Intercepts {
             bitmap: Bitmap::None,
             candidates: Box::default(),
+            changed: false,
         }
     }
 
@@ -33,6 +43,7 @@ impl Intercepts {
         Intercepts {
             bitmap: Bitmap::Vmx(Box::new(VmxBitmap::intercept_all())),
             candidates: candidates.into(),
+            changed: false,
         }
     }
 
@@ -41,6 +52,7 @@ impl Intercepts {
         Intercepts {
             bitmap: Bitmap::Svm(Box::new(SvmPermissionMap::intercept_all())),
             candidates: candidates.into(),
+            changed: false,
         }
     }
 
@@ -73,8 +85,15 @@ impl Intercepts {
         self.candidates = candidates.into();
     }
 
+    /// Whether the bitmap was recomputed since this was last asked.
+    #[inline]
+    pub(crate) fn take_changed(&mut self) -> bool {
+        mem::take(&mut self.changed)
+    }
+
     /// Starts from all ones; in place.
     pub(crate) fn recompute(&mut self, filter: Option<&Filter>) {
+        self.changed = true;
         // Holds no range, so it does not allocate.
         let open = Filter::allow_all();
         let filter = filter.unwrap_or(&open);

@@ -5,7 +5,7 @@
 //! [`Msrs`] and its callers' memory through [`UserMemory`].
 //!
 //! ```text
-//! VMM ──ioctl──→ Vm { filter, exit reasons }      any thread, any time
+//! VMM ──ioctl──→ Vm { filter, exit reasons, table }      any thread, any time
 //!                     │ picked up at the next access or entry
 //! guest ─VM exit─→ Vcpu::execute ─┬ denied ───────────────┬─→ Step::Exit ─→ VMM ─→ Vcpu::complete ─┐
 //!                                 └ allowed → Msrs ─┬ refused ┴─→ #GP(0)                           │
@@ -26,7 +26,7 @@
 //!
 //! let vm = Arc::new(Vm::new());
 //! vm.set_reasons(Reasons::of(Reason::Filter));
-//! vm.install(Filter::new(Verdict::Allow, [FilterRange::new(0x8b, 1, Ops::READ, [0])?])?);
+//! vm.set_filter(Filter::new(Verdict::Allow, [FilterRange::new(0x8b, 1, Ops::READ, [0])?])?);
 //! let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
 //! let step = vcpu.execute(Instruction::Rdmsr { rcx: 0x8b }, Path::VmExit, &mut NoMsrs);
 //! assert!(matches!(step, Ok(Step::Exit(exit)) if exit.reason == Reason::Filter));
@@ -40,16 +40,28 @@
 //! guest reach in hardware where the filter allows it. A *profile* says after which kernel a VM takes.
 //!
 //! # Replacing a filter under running vCPUs
-//! Every access is decided by one whole filter. Once [`Vm::set_msr_filter`] has returned, every access that starts later
-//! is decided by that filter or a later one, and no access is decided by an older filter than an access that ended before
-//! it. A vCPU never waits for a writer; writers wait for each other. What the hardware does by itself follows when the
-//! vCPU next picks the filter up, so the caller kicks vCPUs that are in the guest. Changing the exit reasons needs no kick.
+//! [`Vm::install`] replaces three things as one: the filter, the mask of exit reasons, and the table of what an exit gets.
+//! An access is decided by one whole filter, leaves by the mask that came with that filter, and [`Vcpu::table`] is the
+//! table that did, however late it is asked. KVM's own interface replaces filter and mask apart, and so do
+//! [`Vm::set_msr_filter`] and [`Vm::enable_cap`]; a VMM that uses these widens the mask first and narrows it last.
+//!
+//! Once one of them has returned, every access that starts later is decided by the new filter or a later one, and no
+//! access is decided by an older filter than an access that ended before it. A vCPU never waits for a writer; writers
+//! wait for each other, and for a vCPU in the midst of taking a filter over. What the hardware does by itself follows when
+//! the vCPU next picks the filter up, so the caller kicks vCPUs that are in the guest.
+//!
+//! # The bitmap
+//! [`Vcpu::pick_up`] is due before each entry to the guest. It alone hands the bitmap out, and says whether it was
+//! recomputed since it was last handed out, by itself or by one of the calls that take a newer filter over on their way:
+//! [`Vcpu::execute`], [`Vcpu::verdict`], [`Vcpu::recalculate`]. The hardware can use the bitmap where it lies
+//! ([`Intercepts`]); whoever copies it, or merges it for L2, does so again when it is told.
 //!
 //! # What it does not do
 //! It runs no guest, decodes no instruction, checks no privilege level, and merges no bitmap for L2. It knows no MSR by
 //! itself and no other capability. TSC_DEADLINE is filtered unless the profile says otherwise, x2APIC never is.
 //!
-//! Nothing on the access path allocates, frees, waits or panics: a filter that was replaced is freed by a later writer.
+//! Nothing on the access path allocates, frees, waits or panics. What was replaced is freed by the call that replaces it,
+//! or, where a vCPU still has it then, by a later one ([`Vm::install`]).
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -76,7 +88,7 @@ pub use instruction::{Advance, Completion, Instruction, KvmRunMsr, Path, Step, W
 pub use intercepts::Intercepts;
 pub use ioctl::{Caller, Descriptor, Process};
 pub use msrs::{Msrs, Refusal};
-pub use profile::{Compat, Coverage, Profile, ReservedBits, TscDeadline, Vendor};
+pub use profile::{Compat, Coverage, Profile, RangeFlags, Replacement, ReservedBits, TscDeadline, Vendor};
 pub use user_memory::{Fault, UserMemory};
 pub use vcpu::{Drained, Interruption, PickUp, StillPending, Vcpu};
 pub use vm::{Origin, UnknownMsrs, Vm};

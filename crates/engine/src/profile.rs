@@ -4,20 +4,30 @@ use msrgate_core::Msr;
 
 /// Which kernel's behaviour a VM has.
 ///
-/// | | [`V5_10`](Self::V5_10) | [`V5_19`](Self::V5_19) | [`V6_1`](Self::V6_1) | [`V6_12`](Self::V6_12) | [`V6_18`](Self::V6_18) | [`NEWEST`](Self::NEWEST) |
-/// |---|---|---|---|---|---|---|
-/// | reserved bits | ignored | refused | refused | refused | refused | refused |
-/// | compat ioctl | no | no | yes | yes | yes | yes |
-/// | side effects filtered | yes | no | no | no | no | no |
-/// | nested lists filtered | yes | no | no | yes | yes | yes |
-/// | fast path of TSC_DEADLINE | Intel | Intel | Intel | Intel | both | filtered |
+/// | | [`V5_10`](Self::V5_10) | [`V5_12`](Self::V5_12) | [`V5_14`](Self::V5_14) | [`V5_18`](Self::V5_18) | [`V5_19`](Self::V5_19) | [`V6_1`](Self::V6_1) | [`V6_12`](Self::V6_12) | [`V6_18`](Self::V6_18) | [`NEWEST`](Self::NEWEST) |
+/// |---|---|---|---|---|---|---|---|---|---|
+/// | a filter is replaced | piecewise | whole | whole | whole | whole | whole | whole | whole | whole |
+/// | a range's flags are checked | last | last | first | first | first | first | first | first | first |
+/// | reserved bits | ignored | ignored | ignored | ignored | refused | refused | refused | refused | refused |
+/// | compat ioctl | no | no | no | no | no | yes | yes | yes | yes |
+/// | side effects filtered | yes | yes | yes | no | no | no | no | no | no |
+/// | nested lists filtered | yes | yes | yes | no | no | no | yes | yes | yes |
+/// | fast path of TSC_DEADLINE | Intel | Intel | Intel | Intel | Intel | Intel | Intel | both | filtered |
 ///
-/// The fields are public for a mix: `Profile { tsc_deadline: TscDeadline::Filtered, ..Profile::V6_1 }`. Bugs that were
-/// fixed are not reproduced, for example the half-built filter that a failed call left behind before 5.12, or the exit
-/// that the emulator lost before 5.16. A stable series may have taken a change early: 5.10.154 has the reserved bits
-/// and the compat ioctl.
+/// The fields are public for a mix: `Profile { tsc_deadline: TscDeadline::Filtered, ..Profile::V6_1 }`. A stable series
+/// may have taken a change early: 5.10.27 replaces a filter whole, and 5.10.154 refuses reserved bits and has the compat
+/// ioctl.
+///
+/// Left out are faults that an access met by the way it came, not by the filter: the exit that the emulator lost before
+/// 5.16, the RIP that it then went on from before 5.17, and the moments in which an access met half a filter before
+/// 5.12. A profile is that of a release: between the commit that brought filters in, 1a155254ff93, and 5.10, they covered
+/// x2APIC too.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Profile {
+    /// How a filter is replaced.
+    pub replacement: Replacement,
+    /// When the flags of a range are checked.
+    pub range_flags: RangeFlags,
     /// Bits without a meaning in the filter's flags and in the mask of exit reasons.
     pub reserved_bits: ReservedBits,
     /// Whether a 32-bit process has an ioctl of its own.
@@ -31,20 +41,37 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Linux 5.10 to 5.17: the filter is asked in KVM's common MSR accessors, so by much that is no RDMSR or WRMSR.
+    /// Linux 5.10 and 5.11: a call that fails at a range has already replaced the filter. The filter is asked in KVM's
+    /// common MSR accessors, so by much that is no RDMSR or WRMSR.
     pub const V5_10: Profile = Profile {
+        replacement: Replacement::Piecewise,
+        range_flags: RangeFlags::Last,
         reserved_bits: ReservedBits::Ignored,
         compat: Compat::Missing,
         side_effects: Coverage::Filtered,
         nested_lists: Coverage::Filtered,
         tsc_deadline: TscDeadline::BypassedOnIntel,
     };
-    /// Linux 5.19 and 6.0: only instructions are filtered (from 5.18), reserved bits are refused.
-    pub const V5_19: Profile = Profile {
-        reserved_bits: ReservedBits::Refused,
+    /// Linux 5.12 and 5.13: a filter is replaced whole or not at all.
+    pub const V5_12: Profile = Profile {
+        replacement: Replacement::Whole,
+        ..Profile::V5_10
+    };
+    /// Linux 5.14 to 5.17: a range's flags are checked before its bitmap is copied.
+    pub const V5_14: Profile = Profile {
+        range_flags: RangeFlags::First,
+        ..Profile::V5_12
+    };
+    /// Linux 5.18: only instructions are filtered.
+    pub const V5_18: Profile = Profile {
         side_effects: Coverage::Exempt,
         nested_lists: Coverage::Exempt,
-        ..Profile::V5_10
+        ..Profile::V5_14
+    };
+    /// Linux 5.19 and 6.0: reserved bits are refused.
+    pub const V5_19: Profile = Profile {
+        reserved_bits: ReservedBits::Refused,
+        ..Profile::V5_18
     };
     /// Linux 6.1 to 6.11: a 32-bit process can install a filter.
     pub const V6_1: Profile = Profile {
@@ -73,6 +100,25 @@ impl Default for Profile {
     fn default() -> Profile {
         Profile::NEWEST
     }
+}
+
+/// How KVM_X86_SET_MSR_FILTER puts a filter in place of another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Replacement {
+    /// The old one goes, then the ranges come one by one. A call that fails at a range leaves the new default and the
+    /// ranges before that one; where there are none it leaves everything allowed, whatever the default is.
+    Piecewise,
+    /// A call that fails changes nothing.
+    Whole,
+}
+
+/// When KVM_X86_SET_MSR_FILTER checks the flags of a range, which decides the error where more than they are wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RangeFlags {
+    /// Before the size and the bitmap: EINVAL, wherever the bitmap points.
+    First,
+    /// After the bitmap was copied: EFAULT where it cannot be.
+    Last,
 }
 
 /// What becomes of bits that have no meaning.

@@ -1,65 +1,96 @@
-//! The place that holds a VM's filter and lets it be replaced under running vCPUs.
+//! The place that holds a VM's rules and lets them be replaced under running vCPUs.
 //!
-//! Two locks hold the current filter and the one before; the low bit of a generation says which is current. A writer
-//! fills the other one and then publishes the next generation. A reader that sees the generation it knows touches no
-//! lock. One that sees a new generation tries the current lock; no writer holds that lock unless it has published a
-//! later generation meanwhile, so a reader tries again only after a writer has made progress, and never waits.
+//! Two locks hold the current rules, or in the midst of a replacement the current ones and those before; the low bit of
+//! a generation says which half is current. A writer fills the other half, publishes the next generation, and fills the
+//! first half too. A reader that sees the generation it knows touches no lock. One that sees a new generation tries the
+//! current lock; no writer holds that lock unless it has published a later generation meanwhile, so a reader tries again
+//! only after a writer has made progress, and never waits.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::mem;
 
-use msrgate_core::Lookup;
+use msrgate_core::{ActionTable, Lookup, Reasons};
 
 use self::sync::{AtomicU64, Ordering, RwLock};
 
-/// A VM's filter, or none yet.
+/// What a VM is under.
 pub(crate) struct Slot {
-    /// INVARIANT: filter `g` lies in `halves[g % 2]` from before `g` is published until after `g + 1` is.
-    halves: [RwLock<Option<Held>>; 2],
+    /// INVARIANT: the rules of generation `g` lie in `halves[g % 2]` from before `g` is published until after `g + 1`
+    /// is, and in both halves while no writer is at work.
+    halves: [RwLock<Held>; 2],
     generation: AtomicU64,
-    /// Serialises writers, and keeps each replaced filter until no vCPU has it any more: so it is a writer that frees
-    /// it, never a vCPU on its access path.
+    /// Serialises writers, and keeps replaced rules until no vCPU has them any more: so it is a writer that frees them,
+    /// never a vCPU on its access path. Each vCPU has one generation, so there are no more of them than vCPUs.
     retired: RwLock<Vec<Held>>,
 }
 
-/// A filter as one VM and its vCPUs hold it.
-///
-/// INVARIANT: a vCPU lets go of `filter` before `here`, since fields are dropped in this order. So once `here` is the
-/// slot's alone no vCPU can be the last to have the filter, however many other VMs share it.
+/// What decides an access and says what becomes of it, replaced as one.
 #[derive(Clone)]
-pub(crate) struct Held {
-    pub(crate) filter: Arc<Lookup>,
+pub(crate) struct Rules {
+    /// `None` before there is a filter.
+    pub(crate) filter: Option<Arc<Lookup>>,
+    pub(crate) reasons: Reasons,
+    /// `None` where the filter came without one.
+    pub(crate) table: Option<Arc<ActionTable>>,
+}
+
+/// Rules as one VM and its vCPUs hold them.
+///
+/// INVARIANT: a vCPU lets go of `rules` before `here`, since fields are dropped in this order. So once `here` is the
+/// slot's alone no vCPU can be the last to have a filter or a table, however many other VMs share it.
+#[derive(Clone)]
+struct Held {
+    rules: Rules,
     here: Arc<()>,
 }
 
-/// A filter as one reader knows it.
+/// Rules as one reader knows them.
 pub(crate) struct Seen {
-    pub(crate) generation: u64,
-    pub(crate) held: Option<Held>,
+    generation: u64,
+    held: Held,
+}
+
+impl Seen {
+    #[inline]
+    pub(crate) fn rules(&self) -> &Rules {
+        &self.held.rules
+    }
 }
 
 impl Slot {
     pub(crate) fn empty() -> Slot {
+        let held = Held {
+            rules: Rules {
+                filter: None,
+                reasons: Reasons::NONE,
+                table: None,
+            },
+            here: Arc::new(()),
+        };
         Slot {
-            halves: [RwLock::new(None), RwLock::new(None)],
+            halves: [RwLock::new(held.clone()), RwLock::new(held)],
             generation: AtomicU64::new(0),
             retired: RwLock::new(Vec::new()),
         }
     }
 
-    /// Replaces the filter. Every look that starts after this returns sees `filter` or a later one.
-    pub(crate) fn publish(&self, filter: Arc<Lookup>) {
+    /// Replaces the rules by what `next` makes of them. Every look that starts after this returns sees these or later
+    /// ones. Those that were replaced are freed here, or by the first writer that finds no vCPU to have them.
+    pub(crate) fn publish(&self, next: impl FnOnce(&Rules) -> Rules) {
+        let mut retired = sync::write(&self.retired);
+        let generation = self.generation.load(Ordering::Relaxed);
+        let mut half = sync::write(self.half(generation.wrapping_add(1)));
         let held = Held {
-            filter,
+            rules: next(&half.rules),
             here: Arc::new(()),
         };
-        let mut retired = sync::write(&self.retired);
-        let current = self.generation.load(Ordering::Relaxed);
-        let next = current.wrapping_add(1);
-        let before_last = sync::write(self.half(next)).replace(held);
+        let replaced = mem::replace(&mut *half, held.clone());
+        drop(half);
         // Release: who sees the generation takes the half's lock after this writer let it go.
-        self.generation.store(next, Ordering::Release);
-        retired.extend(before_last);
+        self.generation.store(generation.wrapping_add(1), Ordering::Release);
+        *sync::write(self.half(generation)) = held;
+        retired.push(replaced);
         retired.retain(|held| Arc::strong_count(&held.here) > 1);
     }
 
@@ -69,14 +100,14 @@ impl Slot {
         self.generation.load(Ordering::Acquire) == seen.generation
     }
 
-    /// The current filter.
+    /// The current rules.
     pub(crate) fn look(&self) -> Seen {
         loop {
             let generation = self.generation.load(Ordering::Acquire);
             if let Some(half) = sync::try_read(self.half(generation)) {
-                // The half may already hold the filter after next, written but not published: whoever took it would
-                // see it before others see its predecessor. An unchanged generation under the lock rules that out,
-                // since the writer of that filter had published `generation + 1` before it took the lock.
+                // The half may already hold the rules after next, written but not published: whoever took them would
+                // see them before others see their predecessor. An unchanged generation under the lock rules that out,
+                // since the writer of those rules had published `generation + 1` before it took the lock.
                 if self.generation.load(Ordering::Acquire) == generation {
                     let held = half.clone();
                     return Seen { generation, held };
@@ -86,7 +117,7 @@ impl Slot {
         }
     }
 
-    fn half(&self, generation: u64) -> &RwLock<Option<Held>> {
+    fn half(&self, generation: u64) -> &RwLock<Held> {
         let [even, odd] = &self.halves;
         if generation.is_multiple_of(2) { even } else { odd }
     }
@@ -128,14 +159,28 @@ mod sync {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
+    use alloc::sync::Weak;
+
     use msrgate_core::Filter;
 
     use super::*;
 
+    fn publish(slot: &Slot, filter: impl Into<Arc<Lookup>>) {
+        let filter = filter.into();
+        slot.publish(|rules| Rules {
+            filter: Some(filter),
+            ..rules.clone()
+        });
+    }
+
     fn slot(filters: usize) -> Slot {
         let slot = Slot::empty();
-        (0..filters).for_each(|_| slot.publish(Filter::allow_all().into()));
+        (0..filters).for_each(|_| publish(&slot, Filter::allow_all()));
         slot
+    }
+
+    fn current(slot: &Slot) -> Weak<Lookup> {
+        Arc::downgrade(slot.look().rules().filter.as_ref().unwrap())
     }
 
     #[test]
@@ -144,42 +189,47 @@ mod tests {
             let slot = slot(published);
             let _first = sync::write(&slot.retired);
             let _writing = sync::write(slot.half(published as u64 + 1));
-            assert_eq!(slot.look().held.is_some(), published > 0);
+            assert_eq!(slot.look().rules().filter.is_some(), published > 0);
         }
+    }
+
+    #[test]
+    fn a_filter_that_no_reader_holds_is_freed_by_the_writer_that_replaces_it() {
+        let slot = slot(1);
+        let filter = current(&slot);
+        publish(&slot, Filter::allow_all());
+        assert!(filter.upgrade().is_none());
+        assert!(sync::write(&slot.retired).is_empty());
     }
 
     #[test]
     fn a_filter_that_a_reader_holds_is_freed_by_a_later_writer() {
         let slot = slot(1);
         let seen = slot.look();
-        let filter = Arc::downgrade(&seen.held.as_ref().unwrap().filter);
-        (0..5).for_each(|_| slot.publish(Filter::allow_all().into()));
+        let filter = current(&slot);
+        (0..5).for_each(|_| publish(&slot, Filter::allow_all()));
+        assert_eq!(sync::write(&slot.retired).len(), 1, "nothing piles up");
         drop(seen);
         assert!(filter.upgrade().is_some(), "not by the reader");
-        slot.publish(Filter::allow_all().into());
+        publish(&slot, Filter::allow_all());
         assert!(filter.upgrade().is_none());
-        assert!(sync::write(&slot.retired).is_empty(), "nothing piles up");
+        assert!(sync::write(&slot.retired).is_empty());
     }
 
     #[test]
     fn a_filter_that_vms_share_is_kept_by_none_that_replaced_it() {
         let filter: Arc<Lookup> = Filter::allow_all().into();
         let slots = [(); 3].map(|()| slot(0));
-        slots.iter().for_each(|slot| slot.publish(Arc::clone(&filter)));
-        assert!(
-            slots
-                .iter()
-                .all(|slot| Arc::ptr_eq(&slot.look().held.unwrap().filter, &filter))
-        );
-        let filter = {
-            let weak = Arc::downgrade(&filter);
-            drop(filter);
-            weak
-        };
+        slots.iter().for_each(|slot| publish(slot, Arc::clone(&filter)));
+        let weak = Arc::downgrade(&filter);
+        drop(filter);
         for slot in &slots {
-            (0..2).for_each(|_| slot.publish(Filter::allow_all().into()));
+            assert!(Weak::ptr_eq(&current(slot), &weak));
+        }
+        for slot in &slots {
+            publish(slot, Filter::allow_all());
             assert!(sync::write(&slot.retired).is_empty());
         }
-        assert!(filter.upgrade().is_none());
+        assert!(weak.upgrade().is_none());
     }
 }

@@ -6,17 +6,18 @@ use alloc::vec::Vec;
 use msrgate_core::abi::{self, Layout};
 use msrgate_core::{Filter, FilterRange, Ops, Verdict};
 
-use crate::profile::ReservedBits;
-use crate::{Errno, UserMemory};
+use crate::profile::{RangeFlags, Replacement, ReservedBits};
+use crate::{Errno, Profile, UserMemory};
 
-/// What KVM_X86_SET_MSR_FILTER builds from `argp` (`kvm_vm_ioctl_set_msr_filter`, `kvm_add_msr_filter`). The first
-/// fault in the kernel's order decides the error.
+/// What KVM_X86_SET_MSR_FILTER builds from `argp` (`kvm_vm_ioctl_set_msr_filter`, `kvm_add_msr_filter`), and what the
+/// call gives; where there is only an error, the filter before stays. The first fault in the kernel's order decides the
+/// error.
 pub(crate) fn copy_filter(
     argp: u64,
     layout: Layout,
-    reserved_bits: ReservedBits,
+    profile: &Profile,
     memory: &impl UserMemory,
-) -> Result<Filter, Errno> {
+) -> Result<(Filter, Result<(), Errno>), Errno> {
     if layout != Layout::NATIVE && layout != Layout::COMPAT {
         return Err(Errno::Efault);
     }
@@ -24,7 +25,7 @@ pub(crate) fn copy_filter(
     let bytes = bytes.get_mut(..layout.filter_size).ok_or(Errno::Efault)?;
     memory.read(argp, bytes)?;
     let flags = word(bytes, 0)?;
-    if reserved_bits == ReservedBits::Refused && flags & !abi::FILTER_DEFAULT_DENY != 0 {
+    if profile.reserved_bits == ReservedBits::Refused && flags & !abi::FILTER_DEFAULT_DENY != 0 {
         return Err(Errno::Einval);
     }
     let default = if flags & abi::FILTER_DEFAULT_DENY != 0 {
@@ -43,9 +44,18 @@ pub(crate) fn copy_filter(
     let mut ranges = Vec::new();
     ranges.try_reserve_exact(used().count()).map_err(|_| Errno::Enomem)?;
     for slot in used() {
-        ranges.push(slot.range(memory)?);
+        match slot.range(profile.range_flags, memory) {
+            Ok(range) => ranges.push(range),
+            Err(errno) if profile.replacement == Replacement::Piecewise => {
+                // Without a range that kernel allowed everything, and there is no filter that denies everything.
+                let left = Filter::new(default, ranges).unwrap_or(Filter::allow_all());
+                return Ok((left, Err(errno)));
+            }
+            Err(errno) => return Err(errno),
+        }
     }
-    Filter::new(default, ranges).map_err(|_| Errno::Einval)
+    let filter = Filter::new(default, ranges).map_err(|_| Errno::Einval)?;
+    Ok((filter, Ok(())))
 }
 
 /// One element of `ranges`. Nothing but `nmsrs` is looked at where that is 0.
@@ -73,9 +83,9 @@ impl Slot {
         })
     }
 
-    fn range(self, memory: &impl UserMemory) -> Result<FilterRange, Errno> {
-        let ops = Ops::from_bits(self.flags).ok_or(Errno::Einval)?;
-        if ops.is_empty() || self.nmsrs > abi::MAX_RANGE_MSRS {
+    fn range(self, flags: RangeFlags, memory: &impl UserMemory) -> Result<FilterRange, Errno> {
+        let ops = Ops::from_bits(self.flags).filter(|ops| !ops.is_empty());
+        if flags == RangeFlags::First && ops.is_none() || self.nmsrs > abi::MAX_RANGE_MSRS {
             return Err(Errno::Einval);
         }
         // Whole longs are copied, whatever `nmsrs` leaves of the last.
@@ -87,7 +97,7 @@ impl Slot {
         memory.read(self.bitmap, bytes)?;
         bitmap.extend(bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)));
         let bitmap: Box<[u64]> = bitmap.into();
-        FilterRange::new(self.base, self.nmsrs, ops, bitmap).map_err(|_| Errno::Einval)
+        FilterRange::new(self.base, self.nmsrs, ops.ok_or(Errno::Einval)?, bitmap).map_err(|_| Errno::Einval)
     }
 }
 

@@ -2,9 +2,9 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
-use core::fmt;
+use core::{fmt, mem};
 
-use msrgate_core::{Access, Candidate, Exit, Filter, Msr, Op, Outcome, Reason, Verdict, abi};
+use msrgate_core::{Access, ActionTable, Candidate, Exit, Filter, Msr, Op, Outcome, Reason, Verdict, abi};
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
 use crate::slot::Seen;
@@ -16,6 +16,10 @@ pub struct Vcpu {
     seen: Seen,
     intercepts: Intercepts,
     pending: Option<Pending>,
+    /// The rules that the pending access met, where the vCPU has newer ones since.
+    ///
+    /// INVARIANT: `None` while nothing is pending.
+    met: Option<Seen>,
 }
 
 /// An access that user space has, and how it ends: the kernel's `complete_userspace_io`.
@@ -26,15 +30,15 @@ struct Pending {
     advance: Advance,
 }
 
-/// What a vCPU found when it looked for a newer filter.
+/// What a vCPU enters the guest with.
 #[must_use]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum PickUp {
-    /// Nothing new.
-    Unchanged,
-    /// A new filter. The interception bitmap was recomputed: the hardware's copy, and a bitmap merged for L2, are
-    /// stale.
-    Changed,
+#[derive(Clone, Copy, Debug)]
+pub struct PickUp<'a> {
+    /// The interception bitmap that belongs to [`Vcpu::filter`].
+    pub intercepts: &'a Intercepts,
+    /// Whether the bitmap was recomputed, by whatever call, since it was last picked up; so the first time too. What was
+    /// made of it is stale then: a copy that the hardware uses, or a bitmap merged for L2.
+    pub changed: bool,
 }
 
 /// An access waits for user space: complete or drain it first.
@@ -73,12 +77,13 @@ impl Vcpu {
     /// A vCPU of `vm`, its bitmap computed with the filter of this moment.
     pub fn new(vm: Arc<Vm>, mut intercepts: Intercepts) -> Vcpu {
         let seen = vm.slot().look();
-        intercepts.recompute(seen.filter());
+        intercepts.recompute(seen.rules().filter());
         Vcpu {
             vm,
             seen,
             intercepts,
             pending: None,
+            met: None,
         }
     }
 
@@ -89,40 +94,58 @@ impl Vcpu {
 
     /// The filter that was current when the vCPU last looked.
     pub fn filter(&self) -> Option<&Filter> {
-        self.seen.filter()
+        self.seen.rules().filter()
     }
 
-    /// The interception bitmap that belongs to [`Self::filter`].
-    pub fn intercepts(&self) -> &Intercepts {
-        &self.intercepts
+    /// The table to answer the pending access by: the one that was installed with the filter that the access met,
+    /// whatever was installed since. Where none is pending, that of [`Self::filter`]. `None` where the filter came
+    /// without a table.
+    pub fn table(&self) -> Option<&Arc<ActionTable>> {
+        self.met.as_ref().unwrap_or(&self.seen).rules().table.as_ref()
     }
 
-    /// Looks whether the filter was replaced, and recomputes the bitmap if so: due before each entry to the guest.
-    /// [`Self::execute`] does it by itself. One load where nothing changed.
+    /// Takes a newer filter over, if there is one, and hands the bitmap out: due before each entry to the guest, after
+    /// the kick that caused it was taken note of. One load where nothing is new.
+    ///
+    /// [`Self::execute`], [`Self::verdict`] and [`Self::recalculate`] take a newer filter over too, and recompute the
+    /// bitmap; no other call does. This is the only one that tells.
     #[inline]
-    pub fn pick_up(&mut self) -> PickUp {
-        if self.vm.slot().is_current(&self.seen) {
-            return PickUp::Unchanged;
+    pub fn pick_up(&mut self) -> PickUp<'_> {
+        self.refresh();
+        PickUp {
+            changed: self.intercepts.take_changed(),
+            intercepts: &self.intercepts,
         }
-        self.seen = self.vm.slot().look();
-        self.intercepts.recompute(self.seen.filter());
-        PickUp::Changed
     }
 
     /// Replaces what the hypervisor would pass through, after a change of CPUID for example, and recomputes the bitmap
     /// with the current filter.
     pub fn recalculate(&mut self, candidates: impl Into<Box<[Candidate]>>) {
         self.intercepts.set_candidates(candidates);
-        if self.pick_up() == PickUp::Unchanged {
-            self.intercepts.recompute(self.seen.filter());
-        }
+        self.take_over();
     }
 
     /// The verdict on an RDMSR or WRMSR of this vCPU at this moment.
     #[inline]
     pub fn verdict(&mut self, msr: Msr, op: Op) -> Verdict {
-        let _ = self.pick_up();
-        self.seen.verdict(msr, op)
+        self.refresh();
+        self.seen.rules().verdict(msr, op)
+    }
+
+    #[inline]
+    fn refresh(&mut self) {
+        if !self.vm.slot().is_current(&self.seen) {
+            self.take_over();
+        }
+    }
+
+    #[cold]
+    fn take_over(&mut self) {
+        let before = mem::replace(&mut self.seen, self.vm.slot().look());
+        if self.pending.is_some() {
+            self.met.get_or_insert(before);
+        }
+        self.intercepts.recompute(self.seen.rules().filter());
     }
 
     /// Carries an instruction out as far as it goes without user space (`kvm_emulate_rdmsr`, `kvm_emulate_wrmsr`,
@@ -153,14 +176,14 @@ impl Vcpu {
                 Err(Refusal::Invalid) => Err(Reason::Invalid),
                 Err(Refusal::Error(errno)) => match (path, access) {
                     (Path::Emulator { .. }, _) => return Ok(Step::EmulationFailed(errno)),
-                    (_, Access::Write { .. }) if !self.vm.deflects(Reason::Invalid) => return Ok(Step::Failed(errno)),
+                    (_, Access::Write { .. }) if !self.deflects(Reason::Invalid) => return Ok(Step::Failed(errno)),
                     _ => Err(Reason::Invalid),
                 },
             },
         };
         Ok(match result {
             Ok(value) => Step::Complete(done(instruction.register(), access, value, path.advance())),
-            Err(reason) if self.vm.deflects(reason) => {
+            Err(reason) if self.deflects(reason) => {
                 let exit = Exit { access, reason };
                 self.pending = Some(Pending {
                     exit,
@@ -171,6 +194,10 @@ impl Vcpu {
             }
             Err(_) => Step::Complete(Completion::Fault),
         })
+    }
+
+    fn deflects(&self, reason: Reason) -> bool {
+        self.seen.rules().reasons.contains(reason)
     }
 
     /// The access that waits for user space. No state ioctl shows it.
@@ -193,6 +220,7 @@ impl Vcpu {
     /// The first thing that the next KVM_RUN does. Neither a new filter nor a new mask cancels it.
     pub fn complete(&mut self, error: u8, data: u64) -> Option<Completion> {
         let pending = self.pending.take()?;
+        self.met = None;
         Some(if error == 0 {
             done(pending.register, pending.exit.access, data, pending.advance)
         } else {
@@ -250,4 +278,107 @@ fn done(register: Option<u8>, access: Access, value: u64, advance: Advance) -> C
         },
     };
     Completion::Done { written, advance }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use msrgate_core::{FilterRange, MsrRange, Ops};
+
+    use super::*;
+    use crate::Errno;
+
+    struct NoMsrs;
+
+    impl Msrs for NoMsrs {
+        fn read(&mut self, _: Msr) -> Result<u64, Refusal> {
+            Err(Refusal::Error(Errno::Eio))
+        }
+        fn write(&mut self, _: Msr, _: u64) -> Result<(), Refusal> {
+            Err(Refusal::Unknown)
+        }
+    }
+
+    fn candidates() -> [Candidate; 1] {
+        [Candidate::new(MsrRange::single(Msr(0x174)), Ops::BOTH)]
+    }
+
+    /// Denies 0x174 and all that is no candidate anyway, or allows it.
+    fn filter(verdict: Verdict) -> Filter {
+        let bits = u64::from(verdict == Verdict::Allow);
+        let range = FilterRange::new(0x174, 1, Ops::BOTH, [bits]).unwrap();
+        Filter::new(Verdict::Deny, [range]).unwrap()
+    }
+
+    fn open(vcpu: &Vcpu) -> bool {
+        !vcpu.intercepts.intercepts(Msr(0x174), Op::Read)
+    }
+
+    #[test]
+    fn a_bitmap_changes_in_the_named_calls_only_and_stays_where_it_is() {
+        let vm = Arc::new(Vm::new());
+        vm.set_reasons(msrgate_core::Reasons::ALL);
+        for intercepts in [Intercepts::vmx(candidates()), Intercepts::svm(candidates())] {
+            let mut vcpu = Vcpu::new(Arc::clone(&vm), intercepts);
+            let address = |vcpu: &Vcpu| match (vcpu.intercepts.vmx_bitmap(), vcpu.intercepts.svm_permission_map()) {
+                (Some(bitmap), None) => &raw const *bitmap as usize,
+                (None, Some(map)) => &raw const *map as usize,
+                _ => panic!("no bitmap"),
+            };
+            let start = address(&vcpu);
+            assert_eq!(start % 4096, 0);
+            let rdmsr = Instruction::Rdmsr { rcx: 0x10 };
+            let changing: [fn(&mut Vcpu); 4] = [
+                |vcpu| _ = vcpu.pick_up(),
+                |vcpu| _ = vcpu.execute(Instruction::Rdmsr { rcx: 0x10 }, Path::VmExit, &mut NoMsrs),
+                |vcpu| _ = vcpu.verdict(Msr(0x10), Op::Read),
+                |vcpu| vcpu.recalculate(candidates()),
+            ];
+            for (change, to) in changing.iter().zip([Verdict::Deny, Verdict::Allow].into_iter().cycle()) {
+                vcpu.complete(0, 0);
+                let _ = vcpu.execute(rdmsr, Path::VmExit, &mut NoMsrs);
+                let before = open(&vcpu);
+                vm.set_filter(filter(to));
+                vm.set_reasons(msrgate_core::Reasons::ALL);
+                // All that is not to change it, while the access that waits is ended in the three ways.
+                let _ = (
+                    vcpu.filter(),
+                    vcpu.table(),
+                    vcpu.vm(),
+                    vcpu.pending(),
+                    vcpu.ready_to_save(),
+                );
+                vcpu.answer(Outcome::Value(0));
+                vcpu.complete(0, 0);
+                let _ = vcpu.drain(0, 0, Interruption::Signal);
+                assert_eq!(open(&vcpu), before, "another call changed it");
+                change(&mut vcpu);
+                assert_eq!(open(&vcpu), to == Verdict::Allow);
+                assert_eq!(address(&vcpu), start);
+                // A vCPU may move; its bitmap does not.
+                let elsewhere = Box::new(vcpu);
+                assert_eq!(address(&elsewhere), start);
+                vcpu = *elsewhere;
+            }
+        }
+    }
+
+    #[test]
+    fn each_vcpu_recomputes_its_own_bitmap_when_it_picks_a_filter_up() {
+        let vm = Arc::new(Vm::new());
+        let [mut first, mut second] = [0; 2].map(|_| Vcpu::new(vm.clone(), Intercepts::svm(candidates())));
+        vm.set_filter(filter(Verdict::Deny));
+        assert!(open(&first), "nothing changes before it is picked up");
+        let _ = first.pick_up();
+        assert!(!open(&first));
+        assert!(open(&second));
+        assert_eq!(
+            second.verdict(Msr(0x174), Op::Read),
+            Verdict::Deny,
+            "an access picks it up too"
+        );
+        assert!(!open(&second));
+        vm.set_filter(filter(Verdict::Allow));
+        let _ = first.pick_up();
+        assert!(open(&first), "an MSR that is allowed again is passed through again");
+    }
 }

@@ -2,13 +2,13 @@
 
 use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use msrgate_core::abi::{self, Layout};
-use msrgate_core::{Filter, Lookup, Msr, Op, Reason, Reasons, Verdict};
+use msrgate_core::{ActionTable, Filter, Lookup, Msr, Op, Reasons, Verdict};
 
 use crate::profile::{Compat, Coverage, ReservedBits};
-use crate::slot::{Seen, Slot};
+use crate::slot::{Rules, Slot};
 use crate::user_filter::{copy_filter, word};
 use crate::{Errno, Profile, UserMemory};
 
@@ -16,7 +16,6 @@ use crate::{Errno, Profile, UserMemory};
 /// takes `&self`.
 pub struct Vm {
     slot: Slot,
-    reasons: AtomicU32,
     dead: AtomicBool,
     profile: Profile,
     unknown_msrs: UnknownMsrs,
@@ -56,7 +55,6 @@ impl Vm {
     pub fn new() -> Vm {
         Vm {
             slot: Slot::empty(),
-            reasons: AtomicU32::new(0),
             dead: AtomicBool::new(false),
             profile: Profile::NEWEST,
             unknown_msrs: UnknownMsrs::Refused,
@@ -85,23 +83,42 @@ impl Vm {
         self.unknown_msrs
     }
 
-    /// KVM_X86_SET_MSR_FILTER on the VM's descriptor, with `argp` in either layout; a layout that is neither gives
-    /// EFAULT.
+    /// Puts the VM under a filter, a mask of exit reasons, and the table that answers what comes of both, in place of
+    /// what it had: no access meets some of the one and some of the other.
     ///
-    /// When this returns, each access that starts later gets the new verdict, on every vCPU. The interception bitmaps
-    /// follow when a vCPU next picks the filter up ([`crate::Vcpu::pick_up`]); the caller kicks the vCPUs that are in
-    /// the guest. A failed call changes nothing.
-    pub fn set_msr_filter(&self, argp: u64, layout: Layout, memory: &impl UserMemory) -> Result<(), Errno> {
-        self.gate()?;
-        let filter = copy_filter(argp, layout, self.profile.reserved_bits, memory)?;
-        self.slot.publish(filter.into());
-        Ok(())
+    /// The filter is a [`Filter`] or an [`Arc`] of one that was flattened, which VMs share, as they may the table. When
+    /// this returns, each access that starts later gets the new verdict, on every vCPU. The interception bitmaps follow
+    /// when a vCPU next picks the filter up ([`crate::Vcpu::pick_up`]); the caller kicks the vCPUs that are in the guest.
+    ///
+    /// What was replaced is freed before this returns, but for what vCPUs have that did not look since: a later change
+    /// of the VM's filter or mask frees that, or the end of the VM. The kernel waits until no vCPU has it, and this does
+    /// not. There is no more of it than there are vCPUs.
+    pub fn install(&self, filter: impl Into<Arc<Lookup>>, reasons: Reasons, table: impl Into<Arc<ActionTable>>) {
+        let (filter, table) = (Some(filter.into()), Some(table.into()));
+        self.slot.publish(|_| Rules { filter, reasons, table });
     }
 
-    /// The same for a filter that was built here, a [`Filter`] or an [`Arc`] of one that was flattened,
-    /// which VMs share. There is no way back to having no filter; [`Filter::allow_all`] decides likewise.
-    pub fn install(&self, filter: impl Into<Arc<Lookup>>) {
-        self.slot.publish(filter.into());
+    /// KVM_X86_SET_MSR_FILTER on the VM's descriptor, with `argp` in either layout; a layout that is neither gives
+    /// EFAULT. Otherwise as [`Self::set_filter`].
+    ///
+    /// A failed call changes nothing, but for [`crate::Replacement::Piecewise`].
+    pub fn set_msr_filter(&self, argp: u64, layout: Layout, memory: &impl UserMemory) -> Result<(), Errno> {
+        self.gate()?;
+        let (filter, result) = copy_filter(argp, layout, &self.profile, memory)?;
+        self.set_filter(filter);
+        result
+    }
+
+    /// Replaces the filter alone, as the kernel's call does: the mask of exit reasons stays, and there is no table any
+    /// more. There is no way back to having no filter; [`Filter::allow_all`] decides likewise. Otherwise as
+    /// [`Self::install`].
+    pub fn set_filter(&self, filter: impl Into<Arc<Lookup>>) {
+        let filter = Some(filter.into());
+        self.slot.publish(|rules| Rules {
+            filter,
+            reasons: rules.reasons,
+            table: None,
+        });
     }
 
     /// KVM_ENABLE_CAP on the VM's descriptor: sets the mask of exit reasons. `argp` points to a `struct kvm_enable_cap`
@@ -120,24 +137,22 @@ impl Vm {
         if self.profile.reserved_bits == ReservedBits::Refused && Reasons::from_bits(mask).is_none() {
             return Err(Errno::Einval);
         }
-        self.reasons.store(mask as u32, Ordering::Relaxed);
+        self.set_reasons(Reasons::from_bits(mask & u64::from(Reasons::ALL.bits())).unwrap_or(Reasons::NONE));
         Ok(())
     }
 
-    /// Hands accesses that fail for one of `reasons` to user space, all others fault. Counts from each vCPU's next
-    /// failing access; an access that waits for user space already goes on waiting.
+    /// Hands accesses that fail for one of `reasons` to user space, all others fault; filter and table stay. Counts from
+    /// each vCPU's next access; an access that waits for user space already goes on waiting.
     pub fn set_reasons(&self, reasons: Reasons) {
-        self.reasons.store(reasons.bits(), Ordering::Relaxed);
+        self.slot.publish(|rules| Rules {
+            reasons,
+            ..rules.clone()
+        });
     }
 
     /// The mask of exit reasons.
     pub fn reasons(&self) -> Reasons {
-        let known = self.reasons.load(Ordering::Relaxed) & Reasons::ALL.bits();
-        Reasons::from_bits(known.into()).unwrap_or(Reasons::NONE)
-    }
-
-    pub(crate) fn deflects(&self, reason: Reason) -> bool {
-        self.reasons().contains(reason)
+        self.slot.look().rules().reasons
     }
 
     /// KVM_CHECK_EXTENSION for the two capabilities of MSR filtering: 1, and 0 for any other.
@@ -168,7 +183,7 @@ impl Vm {
             Origin::Architectural | Origin::Host => Coverage::Exempt,
         };
         match coverage {
-            Coverage::Filtered => self.slot.look().verdict(msr, op),
+            Coverage::Filtered => self.slot.look().rules().verdict(msr, op),
             Coverage::Exempt => Verdict::Allow,
         }
     }
@@ -182,18 +197,18 @@ impl Vm {
     }
 }
 
-impl Seen {
+impl Rules {
     /// The filter, if there is one.
     pub(crate) fn filter(&self) -> Option<&Filter> {
-        self.held.as_ref().map(|held| held.filter.filter())
+        self.filter.as_ref().map(|filter| filter.filter())
     }
 
     /// What the filter says, or the absence of one.
     #[inline]
     pub(crate) fn verdict(&self, msr: Msr, op: Op) -> Verdict {
-        self.held
+        self.filter
             .as_ref()
-            .map_or(Verdict::Allow, |held| held.filter.verdict(msr, op))
+            .map_or(Verdict::Allow, |filter| filter.verdict(msr, op))
     }
 }
 

@@ -234,6 +234,9 @@ fn the_profile_says_which_origins_are_filtered() {
     let filter = RawFilter::new(DENY, &[range(BOTH, 0, 1, ZEROS)]);
     let profiles = [
         Profile::V5_10,
+        Profile::V5_12,
+        Profile::V5_14,
+        Profile::V5_18,
         Profile::V5_19,
         Profile::V6_1,
         Profile::V6_12,
@@ -241,11 +244,17 @@ fn the_profile_says_which_origins_are_filtered() {
         Profile::NEWEST,
     ];
     for (origin, denied) in [
-        (Origin::Instruction, [true, true, true, true, true, true]),
-        (Origin::NestedList, [true, false, false, true, true, true]),
-        (Origin::SideEffect, [true, false, false, false, false, false]),
-        (Origin::Architectural, [false; 6]),
-        (Origin::Host, [false; 6]),
+        (Origin::Instruction, [true; 9]),
+        (
+            Origin::NestedList,
+            [true, true, true, false, false, false, true, true, true],
+        ),
+        (
+            Origin::SideEffect,
+            [true, true, true, false, false, false, false, false, false],
+        ),
+        (Origin::Architectural, [false; 9]),
+        (Origin::Host, [false; 9]),
     ] {
         for (profile, denied) in profiles.into_iter().zip(denied) {
             let vm = Vm::new().with_profile(profile);

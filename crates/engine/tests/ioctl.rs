@@ -83,6 +83,7 @@ fn before_5_19_a_mask_was_cut_to_32_bits_and_its_unknown_bits_were_kept_without_
         &capability(188, 0, 0x8000_0004),
         Ok(Reasons::of(Reason::Filter)),
     );
+    check_cap(Profile::V5_18, &capability(188, 0, 8), Ok(Reasons::NONE));
     check_cap(Profile::V5_19, &capability(188, 0, 8), Err(Errno::Einval));
 }
 

@@ -22,7 +22,7 @@ fn vm(reasons: Reasons) -> Vm {
     let vm = Vm::new();
     vm.set_reasons(reasons);
     let denied = FilterRange::new(DENIED, 1, Ops::BOTH, [0]).unwrap();
-    vm.install(Filter::new(Verdict::Allow, [denied]).unwrap());
+    vm.set_filter(Filter::new(Verdict::Allow, [denied]).unwrap());
     vm
 }
 
@@ -413,7 +413,7 @@ fn a_pending_vcpu_executes_nothing_and_keeps_what_is_pending() {
 #[test]
 fn neither_a_new_filter_nor_a_new_mask_cancels_what_is_pending() {
     let mut vcpu = pending(rdmsr(DENIED), Path::VmExit);
-    vcpu.vm().install(Filter::allow_all());
+    vcpu.vm().set_filter(Filter::allow_all());
     vcpu.vm().set_reasons(Reasons::NONE);
     assert_eq!(vcpu.verdict(Msr(DENIED), Op::Read), Verdict::Allow);
     assert_eq!(

@@ -4,19 +4,18 @@
 mod machine;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
-use msrgate_core::{Candidate, Filter, FilterRange, Msr, MsrRange, Op, Ops, Reason, Reasons, Verdict};
-use msrgate_engine::{Completion, Instruction, Intercepts, Path, PickUp, Step, Vcpu, Vm};
+use msrgate_core::{
+    ActionTable, Backing, Candidate, Entry, Exit, Filter, FilterRange, Log, Lookup, Msr, MsrRange, Op, Ops, Outcome,
+    ReadAction, Reason, Reasons, Verdict, Why, WriteAction,
+};
+use msrgate_engine::{Completion, Instruction, Intercepts, Path, Step, Vcpu, Vm, Written};
 
 use machine::Machine;
 
 const VCPUS: usize = 4;
-const REPLACEMENTS: u32 = 4000;
-/// After so many replacements the writer waits until each vCPU has made so many more accesses by one filter.
-const BETWEEN: u32 = 100;
-const PINNED: u64 = 20;
 /// Filter `n` denies `FIRST + n % COUNT` and allows the rest of these.
 const FIRST: u32 = 0x1000;
 const COUNT: u32 = 64;
@@ -68,17 +67,11 @@ fn candidates() -> [Candidate; 1] {
 fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_the_filter() {
     let vm = Arc::new(Vm::new());
     vm.set_reasons(Reasons::ALL);
-    vm.install(filter(0));
+    vm.set_filter(filter(0));
     let [begun, ended] = [0; 2].map(|_| Arc::new(AtomicU32::new(0)));
-    let stop = Arc::new(AtomicBool::new(false));
-    // What each vCPU accessed while no filter was replaced.
-    let pinned: [_; VCPUS] = [0; VCPUS].map(|_| Arc::new(AtomicU64::new(0)));
-    let vcpus: Vec<_> = pinned
-        .iter()
-        .enumerate()
-        .map(|(i, pinned)| {
+    let vcpus: Vec<_> = (0..VCPUS)
+        .map(|i| {
             let (vm, begun, ended) = (vm.clone(), begun.clone(), ended.clone());
-            let (stop, pinned) = (stop.clone(), pinned.clone());
             thread::spawn(move || {
                 let intercepts = if i % 2 == 0 {
                     Intercepts::vmx(candidates())
@@ -87,52 +80,43 @@ fn vcpus_see_old_or_new_answers_only_and_nothing_stale_while_a_writer_replaces_t
                 };
                 let mut vcpu = Vcpu::new(vm, intercepts);
                 let mut machine = Machine::default();
-                let mut rounds = 0u64;
-                while !stop.load(Ordering::Relaxed) {
+                // Accesses that one filter alone could decide.
+                let mut pinned = 0;
+                let mut rounds = 0u32;
+                while rounds < 1000 || pinned < 300 {
                     rounds += 1;
                     assert!(!allowed(&mut vcpu, ALWAYS_DENIED, &mut machine));
                     assert!(allowed(&mut vcpu, ALWAYS_ALLOWED, &mut machine));
                     // Every filter from `from`, which was in place before the access, to `to`, which was perhaps
                     // begun before it ended, may have decided it.
                     let from = ended.load(Ordering::SeqCst);
-                    let msr = (from + COUNT - 2 + rounds as u32 % 5) % COUNT;
+                    let msr = (from + COUNT - 2 + rounds % 5) % COUNT;
                     let answer = allowed(&mut vcpu, FIRST + msr, &mut machine);
                     let to = begun.load(Ordering::SeqCst);
                     let window = from..=to;
                     let may_deny = window.clone().any(|n| n % COUNT == msr);
                     let may_allow = window.clone().any(|n| n % COUNT != msr);
                     assert!(if answer { may_allow } else { may_deny }, "{msr} {answer} {window:?}");
-                    pinned.fetch_add(u64::from(from == to), Ordering::Relaxed);
-                    // The bitmap belongs to the filter that decided.
-                    let held = vcpu.filter().unwrap();
+                    pinned += u32::from(from == to);
+                    // The bitmap belongs to the filter.
                     for op in Op::ALL {
-                        let expected = held.verdict(Msr(FIRST + msr), op) == Verdict::Deny;
-                        assert_eq!(vcpu.intercepts().intercepts(Msr(FIRST + msr), op), expected);
+                        let intercepted = vcpu.pick_up().intercepts.intercepts(Msr(FIRST + msr), op);
+                        let held = vcpu.filter().unwrap();
+                        assert_eq!(intercepted, held.verdict(Msr(FIRST + msr), op) == Verdict::Deny);
                     }
                 }
-                rounds
             })
         })
         .collect();
-    for n in 1..=REPLACEMENTS {
+    let mut n = 0;
+    while n < 1000 || vcpus.iter().any(|vcpu| !vcpu.is_finished()) {
+        n += 1;
         let next = filter(n);
         begun.store(n, Ordering::SeqCst);
-        vm.install(next);
+        vm.set_filter(next);
         ended.store(n, Ordering::SeqCst);
-        if !n.is_multiple_of(BETWEEN) {
-            continue;
-        }
-        for (vcpu, pinned) in vcpus.iter().zip(&pinned) {
-            let before = pinned.load(Ordering::Relaxed);
-            while pinned.load(Ordering::Relaxed) < before + PINNED && !vcpu.is_finished() {
-                thread::yield_now();
-            }
-        }
     }
-    stop.store(true, Ordering::Relaxed);
-    let rounds: u64 = vcpus.into_iter().map(|vcpu| vcpu.join().unwrap()).sum();
-    let pinned: u64 = pinned.iter().map(|pinned| pinned.load(Ordering::Relaxed)).sum();
-    println!("{rounds} rounds, {REPLACEMENTS} replacements, {pinned} accesses that one filter alone could decide");
+    vcpus.into_iter().for_each(|vcpu| vcpu.join().unwrap());
 }
 
 #[test]
@@ -141,12 +125,12 @@ fn writers_race_and_the_last_one_wins() {
     let writers: Vec<_> = (0..4)
         .map(|i| {
             let vm = vm.clone();
-            thread::spawn(move || (0..2000).for_each(|n| vm.install(filter(4 * n + i))))
+            thread::spawn(move || (0..2000).for_each(|n| vm.set_filter(filter(4 * n + i))))
         })
         .collect();
     let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
     writers.into_iter().for_each(|writer| writer.join().unwrap());
-    vm.install(filter(5));
+    vm.set_filter(filter(5));
     assert_eq!(vcpu.verdict(Msr(FIRST + 5), Op::Read), Verdict::Deny);
     assert_eq!(vcpu.filter(), Some(&filter(5)));
 }
@@ -155,89 +139,254 @@ fn writers_race_and_the_last_one_wins() {
 fn a_vcpu_picks_a_filter_up_once() {
     let vm = Arc::new(Vm::new());
     let mut vcpu = Vcpu::new(vm.clone(), Intercepts::vmx(candidates()));
-    assert_eq!(vcpu.pick_up(), PickUp::Unchanged);
+    assert!(vcpu.pick_up().changed, "the first bitmap is news too");
+    assert!(!vcpu.pick_up().changed);
     for n in 0..5 {
-        vm.install(filter(n));
-        assert_eq!(vcpu.pick_up(), PickUp::Changed);
-        assert_eq!(vcpu.pick_up(), PickUp::Unchanged);
+        vm.set_filter(filter(n));
+        assert!(vcpu.pick_up().changed);
+        assert!(!vcpu.pick_up().changed);
+    }
+}
+
+#[test]
+fn a_filter_that_execute_picked_up_is_still_reported_by_pick_up() {
+    let vm = Arc::new(Vm::new());
+    type Call = fn(&mut Vcpu);
+    let execute: Call = |vcpu| _ = allowed(vcpu, ALWAYS_ALLOWED, &mut Machine::default());
+    let exit: Call = |vcpu| _ = allowed(vcpu, ALWAYS_DENIED, &mut Machine::default());
+    let verdict: Call = |vcpu| _ = vcpu.verdict(Msr(FIRST), Op::Read);
+    let recalculate: Call = |vcpu| vcpu.recalculate(candidates());
+    let calls: [(&str, &[Call]); 5] = [
+        ("execute", &[execute]),
+        ("execute, which exits", &[exit]),
+        ("verdict", &[verdict]),
+        ("recalculate", &[recalculate]),
+        ("all of them", &[verdict, recalculate, exit, execute]),
+    ];
+    vm.set_reasons(Reasons::ALL);
+    for intercepts in [Intercepts::vmx(candidates()), Intercepts::svm(candidates())] {
+        let mut vcpu = Vcpu::new(vm.clone(), intercepts);
+        assert!(vcpu.pick_up().changed);
+        for (n, (name, call)) in calls.iter().enumerate() {
+            vm.set_filter(filter(n as u32));
+            call.iter().for_each(|call| call(&mut vcpu));
+            let picked_up = vcpu.pick_up();
+            assert!(picked_up.changed, "{name}");
+            assert!(picked_up.intercepts.intercepts(Msr(FIRST + n as u32), Op::Read));
+            assert!(!vcpu.pick_up().changed, "{name}");
+        }
+        vcpu.recalculate([]);
+        assert!(vcpu.pick_up().changed, "other candidates under the same filter");
     }
 }
 
 #[test]
 fn a_new_vcpu_starts_with_the_filter_of_its_moment() {
     let vm = Arc::new(Vm::new());
-    vm.install(filter(3));
+    vm.set_filter(filter(3));
     for intercepts in [Intercepts::vmx(candidates()), Intercepts::svm(candidates())] {
         let mut vcpu = Vcpu::new(vm.clone(), intercepts);
         assert_eq!(vcpu.filter(), Some(&filter(3)));
         for msr in 0..COUNT {
-            assert_eq!(vcpu.intercepts().intercepts(Msr(FIRST + msr), Op::Read), msr == 3);
+            assert_eq!(
+                vcpu.pick_up().intercepts.intercepts(Msr(FIRST + msr), Op::Read),
+                msr == 3
+            );
         }
-        assert_eq!(vcpu.pick_up(), PickUp::Unchanged);
+        assert!(!vcpu.pick_up().changed);
     }
 }
 
 #[test]
 fn without_a_filter_all_candidates_are_open_and_nothing_else() {
     let vm = Arc::new(Vm::new());
-    let vcpu = Vcpu::new(vm, Intercepts::vmx(candidates()));
+    let mut vcpu = Vcpu::new(vm, Intercepts::vmx(candidates()));
+    let intercepts = vcpu.pick_up().intercepts;
     for msr in 0..0x2000 {
         let open = (FIRST..FIRST + COUNT).contains(&msr);
-        assert_eq!(vcpu.intercepts().intercepts(Msr(msr), Op::Write), !open);
+        assert_eq!(intercepts.intercepts(Msr(msr), Op::Write), !open);
     }
-}
-
-#[test]
-fn each_vcpu_recomputes_its_own_bitmap_when_it_picks_a_filter_up() {
-    let vm = Arc::new(Vm::new());
-    let [mut first, mut second] = [0; 2].map(|_| Vcpu::new(vm.clone(), Intercepts::svm(candidates())));
-    let intercepted = |vcpu: &Vcpu| vcpu.intercepts().intercepts(Msr(FIRST + 3), Op::Read);
-    vm.install(filter(3));
-    assert!(!intercepted(&first), "nothing changes before it is picked up");
-    let _ = first.pick_up();
-    assert!(intercepted(&first));
-    assert!(!intercepted(&second));
-    assert_eq!(
-        second.verdict(Msr(FIRST + 3), Op::Read),
-        Verdict::Deny,
-        "an access picks it up too"
-    );
-    assert!(intercepted(&second));
-    vm.install(filter(4));
-    let _ = first.pick_up();
-    assert!(
-        !intercepted(&first),
-        "an MSR that is allowed again is passed through again"
-    );
 }
 
 #[test]
 fn new_candidates_are_opened_with_the_current_filter() {
     let vm = Arc::new(Vm::new());
     let mut vcpu = Vcpu::new(vm.clone(), Intercepts::vmx([]));
-    assert!(vcpu.intercepts().intercepts(Msr(FIRST), Op::Read));
+    assert!(vcpu.pick_up().intercepts.intercepts(Msr(FIRST), Op::Read));
     vcpu.recalculate(candidates());
-    assert!(!vcpu.intercepts().intercepts(Msr(FIRST), Op::Read));
-    vm.install(filter(0));
+    assert!(!vcpu.pick_up().intercepts.intercepts(Msr(FIRST), Op::Read));
+    vm.set_filter(filter(0));
     vcpu.recalculate(candidates());
-    assert!(vcpu.intercepts().intercepts(Msr(FIRST), Op::Read));
-    assert!(!vcpu.intercepts().intercepts(Msr(FIRST + 1), Op::Read));
+    assert!(vcpu.pick_up().intercepts.intercepts(Msr(FIRST), Op::Read));
+    assert!(!vcpu.pick_up().intercepts.intercepts(Msr(FIRST + 1), Op::Read));
     vcpu.recalculate([]);
-    assert!(vcpu.intercepts().intercepts(Msr(FIRST + 1), Op::Read));
+    assert!(vcpu.pick_up().intercepts.intercepts(Msr(FIRST + 1), Op::Read));
 }
 
 #[test]
 fn a_vcpu_without_a_bitmap_intercepts_everything() {
-    let vcpu = Vcpu::new(Arc::new(Vm::new()), Intercepts::all());
-    assert!(vcpu.intercepts().intercepts(Msr(0x10), Op::Read));
-    assert!(vcpu.intercepts().vmx_bitmap().is_none() && vcpu.intercepts().svm_permission_map().is_none());
+    let mut vcpu = Vcpu::new(Arc::new(Vm::new()), Intercepts::all());
+    let intercepts = vcpu.pick_up().intercepts;
+    assert!(intercepts.intercepts(Msr(0x10), Op::Read));
+    assert!(intercepts.vmx_bitmap().is_none() && intercepts.svm_permission_map().is_none());
 }
 
 #[test]
 fn a_vcpu_outlives_the_other_owners_of_its_vm() {
     let vm = Arc::new(Vm::new());
     let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
-    vm.install(filter(1));
+    vm.set_filter(filter(1));
     drop(vm);
     assert_eq!(vcpu.verdict(Msr(FIRST + 1), Op::Read), Verdict::Deny);
+}
+
+/// Filter `n`, a table that answers `n` to what it denies alone, and a mask that has such accesses exit or fault.
+fn rules(n: u32) -> (Arc<Lookup>, Reasons, Arc<ActionTable>) {
+    let reasons = if n.is_multiple_of(2) {
+        Reasons::ALL
+    } else {
+        Reasons::NONE
+    };
+    let entry = Entry {
+        range: MsrRange::single(Msr(FIRST + n % COUNT)),
+        action: ReadAction::Value(n.into()),
+        rule: None,
+        log: Log::None,
+    };
+    let deny = (ReadAction::Deny, WriteAction::Deny);
+    let table = ActionTable::new(vec![entry], vec![], deny.clone(), deny).unwrap();
+    (filter(n).into(), reasons, table.into())
+}
+
+struct Nobody;
+
+impl Backing for Nobody {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::KernelRefused)
+    }
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::KernelRefused)
+    }
+    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+        Err(Why::HostUnreadable)
+    }
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        Err(Why::NoHandler)
+    }
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        Err(Why::NoHandler)
+    }
+}
+
+/// What the vCPU's table says to an exit.
+fn answer(vcpu: &Vcpu, exit: Exit) -> Outcome {
+    let table = vcpu.table().unwrap();
+    table.answer(exit, &mut table.vcpu_state(), &mut Nobody).outcome
+}
+
+#[test]
+fn the_table_is_that_of_the_filter_that_the_pending_access_met() {
+    let vm = Arc::new(Vm::new());
+    let mut vcpu = Vcpu::new(vm.clone(), Intercepts::vmx(candidates()));
+    assert!(vcpu.table().is_none());
+    let install = |n| {
+        let (filter, reasons, table) = rules(n);
+        vm.install(filter, reasons, table);
+    };
+    let read = |msr: u32| Instruction::Rdmsr { rcx: msr.into() };
+    for meanwhile in [
+        |_: &mut Vcpu| (),
+        |vcpu: &mut Vcpu| vcpu.recalculate(candidates()),
+        |vcpu: &mut Vcpu| _ = vcpu.verdict(Msr(0), Op::Read),
+        |vcpu: &mut Vcpu| _ = vcpu.pick_up(),
+    ] {
+        install(2);
+        let step = vcpu.execute(read(FIRST + 2), Path::VmExit, &mut Machine::default());
+        let Ok(Step::Exit(exit)) = step else { panic!("{step:?}") };
+        for n in 3..6 {
+            install(n);
+            meanwhile(&mut vcpu);
+            assert_eq!(answer(&vcpu, exit), Outcome::Value(2), "after {n}");
+        }
+        vm.set_filter(filter(7));
+        meanwhile(&mut vcpu);
+        assert_eq!(answer(&vcpu, exit), Outcome::Value(2));
+        assert!(vcpu.answer(Outcome::Value(2)).is_some());
+        let _ = vcpu.pick_up();
+        assert!(vcpu.table().is_none(), "a filter alone comes without a table");
+        assert_eq!(vm.reasons(), rules(5).1, "and leaves the mask as it was");
+    }
+}
+
+#[test]
+fn a_mask_alone_leaves_filter_and_table() {
+    let vm = Arc::new(Vm::new());
+    let (filter, reasons, table) = rules(3);
+    vm.install(filter, reasons, table);
+    let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
+    let read = Instruction::Rdmsr {
+        rcx: (FIRST + 3).into(),
+    };
+    let fault = Ok(Step::Complete(Completion::Fault));
+    assert_eq!(vcpu.execute(read, Path::VmExit, &mut Machine::default()), fault);
+    vm.set_reasons(Reasons::ALL);
+    let step = vcpu.execute(read, Path::VmExit, &mut Machine::default());
+    let Ok(Step::Exit(exit)) = step else { panic!("{step:?}") };
+    assert_eq!(answer(&vcpu, exit), Outcome::Value(3));
+}
+
+#[test]
+fn an_access_meets_filter_mask_and_table_of_one_installation_while_a_writer_replaces_them() {
+    const ACCESSES: u32 = 20_000;
+    let all: Vec<_> = (0..COUNT).map(rules).collect();
+    let vm = Arc::new(Vm::new());
+    let install = |n: usize| {
+        let (filter, reasons, table) = all[n % all.len()].clone();
+        vm.install(filter, reasons, table);
+    };
+    install(0);
+    let vcpu = || {
+        let mut vcpu = Vcpu::new(vm.clone(), Intercepts::vmx(candidates()));
+        let mut machine = Machine::default();
+        let (mut asked, mut exits, mut faults) = (0u32, 0u32, 0u32);
+        while exits < ACCESSES / 100 || faults < ACCESSES / 100 || asked < ACCESSES {
+            let msr = asked % COUNT;
+            asked += 1;
+            machine.reads.clear();
+            let rdmsr = Instruction::Rdmsr {
+                rcx: (FIRST + msr).into(),
+            };
+            match vcpu.execute(rdmsr, Path::VmExit, &mut machine).unwrap() {
+                Step::Complete(Completion::Done { .. }) => {}
+                // One filter alone denies the MSR, and its mask says which of the two.
+                Step::Complete(Completion::Fault) => {
+                    assert_eq!(msr % 2, 1);
+                    faults += 1;
+                }
+                Step::Exit(exit) => {
+                    assert_eq!(msr % 2, 0);
+                    exits += 1;
+                    if exits.is_multiple_of(2) {
+                        let _ = vcpu.pick_up();
+                    }
+                    assert_eq!(answer(&vcpu, exit), Outcome::Value(msr.into()));
+                    let done = vcpu.answer(Outcome::Value(msr.into()));
+                    assert!(matches!(
+                        done,
+                        Some(Completion::Done {
+                            written: Written::RaxRdx { .. },
+                            ..
+                        })
+                    ));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let vcpus: Vec<_> = (0..VCPUS).map(|_| scope.spawn(vcpu)).collect();
+        (1..)
+            .take_while(|_| vcpus.iter().any(|vcpu| !vcpu.is_finished()))
+            .for_each(install);
+    });
 }

@@ -107,7 +107,9 @@ fn unknown_filter_flags_come_before_an_unreadable_bitmap() {
 #[test]
 fn unknown_filter_flags_were_accepted_before_5_19() {
     let filter = RawFilter::new(!0, &[range(BOTH, 0, 1, ONES)]);
-    check_on(Profile::V5_10, filter, Ok(()));
+    for profile in [Profile::V5_10, Profile::V5_12, Profile::V5_14, Profile::V5_18] {
+        check_on(profile, filter, Ok(()));
+    }
     check_on(Profile::V5_19, filter, Err(Errno::Einval));
     let vm = Vm::new().with_profile(Profile::V5_10);
     Process::new().set_msr_filter(&vm, Layout::NATIVE, filter).unwrap();
@@ -138,10 +140,70 @@ fn each_unknown_range_flag_is_einval() {
         check(RawFilter::new(0, &[range(READ | 1 << bit, 0, 1, ONES)]), expected);
     }
     check_on(
-        Profile::V5_10,
+        Profile::V5_12,
         RawFilter::new(0, &[range(4, 0, 1, ONES)]),
         Err(Errno::Einval),
     );
+}
+
+#[test]
+fn before_5_14_a_bitmap_was_copied_before_the_flags_of_its_range_were_checked() {
+    for flags in [0, 4, !0] {
+        let unreadable = RawFilter::new(0, &[range(flags, 0, 1, 0)]);
+        for profile in [Profile::V5_12, Profile::V5_14, Profile::V5_18] {
+            let first = profile != Profile::V5_12;
+            let expected = if first { Errno::Einval } else { Errno::Efault };
+            check_on(profile, unreadable, Err(expected));
+            check_on(
+                profile,
+                RawFilter::new(0, &[range(flags, 0, 1, ONES)]),
+                Err(Errno::Einval),
+            );
+            // The size came before the bitmap always.
+            check_on(
+                profile,
+                RawFilter::new(0, &[range(flags, 0, 12289, 0)]),
+                Err(Errno::Einval),
+            );
+        }
+    }
+}
+
+#[test]
+fn before_5_12_a_call_that_failed_at_a_range_left_the_default_and_the_ranges_before_it() {
+    for layout in LAYOUTS {
+        let after = |filter| {
+            let vm = vm_that_denies_one().with_profile(Profile::V5_10);
+            let result = Process::new().set_msr_filter(&vm, layout, filter);
+            let read = [1, 2, 0x10].map(|msr| verdict(&vm, msr, Op::Read));
+            (result, read)
+        };
+        let (allow, deny) = (Verdict::Allow, Verdict::Deny);
+        let wild = range(BOTH, 0, 1, WILD);
+        let first = range(BOTH, 2, 1, ONES);
+        for (bad, errno) in [
+            (wild, Errno::Efault),
+            (range(4, 0, 1, 0), Errno::Efault),
+            (range(4, 0, 1, ONES), Errno::Einval),
+            (range(BOTH, 0, 12289, ONES), Errno::Einval),
+        ] {
+            let filter = RawFilter::new(DENY, &[first, bad, range(BOTH, 0x10, 1, ONES)]);
+            assert_eq!(after(filter), (Err(errno), [deny, allow, deny]));
+            let filter = RawFilter::new(0, &[range(BOTH, 2, 1, ZEROS), bad]);
+            assert_eq!(after(filter), (Err(errno), [allow, deny, allow]));
+            // Without a range the default was not asked.
+            let filter = RawFilter::new(DENY, &[bad, first]);
+            assert_eq!(after(filter), (Err(errno), [allow; 3]));
+        }
+        // What was refused before the first range changed nothing.
+        assert_eq!(
+            after(RawFilter::new(DENY, &[])),
+            (Err(Errno::Einval), [deny, allow, allow])
+        );
+        let vm = vm_that_denies_one().with_profile(Profile::V5_10);
+        assert_eq!(vm.set_msr_filter(WILD, layout, &Process::new()), Err(Errno::Efault));
+        assert_eq!(verdict(&vm, 1, Op::Read), deny);
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! VMs of one policy share its filter: what each takes is counted, not timed.
+//! What VMs and accesses take of the allocator, counted: VMs of one policy share its filter, an access takes nothing.
 
 #![expect(unsafe_code, reason = "an allocator")]
 
@@ -6,26 +6,32 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::Arc;
 
-use msrgate_core::{Filter, FilterRange, Lookup, Msr, Op, Ops, Verdict};
-use msrgate_engine::{Intercepts, Vcpu, Vm};
+use msrgate_core::{
+    ActionTable, Candidate, Filter, FilterRange, Lookup, Msr, MsrRange, Op, Ops, ReadAction, Reasons, Verdict,
+    WriteAction,
+};
+use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 
 thread_local! {
     static BYTES: Cell<usize> = const { Cell::new(0) };
+    static CALLS: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Counts the bytes that a thread has.
+/// Counts the bytes that a thread has, and its calls.
 struct Counting;
 
-// SAFETY: every call goes on to the system's allocator as it came; the counter neither allocates nor has a destructor.
+// SAFETY: every call goes on to the system's allocator as it came; the counters neither allocate nor have a destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         BYTES.set(BYTES.get().wrapping_add(layout.size()));
+        CALLS.set(CALLS.get() + 1);
         // SAFETY: the caller's promises are passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         BYTES.set(BYTES.get().wrapping_sub(layout.size()));
+        CALLS.set(CALLS.get() + 1);
         // SAFETY: the caller's promises are passed on, and `memory` came from the system's allocator.
         unsafe { System.dealloc(memory, layout) }
     }
@@ -48,7 +54,7 @@ fn filter() -> Filter {
 
 fn vm(filter: &Arc<Lookup>) -> (Arc<Vm>, Vcpu) {
     let vm = Arc::new(Vm::new());
-    vm.install(Arc::clone(filter));
+    vm.set_filter(Arc::clone(filter));
     let vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::all());
     (vm, vcpu)
 }
@@ -79,7 +85,7 @@ fn a_new_policy_for_all_vms_leaves_nothing_of_the_one_before() {
     for _ in 0..5 {
         let (next, _) = bytes_of(|| Arc::<Lookup>::from(filter()));
         for (vm, vcpu) in &mut vms {
-            vm.install(Arc::clone(&next));
+            vm.set_filter(Arc::clone(&next));
             assert_eq!(vcpu.verdict(Msr(0), Op::Write), Verdict::Allow);
         }
         sizes.push(BYTES.get());
@@ -87,4 +93,55 @@ fn a_new_policy_for_all_vms_leaves_nothing_of_the_one_before() {
     assert!(gone.upgrade().is_none());
     let (last, before) = (sizes[4], sizes[3]);
     assert!(last.abs_diff(before) < 4096, "{sizes:?}");
+}
+
+#[test]
+fn a_vcpu_neither_allocates_nor_frees_while_a_writer_replaces_what_it_is_under() {
+    struct NoMsrs;
+    impl Msrs for NoMsrs {
+        fn read(&mut self, _: Msr) -> Result<u64, Refusal> {
+            Err(Refusal::Unknown)
+        }
+        fn write(&mut self, _: Msr, _: u64) -> Result<(), Refusal> {
+            Err(Refusal::Unknown)
+        }
+    }
+    let vm = Arc::new(Vm::new());
+    let install = || {
+        let deny = (ReadAction::Deny, WriteAction::Deny);
+        let table = ActionTable::new(vec![], vec![], deny.clone(), deny).unwrap();
+        vm.install(filter(), Reasons::ALL, table);
+    };
+    install();
+    let candidates = [Candidate::new(MsrRange::single(Msr(0x1000_0002)), Ops::BOTH)];
+    let mut vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::svm(candidates));
+    for _ in 0..20 {
+        // Each replaces what the vCPU has, on a thread of its own so that this one's calls are the vCPU's.
+        let replaced = || std::thread::scope(|scope| scope.spawn(install).join().unwrap());
+        let calls = |work: &mut dyn FnMut()| {
+            let before = CALLS.get();
+            work();
+            CALLS.get() - before
+        };
+        replaced();
+        let denied = Instruction::Rdmsr { rcx: 0x1000_0002 };
+        assert_eq!(
+            calls(&mut || {
+                let step = vcpu.execute(denied, Path::VmExit, &mut NoMsrs);
+                assert!(matches!(step, Ok(Step::Exit(_))));
+            }),
+            0
+        );
+        for _ in 0..2 {
+            replaced();
+            assert_eq!(calls(&mut || assert!(vcpu.pick_up().changed)), 0);
+        }
+        assert_eq!(
+            calls(&mut || {
+                assert!(vcpu.table().is_some());
+                vcpu.complete(0, 0);
+            }),
+            0
+        );
+    }
 }

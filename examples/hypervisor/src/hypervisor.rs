@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use msrgate_core::{Exit, abi};
 use msrgate_engine::{
-    Caller, Errno, Intercepts, Interruption, Path, Step, StillPending, UserMemory, Vcpu as EngineVcpu, Vendor,
+    Caller, Errno, Intercepts, Interruption, Path, PickUp, Step, StillPending, UserMemory, Vcpu as EngineVcpu, Vendor,
     Vm as EngineVm,
 };
 
@@ -118,11 +118,12 @@ impl Vcpu {
         while !self.doorbell.signal.swap(false, Ordering::Acquire) {
             // What was rung for before this is picked up below; a ring after it leaves the guest again.
             self.doorbell.kick.swap(false, Ordering::Acquire);
-            let _ = self.engine.pick_up();
             let doorbell = &self.doorbell;
             let rung = || doorbell.kick.load(Ordering::Relaxed) || doorbell.signal.load(Ordering::Relaxed);
             let State { processor, registers } = &mut self.state;
-            match processor.enter(self.vendor, self.engine.intercepts(), registers, rung) {
+            // The processor uses the bitmap where it lies, so it does not matter here whether it has changed.
+            let PickUp { intercepts, .. } = self.engine.pick_up();
+            match processor.enter(self.vendor, intercepts, registers, rung) {
                 VmExit::Interrupt => {}
                 VmExit::Halt => return Ok(Stop::Halt),
                 VmExit::Msr(instruction) => {

@@ -1,7 +1,7 @@
 //! Raw filters: the engine against a naive reading of the kernel.
 //!
 //! An input is a kernel version and up to four calls. After each call the two must agree on its result, on the verdicts
-//! around the boundaries of all filters that were tried, and on the mask; so a refused call must have left the old ones.
+//! around the boundaries of all filters that were tried, and on the mask; so a refused call must have left what that kernel leaves.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,6 +23,9 @@ pub(crate) fn check(bytes: &[u8]) {
         (Profile::NEWEST, (7, 0)),
         (Profile::V5_10, (5, 10)),
         (Profile::V5_19, (5, 19)),
+        (Profile::V5_12, (5, 13)),
+        (Profile::V5_14, (5, 15)),
+        (Profile::V5_18, (5, 18)),
         (Profile::V6_1, (6, 1)),
         (Profile::V6_12, (6, 12)),
         (Profile::V6_18, (6, 18)),

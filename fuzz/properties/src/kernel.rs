@@ -113,31 +113,47 @@ impl Kernel {
         if all_empty && flags % 2 == 1 {
             return Err(EINVAL);
         }
-        let mut ranges = Vec::new();
-        for i in 0..16 {
-            if nmsrs(i) == 0 {
-                continue;
-            }
-            let flags = number(&slot(i)[0..4]) as u32;
-            if flags != 1 && flags != 2 && flags != 3 {
-                return Err(EINVAL);
-            }
-            let longs = nmsrs(i).div_ceil(64);
-            if longs * 8 > 1536 {
-                return Err(EINVAL);
-            }
-            let address = number(&slot(i)[pointer..range_size]);
-            let bitmap = memory.copy(address, longs * 8).ok_or(EFAULT)?;
-            ranges.push(Range {
-                flags,
-                nmsrs: nmsrs(i) as u32,
-                base: number(&slot(i)[8..12]) as u32,
-                bitmap,
-            });
-        }
-        self.filter = Some(Filter {
+        let mut filter = Filter {
             deny_by_default: flags % 2 == 1,
-            ranges,
+            ranges: Vec::new(),
+        };
+        let mut result = Ok(());
+        for i in (0..16).filter(|i| nmsrs(*i) != 0) {
+            let address = number(&slot(i)[pointer..range_size]);
+            result = self.add_range(&mut filter, slot(i), address, memory);
+            if result.is_err() {
+                break;
+            }
+        }
+        // Up to 5.11 the ranges were added to the filter in force.
+        if self.version < (5, 12) || result.is_ok() {
+            // And one without ranges was not asked.
+            filter.deny_by_default &= !filter.ranges.is_empty();
+            self.filter = Some(filter);
+        }
+        result
+    }
+
+    fn add_range(&self, filter: &mut Filter, slot: &[u8], address: u64, memory: &Memory) -> Result<(), i32> {
+        let flags = number(&slot[0..4]) as u32;
+        let nmsrs = number(&slot[4..8]);
+        let flags_are_bad = flags == 0 || flags > 3;
+        if self.version >= (5, 14) && flags_are_bad {
+            return Err(EINVAL);
+        }
+        let longs = nmsrs.div_ceil(64);
+        if longs * 8 > 1536 {
+            return Err(EINVAL);
+        }
+        let bitmap = memory.copy(address, longs * 8).ok_or(EFAULT)?;
+        if flags_are_bad {
+            return Err(EINVAL);
+        }
+        filter.ranges.push(Range {
+            flags,
+            nmsrs: nmsrs as u32,
+            base: number(&slot[8..12]) as u32,
+            bitmap,
         });
         Ok(())
     }

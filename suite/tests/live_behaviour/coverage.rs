@@ -349,7 +349,7 @@ fn a_denied_write_of_tsc_deadline_is_handed_over_or_done_as_the_profile_says_and
         };
         let engine = std::sync::Arc::new(Vm::new().with_profile(kernel.profile()));
         engine.set_reasons(msrgate_core::Reasons::of(msrgate_core::Reason::Filter));
-        engine.install(filter);
+        engine.set_filter(filter);
         let mut vcpu = Vcpu::new(engine, Intercepts::all());
         let instruction = Instruction::Wrmsr {
             rcx: TSC_DEADLINE.0.into(),

@@ -108,12 +108,12 @@ fn the_exits_statistic_says_of_every_msr_what_the_engines_bitmap_says() {
         if let Some(filter) = filter {
             let vm: &mut dyn Hypervisor = &mut live;
             vm.install(&filter);
-            engine.install(filter);
+            engine.set_filter(filter);
         }
         for access in &accesses {
             let (msr, op) = (access.msr(), access.op());
             let verdict = vcpu.verdict(msr, op);
-            let intercepted = vcpu.intercepts().intercepts(msr, op);
+            let intercepted = vcpu.pick_up().intercepts.intercepts(msr, op);
             let before = live.guest.exits(0).unwrap();
             let seen = live.batch(&[*access; TIMES], &mut |access| match access {
                 Access::Read { .. } => Outcome::Value(1),

@@ -68,7 +68,10 @@ impl Kernel {
             ((6, 18), Profile::V6_18),
             ((6, 12), Profile::V6_12),
             ((6, 1), Profile::V6_1),
-            ((5, 18), Profile::V5_19),
+            ((5, 19), Profile::V5_19),
+            ((5, 18), Profile::V5_18),
+            ((5, 14), Profile::V5_14),
+            ((5, 12), Profile::V5_12),
         ];
         let found = since.into_iter().find(|(first, _)| self.version >= *first);
         found.map_or(Profile::V5_10, |(_, profile)| profile)

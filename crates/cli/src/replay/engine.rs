@@ -13,7 +13,8 @@ use crate::exit::{Exit, Failure};
 /// One vCPU of the engine.
 pub(crate) struct Guest {
     vcpu: Vcpu,
-    ruled: Option<(Arc<Plan>, VcpuState)>,
+    /// What the plan's MSRs remember, where there is a plan.
+    state: Option<VcpuState>,
     kernel: Recorded,
 }
 
@@ -21,12 +22,11 @@ impl Guest {
     pub(crate) fn new(plan: Option<&Arc<Plan>>) -> Guest {
         let vm = Arc::new(Vm::new());
         if let Some(plan) = plan {
-            vm.set_reasons(plan.reasons());
-            vm.install(plan.filter().clone());
+            vm.install(plan.filter().clone(), plan.reasons(), plan.table().clone());
         }
         Guest {
             vcpu: Vcpu::new(vm, Intercepts::all()),
-            ruled: plan.map(|plan| (Arc::clone(plan), plan.table().vcpu_state())),
+            state: plan.map(|plan| plan.table().vcpu_state()),
             kernel: Recorded::default(),
         }
     }
@@ -50,9 +50,9 @@ impl Guest {
         let (completion, answer) = match step {
             Step::Complete(completion) => (completion, None),
             Step::Exit(exit) => {
-                let answer = match &mut self.ruled {
-                    Some((plan, state)) => plan.table().answer(exit, state, &mut self.kernel),
-                    None => return Err(impossible("an exit without a policy")),
+                let answer = match (self.vcpu.table(), &mut self.state) {
+                    (Some(table), Some(state)) => table.answer(exit, state, &mut self.kernel),
+                    _ => return Err(impossible("an exit without a policy")),
                 };
                 let completion = self
                     .vcpu

@@ -36,6 +36,9 @@ impl Host {
         let version = version(&release);
         let (profile_name, profile) = match profile {
             Some(ProfileArg::V5_10) => ("5.10", Profile::V5_10),
+            Some(ProfileArg::V5_12) => ("5.12", Profile::V5_12),
+            Some(ProfileArg::V5_14) => ("5.14", Profile::V5_14),
+            Some(ProfileArg::V5_18) => ("5.18", Profile::V5_18),
             Some(ProfileArg::V5_19) => ("5.19", Profile::V5_19),
             Some(ProfileArg::V6_1) => ("6.1", Profile::V6_1),
             Some(ProfileArg::V6_12) => ("6.12", Profile::V6_12),
@@ -86,6 +89,9 @@ fn of_version(version: (u32, u32)) -> (&'static str, Profile) {
         (6, 12..) => ("6.12", Profile::V6_12),
         (6, 1..) => ("6.1", Profile::V6_1),
         (6, 0) | (5, 19..) => ("5.19", Profile::V5_19),
+        (5, 18) => ("5.18", Profile::V5_18),
+        (5, 14..) => ("5.14", Profile::V5_14),
+        (5, 12..) => ("5.12", Profile::V5_12),
         _ => ("5.10", Profile::V5_10),
     }
 }
@@ -103,6 +109,9 @@ mod tests {
             ("7.3.0-rc1", "6.18"),
             ("6.0.6", "5.19"),
             ("5.19.0", "5.19"),
+            ("5.18.19", "5.18"),
+            ("5.15.0-91-generic", "5.14"),
+            ("5.13.0", "5.12"),
             ("5.10.0-28-amd64", "5.10"),
             ("unknown", "6.18"),
         ] {

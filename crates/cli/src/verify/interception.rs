@@ -117,17 +117,16 @@ fn row(
             When::Before => {}
             When::Under => {
                 counter.deny(msr, Ops::of(op))?;
-                vm.install(denying(msr, op)?);
+                vm.set_filter(denying(msr, op)?);
                 report.filters += 1;
             }
             When::After => {
                 counter.allow_all()?;
-                vm.install(Filter::allow_all());
+                vm.set_filter(Filter::allow_all());
                 report.filters += 1;
             }
         }
-        let _ = vcpu.pick_up();
-        let intercepts = vcpu.intercepts().intercepts(msr, op);
+        let intercepts = vcpu.pick_up().intercepts.intercepts(msr, op);
         let count = counter.count(msr, op)?;
         report.accesses += TIMES;
         // A timer of the host's makes a few exits.

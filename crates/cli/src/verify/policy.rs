@@ -46,8 +46,9 @@ pub(super) fn run(
     let mut twin = Twin::new(machine)?;
 
     let mut engine = Engine::new(host.profile);
-    engine.vm.set_reasons(plan.reasons());
-    engine.vm.install(plan.filter().clone());
+    engine
+        .vm
+        .install(plan.filter().clone(), plan.reasons(), plan.table().clone());
     let mut state = plan.table().vcpu_state();
 
     let mut live = Live::new(machine.guest(1)?);
