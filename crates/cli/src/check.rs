@@ -105,7 +105,7 @@ impl Checked {
                     "code": note.code.code(),
                     "severity": Severity::Note.name(),
                     "message": note.message,
-                    "file": path.display().to_string(),
+                    "file": load::shown(path),
                     "line": null,
                     "column": null,
                     "help": null,
@@ -113,7 +113,9 @@ impl Checked {
                 })
             }));
         }
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let shown = load::shown(path);
+        let stem = Path::new(&shown).file_stem();
+        let stem = stem.map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
         let hash = self.loaded.as_ref().map(|loaded| load::hex(&loaded.plan.hash()));
         let mut object = json!({
@@ -133,7 +135,7 @@ impl Checked {
         for found in &open {
             writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources))?;
         }
-        let path = path.display();
+        let path = load::shown(path);
         let mut out = io::stdout().lock();
         let Some(loaded) = &self.loaded else {
             let s = if open.len() == 1 { "" } else { "s" };

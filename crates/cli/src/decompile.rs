@@ -18,7 +18,7 @@ pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
     if Form::of(&bytes) == Form::Policy {
         return Err(Failure::input(format!(
             "`{}` is no filter in any form that is known here, and no plan; if it is a policy, it is what `decompile` writes",
-            args.filter.display()
+            load::shown(&args.filter)
         )));
     }
     let given = load::filter(&args.filter, &bytes)?;

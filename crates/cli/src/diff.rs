@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::path::Path;
 
 use msrgate_core::{MsrRange, Op};
 use msrgate_plan::{By, Differences};
@@ -15,12 +14,10 @@ use crate::plan::names;
 use crate::{load, render};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
-    if args.a == Path::new("-") && args.b == Path::new("-") {
-        return Err(Failure::input("standard input can be A or B, not both"));
-    }
     let cpuid = load::cpuid(&args.cpuid)?;
-    let a = load::said(&args.a, cpuid.as_ref())?;
-    let b = load::said(&args.b, cpuid.as_ref())?;
+    let (a, b) = (load::bytes(&args.a)?, load::bytes(&args.b)?);
+    let a = load::said(&args.a, a, cpuid.as_ref())?;
+    let b = load::said(&args.b, b, cpuid.as_ref())?;
     let by = match (a.by, b.by) {
         (By::Actions, By::Actions) => By::Actions,
         _ => By::Verdicts,
@@ -113,8 +110,8 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
     writeln!(
         out,
         "A is {}, B is {}; compared by {what}\n",
-        args.a.display(),
-        args.b.display()
+        load::shown(&args.a),
+        load::shown(&args.b)
     )?;
     let rows = rows(found);
     if !rows.is_empty() {

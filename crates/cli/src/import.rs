@@ -11,14 +11,14 @@ use crate::exit::{Exit, Failure};
 use crate::load;
 
 pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
-    let shown = args.file.display();
+    let shown = load::shown(&args.file);
     let format = match args.from {
         Tool::Crosvm => Format::Crosvm,
         Tool::Firecracker => Format::Firecracker,
         Tool::MsrSafe => Format::MsrSafe,
     };
     let bytes = load::bytes(&args.file)?;
-    let text = String::from_utf8(bytes).map_err(|_| Failure::input(format!("{shown}: it is not UTF-8 text")))?;
+    let text = load::text(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let imported = import(format, &text).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let policy = imported.to_string();
     // What is printed is parsed, so that nothing is printed that is no policy.
