@@ -1,7 +1,7 @@
 //! `msrgate diff`: which accesses two policies, plans or raw filters treat differently.
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_core::{MsrRange, Op};
 use msrgate_plan::{By, Differences};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::args::DiffArgs;
 use crate::exit::{Exit, Failure};
 use crate::plan::names;
-use crate::{load, render};
+use crate::{load, render, stream};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -23,7 +23,7 @@ pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
         _ => By::Verdicts,
     };
     let found = a.map.differences(&b.map, by);
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match args.json {
         true => writeln!(out, "{:#}", json(&found, by))?,
         false => print(&mut out, &found, by, args)?,

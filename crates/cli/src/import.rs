@@ -1,6 +1,6 @@
 //! `msrgate import`: what another tool says of MSRs, as a policy.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_policy::Policy;
 use msrgate_policy::foreign::{Format, import};
@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::args::{ImportArgs, Tool};
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::stream;
 
 pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
     let shown = load::shown(&args.file);
@@ -26,7 +27,7 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
         let what = rejected.diagnostics.first().map(|found| found.message.clone());
         Failure::input(format!("{shown}: no policy says that: {}", what.unwrap_or_default()))
     })?;
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match args.json {
         true => {
             let object = json!({ "policy": policy, "comments": imported.comments, "remarks": imported.remarks });
@@ -34,7 +35,7 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
         }
         false => write!(out, "{policy}")?,
     }
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     for remark in &imported.remarks {
         writeln!(stderr, "msrgate: {shown}: {remark}")?;
     }

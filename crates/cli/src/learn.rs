@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{explain, render, replay};
+use crate::{explain, render, replay, stream};
 
 pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         merged.map_err(|error| Failure::input(format!("{name}: {error}")))?;
     }
     if args.summary {
-        let mut out = io::BufWriter::new(io::stdout().lock());
+        let mut out = io::BufWriter::new(stream::out());
         summary.write(&mut out)?;
         out.flush()?;
         return Ok(Exit::Yes);
@@ -44,14 +44,14 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         None => None,
     };
     let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     if args.json {
         writeln!(out, "{:#}", json(&learned, &text, &plan, changes.as_deref()))?;
     } else {
         write!(out, "{text}")?;
     }
     let mut exit = Exit::Yes;
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     if learned.summary.events == 0 {
         writeln!(
             stderr,
@@ -186,7 +186,8 @@ fn read(path: &Path, from: impl BufRead) -> Result<Summary, Failure> {
         Failure::input(match (path == Path::new("-"), of_trace, before) {
             (true, ..) => format!("{name}: {error}"),
             (false, true, 1..) => format!(
-                "{shown}: {error}; to learn from what comes before it: head -n {before} {shown} | msrgate learn -"
+                "{shown}: {error}; to learn from what comes before it: head -n {before} {} | msrgate learn -",
+                render::quoted(path)
             ),
             _ => format!("{shown}: {error}"),
         })

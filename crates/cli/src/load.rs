@@ -21,6 +21,7 @@ use crate::exit::{Exit, Failure};
 use crate::render;
 use crate::replay::kvm::to_kvm;
 use crate::replay::{Opened, with_source};
+use crate::stream;
 
 /// The most bytes that are read of an input that is held in memory as a whole. Traces are read line by line.
 const MOST: u64 = 16 << 20;
@@ -236,7 +237,7 @@ pub(crate) fn said(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result
 pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<Given, Failure> {
     let shown = shown(path);
     let given = raw::read(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     for remark in &given.remarks {
         // Where even this cannot be printed, there is nobody to tell.
         let _ = writeln!(stderr, "msrgate: {shown}: {remark}");
@@ -319,10 +320,8 @@ fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> 
 
 impl Refused {
     fn report(self) -> Failure {
-        let mut stderr = std::io::stderr().lock();
-        for found in &self.diagnostics {
-            let _ = writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources));
-        }
+        // Where even this cannot be printed, the exit code still tells.
+        let _ = render::findings(&self.diagnostics.iter().collect::<Vec<_>>(), &self.sources);
         match self.too_many {
             Some(too_many) => Failure::TooMany(too_many),
             None => Failure::Reported(self.exit),

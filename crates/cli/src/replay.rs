@@ -24,6 +24,7 @@ use msrgate_policy::trace::{Lines, TraceError};
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::stream;
 use compare::Comparison;
 
 /// How many accesses run between two looks at what they got.
@@ -77,7 +78,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     if let Some(why) = &fallback
         && !args.json
     {
-        writeln!(io::stderr(), "msrgate: running on the engine, since {why}")?;
+        writeln!(stream::err(), "msrgate: running on the engine, since {why}")?;
     }
     let policy = load::unresolved(&args.policy)?;
     let mut comparison: Option<Comparison> = None;
@@ -128,11 +129,11 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
         } else {
             ""
         };
-        writeln!(io::stderr(), "msrgate: {name}: {error}{before}")?;
+        writeln!(stream::err(), "msrgate: {name}: {error}{before}")?;
     }
     // A trace without a single event is reported like any other; one whose header is broken has nothing to report on.
     if let Some(seen) = &comparison {
-        let mut out = io::stdout().lock();
+        let mut out = stream::out();
         if args.json {
             writeln!(
                 out,
@@ -158,7 +159,7 @@ pub(crate) fn tell_of_handlers(plan: &Plan) -> io::Result<()> {
     }
     let names = handlers.join(", ");
     writeln!(
-        io::stderr(),
+        stream::err(),
         "msrgate: no code answers for the handlers {names} here, so what they decide faults"
     )
 }

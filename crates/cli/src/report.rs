@@ -17,6 +17,7 @@ use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::render;
 use crate::replay::{Opened, open};
+use crate::stream;
 
 /// The traces added up, and the policy that they are held against.
 struct Told {
@@ -77,12 +78,12 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     for (name, error) in &told.files {
         if let Some(error) = error {
             broken = true;
-            writeln!(io::stderr(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
+            writeln!(stream::err(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
         }
     }
     // Where not even a header could be read there is nothing to report on.
     if readable {
-        let mut out = io::stdout().lock();
+        let mut out = stream::out();
         match html {
             Some(path) => {
                 let sources = told.policy.iter().flat_map(|loaded| &loaded.policy.sources);
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
                 fs::write(path, page::page(&told))
                     .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
             }
-            None if args.html.is_some() => out.write_all(page::page(&told).as_bytes())?,
+            None if args.html.is_some() => io::stdout().write_all(page::page(&told).as_bytes())?,
             None if args.json => writeln!(out, "{:#}", print::json(&told))?,
             None => print::text(&mut out, &told)?,
         }
