@@ -1,6 +1,6 @@
 //! `msrgate check`: is a policy right, and does it fit?
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 
 use msrgate_plan::Touched;
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::args::CheckArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded, TooMany};
-use crate::{refusal, render};
+use crate::{refusal, render, stream};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
             [one] => one.clone(),
             several => json!({ "ok": exit == Exit::Yes, "policies": several }),
         };
-        writeln!(io::stdout(), "{object:#}")?;
+        writeln!(stream::out(), "{object:#}")?;
     }
     Ok(exit)
 }
@@ -105,7 +105,7 @@ impl Checked {
                     "code": note.code.code(),
                     "severity": Severity::Note.name(),
                     "message": note.message,
-                    "file": path.display().to_string(),
+                    "file": load::shown(path),
                     "line": null,
                     "column": null,
                     "help": null,
@@ -113,7 +113,9 @@ impl Checked {
                 })
             }));
         }
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let shown = load::shown(path);
+        let stem = Path::new(&shown).file_stem();
+        let stem = stem.map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
         let hash = self.loaded.as_ref().map(|loaded| load::hex(&loaded.plan.hash()));
         let mut object = json!({
@@ -128,13 +130,10 @@ impl Checked {
     }
 
     fn print(&self, path: &Path) -> Result<(), Failure> {
-        let mut stderr = io::stderr().lock();
         let open: Vec<&Diagnostic> = self.findings.iter().filter(|found| found.is_open()).collect();
-        for found in &open {
-            writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources))?;
-        }
-        let path = path.display();
-        let mut out = io::stdout().lock();
+        render::findings(&open, &self.sources)?;
+        let path = load::shown(path);
+        let mut out = stream::out();
         let Some(loaded) = &self.loaded else {
             let s = if open.len() == 1 { "" } else { "s" };
             writeln!(out, "{path}: refused, {} error{s}", open.len())?;

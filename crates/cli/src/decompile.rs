@@ -1,6 +1,6 @@
 //! `msrgate decompile`: from a raw filter or a plan back to a policy.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap};
@@ -12,20 +12,21 @@ use crate::args::DecompileArgs;
 use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::plan::word;
+use crate::stream;
 
 pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
     let bytes = load::bytes(&args.filter)?;
     if Form::of(&bytes) == Form::Policy {
         return Err(Failure::input(format!(
             "`{}` is no filter in any form that is known here, and no plan; if it is a policy, it is what `decompile` writes",
-            args.filter.display()
+            load::shown(&args.filter)
         )));
     }
     let given = load::filter(&args.filter, &bytes)?;
     let decompiled = decompile(&given);
     let text = decompiled.to_string();
     verify(&text, &given)?;
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match args.json {
         true => writeln!(out, "{:#}", json(&decompiled, &text, &given))?,
         false => write!(out, "{text}")?,

@@ -1,8 +1,7 @@
 //! `msrgate diff`: which accesses two policies, plans or raw filters treat differently.
 
 use std::fmt::Display;
-use std::io::{self, Write};
-use std::path::Path;
+use std::io::Write;
 
 use msrgate_core::{MsrRange, Op};
 use msrgate_plan::{By, Differences};
@@ -12,21 +11,19 @@ use serde_json::{Value, json};
 use crate::args::DiffArgs;
 use crate::exit::{Exit, Failure};
 use crate::plan::names;
-use crate::{load, render};
+use crate::{load, render, stream};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
-    if args.a == Path::new("-") && args.b == Path::new("-") {
-        return Err(Failure::input("standard input can be A or B, not both"));
-    }
     let cpuid = load::cpuid(&args.cpuid)?;
-    let a = load::said(&args.a, cpuid.as_ref())?;
-    let b = load::said(&args.b, cpuid.as_ref())?;
+    let (a, b) = (load::bytes(&args.a)?, load::bytes(&args.b)?);
+    let a = load::said(&args.a, a, cpuid.as_ref())?;
+    let b = load::said(&args.b, b, cpuid.as_ref())?;
     let by = match (a.by, b.by) {
         (By::Actions, By::Actions) => By::Actions,
         _ => By::Verdicts,
     };
     let found = a.map.differences(&b.map, by);
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match args.json {
         true => writeln!(out, "{:#}", json(&found, by))?,
         false => print(&mut out, &found, by, args)?,
@@ -113,8 +110,8 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
     writeln!(
         out,
         "A is {}, B is {}; compared by {what}\n",
-        args.a.display(),
-        args.b.display()
+        load::shown(&args.a),
+        load::shown(&args.b)
     )?;
     let rows = rows(found);
     if !rows.is_empty() {

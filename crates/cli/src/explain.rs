@@ -11,6 +11,7 @@ use crate::args::ExplainArgs;
 use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::plan::word;
+use crate::stream;
 
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
@@ -26,7 +27,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         whys.find(|(range, _)| range.contains(msr)).map(|(_, why)| *why)
     };
     let json = |op| json(&loaded.policy, &explained(op), no_preset(op));
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match (args.op, args.json) {
         (Some(op), true) => writeln!(out, "{:#}", json(op.into()))?,
         (None, true) => {

@@ -1,6 +1,6 @@
 //! `msrgate import`: what another tool says of MSRs, as a policy.
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_policy::Policy;
 use msrgate_policy::foreign::{Format, import};
@@ -9,16 +9,17 @@ use serde_json::json;
 use crate::args::{ImportArgs, Tool};
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::stream;
 
 pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
-    let shown = args.file.display();
+    let shown = load::shown(&args.file);
     let format = match args.from {
         Tool::Crosvm => Format::Crosvm,
         Tool::Firecracker => Format::Firecracker,
         Tool::MsrSafe => Format::MsrSafe,
     };
     let bytes = load::bytes(&args.file)?;
-    let text = String::from_utf8(bytes).map_err(|_| Failure::input(format!("{shown}: it is not UTF-8 text")))?;
+    let text = load::text(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let imported = import(format, &text).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let policy = imported.to_string();
     // What is printed is parsed, so that nothing is printed that is no policy.
@@ -26,7 +27,7 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
         let what = rejected.diagnostics.first().map(|found| found.message.clone());
         Failure::input(format!("{shown}: no policy says that: {}", what.unwrap_or_default()))
     })?;
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     match args.json {
         true => {
             let object = json!({ "policy": policy, "comments": imported.comments, "remarks": imported.remarks });
@@ -34,7 +35,7 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
         }
         false => write!(out, "{policy}")?,
     }
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     for remark in &imported.remarks {
         writeln!(stderr, "msrgate: {shown}: {remark}")?;
     }

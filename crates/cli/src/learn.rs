@@ -1,8 +1,7 @@
 //! `msrgate learn`: from what guests did to the smallest policy that serves them.
 
 use std::error::Error;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::path::Path;
 
 use msrgate_core::{ReadAction, WriteAction};
@@ -15,19 +14,19 @@ use serde_json::{Value, json};
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{explain, render, replay};
+use crate::{explain, render, replay, stream};
 
 pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
     let mut summary = Summary::default();
     for path in &args.traces {
-        let name = path.display();
-        let unreadable = |error: &dyn std::fmt::Display| Failure::input(format!("{name}: {error}"));
-        let next = read(path)?;
-        summary.merge(&next).map_err(|error| unreadable(&error))?;
+        let name = load::shown(path);
+        let from = replay::reader(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
+        let merged = summary.merge(&read(path, from)?);
+        merged.map_err(|error| Failure::input(format!("{name}: {error}")))?;
     }
     if args.summary {
-        let mut out = io::BufWriter::new(io::stdout().lock());
+        let mut out = io::BufWriter::new(stream::out());
         summary.write(&mut out)?;
         out.flush()?;
         return Ok(Exit::Yes);
@@ -45,14 +44,14 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         None => None,
     };
     let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     if args.json {
         writeln!(out, "{:#}", json(&learned, &text, &plan, changes.as_deref()))?;
     } else {
         write!(out, "{text}")?;
     }
     let mut exit = Exit::Yes;
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     if learned.summary.events == 0 {
         writeln!(
             stderr,
@@ -106,18 +105,22 @@ enum Origin {
 impl Before {
     /// A policy, or a summary or trace that one would be learned from in the same way.
     fn read(path: &Path, widen: &Widen) -> Result<Before, Failure> {
-        let shown = path.display();
-        let mut file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{shown}`: {error}")))?;
-        let mut head = [0; 4096];
-        let length = io::Read::read(&mut file, &mut head).unwrap_or(0);
-        if trace::is_trace(head.get(..length).unwrap_or_default()) {
-            let summary = self::read(path)?;
+        let unreadable = |error: String| Failure::input(format!("cannot read `{}`: {error}", load::shown(path)));
+        let io = |error: io::Error| unreadable(error.to_string());
+        let mut from = replay::reader(path).map_err(io)?;
+        let mut head = Vec::new();
+        from.by_ref().take(4096).read_to_end(&mut head).map_err(io)?;
+        let is_trace = trace::is_trace(&head);
+        let from = io::Cursor::new(head).chain(from);
+        if is_trace {
+            let summary = self::read(path, from)?;
             return Ok(Before {
                 map: compiled(&Learned::from(&summary, widen))?.map,
                 origin: Origin::Summary(Box::new(summary)),
             });
         }
-        let Loaded { policy, map, .. } = load::policy_or_report(path, widen.cpuid.as_ref(), &[])?;
+        let policy = load::unresolved_in(path, load::whole(from).map_err(unreadable)?)?;
+        let Loaded { policy, map, .. } = load::planned_or_report(policy, widen.cpuid.as_ref(), &[])?;
         Ok(Before {
             map,
             origin: Origin::Policy(Box::new(policy)),
@@ -141,7 +144,7 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
         let count = changes.iter().filter(|change| change.kind == kind).count();
         format!("{count} {}", kind.name())
     });
-    let name = render::plain(&path.display().to_string());
+    let name = render::plain(&load::shown(path));
     let mut text = match changes.is_empty() {
         true => format!("nothing is otherwise than in {name}"),
         false => format!("since {name}: {}", counts.join(", ")),
@@ -170,19 +173,8 @@ fn bug(what: String) -> Failure {
 }
 
 /// A trace or a summary.
-fn read(path: &Path) -> Result<Summary, Failure> {
-    let shown = path.display();
-    let from: Box<dyn BufRead> = if path == Path::new("-") {
-        Box::new(BufReader::with_capacity(1 << 16, io::stdin()))
-    } else {
-        let unreadable = |error: io::Error| Failure::input(format!("cannot read `{shown}`: {error}"));
-        let file = File::open(path).map_err(unreadable)?;
-        let length = file.metadata().map_err(unreadable)?.len();
-        Box::new(BufReader::with_capacity(
-            1 << 16,
-            replay::progress(length).wrap_read(file),
-        ))
-    };
+fn read(path: &Path, from: impl BufRead) -> Result<Summary, Failure> {
+    let shown = load::shown(path);
     let name = match path.file_name() {
         Some(name) if path != Path::new("-") => name.to_string_lossy(),
         _ => "standard input".into(),
@@ -194,7 +186,8 @@ fn read(path: &Path) -> Result<Summary, Failure> {
         Failure::input(match (path == Path::new("-"), of_trace, before) {
             (true, ..) => format!("{name}: {error}"),
             (false, true, 1..) => format!(
-                "{shown}: {error}; to learn from what comes before it: head -n {before} {shown} | msrgate learn -"
+                "{shown}: {error}; to learn from what comes before it: head -n {before} {} | msrgate learn -",
+                render::quoted(path)
             ),
             _ => format!("{shown}: {error}"),
         })

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use msrgate_core::{Msr, MsrRange, Op};
 use msrgate_guest::{NoPreset, no_presets};
@@ -18,19 +21,117 @@ use crate::exit::{Exit, Failure};
 use crate::render;
 use crate::replay::kvm::to_kvm;
 use crate::replay::{Opened, with_source};
+use crate::stream;
 
-/// The file system.
-struct Disk;
+/// The most bytes that are read of an input that is held in memory as a whole. Traces are read line by line.
+const MOST: u64 = 16 << 20;
 
-impl Files for Disk {
+/// What standard input is called.
+const STDIN: &str = "standard input";
+
+/// An input as it is named in messages.
+pub(crate) fn shown(path: &Path) -> String {
+    match path == Path::new("-") {
+        true => STDIN.to_owned(),
+        false => path.display().to_string(),
+    }
+}
+
+/// Opens an input; `-` is standard input, which can be read once.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    static STDIN_OPENED: AtomicBool = AtomicBool::new(false);
+    if path != Path::new("-") {
+        return File::open(path);
+    }
+    match STDIN_OPENED.swap(true, Ordering::Relaxed) {
+        true => Err(io::Error::other("it is named twice, and it can be read once")),
+        false => stdin(),
+    }
+}
+
+fn stdin() -> io::Result<File> {
+    Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+}
+
+/// All of an input, or in words why not.
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    whole(open(path).map_err(|error| error.to_string())?)
+}
+
+/// All of an input that is open, or in words why not.
+pub(crate) fn whole(from: impl Read) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    from.take(MOST + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    match bytes.len() as u64 > MOST {
+        true => Err(format!(
+            "it has more than {} MiB, and only a trace or a scan may: name the file that is meant",
+            MOST >> 20
+        )),
+        false => Ok(bytes),
+    }
+}
+
+/// The text of an input, or in words why it is none.
+pub(crate) fn text(bytes: Vec<u8>) -> Result<String, String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        format!("it is not UTF-8 text: byte {at} does not belong to any character")
+    })
+}
+
+/// Refuses an output that would overwrite an input, under whatever name.
+pub(crate) fn refuse_overwrite<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<(), Failure> {
+    let same = |a: &fs::Metadata, b: &fs::Metadata| a.is_file() && (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let Ok(written) = fs::metadata(output) else {
+        return Ok(());
+    };
+    for input in inputs {
+        let read = match input == Path::new("-") {
+            true => stdin().and_then(|stdin| stdin.metadata()),
+            false => fs::metadata(input),
+        };
+        if read.is_ok_and(|read| same(&written, &read)) {
+            return Err(Failure::input(format!(
+                "`{}` is the file of the input `{}`, and would be overwritten: name another output",
+                output.display(),
+                shown(input)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The file system, with the policy that the command line names, which is read already.
+struct Disk<'a> {
+    path: &'a Path,
+    given: Result<Vec<u8>, String>,
+}
+
+impl Files for Disk<'_> {
     fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let bytes = fs::read(path).map_err(|error| error.to_string())?;
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let at = error.utf8_error().valid_up_to();
-            format!("it is not UTF-8 text: byte {at} does not belong to any character")
-        })?;
+        if path == self.path {
+            // A pipe has no canonical path, and no file that it extends can be the pipe.
+            let canonical = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+            return Ok((canonical, text(self.given.clone()?)?));
+        }
+        // The path is another's word: a device or a FIFO could give bytes without end, or none for ever.
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_file() || metadata.is_dir() => {}
+            Ok(_) => return Err("it is not a regular file".to_owned()),
+            Err(error) => return Err(error.to_string()),
+        }
+        let bytes = read(path)?;
         let canonical = fs::canonicalize(path).map_err(|error| error.to_string())?;
-        Ok((canonical, text))
+        Ok((canonical, text(bytes)?))
+    }
+
+    fn extended(&self, by: &Path, name: &str) -> PathBuf {
+        let beside = by != self.path || fs::metadata(by).is_ok_and(|metadata| metadata.is_file());
+        // Nothing lies beside a pipe.
+        let directory = by.parent().filter(|_| beside).unwrap_or(Path::new(""));
+        directory.join(name)
     }
 }
 
@@ -62,7 +163,12 @@ pub(crate) struct TooMany {
 
 /// Reads, resolves and compiles a policy.
 pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
-    let (policy, map) = resolved(path, cpuid)?;
+    planned(parsed(path, read(path))?, cpuid, profile)
+}
+
+/// Resolves and compiles a policy that is read already.
+pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
+    let (policy, map) = resolved(policy, cpuid)?;
     compiled(policy, map.with_profile(profile.to_vec()), cpuid)
 }
 
@@ -71,9 +177,19 @@ pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[To
     policy(path, cpuid, profile).map_err(|refused| refused.report())
 }
 
+/// The same of a policy that is read already.
+pub(crate) fn planned_or_report(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+    planned(policy, cpuid, profile).map_err(|refused| refused.report())
+}
+
 /// The same for this machine's kernel: what it holds by itself becomes presets.
 pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
-    let (policy, map) = resolved(path, cpuid).map_err(|refused| refused.report())?;
+    planned_for_host(unresolved(path)?, cpuid, profile)
+}
+
+/// The same of a policy that is read already.
+pub(crate) fn planned_for_host(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+    let (policy, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
     let map = held(map, cpuid)?.with_profile(profile.to_vec());
     let loaded = compiled(policy, map, cpuid).map_err(|refused| refused.report())?;
     Ok(Loaded {
@@ -100,11 +216,11 @@ pub(crate) struct Said {
     pub(crate) by: By,
 }
 
-/// What a file says, whichever of these it holds; `-` is standard input.
-pub(crate) fn said(path: &Path, cpuid: Option<&Cpuid>) -> Result<Said, Failure> {
-    let bytes = bytes(path)?;
+/// What the bytes of an input say, whichever of these they are.
+pub(crate) fn said(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result<Said, Failure> {
     if Form::of(&bytes) == Form::Policy {
-        let (_, map) = resolved_from(path, &bytes, cpuid).map_err(|refused| refused.report())?;
+        let policy = unresolved_in(path, bytes)?;
+        let (_, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
         return Ok(Said { map, by: By::Actions });
     }
     let Given { filter, plan, .. } = filter(path, &bytes)?;
@@ -119,9 +235,9 @@ pub(crate) fn said(path: &Path, cpuid: Option<&Cpuid>) -> Result<Said, Failure> 
 
 /// A plan or a raw filter. What the kernel takes for something else than it looks like is told on standard error.
 pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<Given, Failure> {
-    let shown = path.display();
+    let shown = shown(path);
     let given = raw::read(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     for remark in &given.remarks {
         // Where even this cannot be printed, there is nobody to tell.
         let _ = writeln!(stderr, "msrgate: {shown}: {remark}");
@@ -129,35 +245,31 @@ pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<Given, Failure> {
     Ok(given)
 }
 
-/// All of a file, or of standard input where it is `-`.
+/// All of an input.
 pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let read = match path == Path::new("-") {
-        true => io::stdin().read_to_end(&mut bytes).map(|_| bytes),
-        false => fs::read(path),
-    };
-    read.map_err(|error| Failure::input(format!("cannot read `{}`: {error}", path.display())))
-}
-
-/// The policy in a file whose bytes are read already, with what it extends.
-fn resolved_from(path: &Path, bytes: &[u8], cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    match std::str::from_utf8(bytes) {
-        Ok(text) if path == Path::new("-") => understood(Policy::parse("standard input", text), cpuid),
-        _ => resolved(path, cpuid),
-    }
+    read(path).map_err(|error| Failure::input(format!("cannot read `{}`: {error}", shown(path))))
 }
 
 /// Reads a policy and nothing more; what is wrong is printed.
 pub(crate) fn unresolved(path: &Path) -> Result<Policy, Failure> {
-    accepted(Policy::load(path, &Disk)).map_err(|refused| refused.report())
+    parsed(path, read(path)).map_err(|refused| refused.report())
 }
 
-fn resolved(path: &Path, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    understood(Policy::load(path, &Disk), cpuid)
+/// Reads the policy in the bytes of an input; what is wrong is printed.
+pub(crate) fn unresolved_in(path: &Path, bytes: Vec<u8>) -> Result<Policy, Failure> {
+    parsed(path, Ok(bytes)).map_err(|refused| refused.report())
 }
 
-fn understood(read: Result<Policy, Rejected>, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    let policy = accepted(read)?;
+/// The policy of an input, with what it extends.
+fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Refused>> {
+    let path = match path == Path::new("-") {
+        true => Path::new(STDIN),
+        false => path,
+    };
+    accepted(Policy::load(path, &Disk { path, given }))
+}
+
+fn resolved(policy: Policy, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
     match policy.decision_map(cpuid) {
         Ok(map) => Ok((policy, map)),
         Err(needed) => Err(refused(&policy, needed.diagnostic(), Exit::Input)),
@@ -208,10 +320,8 @@ fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> 
 
 impl Refused {
     fn report(self) -> Failure {
-        let mut stderr = std::io::stderr().lock();
-        for found in &self.diagnostics {
-            let _ = writeln!(stderr, "{}\n", render::diagnostic(found, &self.sources));
-        }
+        // Where even this cannot be printed, the exit code still tells.
+        let _ = render::findings(&self.diagnostics.iter().collect::<Vec<_>>(), &self.sources);
         match self.too_many {
             Some(too_many) => Failure::TooMany(too_many),
             None => Failure::Reported(self.exit),
@@ -224,7 +334,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
     let Some(path) = &args.profile else {
         return Ok(Vec::new());
     };
-    let name = path.display();
+    let name = shown(path);
     let lines = match crate::replay::open(path) {
         Ok(lines) => lines,
         Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
@@ -250,10 +360,10 @@ pub(crate) fn cpuid(args: &CpuidArgs) -> Result<Option<Cpuid>, Failure> {
 
 /// What `cpuid -r` printed, or what the header of a trace says; the rest of the trace is not read.
 fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
-    let name = path.display();
+    let name = shown(path);
     let unreadable = |error: io::Error| Failure::input(format!("cannot read `{name}`: {error}"));
     let malformed = |error: &dyn std::fmt::Display| Failure::input(format!("{name}: {error}"));
-    let mut file = BufReader::new(File::open(path).map_err(unreadable)?);
+    let mut file = BufReader::new(open(path).map_err(unreadable)?);
     if file
         .fill_buf()
         .map_err(unreadable)?
@@ -266,8 +376,7 @@ fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
             cpuid.ok_or_else(|| malformed(&"the trace's header has no `cpuid`, so give `cpuid -r -1`'s output"))?;
         return cpuid.map_err(|error| malformed(&error));
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text).map_err(unreadable)?;
+    let text = whole(file).and_then(text).map_err(|error| malformed(&error))?;
     Cpuid::parse_raw(&text).map_err(|error| malformed(&error))
 }
 

@@ -21,6 +21,7 @@ mod learn;
 mod msr;
 mod manual;
 mod render;
+mod stream;
 mod refusal;
 mod exit;
 
@@ -33,8 +34,25 @@ use crate::args::{Args, Command};
 use crate::exit::{Exit, Failure};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let result = match &args.command {
+    let result = Args::try_parse().map_or_else(|error| usage(&error), |args| run(&args.command));
+    // What is still to be written may not fit either.
+    let result = result.and_then(|exit| Ok(io::stdout().flush().map(|()| exit)?));
+    let exit = result.unwrap_or_else(|failure| {
+        match failure {
+            // Whoever read our output went away, as `head` does: nothing is wrong.
+            Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Yes,
+            failure => {
+                // Where even this cannot be printed, the exit code still tells.
+                let _ = writeln!(stream::err(), "msrgate: {failure}");
+                failure.exit()
+            }
+        }
+    });
+    exit.into()
+}
+
+fn run(command: &Command) -> Result<Exit, Failure> {
+    match command {
         Command::Check(check) => check::run(check),
         Command::Plan(plan) => plan::run(plan),
         Command::Explain(explain) => explain::run(explain),
@@ -51,17 +69,24 @@ fn main() -> ExitCode {
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),
         Command::Man(man) => manual::man(man),
+    }
+}
+
+/// Prints the help that was asked for, or what is wrong with the command line.
+fn usage(error: &clap::Error) -> Result<Exit, Failure> {
+    let text = error.render();
+    let plain = text.to_string();
+    // What is wrong quotes arguments, so it has colour only where they do nothing to a terminal.
+    let harmless = stream::shown(&plain, "\n\t") == plain;
+    let coloured = |colour: bool| match colour && harmless {
+        true => text.ansi().to_string(),
+        false => stream::shown(&plain, "\n\t").into_owned(),
     };
-    let exit = result.unwrap_or_else(|failure| {
-        match failure {
-            // Whoever read our output went away, as `head` does: nothing is wrong.
-            Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Yes,
-            failure => {
-                // Where even this cannot be printed, the exit code still tells.
-                let _ = writeln!(io::stderr(), "msrgate: {failure}");
-                failure.exit()
-            }
-        }
-    });
-    exit.into()
+    if error.use_stderr() {
+        // Where even this cannot be printed, the exit code still tells.
+        let _ = stream::err().coloured(&coloured(render::colour(&io::stderr())));
+        return Ok(Exit::Input);
+    }
+    stream::out().coloured(&coloured(render::colour(&io::stdout())))?;
+    Ok(Exit::Yes)
 }

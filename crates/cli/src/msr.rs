@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::args::MsrArgs;
 use crate::exit::{Exit, Failure};
 use crate::render;
+use crate::stream;
 
 pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
     let what = match args.what.as_slice() {
@@ -17,7 +18,7 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         words => words.join(" "),
     };
     let found = search(&what)?;
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     if args.json {
         let array: Value = found.iter().map(|entry| json(entry)).collect();
         writeln!(out, "{array:#}")?;
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         write!(out, "{}", render::text(&table))?;
     }
     if found.is_empty() {
-        writeln!(io::stderr(), "msrgate: no MSR is known as `{what}`{}", instead(&what))?;
+        writeln!(stream::err(), "msrgate: no MSR is known as `{what}`{}", instead(&what))?;
         return Ok(Exit::No);
     }
     Ok(Exit::Yes)

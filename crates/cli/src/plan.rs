@@ -3,7 +3,7 @@
 mod emit;
 mod state;
 
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_core::{Did, Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{Emit, PlanArgs};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{refusal, render};
+use crate::{refusal, render, stream};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
         true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile),
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile),
     };
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     let loaded = match loaded {
         Err(Failure::TooMany(too_many)) if args.json || args.emit == Some(Emit::Json) => {
             writeln!(out, "{:#}", json!({ "refused": refusal::json(&too_many) }))?;

@@ -1,25 +1,45 @@
 //! Findings and tables for people.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use annotate_snippets::renderer::DecorStyle;
-use annotate_snippets::{Annotation, AnnotationKind, Group, Level, Renderer, Snippet};
+use annotate_snippets::{AnnotationKind, Element, Group, Level, Origin, Renderer, Snippet};
 use comfy_table::{ContentArrangement, Table, presets};
 use msrgate_policy::{Diagnostic, Place, Severity, Source};
+
+use crate::stream;
 
 /// Whether a stream gets colour: a terminal does, unless NO_COLOR says otherwise.
 pub(crate) fn colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// How many findings people get at once.
+const FINDINGS: usize = 20;
+
+/// Prints findings on standard error, and how many more there are.
+pub(crate) fn findings(found: &[&Diagnostic], sources: &[Source]) -> io::Result<()> {
+    let mut stderr = stream::err();
+    for found in found.iter().take(FINDINGS) {
+        stderr.coloured(&format!("{}\n\n", diagnostic(found, sources)))?;
+    }
+    match found.len().saturating_sub(FINDINGS) {
+        0 => Ok(()),
+        more => writeln!(stderr, "and {more} more, which `msrgate check --json` lists\n"),
+    }
+}
+
 /// A finding with the text underlined and what to write instead.
-pub(crate) fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
+fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
     let level = match found.severity() {
         Severity::Error => Level::ERROR,
         Severity::Warning => Level::WARNING,
         Severity::Note => Level::NOTE,
     };
-    let title = level.primary_title(&found.message).id(found.code.code());
+    // The renderer shows what acts on a terminal in the text of a file, and nowhere else.
+    let plain = |text: &str| stream::shown(text, "\n\t").into_owned();
+    let title = level.primary_title(plain(&found.message)).id(found.code.code());
     let mut report: Vec<Group<'_>> = Vec::new();
     let mut group = Group::with_title(title);
     let source = |place: &Place| sources.get(place.source);
@@ -42,7 +62,7 @@ pub(crate) fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
         }
     }
     if let Some(help) = &found.help {
-        group = group.element(Level::HELP.message(help));
+        group = group.element(Level::HELP.message(plain(help)));
     }
     report.push(group);
     let renderer = if colour(&io::stderr()) {
@@ -59,9 +79,12 @@ fn near(a: &Place, b: &Place) -> bool {
     a.source == b.source && a.span.start.abs_diff(b.span.start) < BYTES
 }
 
-/// The lines of a source that have these places, underlined; those with a label are beside the point. Only they are given to the renderer, which reads all that it
-/// is given.
-fn snippet<'a>(source: &'a Source, places: &[(&Place, Option<&'a String>)]) -> Snippet<'a, Annotation<'a>> {
+/// The longest lines of which the text is shown.
+const SHOWN: usize = 4096;
+
+/// The lines of a source that have these places, underlined; those with a label are beside the point. Only they are given to
+/// the renderer, which reads all that it is given.
+fn snippet<'a>(source: &'a Source, places: &[(&Place, Option<&'a String>)]) -> Element<'a> {
     let text = source.text();
     let spans = || places.iter().map(|(place, _)| visible(text, place));
     let begin = spans().map(|span| span.start).min().unwrap_or_default();
@@ -82,10 +105,17 @@ fn snippet<'a>(source: &'a Source, places: &[(&Place, Option<&'a String>)]) -> S
             None => AnnotationKind::Primary.span(span),
         }
     });
+    let path = plain(&source.path().to_string_lossy());
+    if end - begin > SHOWN {
+        let first = places.first().map_or(begin, |(place, _)| place.span.start);
+        let (line, column) = source.line_column(first);
+        return Origin::path(path).line(line).char_column(column).into();
+    }
     Snippet::source(text.get(begin..end).unwrap_or_default().trim_end_matches('\r'))
         .line_start(source.line_column(begin).0)
-        .path(source.path().to_string_lossy().into_owned())
+        .path(path)
         .annotations(annotations)
+        .into()
 }
 
 /// The part of a place that is shown: a rule is pointed at by its first line.
@@ -130,17 +160,36 @@ pub(crate) fn duration(nanoseconds: u64) -> String {
     }
 }
 
-/// A text from a trace or a policy, without characters that do something to a terminal.
+/// A text of others in one line of a table, shown and not acted on. What goes to a [`stream`] needs it only where it is to be
+/// one line.
 pub(crate) fn plain(text: &str) -> String {
-    let acts = |c: char| {
-        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    stream::shown(text, "").into_owned()
+}
+
+/// The path of a file as a shell's word.
+pub(crate) fn quoted(path: &Path) -> String {
+    let name = path.display().to_string();
+    // An option begins with `-`.
+    let name = match name.starts_with('-') {
+        true => format!("./{name}"),
+        false => name,
     };
-    text.chars().map(|c| if acts(c) { '\u{fffd}' } else { c }).collect()
+    let bare = |c: char| c.is_ascii_alphanumeric() || "_./+,:@%-".contains(c);
+    match !name.is_empty() && name.chars().all(bare) {
+        true => name,
+        false => format!("'{}'", name.replace('\'', r"'\''")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_in_a_hint_is_one_word_of_a_shell() {
+        let words = ["a/b-1.jsonl", "-n", "a; b", "it's", "", "$(x)"].map(|path| quoted(Path::new(path)));
+        assert_eq!(words, ["a/b-1.jsonl", "./-n", "'a; b'", r"'it'\''s'", "''", "'$(x)'"]);
+    }
 
     #[test]
     fn a_time_is_told_in_the_unit_that_suits_it() {

@@ -11,11 +11,11 @@ mod print;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, BufReader, IsTerminal, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressBarIter, ProgressStyle};
 use msrgate_core::{Answer, Event, Outcome};
 use msrgate_plan::Plan;
 use msrgate_policy::cpuid::Cpuid;
@@ -24,6 +24,7 @@ use msrgate_policy::trace::{Lines, TraceError};
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
+use crate::stream;
 use compare::Comparison;
 
 /// How many accesses run between two looks at what they got.
@@ -77,12 +78,13 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     if let Some(why) = &fallback
         && !args.json
     {
-        writeln!(io::stderr(), "msrgate: running on the engine, since {why}")?;
+        writeln!(stream::err(), "msrgate: running on the engine, since {why}")?;
     }
+    let policy = load::unresolved(&args.policy)?;
     let mut comparison: Option<Comparison> = None;
     let mut broken: Option<(String, TraceError)> = None;
     for path in &args.traces {
-        let name = path.display().to_string();
+        let name = load::shown(path);
         let mut lines = match open(path) {
             Ok(lines) => lines,
             Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
@@ -102,8 +104,8 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             (None, None) => None,
         };
         let loaded = match backend {
-            Backend::Kvm => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
-            Backend::Engine => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
+            Backend::Kvm => load::planned_for_host(policy.clone(), cpuid.as_ref(), &profile)?,
+            Backend::Engine => load::planned_or_report(policy.clone(), cpuid.as_ref(), &profile)?,
         };
         let plan = Arc::new(loaded.plan);
         if comparison.is_none() {
@@ -127,11 +129,11 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
         } else {
             ""
         };
-        writeln!(io::stderr(), "msrgate: {name}: {error}{before}")?;
+        writeln!(stream::err(), "msrgate: {name}: {error}{before}")?;
     }
     // A trace without a single event is reported like any other; one whose header is broken has nothing to report on.
     if let Some(seen) = &comparison {
-        let mut out = io::stdout().lock();
+        let mut out = stream::out();
         if args.json {
             writeln!(
                 out,
@@ -157,7 +159,7 @@ pub(crate) fn tell_of_handlers(plan: &Plan) -> io::Result<()> {
     }
     let names = handlers.join(", ");
     writeln!(
-        io::stderr(),
+        stream::err(),
         "msrgate: no code answers for the handlers {names} here, so what they decide faults"
     )
 }
@@ -199,19 +201,22 @@ pub(crate) enum Opened {
     Malformed(TraceError),
 }
 
-type Trace = Lines<Box<dyn BufRead>>;
+/// A trace as it is read, line by line.
+pub(crate) type Reader = BufReader<ProgressBarIter<File>>;
+
+type Trace = Lines<Reader>;
 
 /// The trace of this path, `-` for standard input, with its header read.
 pub(crate) fn open(path: &Path) -> Result<Trace, Opened> {
-    let from: Box<dyn BufRead> = if path == Path::new("-") {
-        Box::new(BufReader::new(io::stdin()))
-    } else {
-        let unreadable = |error: io::Error| Opened::Unreadable(format!("cannot read `{}`: {error}", path.display()));
-        let file = File::open(path).map_err(unreadable)?;
-        let length = file.metadata().map_err(unreadable)?.len();
-        Box::new(BufReader::with_capacity(1 << 16, progress(length).wrap_read(file)))
-    };
-    Lines::new(from).map_err(Opened::Malformed)
+    let unreadable = |error| Opened::Unreadable(format!("cannot read `{}`: {error}", load::shown(path)));
+    Lines::new(reader(path).map_err(unreadable)?).map_err(Opened::Malformed)
+}
+
+/// The trace or summary of this path, `-` for standard input.
+pub(crate) fn reader(path: &Path) -> io::Result<Reader> {
+    let file = load::open(path)?;
+    let length = file.metadata()?.len();
+    Ok(BufReader::with_capacity(1 << 16, progress(length).wrap_read(file)))
 }
 
 /// A bar for a file that takes a while, on a terminal.

@@ -5,18 +5,19 @@ mod print;
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use msrgate_core::{Did, Msr, Op, Verdict};
 use msrgate_policy::report::{Kind, MOST_ROWS, MOST_VCPUS, Report, Row};
 use msrgate_policy::trace::TraceError;
-use msrgate_policy::{Explanation, explain};
+use msrgate_policy::{Explanation, Source, explain};
 
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::render;
 use crate::replay::{Opened, open};
+use crate::stream;
 
 /// The traces added up, and the policy that they are held against.
 struct Told {
@@ -27,6 +28,12 @@ struct Told {
 }
 
 pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
+    // `-` is standard output.
+    let html = args.html.as_deref().filter(|path| *path != Path::new("-"));
+    if let Some(html) = html {
+        let inputs = args.traces.iter().chain(&args.policy).chain(&args.cpuid.cpuid);
+        load::refuse_overwrite(html, inputs.map(PathBuf::as_path))?;
+    }
     let given = load::cpuid(&args.cpuid)?;
     let mut told = Told {
         report: Report::default(),
@@ -35,7 +42,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     };
     let mut readable = false;
     for path in &args.traces {
-        let name = path.display().to_string();
+        let name = load::shown(path);
         let mut lines = match open(path) {
             Ok(lines) => lines,
             Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
@@ -71,16 +78,20 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     for (name, error) in &told.files {
         if let Some(error) = error {
             broken = true;
-            writeln!(io::stderr(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
+            writeln!(stream::err(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
         }
     }
     // Where not even a header could be read there is nothing to report on.
     if readable {
-        let mut out = io::stdout().lock();
-        match &args.html {
-            Some(path) if path == Path::new("-") => out.write_all(page::page(&told).as_bytes())?,
-            Some(path) => fs::write(path, page::page(&told))
-                .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?,
+        let mut out = stream::out();
+        match html {
+            Some(path) => {
+                let sources = told.policy.iter().flat_map(|loaded| &loaded.policy.sources);
+                load::refuse_overwrite(path, sources.map(Source::path))?;
+                fs::write(path, page::page(&told))
+                    .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
+            }
+            None if args.html.is_some() => io::stdout().write_all(page::page(&told).as_bytes())?,
             None if args.json => writeln!(out, "{:#}", print::json(&told))?,
             None => print::text(&mut out, &told)?,
         }

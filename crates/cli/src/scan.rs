@@ -3,7 +3,6 @@
 mod print;
 mod record;
 
-use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
@@ -17,6 +16,7 @@ use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::replay::kvm::{nobody, to_kvm};
 use crate::replay::{tell_of_handlers, with_source};
+use crate::stream;
 use crate::verify::progress;
 use record::{Facts, Ruled};
 
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
 
     let against = before.map(|(facts, before)| (facts, scan.since(&before)));
     let found = Found { scan, facts, against };
-    let mut out = io::stdout().lock();
+    let mut out = stream::out();
     if args.json {
         record::write(&mut out, &found)?;
     } else {

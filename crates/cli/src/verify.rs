@@ -28,6 +28,7 @@ use crate::args::{ModeArg, VerifyArgs};
 use crate::exit::{Exit, Failure};
 use crate::load;
 use crate::replay::with_source;
+use crate::stream;
 use host::Host;
 use live::Machine;
 use report::Report;
@@ -46,7 +47,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         report.seed = Some(seed);
         if args.seed.is_none() {
             // Before anything can go wrong that it is needed for.
-            writeln!(io::stderr(), "msrgate: seed {seed}")?;
+            writeln!(stream::err(), "msrgate: seed {seed}")?;
         }
         random::run(&machine, &host, &mut report, seed, candidates, args.accesses)?;
     } else if let Some(seconds) = args.swap {

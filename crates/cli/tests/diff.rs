@@ -129,7 +129,10 @@ fn standard_input_is_one_of_the_two() {
         .find(|(name, _)| *name == "qemu.toml")
         .expect("qemu.toml");
     folder.run_with(&["diff", "-", "policies/qemu.toml"], policy).code(0);
-    folder.run(&["diff", "-", "-"]).code(2).says(&["not both"]);
+    folder
+        .run(&["diff", "-", "-"])
+        .code(2)
+        .says(&["standard input", "named twice"]);
 }
 
 #[test]

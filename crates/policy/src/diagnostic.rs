@@ -367,6 +367,11 @@ impl Diagnostic {
 pub trait Files {
     /// The text of the file, and a path that is the same for every way of naming the file. The error is for people.
     fn read(&self, path: &Path) -> Result<(PathBuf, String), String>;
+
+    /// The path of the file that the file `by` names in `extends`: relative to the directory of `by`.
+    fn extended(&self, by: &Path, name: &str) -> PathBuf {
+        by.parent().unwrap_or(Path::new("")).join(name)
+    }
 }
 
 /// A policy without files around it: one text under a name.

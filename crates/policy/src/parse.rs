@@ -165,8 +165,7 @@ impl Loading<'_> {
         let mut file = self.parse(source, &text);
         self.open.push(canonical);
         for (name, place) in std::mem::take(&mut file.extends) {
-            let base = path.parent().unwrap_or(Path::new("")).join(name);
-            if let Some(base) = self.file(&base, Some(place)) {
+            if let Some(base) = self.file(&self.files.extended(path, &name), Some(place)) {
                 file.extend(base);
             }
         }

@@ -8,6 +8,7 @@ use msrgate_policy::foreign::{Format, export};
 
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
+use crate::stream;
 
 /// A C header: one bitmap a range, and a function that fills `struct kvm_msr_filter`.
 pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
@@ -159,7 +160,7 @@ pub(crate) fn foreign(out: &mut impl Write, loaded: &Loaded, format: Format) -> 
         Ok(text) => return Ok(write!(out, "{text}")?),
         Err(unsayable) => unsayable,
     };
-    let mut stderr = io::stderr().lock();
+    let mut stderr = stream::err();
     for part in &unsayable {
         let place = part.rule.and_then(|rule| loaded.policy.rule_place(rule));
         let place = place.unwrap_or_else(|| "the default".to_owned());

@@ -1,7 +1,7 @@
 //! What rules with `log` say, as it happens.
 
 use std::collections::{HashMap, HashSet};
-use std::io::{self, Write};
+use std::io::Write;
 
 use msrgate_core::{Event, Log, Msr, Op};
 
@@ -9,6 +9,7 @@ use super::Got;
 use super::compare::Comparison;
 use crate::exit::Failure;
 use crate::explain;
+use crate::stream;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -51,7 +52,7 @@ impl Logged {
             .map(|why| format!(": {why}"))
             .unwrap_or_default();
         writeln!(
-            io::stderr(),
+            stream::err(),
             "log: vcpu {} {} {}{name}{value}: {}{why}{because}",
             event.vcpu,
             event.op,

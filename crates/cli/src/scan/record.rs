@@ -1,7 +1,6 @@
 //! A scan as JSON, and back.
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
@@ -15,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::Found;
 use crate::exit::Failure;
-use crate::{explain, machine};
+use crate::{explain, load, machine};
 
 /// Where and under what a scan was made.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -160,13 +159,17 @@ fn difference(found: &Difference) -> Value {
 /// An earlier scan.
 pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
     /// More than the largest scan takes.
-    const MOST_BYTES: u64 = 1 << 30;
-    let name = path.display();
-    let file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
-    let text = BufReader::with_capacity(1 << 16, file.take(MOST_BYTES));
-    let record: Record = serde_json::from_reader(text).map_err(|error| {
-        let line = format!("{name} is no scan, as `msrgate scan --json` prints it: {error}");
-        Failure::input(line)
+    const MOST_BYTES: u64 = 512 << 20;
+    let name = load::shown(path);
+    let file = load::open(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
+    let mut text = BufReader::with_capacity(1 << 16, file.take(MOST_BYTES));
+    let record: Result<Record, _> = serde_json::from_reader(&mut text);
+    let record = record.map_err(|error| {
+        let why = match text.get_ref().limit() {
+            0 => format!("it has more than {} MiB", MOST_BYTES >> 20),
+            _ => error.to_string(),
+        };
+        Failure::input(format!("{name} is no scan, as `msrgate scan --json` prints it: {why}"))
     })?;
     let facts = Facts {
         host: record.host,

@@ -8,6 +8,7 @@ use super::host::Host;
 use crate::args::ModeArg;
 use crate::exit::{Exit, Failure};
 use crate::render;
+use crate::stream;
 
 /// A difference between the live kernel and the engine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -76,7 +77,7 @@ impl Report {
     }
 
     pub(super) fn print(&self, as_json: bool) -> Result<Exit, Failure> {
-        let mut out = io::stdout().lock();
+        let mut out = stream::out();
         if as_json {
             writeln!(out, "{:#}", self.json())?;
         } else {
