@@ -321,8 +321,8 @@ pub(crate) enum ProfileArg {
     V5_10,
     #[value(name = "5.12")]
     V5_12,
-    #[value(name = "5.14")]
-    V5_14,
+    #[value(name = "5.13")]
+    V5_13,
     #[value(name = "5.18")]
     V5_18,
     #[value(name = "5.19")]

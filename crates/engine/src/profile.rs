@@ -4,7 +4,7 @@ use msrgate_core::Msr;
 
 /// Which kernel's behaviour a VM has.
 ///
-/// | | [`V5_10`](Self::V5_10) | [`V5_12`](Self::V5_12) | [`V5_14`](Self::V5_14) | [`V5_18`](Self::V5_18) | [`V5_19`](Self::V5_19) | [`V6_1`](Self::V6_1) | [`V6_12`](Self::V6_12) | [`V6_18`](Self::V6_18) | [`NEWEST`](Self::NEWEST) |
+/// | | [`V5_10`](Self::V5_10) | [`V5_12`](Self::V5_12) | [`V5_13`](Self::V5_13) | [`V5_18`](Self::V5_18) | [`V5_19`](Self::V5_19) | [`V6_1`](Self::V6_1) | [`V6_12`](Self::V6_12) | [`V6_18`](Self::V6_18) | [`NEWEST`](Self::NEWEST) |
 /// |---|---|---|---|---|---|---|---|---|---|
 /// | a filter is replaced | piecewise | whole | whole | whole | whole | whole | whole | whole | whole |
 /// | a range's flags are checked | last | last | first | first | first | first | first | first | first |
@@ -52,13 +52,13 @@ impl Profile {
         nested_lists: Coverage::Filtered,
         tsc_deadline: TscDeadline::BypassedOnIntel,
     };
-    /// Linux 5.12 and 5.13: a filter is replaced whole or not at all.
+    /// Linux 5.12: a filter is replaced whole or not at all.
     pub const V5_12: Profile = Profile {
         replacement: Replacement::Whole,
         ..Profile::V5_10
     };
-    /// Linux 5.14 to 5.17: a range's flags are checked before its bitmap is copied.
-    pub const V5_14: Profile = Profile {
+    /// Linux 5.13 to 5.17: a range's flags are checked before its bitmap is copied.
+    pub const V5_13: Profile = Profile {
         range_flags: RangeFlags::First,
         ..Profile::V5_12
     };
@@ -66,7 +66,7 @@ impl Profile {
     pub const V5_18: Profile = Profile {
         side_effects: Coverage::Exempt,
         nested_lists: Coverage::Exempt,
-        ..Profile::V5_14
+        ..Profile::V5_13
     };
     /// Linux 5.19 and 6.0: reserved bits are refused.
     pub const V5_19: Profile = Profile {

@@ -26,7 +26,7 @@ pub struct Vm {
 /// It applies after the filter, and only to [`crate::Refusal::Unknown`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum UnknownMsrs {
-    /// An exit with [`Reason::Unknown`] where the mask has it, else #GP(0).
+    /// An exit with [`msrgate_core::Reason::Unknown`] where the mask has it, else #GP(0).
     Refused,
     /// Reads give 0, writes are dropped, nothing exits.
     Ignored,

@@ -235,7 +235,7 @@ fn the_profile_says_which_origins_are_filtered() {
     let profiles = [
         Profile::V5_10,
         Profile::V5_12,
-        Profile::V5_14,
+        Profile::V5_13,
         Profile::V5_18,
         Profile::V5_19,
         Profile::V6_1,

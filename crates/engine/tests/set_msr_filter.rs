@@ -107,7 +107,7 @@ fn unknown_filter_flags_come_before_an_unreadable_bitmap() {
 #[test]
 fn unknown_filter_flags_were_accepted_before_5_19() {
     let filter = RawFilter::new(!0, &[range(BOTH, 0, 1, ONES)]);
-    for profile in [Profile::V5_10, Profile::V5_12, Profile::V5_14, Profile::V5_18] {
+    for profile in [Profile::V5_10, Profile::V5_12, Profile::V5_13, Profile::V5_18] {
         check_on(profile, filter, Ok(()));
     }
     check_on(Profile::V5_19, filter, Err(Errno::Einval));
@@ -147,10 +147,10 @@ fn each_unknown_range_flag_is_einval() {
 }
 
 #[test]
-fn before_5_14_a_bitmap_was_copied_before_the_flags_of_its_range_were_checked() {
+fn before_5_13_a_bitmap_was_copied_before_the_flags_of_its_range_were_checked() {
     for flags in [0, 4, !0] {
         let unreadable = RawFilter::new(0, &[range(flags, 0, 1, 0)]);
-        for profile in [Profile::V5_12, Profile::V5_14, Profile::V5_18] {
+        for profile in [Profile::V5_12, Profile::V5_13, Profile::V5_18] {
             let first = profile != Profile::V5_12;
             let expected = if first { Errno::Einval } else { Errno::Efault };
             check_on(profile, unreadable, Err(expected));

@@ -138,7 +138,7 @@ impl Kernel {
         let flags = number(&slot[0..4]) as u32;
         let nmsrs = number(&slot[4..8]);
         let flags_are_bad = flags == 0 || flags > 3;
-        if self.version >= (5, 14) && flags_are_bad {
+        if self.version >= (5, 13) && flags_are_bad {
             return Err(EINVAL);
         }
         let longs = nmsrs.div_ceil(64);

@@ -70,7 +70,7 @@ impl Kernel {
             ((6, 1), Profile::V6_1),
             ((5, 19), Profile::V5_19),
             ((5, 18), Profile::V5_18),
-            ((5, 14), Profile::V5_14),
+            ((5, 13), Profile::V5_13),
             ((5, 12), Profile::V5_12),
         ];
         let found = since.into_iter().find(|(first, _)| self.version >= *first);

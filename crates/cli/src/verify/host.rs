@@ -37,7 +37,7 @@ impl Host {
         let (profile_name, profile) = match profile {
             Some(ProfileArg::V5_10) => ("5.10", Profile::V5_10),
             Some(ProfileArg::V5_12) => ("5.12", Profile::V5_12),
-            Some(ProfileArg::V5_14) => ("5.14", Profile::V5_14),
+            Some(ProfileArg::V5_13) => ("5.13", Profile::V5_13),
             Some(ProfileArg::V5_18) => ("5.18", Profile::V5_18),
             Some(ProfileArg::V5_19) => ("5.19", Profile::V5_19),
             Some(ProfileArg::V6_1) => ("6.1", Profile::V6_1),
@@ -90,7 +90,7 @@ fn of_version(version: (u32, u32)) -> (&'static str, Profile) {
         (6, 1..) => ("6.1", Profile::V6_1),
         (6, 0) | (5, 19..) => ("5.19", Profile::V5_19),
         (5, 18) => ("5.18", Profile::V5_18),
-        (5, 14..) => ("5.14", Profile::V5_14),
+        (5, 13..) => ("5.13", Profile::V5_13),
         (5, 12..) => ("5.12", Profile::V5_12),
         _ => ("5.10", Profile::V5_10),
     }
@@ -110,8 +110,9 @@ mod tests {
             ("6.0.6", "5.19"),
             ("5.19.0", "5.19"),
             ("5.18.19", "5.18"),
-            ("5.15.0-91-generic", "5.14"),
-            ("5.13.0", "5.12"),
+            ("5.15.0-91-generic", "5.13"),
+            ("5.13.0", "5.13"),
+            ("5.12.19", "5.12"),
             ("5.10.0-28-amd64", "5.10"),
             ("unknown", "6.18"),
         ] {
