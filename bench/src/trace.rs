@@ -6,7 +6,7 @@ use std::io::{self, BufRead, Write};
 use msrgate_core::{Did, Event, Msr, Op, Reason};
 use msrgate_policy::learn::Summary;
 use msrgate_policy::report::Report;
-use msrgate_policy::trace::{Header, Lines, VERSION, write_event};
+use msrgate_policy::trace::{Header, Lines, Record, VERSION, write_event};
 use serde::{Deserialize, Serialize};
 
 use crate::figure::{Aim, Figure};
@@ -121,8 +121,8 @@ fn write(events: &[Event], to: &mut impl Write) -> io::Result<()> {
 fn read(text: &[u8]) -> Result<usize, String> {
     let lines = Lines::new(text).map_err(|error| error.to_string())?;
     let mut count = 0;
-    for event in lines {
-        black_box(event.map_err(|error| error.to_string())?);
+    for record in lines {
+        black_box(record.map_err(|error| error.to_string())?);
         count += 1;
     }
     Ok(count)
@@ -132,8 +132,11 @@ fn reported(text: &[u8]) -> Result<Report, String> {
     let lines = Lines::new(text).map_err(|error| error.to_string())?;
     let mut report = Report::default();
     report.begin(lines.header().clone());
-    for event in lines {
-        report.add(&event.map_err(|error| error.to_string())?);
+    for record in lines {
+        match record.map_err(|error| error.to_string())? {
+            Record::Event(event) => report.add(&event),
+            Record::Gap(gap) => return Err(format!("{gap:?}, and there was none")),
+        }
     }
     Ok(report)
 }

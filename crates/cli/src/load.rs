@@ -13,7 +13,7 @@ use msrgate_guest::{NoPreset, no_presets};
 use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
 use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
-use msrgate_policy::trace::Lines;
+use msrgate_policy::trace::{Lines, Record};
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
 
 use crate::args::{CpuidArgs, ProfileArgs};
@@ -341,9 +341,11 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
         Err(Opened::Malformed(error)) => return Err(Failure::input(format!("{name}: {error}"))),
     };
     let mut counts: BTreeMap<(Msr, Op), u64> = BTreeMap::new();
-    for event in lines {
-        let event = event.map_err(|error| Failure::input(format!("{name}: {error}")))?;
-        *counts.entry((event.msr, event.op)).or_default() += 1;
+    for record in lines {
+        match record.map_err(|error| Failure::input(format!("{name}: {error}")))? {
+            Record::Event(event) => *counts.entry((event.msr, event.op)).or_default() += 1,
+            Record::Gap(_) => {}
+        }
     }
     let touched = counts.into_iter().map(|((msr, op), count)| Touched { msr, op, count });
     Ok(touched.collect())

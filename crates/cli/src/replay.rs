@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressBarIter, ProgressStyle};
 use msrgate_core::{Answer, Event, Outcome};
 use msrgate_plan::Plan;
 use msrgate_policy::cpuid::Cpuid;
-use msrgate_policy::trace::{Lines, TraceError};
+use msrgate_policy::trace::{Lines, Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};
@@ -268,7 +268,9 @@ fn replay(
     loop {
         let next = lines.next().transpose();
         let event = match next {
-            Ok(event) => event,
+            Ok(Some(Record::Gap(_))) => continue,
+            Ok(Some(Record::Event(event))) => Some(event),
+            Ok(None) => None,
             Err(error) => {
                 flush(&mut batch, &mut trios, maker, seen, &mut logged)?;
                 return Ok(Err(error));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use msrgate_core::{Did, Msr, Op, Verdict};
 use msrgate_policy::report::{Kind, MOST_ROWS, MOST_VCPUS, Report, Row};
-use msrgate_policy::trace::TraceError;
+use msrgate_policy::trace::{Record, TraceError};
 use msrgate_policy::{Explanation, Source, explain};
 
 use crate::args::ReportArgs;
@@ -67,7 +67,8 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
         told.report.begin(lines.header().clone());
         let error = loop {
             match lines.next() {
-                Some(Ok(event)) => told.report.add(&event),
+                Some(Ok(Record::Event(event))) => told.report.add(&event),
+                Some(Ok(Record::Gap(_))) => {}
                 Some(Err(error)) => break Some(error),
                 None => break None,
             }

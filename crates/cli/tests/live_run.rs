@@ -24,7 +24,7 @@ use std::process::{Command, Stdio};
 use command::{Folder, Ran, count, list, text};
 use live::kvm_opens;
 use msrgate_core::Event;
-use msrgate_policy::trace::{Header, Lines};
+use msrgate_policy::trace::{Header, Lines, Record};
 use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
 use serde_json::Value;
 
@@ -123,7 +123,12 @@ fn rows(summary: &Value) -> Vec<(&str, &str, u64, &str)> {
 fn traced(folder: &Folder) -> (Header, Vec<Event>) {
     let file = fs::File::open(folder.path().join("trace.jsonl")).unwrap();
     let lines = Lines::new(BufReader::new(file)).unwrap();
-    (lines.header().clone(), lines.map(Result::unwrap).collect())
+    let header = lines.header().clone();
+    let events = lines.map(|record| match record.unwrap() {
+        Record::Event(event) => event,
+        Record::Gap(gap) => panic!("{gap:?}"),
+    });
+    (header, events.collect())
 }
 
 #[test]

@@ -2,15 +2,18 @@
 //!
 //! ```
 //! use msrgate_policy::report::Report;
-//! use msrgate_policy::trace::Lines;
+//! use msrgate_policy::trace::{Lines, Record};
 //!
 //! let text = "{\"msrgate_trace\":1}\n\
 //!             {\"t\":5,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\",\"rule\":2}\n";
 //! let mut report = Report::default();
 //! let lines = Lines::new(text.as_bytes())?;
 //! report.begin(lines.header().clone());
-//! for event in lines {
-//!     report.add(&event?);
+//! for record in lines {
+//!     match record? {
+//!         Record::Event(event) => report.add(&event),
+//!         Record::Gap(_) => {}
+//!     }
 //! }
 //! let row = report.rows().next().expect("a row");
 //! assert_eq!((row.msr.0, row.count, row.values.each()), (0x8b, 1, &[(1, 1)][..]));

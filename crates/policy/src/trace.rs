@@ -1,14 +1,16 @@
-//! The text of traces: JSON Lines, a header and then one event a line.
+//! The text of traces: JSON Lines, a header and then one record a line: an event, or a gap where events are missing.
 //!
 //! ```
-//! use msrgate_policy::trace::Lines;
+//! use msrgate_policy::trace::{Lines, Record};
 //!
 //! let text = "{\"msrgate_trace\":1,\"guest\":\"Linux\"}\n\
 //!             {\"t\":5,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\"}\n";
 //! let mut lines = Lines::new(text.as_bytes())?;
 //! assert_eq!(lines.header().guest.as_deref(), Some("Linux"));
-//! let event = lines.next().expect("an event")?;
-//! assert_eq!((event.msr.0, event.value), (0x8b, 1));
+//! match lines.next().expect("a record")? {
+//!     Record::Event(event) => assert_eq!((event.msr.0, event.value), (0x8b, 1)),
+//!     Record::Gap(gap) => panic!("{} events are missing", gap.events),
+//! }
 //! # Ok::<(), msrgate_policy::trace::TraceError>(())
 //! ```
 //!
@@ -30,7 +32,7 @@ use self::tracepoint::Threads;
 use crate::cpuid::Cpuid;
 use crate::number;
 
-pub use canonical::write_event;
+pub use canonical::{write_event, write_gap};
 
 /// The version of the format that is read and written here.
 pub const VERSION: u64 = 1;
@@ -86,6 +88,28 @@ impl Header {
     }
 }
 
+/// A place in a trace where events are missing: whatever made the trace could not write them down.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Gap {
+    /// About when they were lost, on the clock of the events: nanoseconds since some start.
+    pub t: u64,
+    /// Which VM of the process they were of.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub vcpu: u32,
+    /// How many; never 0 in a trace that is read.
+    pub events: u64,
+}
+
+/// What a line of a trace says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Record {
+    /// An access.
+    Event(Event),
+    /// That accesses are missing here: the trace is not all that the guest did.
+    Gap(Gap),
+}
+
 /// A number that stands as a text (`"0x8b"`) or as itself.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -104,7 +128,7 @@ impl Number<'_> {
     }
 }
 
-/// An event as its line spells it.
+/// An event or a gap as its line spells it.
 #[derive(Deserialize)]
 struct Line<'a> {
     #[serde(default)]
@@ -113,10 +137,10 @@ struct Line<'a> {
     vm: u32,
     #[serde(default)]
     vcpu: u32,
-    #[serde(borrow)]
-    op: Cow<'a, str>,
-    #[serde(borrow)]
-    msr: Number<'a>,
+    #[serde(borrow, default)]
+    op: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    msr: Option<Number<'a>>,
     #[serde(borrow, default)]
     value: Option<Number<'a>>,
     #[serde(borrow, default)]
@@ -131,16 +155,36 @@ struct Line<'a> {
     rip: Option<Number<'a>>,
     #[serde(default)]
     cost: Option<u64>,
+    #[serde(default)]
+    lost: Option<u64>,
 }
 
 impl Line<'_> {
-    fn event(&self) -> Result<Event, String> {
-        let op = match self.op.as_ref() {
+    fn record(&self) -> Result<Record, String> {
+        match (&self.op, self.lost) {
+            (Some(op), None) => self.event(op).map(Record::Event),
+            (None, Some(0)) => Err("`lost` is 0, and a gap has lost events".to_owned()),
+            (None, Some(events)) => Ok(Record::Gap(Gap {
+                t: self.t,
+                vm: self.vm,
+                vcpu: self.vcpu,
+                events,
+            })),
+            (Some(_), Some(_)) => Err("`op` and `lost` are on one line: is it an event or a gap?".to_owned()),
+            (None, None) => Err("this is no event: it has neither `op` nor, as a gap has, `lost`".to_owned()),
+        }
+    }
+
+    fn event(&self, op: &str) -> Result<Event, String> {
+        let op = match op {
             "rdmsr" => Op::Read,
             "wrmsr" => Op::Write,
             other => return Err(format!("`op` is `{other}`, neither `rdmsr` nor `wrmsr`")),
         };
-        let index = self.msr.get("msr")?;
+        let Some(msr) = &self.msr else {
+            return Err("an event has no `msr`".to_owned());
+        };
+        let index = msr.get("msr")?;
         let msr = u32::try_from(index).map_err(|_| format!("`msr` is {index:#x}, and an index has 32 bits"))?;
         let value = match (&self.value, op) {
             (Some(value), _) => value.get("value")?,
@@ -195,7 +239,7 @@ pub fn is_trace(head: &[u8]) -> bool {
     }
 }
 
-/// The events of a trace, one line at a time. After the first error there are no more.
+/// The records of a trace, one line at a time. After the first error there are no more.
 #[derive(Debug)]
 pub struct Lines<R> {
     from: R,
@@ -298,37 +342,42 @@ impl<R: BufRead> Lines<R> {
         }
     }
 
-    /// The event of the line; `None` if it is of something else.
-    fn event(&mut self) -> Result<Option<Event>, TraceError> {
+    /// The record of the line; `None` if it is of something else.
+    fn record(&mut self) -> Result<Option<Record>, TraceError> {
         let Some(threads) = &mut self.tracepoint else {
-            return self.own_event().map(Some);
+            return self.own_record().map(Some);
         };
         let line = String::from_utf8_lossy(&self.line);
         let event = threads.event(line.trim_end());
         if !line.ends_with('\n') && (event.is_err() || tracepoint::breaks_off(&line)) {
             return Err(TraceError::at(self.number, BREAKS_OFF));
         }
-        event.map_err(|message| TraceError::at(self.number, message))
-    }
-
-    fn own_event(&self) -> Result<Event, TraceError> {
-        match canonical::read(&self.line) {
-            Some(event) => Ok(event),
-            None => self.any_event(),
+        match event {
+            Ok(event) => Ok(event.map(Record::Event)),
+            Err(message) => Err(TraceError::at(self.number, message)),
         }
     }
 
-    /// An event as JSON may spell it.
-    fn any_event(&self) -> Result<Event, TraceError> {
-        let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
-        match parsed {
-            Ok(line) => line.event().map_err(|message| TraceError::at(self.number, message)),
-            Err(error) if error.is_eof() && !self.line.ends_with(b"\n") => Err(TraceError::at(self.number, BREAKS_OFF)),
-            Err(_) if self.line.starts_with(b"{\"msrgate_trace\"") => Err(TraceError::at(
+    fn own_record(&self) -> Result<Record, TraceError> {
+        match canonical::read(&self.line) {
+            Some(event) => Ok(Record::Event(event)),
+            None => self.any_record(),
+        }
+    }
+
+    /// A record as JSON may spell it.
+    fn any_record(&self) -> Result<Record, TraceError> {
+        if self.line.starts_with(b"{\"msrgate_trace\"") {
+            return Err(TraceError::at(
                 self.number,
                 "another trace begins here, and each has a file of its own: `csplit -z FILE '/^{\"msrgate_trace\"/' '{*}'` \
                  cuts them apart",
-            )),
+            ));
+        }
+        let parsed: Result<Line<'_>, _> = serde_json::from_slice(&self.line);
+        match parsed {
+            Ok(line) => line.record().map_err(|message| TraceError::at(self.number, message)),
+            Err(error) if error.is_eof() && !self.line.ends_with(b"\n") => Err(TraceError::at(self.number, BREAKS_OFF)),
             Err(error) => Err(TraceError::at(
                 self.number,
                 format!("this is no event: {}", plain(&error)),
@@ -338,7 +387,7 @@ impl<R: BufRead> Lines<R> {
 }
 
 impl<R: BufRead> Iterator for Lines<R> {
-    type Item = Result<Event, TraceError>;
+    type Item = Result<Record, TraceError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -350,8 +399,8 @@ impl<R: BufRead> Iterator for Lines<R> {
                 false => self.advance(),
             };
             match there {
-                Ok(true) => match self.event().transpose() {
-                    Some(event) => break Some(event),
+                Ok(true) => match self.record().transpose() {
+                    Some(record) => break Some(record),
                     None => continue,
                 },
                 Ok(false) => break None,
@@ -409,19 +458,19 @@ mod tests {
 
     const HEADER: &str = "{\"msrgate_trace\":1}\n";
 
-    fn read(text: &str) -> (Vec<Event>, Option<TraceError>) {
+    fn read(text: &str) -> (Vec<Record>, Option<TraceError>) {
         let mut lines = match Lines::new(text.as_bytes()) {
             Ok(lines) => lines,
             Err(error) => return (Vec::new(), Some(error)),
         };
-        let mut events = Vec::new();
-        for event in &mut lines {
-            match event {
-                Ok(event) => events.push(event),
-                Err(error) => return (events, Some(error)),
+        let mut records = Vec::new();
+        for record in &mut lines {
+            match record {
+                Ok(record) => records.push(record),
+                Err(error) => return (records, Some(error)),
             }
         }
-        (events, None)
+        (records, None)
     }
 
     fn event() -> Event {
@@ -442,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn events_read_back_as_they_were_written() {
+    fn events_and_gaps_read_back_as_they_were_written() {
         let bare = Event {
             reason: None,
             why: None,
@@ -453,12 +502,36 @@ mod tests {
             ..event()
         };
         let mut text = HEADER.as_bytes().to_vec();
-        for event in [event(), bare] {
-            write_event(&event, &mut text).unwrap();
-        }
-        let (events, error) = read(std::str::from_utf8(&text).unwrap());
+        let gap = Gap {
+            t: u64::MAX,
+            vm: 3,
+            vcpu: u32::MAX,
+            events: u64::MAX,
+        };
+        write_event(&event(), &mut text).unwrap();
+        write_gap(&gap, &mut text).unwrap();
+        write_event(&bare, &mut text).unwrap();
+        let (records, error) = read(std::str::from_utf8(&text).unwrap());
         assert!(error.is_none());
-        assert_eq!(events, [event(), bare]);
+        assert_eq!(records, [Record::Event(event()), Record::Gap(gap), Record::Event(bare)]);
+    }
+
+    #[test]
+    fn a_gap_is_a_line_that_says_how_many_events_are_missing() {
+        let mut line = Vec::new();
+        let gap = Gap {
+            t: 5,
+            vm: 0,
+            vcpu: 1,
+            events: 15_369,
+        };
+        write_gap(&gap, &mut line).unwrap();
+        assert_eq!(line, b"{\"lost\":15369,\"t\":5,\"vm\":0,\"vcpu\":1}\n");
+        // As events, in any order, and 0 for what is left out.
+        let (records, error) = read(&format!("{HEADER}{{\"vcpu\": 1, \"lost\": 2, \"cause\": \"room\"}}\n"));
+        let short = Gap { t: 0, events: 2, ..gap };
+        assert!(error.is_none(), "{error:?}");
+        assert_eq!(records, [Record::Gap(short)]);
     }
 
     #[test]
@@ -501,7 +574,8 @@ mod tests {
             match canonical::read(&lines.line) {
                 Some(event) => {
                     usual += 1;
-                    assert_eq!(lines.any_event().ok(), Some(event), "{}", lines.line.escape_ascii());
+                    let any = lines.any_record().ok();
+                    assert_eq!(any, Some(Record::Event(event)), "{}", lines.line.escape_ascii());
                 }
                 None => others += 1,
             }
@@ -524,6 +598,15 @@ mod tests {
             ("{\"op\":\"wrmsr\",\"msr\":\"0x10\"}\n", "no `value`"),
             ("{\"op\":\"rdmsr\",\"msr\":16,\"did\":\"slept\"}\n", "not known"),
             ("{\"op\":\"rdmsr\",\"msr\":16,\"reason\":\"mood\"}\n", "not known"),
+            ("{\"op\":\"rdmsr\"}\n", "no `msr`"),
+            ("{\"t\":5}\n", "neither `op` nor"),
+            ("{\"lost\":0}\n", "`lost` is 0"),
+            ("{\"lost\":-1}\n", "no event"),
+            ("{\"lost\":\"many\"}\n", "no event"),
+            ("{\"lost\":18446744073709551616}\n", "no event"),
+            ("{\"lost\":5,\"vcpu\":4294967296}\n", "no event"),
+            ("{\"lost\":5,\"op\":\"rdmsr\",\"msr\":16}\n", "`op` and `lost`"),
+            ("{\"lost\":5,\"t\":1", "breaks off"),
         ] {
             let after = if bad.ends_with('\n') { good } else { "" };
             let (events, error) = read(&format!("{HEADER}{good}\n{good}{bad}{after}"));

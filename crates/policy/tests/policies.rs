@@ -11,7 +11,7 @@ use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Msr, Op, ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap, Differences, Plan};
 use msrgate_policy::raw::Given;
-use msrgate_policy::trace::Lines;
+use msrgate_policy::trace::{Lines, Record};
 use msrgate_policy::{Code, Diagnostic, Files, Policy, check, decompile};
 
 fn root() -> PathBuf {
@@ -170,8 +170,10 @@ fn accesses(trace: &str) -> BTreeSet<(Msr, Op)> {
     let file = File::open(root().join("traces").join(trace)).expect(trace);
     let lines = Lines::new(BufReader::new(file)).expect("a trace");
     let seen: BTreeSet<(Msr, Op)> = lines
-        .map(|event| event.expect("an event"))
-        .map(|event| (event.msr, event.op))
+        .map(|record| match record.expect("a record") {
+            Record::Event(event) => (event.msr, event.op),
+            Record::Gap(gap) => panic!("{gap:?}"),
+        })
         .collect();
     assert!(seen.len() > 100, "{trace}");
     seen

@@ -13,7 +13,7 @@ use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::raw::{self, Given};
-use msrgate_policy::trace::{Header, Lines, write_event};
+use msrgate_policy::trace::{Gap, Header, Lines, Record, write_event, write_gap};
 use msrgate_policy::{
     Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check,
     decompile,
@@ -550,31 +550,27 @@ proptest! {
 
     #[test]
     fn a_trace_reads_back_as_it_was_written(
-        events in vec(event(), 0..20),
+        records in vec(record(), 0..20),
         guest in option::of(text()),
         policy in option::of("[0-9a-f]{64}"),
     ) {
         let header = Header { msrgate_trace: 1, guest, policy, ..Header::default() };
         let mut text = Vec::new();
         header.write(&mut text).expect("memory");
-        for event in &events {
-            write_event(event, &mut text).expect("memory");
-        }
+        write_records(&records, &mut text);
         let lines = Lines::new(text.as_slice()).expect("a header");
         prop_assert_eq!(lines.header(), &header);
-        let again: Result<Vec<Event>, _> = lines.collect();
-        prop_assert_eq!(again.expect("events"), events);
+        let again: Result<Vec<Record>, _> = lines.collect();
+        prop_assert_eq!(again.expect("records"), records);
     }
 
     #[test]
-    fn a_damaged_trace_ends_in_an_error_or_in_other_events(
-        events in vec(event(), 1..4),
+    fn a_damaged_trace_ends_in_an_error_or_in_other_records(
+        records in vec(record(), 1..4),
         damage in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
         let mut text = b"{\"msrgate_trace\":1}\n".to_vec();
-        for event in &events {
-            write_event(event, &mut text).expect("memory");
-        }
+        write_records(&records, &mut text);
         for (place, byte) in damage {
             let place = place.index(text.len());
             text[place] = byte;
@@ -680,6 +676,25 @@ fn few_msrs() -> impl Strategy<Value = Event> {
         value,
         ..event
     })
+}
+
+/// An event or a gap.
+fn record() -> impl Strategy<Value = Record> {
+    let gap = (any::<u64>(), any::<u32>(), any::<u32>(), 1..=u64::MAX);
+    prop_oneof![
+        event().prop_map(Record::Event),
+        gap.prop_map(|(t, vm, vcpu, events)| Record::Gap(Gap { t, vm, vcpu, events })),
+    ]
+}
+
+fn write_records(records: &[Record], to: &mut Vec<u8>) {
+    for record in records {
+        match record {
+            Record::Event(event) => write_event(event, to),
+            Record::Gap(gap) => write_gap(gap, to),
+        }
+        .expect("memory");
+    }
 }
 
 fn summary(name: &str, events: &[Event]) -> Summary {

@@ -1,9 +1,8 @@
 //! The text of traces.
 
-use msrgate_core::Event;
 use msrgate_policy::Policy;
 use msrgate_policy::learn::{Learned, Summary, Widen};
-use msrgate_policy::trace::{Header, Lines, write_event};
+use msrgate_policy::trace::{Header, Lines, Record, write_event, write_gap};
 
 pub(crate) fn check(bytes: &[u8]) {
     learn(bytes);
@@ -12,19 +11,19 @@ pub(crate) fn check(bytes: &[u8]) {
     if let Some(Err(error)) = header.parse_cpuid() {
         assert_eq!(error.line, 1, "{error}");
     }
-    let mut events = Vec::new();
+    let mut records = Vec::new();
     let mut ended = false;
     for line in &mut lines {
         assert!(!ended, "a trace goes on behind an error");
         match line {
-            Ok(event) => events.push(event),
+            Ok(record) => records.push(record),
             Err(_) => ended = true,
         }
     }
     assert!(lines.bytes() <= bytes.len() as u64, "more was read than is there");
-    let (header_again, events_again) = read(&written(&header, &events));
+    let (header_again, records_again) = read(&written(&header, &records));
     assert_eq!(header_again, header);
-    assert_eq!(events_again, events);
+    assert_eq!(records_again, records);
 }
 
 /// From a trace or a summary.
@@ -44,20 +43,24 @@ fn learn(bytes: &[u8]) {
     Policy::parse("learned.toml", &text).expect("a policy");
 }
 
-fn written(header: &Header, events: &[Event]) -> Vec<u8> {
+fn written(header: &Header, records: &[Record]) -> Vec<u8> {
     let mut text = Vec::new();
     header.write(&mut text).expect("memory");
-    for event in events {
-        write_event(event, &mut text).expect("memory");
+    for record in records {
+        match record {
+            Record::Event(event) => write_event(event, &mut text),
+            Record::Gap(gap) => write_gap(gap, &mut text),
+        }
+        .expect("memory");
     }
     text
 }
 
-fn read(text: &[u8]) -> (Header, Vec<Event>) {
+fn read(text: &[u8]) -> (Header, Vec<Record>) {
     let lines = Lines::new(text).expect("a header that was written");
     let header = lines.header().clone();
     (
         header,
-        lines.map(|event| event.expect("an event that was written")).collect(),
+        lines.map(|record| record.expect("a record that was written")).collect(),
     )
 }

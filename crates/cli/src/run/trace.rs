@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Event, Log, Msr, Op};
-use msrgate_policy::trace::{self, Header, write_event};
+use msrgate_policy::trace::{self, Gap, Header, write_event, write_gap};
 use msrgate_supervise::{Entry, Mode};
 use rustix::fs::{FlockOperation, flock};
 
@@ -119,8 +119,8 @@ impl Trace {
             (To::File(_), _) if self.unwritten.is_some() => Ok(false),
             (To::File(lines), Entry::Access(event, _)) => write_event(event, &mut lines.file).map(|()| true),
             (To::File(lines), Entry::Gap { t, vm, vcpu, events }) => {
-                let gap = format!("{{\"lost\":{events},\"t\":{t},\"vm\":{vm},\"vcpu\":{vcpu}}}\n");
-                lines.file.write_all(gap.as_bytes()).map(|()| true)
+                let (t, vm, vcpu, events) = (*t, *vm, *vcpu, *events);
+                write_gap(&Gap { t, vm, vcpu, events }, &mut lines.file).map(|()| true)
             }
             (To::Logged, Entry::Access(event, log)) if !is_due(event, *log, &mut self.seen, &mut self.seconds) => {
                 return;

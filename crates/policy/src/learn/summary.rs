@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::observe::Observer;
 use crate::number;
-use crate::trace::{Lines, TraceError};
+use crate::trace::{Lines, Record, TraceError};
 
 /// The version of the format that is read and written here.
 const VERSION: u64 = 1;
@@ -168,8 +168,11 @@ impl Summary {
             Summary::read_rows(whole)
         } else {
             let mut observer = Observer::default();
-            for event in Lines::new(whole)? {
-                observer.see(&event?)?;
+            for record in Lines::new(whole)? {
+                match record? {
+                    Record::Event(event) => observer.see(&event)?,
+                    Record::Gap(_) => {}
+                }
             }
             observer.finish(name)
         }

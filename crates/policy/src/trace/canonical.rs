@@ -7,6 +7,8 @@ use std::io::{self, Write};
 
 use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
 
+use super::Gap;
+
 /// The event of a line; `None` where it is spelt in another way.
 pub(super) fn read(line: &[u8]) -> Option<Event> {
     let mut rest = Rest(line);
@@ -180,6 +182,22 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
         line.text(",\"cost\":");
         line.decimal(*cost);
     }
+    line.text("}\n");
+    to.write_all(line.bytes())
+}
+
+/// Writes a gap as a line: at the place, between the events of its vCPU, where the lost ones would stand.
+pub fn write_gap(gap: &Gap, to: &mut impl Write) -> io::Result<()> {
+    let Gap { t, vm, vcpu, events } = gap;
+    let mut line = Line::new();
+    line.text("{\"lost\":");
+    line.decimal(*events);
+    line.text(",\"t\":");
+    line.decimal(*t);
+    line.text(",\"vm\":");
+    line.decimal((*vm).into());
+    line.text(",\"vcpu\":");
+    line.decimal((*vcpu).into());
     line.text("}\n");
     to.write_all(line.bytes())
 }
