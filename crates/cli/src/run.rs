@@ -38,6 +38,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         (_, Some(LearnArg::All)) => Mode::LearnAll,
         (false, None) => Mode::Enforce,
     };
+    // Before a VM is tried: its kernel thread is a thread of this process.
+    let mut keeper = Keeper::part()?;
     // What makes no exit makes no event. A vCPU has no CPUID yet where it is given its presets. Where there is no KVM the
     // VMM may not need it.
     if mode == Mode::Enforce
@@ -55,7 +57,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     ];
     let trace = Trace::open(args.trace.as_deref(), &inputs, trace::header(&program, mode, known))?;
 
-    let mut keeper = Keeper::part()?;
     let machine = |line: String| Failure::Line(Exit::Machine, line);
     let marks = Marks::new().map_err(|error| machine(error.to_string()))?;
     let ledger = Arc::new(Ledger::default());
