@@ -605,13 +605,11 @@ impl Supervisor {
     }
 
     /// The table for a policy, made once.
-    fn table(&mut self, policy: &Arc<Policy>) -> Result<Arc<Table>, Refusal> {
+    fn table(&mut self, policy: &Arc<Policy>) -> io::Result<Arc<Table>> {
         if let Some((_, table)) = self.tables.iter().find(|(known, _)| Arc::ptr_eq(known, policy)) {
             return Ok(Arc::clone(table));
         }
-        let table = Table::new(table::words(policy));
-        let table = table.map_err(|error| Refusal::Line(format!("memory for its answers: {error}")))?;
-        let table = Arc::new(table);
+        let table = Arc::new(Table::new(table::words(policy))?);
         self.tables.push((Arc::clone(policy), Arc::clone(&table)));
         Ok(table)
     }

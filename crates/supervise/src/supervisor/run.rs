@@ -7,15 +7,18 @@ use libc::EACCES;
 use msrgate_answer::layout::{image, question, reply, slot};
 use nix::errno::Errno;
 
-use super::{Refusal, Supervisor};
+use super::Supervisor;
 use crate::hands::Hands;
 use crate::kvm;
 use crate::ledger::Ring;
 use crate::policy::Mode;
-use crate::region::{self, Entry, Handed, Region};
+use crate::region::{self, Entry, Handed, Region, Table};
 use crate::seccomp::Waiting;
 use crate::stopped::Stopped;
 use crate::target::{self, Object, Other};
+
+/// Why a vCPU does not run whose exits cannot be answered.
+const NO_MEMORY: &str = "the VMM gets no memory for its answers";
 
 /// Who calls.
 enum Caller {
@@ -80,93 +83,33 @@ impl Supervisor {
     /// Has a vCPU's exits answered in the process, from its next KVM_RUN on.
     fn enter(&mut self, waiting: &Waiting<'_>, tag: u64, caller: Caller, known: Option<u64>) {
         let Some(vcpu) = self.vcpus.get(&tag) else { return };
-        let what = format!("vCPU {} does not run", vcpu.id);
+        let (id, vm) = (vcpu.id, vcpu.vm);
+        let what = format!("vCPU {id} does not run");
         if !vcpu.ready {
             return self.not_ready(waiting, tag);
         }
-        match self.entered(waiting, tag, &caller, known) {
-            Ok(()) => {}
-            Err((None, Refusal::Kernel(error))) => self.refuse(waiting, &what, error.desc()),
-            Err((None, Refusal::Line(line))) => self.refuse(waiting, &what, &line),
-            Err((Some(stopped), refusal)) => {
-                let line = match refusal {
-                    Refusal::Kernel(error) => format!("the kernel refuses memory for its answers: {}", error.desc()),
-                    Refusal::Line(line) => line,
-                };
-                self.tell(waiting.thread, &what, &line);
-                stopped.finish(i64::from(-EACCES));
-            }
-        }
-    }
-
-    fn entered(
-        &mut self,
-        waiting: &Waiting<'_>,
-        tag: u64,
-        caller: &Caller,
-        known: Option<u64>,
-    ) -> Result<(), (Option<Stopped>, Refusal)> {
-        let early = |refusal: Refusal| (None, refusal);
-        let lost = || early(Refusal::Kernel(Errno::EBADF));
-        let (vm, id) = self.vcpus.get(&tag).map(|vcpu| (vcpu.vm, vcpu.id)).ok_or_else(lost)?;
-        let (policy, number, mask) = match self.vms.get(&vm) {
-            Some(vm) => (Arc::clone(&vm.state.policy), vm.number, vm.mask),
-            None => return Err(lost()),
+        let Some((policy, number)) = self.vms.get(&vm).map(|vm| (Arc::clone(&vm.state.policy), vm.number)) else {
+            return;
         };
-        let table = self.table(&policy).map_err(early)?;
+        let table = match self.table(&policy) {
+            Ok(table) => table,
+            Err(error) => return self.refuse(waiting, &what, &format!("{NO_MEMORY}: {error}")),
+        };
         let process = target::process(waiting.thread);
         let region = known.and_then(|name| self.regions.get(&name));
         let ring = || Ring::new(process, (number, id), table.cells);
         let hand_over = || Handed::over(waiting, region, tag, &table, ring);
         let (mut stopped, (mut handed, done)) = match self.hands.stop(waiting, self.syscall(waiting), hand_over) {
             Ok(stopped) => stopped,
-            Err(None) => return Ok(()),
-            Err(Some(line)) => return Err((None, Refusal::Line(line))),
+            Err(None) => return,
+            Err(Some(line)) => return self.refuse(waiting, &what, &line),
         };
-        if let Err(error) = done {
-            handed.close(&mut stopped);
-            let line = format!("the VMM gets no memory for its answers: {error}");
-            return Err((Some(stopped), Refusal::Line(line)));
-        }
-        let result = (|| {
-            let name = match known {
-                Some(name) => name,
-                None => self.settle(&mut stopped, &mut handed, caller)?,
-            };
-            let region = self.regions.get_mut(&name).ok_or(Errno::EBADF)?;
-            let flags = [
-                (self.setup.events, slot::EVENTS),
-                (self.setup.rip, slot::RIP),
-                (self.setup.mode != Mode::Enforce, slot::REDO),
-            ];
-            let entry = Entry {
-                vcpu: tag,
-                fd: waiting.arguments[0],
-                table: &table,
-                mask: u64::from(mask.bits()),
-                flags: flags
-                    .into_iter()
-                    .filter(|(on, _)| *on)
-                    .fold(0, |all, (_, flag)| all | flag),
-                who: u64::from(number) | u64::from(id) << 32,
-            };
-            region.enter(&mut stopped, &mut handed, &entry)?;
-            if let Some((ring, _)) = &handed.ring {
-                self.ledger.add(Arc::clone(ring));
-            }
-            self.look_at_reset(&mut stopped, waiting.arguments[0], tag, name);
-            match caller {
-                Caller::Answerer(..) => Ok::<_, Errno>(None),
-                Caller::Vmm => self
-                    .regions
-                    .get_mut(&name)
-                    .ok_or(Errno::EBADF)?
-                    .lead(&mut stopped)
-                    .map(Some),
-            }
-        })();
+        let done = done.map_err(|error| error.to_string()).and_then(|()| {
+            let entered = self.entered(&mut stopped, waiting, tag, &table, &mut handed, &caller, known);
+            entered.map_err(|error| error.desc().to_owned())
+        });
         handed.close(&mut stopped);
-        match result {
+        match done {
             Ok(None) => stopped.finish(reply::AGAIN),
             Ok(Some((stub, patched))) => {
                 if !patched {
@@ -175,9 +118,60 @@ impl Supervisor {
                 }
                 stopped.redirect(stub, libc::SYS_ioctl);
             }
-            Err(error) => return Err((Some(stopped), Refusal::Kernel(error))),
+            Err(error) => {
+                self.tell(waiting.thread, &what, &format!("{NO_MEMORY}: {error}"));
+                stopped.finish(i64::from(-EACCES));
+            }
         }
-        Ok(())
+    }
+
+    /// Gives where the VMM's call goes on, and whether its next one does so by itself.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "what is known of the call, the vCPU and the process"
+    )]
+    fn entered(
+        &mut self,
+        stopped: &mut Stopped,
+        waiting: &Waiting<'_>,
+        tag: u64,
+        table: &Arc<Table>,
+        handed: &mut Handed,
+        caller: &Caller,
+        known: Option<u64>,
+    ) -> Result<Option<(u64, bool)>, Errno> {
+        let name = match known {
+            Some(name) => name,
+            None => self.settle(stopped, handed, caller)?,
+        };
+        let vcpu = self.vcpus.get(&tag).ok_or(Errno::EBADF)?;
+        let vm = self.vms.get(&vcpu.vm).ok_or(Errno::EBADF)?;
+        let flags = [
+            (self.setup.events, slot::EVENTS),
+            (self.setup.rip, slot::RIP),
+            (self.setup.mode != Mode::Enforce, slot::REDO),
+        ];
+        let entry = Entry {
+            vcpu: tag,
+            fd: waiting.arguments[0],
+            table,
+            mask: u64::from(vm.mask.bits()),
+            flags: flags
+                .into_iter()
+                .filter(|(on, _)| *on)
+                .fold(0, |all, (_, flag)| all | flag),
+            who: u64::from(vm.number) | u64::from(vcpu.id) << 32,
+        };
+        let region = self.regions.get_mut(&name).ok_or(Errno::EBADF)?;
+        region.enter(stopped, handed, &entry)?;
+        if let Some((ring, _)) = &handed.ring {
+            self.ledger.add(Arc::clone(ring));
+        }
+        self.look_at_reset(stopped, waiting.arguments[0], tag, name);
+        match caller {
+            Caller::Answerer(..) => Ok(None),
+            Caller::Vmm => self.regions.get_mut(&name).ok_or(Errno::EBADF)?.lead(stopped).map(Some),
+        }
     }
 
     /// A region in a process that has none.
