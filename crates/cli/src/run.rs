@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use msrgate_core::Log;
+use msrgate_core::{Log, Msr};
 use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
@@ -24,6 +24,9 @@ mod resolve;
 mod summary;
 mod trace;
 mod writer;
+
+/// MSR_PLATFORM_INFO.
+const PLATFORM_INFO: Msr = Msr(0xce);
 
 pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let started = SystemTime::now();
@@ -47,6 +50,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         && let Ok(held) = load::held(resolved.map.clone(), None)
     {
         resolved.map = held;
+        // A VMM may take it from its guests (KVM_CAP_MSR_PLATFORM_INFO), whatever the register holds.
+        resolved.map.held.retain(|preset| preset.msr != PLATFORM_INFO);
     }
     let plan = resolve::plan(&resolved.map)?;
     let known = resolved.resolve.is_none().then(|| load::hex(&plan.hash()));
