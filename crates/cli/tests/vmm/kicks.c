@@ -1,0 +1,103 @@
+/* A VMM that stops a vCPU by signals, while its guest does nothing but read one MSR: `kicks HOW COUNT MSR`.
+ *
+ * signal     an empty handler: the thread is in KVM_RUN, as the guest's progress shows, so that each signal ends it
+ * altstack   likewise, with the handler on a stack of its own
+ * immediate  the handler sets `immediate_exit`
+ * mask       the signal is blocked but in KVM_RUN */
+#include "guest.h"
+
+#include <sched.h>
+#include <time.h>
+
+static struct vcpu vcpu;
+static volatile int returned, over;
+static int sets_immediate, blocks;
+
+static void handler(int number) {
+    (void)number;
+    if (sets_immediate)
+        vcpu.run->immediate_exit = 1;
+}
+
+static void *runs(void *uses_stack) {
+    static char stack[1 << 16];
+    stack_t alternative = {.ss_sp = stack, .ss_size = sizeof stack};
+    if (uses_stack && sigaltstack(&alternative, 0) < 0)
+        fail("sigaltstack");
+    sigset_t kick, none;
+    sigemptyset(&none);
+    sigemptyset(&kick);
+    sigaddset(&kick, SIGUSR1);
+    if (blocks) {
+        pthread_sigmask(SIG_BLOCK, &kick, 0);
+        struct {
+            struct kvm_signal_mask head;
+            uint64_t set;
+        } mask = {.head.len = 8};
+        if (call(vcpu.fd, KVM_SET_SIGNAL_MASK, &mask) < 0)
+            fail("KVM_SET_SIGNAL_MASK");
+    }
+    while (!over) {
+        int result = call(vcpu.fd, KVM_RUN, 0);
+        if (result == 0) {
+            fprintf(stderr, "exit %u\n", vcpu.run->exit_reason);
+            exit(8);
+        }
+        if (errno != EINTR)
+            fail("KVM_RUN");
+        vcpu.run->immediate_exit = 0;
+        if (blocks) {
+            struct timespec now = {0, 0};
+            sigtimedwait(&kick, 0, &now);
+        }
+        returned++;
+    }
+    return 0;
+}
+
+/* Whether it comes to be before one gives up waiting. */
+static int changes(volatile uint32_t *what, uint32_t from, uint32_t by) {
+    struct timespec start, now;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        if (*what - from >= by)
+            return 1;
+        sched_yield();
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while (now.tv_sec - start.tv_sec < 20);
+    return 0;
+}
+
+int main(int count, char **words) {
+    (void)count;
+    const char *how = words[1];
+    int kicks = atoi(words[2]), lost = 0;
+    int on_stack = !strcmp(how, "altstack");
+    sets_immediate = !strcmp(how, "immediate");
+    blocks = !strcmp(how, "mask");
+    struct sigaction action = {.sa_handler = handler, .sa_flags = on_stack ? SA_ONSTACK : 0};
+    sigaction(SIGUSR1, &action, 0);
+    struct machine machine = new_machine(0x1000);
+    vcpu = new_vcpu(&machine, 0);
+    struct request *request = requests_of(&vcpu);
+    char text[64];
+    snprintf(text, sizeof text, "a:%s", words[3]);
+    ask(request, text);
+    pthread_t thread;
+    pthread_create(&thread, 0, runs, on_stack ? &machine : 0);
+    for (int i = 0; i < kicks && lost < 3; i++) {
+        /* It is in the guest again. */
+        if (!changes(&request->done, request->done, 2)) {
+            fprintf(stderr, "the guest stands still\n");
+            exit(7);
+        }
+        int before = returned;
+        pthread_kill(thread, SIGUSR1);
+        lost += !changes((volatile uint32_t *)&returned, before, 1);
+    }
+    printf("lost %d\n", lost);
+    over = 1;
+    pthread_kill(thread, SIGUSR1);
+    pthread_join(thread, 0);
+    return 0;
+}
