@@ -4,7 +4,8 @@
 //! place of serving everything it counts what each MSR costs that gets the wrong verdict. A further range never does
 //! harm here: a two-direction range whose one bit is wrong for a direction is right for the other, and the one that it
 //! serves was wrong without it. So a range starts only where it saves something at once, or where, moved there with the
-//! ranges that touch it, one end of them meets the end of a stretch.
+//! ranges that touch it, one end of them meets the end of a stretch. A stretch is cut at all such places, so further into a
+//! part than all ranges reach together none starts.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -308,6 +309,10 @@ impl Search {
 
     /// The state as it is, and with each set of ranges started that saves more than any part of it.
     fn choose(&self, stretch: &Stretch, at: u64, state: State, into: &mut Vec<State>) {
+        if at - stretch.first > self.slots * self.length {
+            into.push(state);
+            return;
+        }
         let active = state.reach.map(|reach| reach > at);
         let mut tried: Vec<([bool; 3], u64)> = Vec::with_capacity(STARTS.len());
         for starts in STARTS {

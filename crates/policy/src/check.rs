@@ -7,8 +7,10 @@ mod model;
 mod order;
 mod tenant;
 
+use std::collections::BTreeMap;
+
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{DecisionMap, Intervals};
 
 use crate::cpuid::Cpuid;
 use crate::database::Entry;
@@ -21,10 +23,11 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         return Vec::new();
     };
     let mut findings = order::check(policy, map, &rules);
+    let shadows = Shadows::of(map);
     for (_, rule) in &rules {
         findings.extend(unenforceable(rule));
         findings.extend(logs_nothing(rule));
-        findings.extend(half_a_shadow(map, rule));
+        findings.extend(half_a_shadow(&shadows, rule));
     }
     findings.extend(guest::check(map, &rules, cpuid));
     findings.extend(tenant::check(map, &rules));
@@ -70,10 +73,10 @@ fn logs_nothing(rule: &Rule) -> Option<Diagnostic> {
     })
 }
 
-fn half_a_shadow(map: &DecisionMap, rule: &Rule) -> Option<Diagnostic> {
+fn half_a_shadow(shadows: &Shadows, rule: &Rule) -> Option<Diagnostic> {
     let read = matches!(rule.read, Some(ReadAction::Shadow(_)));
     let write = matches!(rule.write, Some(WriteAction::Shadow));
-    if read == write || shadow_partner(map, rule, read) {
+    if read == write || shadows.partner(rule, read) {
         return None;
     }
     let (message, help) = if read {
@@ -99,19 +102,38 @@ fn never_filtered(range: MsrRange) -> bool {
     range.is_within(MsrRange::X2APIC) || range == MsrRange::single(Msr::MAX)
 }
 
-/// Whether the other direction of an MSR of the rule has its shadow by another rule.
-fn shadow_partner(map: &DecisionMap, rule: &Rule, reads: bool) -> bool {
-    rule.ranges().into_iter().any(|range| {
-        if reads {
-            map.writes
-                .within(range)
-                .any(|(_, decision)| decision.action == WriteAction::Shadow)
-        } else {
-            map.reads
-                .within(range)
-                .any(|(_, decision)| matches!(decision.action, ReadAction::Shadow(_)))
+/// Where reads and where writes have a shadow.
+struct Shadows {
+    reads: Intervals<bool>,
+    writes: Intervals<bool>,
+}
+
+impl Shadows {
+    fn of(map: &DecisionMap) -> Shadows {
+        Shadows {
+            reads: map
+                .reads
+                .map(|decision| matches!(decision.action, ReadAction::Shadow(_))),
+            writes: map.writes.map(|decision| decision.action == WriteAction::Shadow),
         }
-    })
+    }
+
+    /// Whether the other direction of an MSR of the rule has its shadow by another rule.
+    fn partner(&self, rule: &Rule, reads: bool) -> bool {
+        let others = if reads { &self.writes } else { &self.reads };
+        let mut ranges = rule.ranges().into_iter();
+        ranges.any(|range| others.within(range).any(|(_, shadow)| *shadow))
+    }
+}
+
+/// Things by the number of the rule that decides them; `None` for the default. So that what is known of some hundred MSRs is
+/// not asked anew for each rule.
+fn by_rule<T: Clone>(things: &[T], decider: impl Fn(&T) -> Option<u32>) -> BTreeMap<Option<u32>, Vec<T>> {
+    let mut of: BTreeMap<Option<u32>, Vec<T>> = BTreeMap::new();
+    for thing in things {
+        of.entry(decider(thing)).or_default().push(thing.clone());
+    }
+    of
 }
 
 /// Patterns as an author wrote them: `@x2apic`, `0x10`.

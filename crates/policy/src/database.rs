@@ -19,7 +19,9 @@ mod need;
 mod search;
 mod table;
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::LazyLock;
 
 use msrgate_core::{Msr, MsrRange, Op};
 
@@ -265,10 +267,15 @@ pub fn within(range: MsrRange) -> &'static [Entry] {
 /// Where Linux gives a name of the manual to another MSR, the manual counts: `IA32_PMC0` and `MSR_IA32_PMC0` are
 /// 0xc1, though Linux calls 0x4c1 so.
 pub fn by_name(name: &str) -> Option<&'static Entry> {
-    let name = bare(name);
-    all()
-        .iter()
-        .find(|entry| entry.names().any(|other| bare(other).eq_ignore_ascii_case(name)))
+    static NAMES: LazyLock<HashMap<String, &Entry>> = LazyLock::new(|| {
+        let mut names = HashMap::new();
+        for (entry, name) in all().iter().flat_map(|entry| entry.names().map(move |name| (entry, name))) {
+            // Of several with a name the first.
+            names.entry(bare(name).to_ascii_uppercase()).or_insert(entry);
+        }
+        names
+    });
+    NAMES.get(&bare(name).to_ascii_uppercase()).copied()
 }
 
 /// The MSRs with a name or alias that a pattern matches, by index.
@@ -279,11 +286,13 @@ pub fn glob(pattern: &str) -> impl Iterator<Item = &'static Entry> + use<> {
     let linux = pattern
         .get(..9)
         .is_some_and(|start| start.eq_ignore_ascii_case("MSR_IA32_"));
-    let pattern = if linux { bare(pattern) } else { pattern }.to_owned();
+    let mut pattern = if linux { bare(pattern) } else { pattern }.as_bytes().to_vec();
+    // Several in a row mean what one does.
+    pattern.dedup_by(|a, b| (*a, *b) == (b'*', b'*'));
     all().iter().filter(move |entry| {
-        entry.names().any(|name| {
-            matches(pattern.as_bytes(), name.as_bytes()) || matches(pattern.as_bytes(), bare(name).as_bytes())
-        })
+        entry
+            .names()
+            .any(|name| matches(&pattern, name.as_bytes()) || matches(&pattern, bare(name).as_bytes()))
     })
 }
 

@@ -54,6 +54,7 @@ pub enum Code {
     TooMuchState,
     PlannerBug,
     CannotSpill,
+    TooManyMsrs,
     Unreachable,
     Unenforceable,
     LogsNothing,
@@ -75,7 +76,7 @@ pub enum Code {
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 40] = [
+    const ALL: [(Code, &'static str, &'static str); 41] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -114,6 +115,7 @@ impl Code {
             "E023",
             "what does not fit cannot be passed through from user space",
         ),
+        (Code::TooManyMsrs, "E024", "the rules name too many ranges of MSRs"),
         (
             Code::Unreachable,
             "W001",
@@ -230,8 +232,8 @@ impl fmt::Display for Code {
 pub struct Source {
     path: PathBuf,
     text: String,
-    /// The bytes at which lines begin, once somebody asks for a line.
-    lines: OnceLock<Vec<usize>>,
+    /// Places from which lines and columns are counted, once somebody asks for one: a byte, with its line and column.
+    marks: OnceLock<Vec<(usize, usize, usize)>>,
 }
 
 impl PartialEq for Source {
@@ -247,7 +249,7 @@ impl Source {
         Source {
             path,
             text,
-            lines: OnceLock::new(),
+            marks: OnceLock::new(),
         }
     }
 
@@ -263,14 +265,23 @@ impl Source {
 
     /// The line and column, both from 1, of a place in the text; columns count characters.
     pub fn line_column(&self, offset: usize) -> (usize, usize) {
-        let lines = self.lines.get_or_init(|| {
-            let behind = self.text.match_indices('\n').map(|(end, _)| end + 1);
-            std::iter::once(0).chain(behind).collect()
+        // The beginning of each line, and of each further part of a long one.
+        const PART: usize = 1024;
+        let marks = self.marks.get_or_init(|| {
+            let mut marks = vec![(0, 1, 1)];
+            let (mut line, mut column) = (1, 1);
+            for (at, c) in self.text.char_indices() {
+                (line, column) = if c == '\n' { (line + 1, 1) } else { (line, column + 1) };
+                if column % PART == 1 {
+                    marks.push((at + c.len_utf8(), line, column));
+                }
+            }
+            marks
         });
-        let line = lines.partition_point(|start| *start <= offset).max(1);
-        let start = lines.get(line - 1).copied().unwrap_or_default();
+        let mark = marks.partition_point(|(start, ..)| *start <= offset).saturating_sub(1);
+        let (start, line, column) = marks.get(mark).copied().unwrap_or((0, 1, 1));
         let before = self.text.get(start..offset).or(self.text.get(start..));
-        (line, before.unwrap_or_default().chars().count() + 1)
+        (line, column + before.unwrap_or_default().chars().count())
     }
 }
 

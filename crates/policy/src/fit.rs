@@ -12,6 +12,9 @@ use crate::{Code, Diagnostic, Policy, database};
 /// More rules than these are not tried one by one.
 const MOST_RULES: usize = 64;
 
+/// Nor so many that the intervals of the map, each time anew, are more than these.
+const EFFORT: usize = 1_000_000;
+
 /// What a refusal lists of one kind.
 const LISTED: usize = 24;
 
@@ -53,7 +56,8 @@ impl Without {
             Plan::compile(&map).ok().map(|_| map)
         };
         let mut changed = fitting(&rules).filter(|_| !rules.is_empty())?;
-        if rules.len() <= MOST_RULES {
+        let intervals = map.reads.len() + map.writes.len();
+        if rules.len() <= MOST_RULES.min(EFFORT / intervals) {
             for rule in rules.clone() {
                 rules.remove(&rule);
                 match fitting(&rules) {

@@ -14,6 +14,7 @@ mod crosvm;
 mod firecracker;
 mod msr_safe;
 
+use std::collections::HashMap;
 use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, Verdict, WriteAction};
@@ -147,22 +148,17 @@ impl fmt::Display for Imported {
             .filter(|(_, read, write)| read.is_some() || write.is_some())
             .collect();
         msrs.sort_by_key(|(msr, ..)| *msr);
-        let mut left: Vec<bool> = vec![true; msrs.len()];
-        for (at, (_, read, write)) in msrs.iter().enumerate() {
-            if left.get(at) != Some(&true) {
-                continue;
+        // In the order of the first MSR of each.
+        let mut groups: Vec<(&_, &_, Vec<Msr>)> = Vec::new();
+        let mut places = HashMap::new();
+        for (msr, read, write) in msrs {
+            let place = *places.entry((read, write)).or_insert(groups.len());
+            match groups.get_mut(place) {
+                Some((.., group)) => group.push(*msr),
+                None => groups.push((read, write, vec![*msr])),
             }
-            let same = |(other, left): (&&&(Msr, _, _), &mut bool)| {
-                let (msr, other_read, other_write) = *other;
-                let taken = *left && other_read == read && other_write == write;
-                *left &= !taken;
-                taken.then_some(*msr)
-            };
-            let group: Vec<Msr> = msrs
-                .iter()
-                .zip(left.iter_mut())
-                .filter_map(|(msr, left)| same((&msr, left)))
-                .collect();
+        }
+        for (read, write, group) in groups {
             print::rule(f, &spell::patterns(&group), read.as_ref(), write.as_ref(), None)?;
         }
         Ok(())

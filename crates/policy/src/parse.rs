@@ -25,6 +25,9 @@ pub struct Rejected {
     pub diagnostics: Vec<Diagnostic>,
 }
 
+/// The most ranges of MSRs that the rules may name, each as often as it is named: `*` comes to some hundred.
+const MOST_RANGES: usize = 1 << 19;
+
 /// The keys of a policy.
 pub(crate) const KEYS: [&str; 10] = [
     "version", "name", "default", "unknown", "invalid", "valid", "spill", "accept", "extends", "rule",
@@ -54,7 +57,10 @@ impl File {
         self.valid = self.valid.or(base.valid);
         self.spill = self.spill.or(base.spill);
         self.rules.extend(base.rules);
-        // A rule that this policy replaces by one for the same MSRs is gone, so that what is printed reads back.
+    }
+
+    /// Leaves out rules that earlier ones for the same MSRs replace, so that what is printed reads back.
+    fn without_replaced(mut self) -> File {
         let replaced: HashSet<usize> = rule::repeated(&self.rules)
             .into_iter()
             .map(|(again, _)| again)
@@ -65,6 +71,7 @@ impl File {
                 .next()
                 .is_none_or(|position: usize| !replaced.contains(&position))
         });
+        self
     }
 }
 
@@ -75,8 +82,9 @@ pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
         diagnostics: Vec::new(),
         open: Vec::new(),
         read: HashSet::new(),
+        ranges_left: MOST_RANGES,
     };
-    let file = loading.file(path, None);
+    let file = loading.file(path, None).map(File::without_replaced);
     let Loading {
         sources,
         mut diagnostics,
@@ -128,6 +136,8 @@ struct Loading<'a> {
     open: Vec<PathBuf>,
     /// The files that have been read.
     read: HashSet<PathBuf>,
+    /// How many ranges of MSRs the rules may still name.
+    ranges_left: usize,
 }
 
 impl Loading<'_> {
@@ -190,8 +200,9 @@ impl Loading<'_> {
             };
             syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()).help(help));
         }
-        let mut reader = Reader::new(source);
+        let mut reader = Reader::new(source, self.ranges_left);
         let file = read_file(document.get_ref(), &mut reader);
+        self.ranges_left = reader.ranges_left;
         // What recovery made of a broken line is not the author's mistake.
         let line = |place: &Place| {
             let source = self.sources.get(place.source);
@@ -281,7 +292,14 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
         match rules.get_ref() {
             DeValue::Array(tables) => {
                 for table in tables.iter() {
-                    file.rules.extend(reader.rule(table));
+                    let Some(rule) = reader.rule(table) else { continue };
+                    let ranges = rule.ranges().len();
+                    let Some(left) = reader.ranges_left.checked_sub(ranges) else {
+                        reader.found(too_many(rule.place));
+                        break;
+                    };
+                    reader.ranges_left = left;
+                    file.rules.push(rule);
                 }
             }
             _ => {
@@ -295,6 +313,12 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
     }
     rule::twice(&file.rules, reader);
     file
+}
+
+fn too_many(place: Place) -> Diagnostic {
+    let message = format!("the rules up to this one name more than {MOST_RANGES} ranges of MSRs");
+    Diagnostic::at(Code::TooManyMsrs, place, message)
+        .help("join rules that give the same, and name ranges in place of single MSRs")
 }
 
 #[cfg(test)]

@@ -211,8 +211,9 @@ fn every_finding_has_its_paragraph_and_its_example() {
     let blocks = blocks("findings.md");
     for heading in headings {
         let shown = blocks.iter().any(|block| block.heading == heading);
-        // A bug of the planner has no example.
-        assert_eq!(shown, !heading.starts_with("E022"), "{heading}");
+        // A bug of the planner has no example, and one of too many ranges would be too long.
+        let none = ["E022", "E024"].iter().any(|code| heading.starts_with(code));
+        assert_eq!(shown, !none, "{heading}");
     }
 }
 

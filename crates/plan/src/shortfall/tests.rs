@@ -169,3 +169,12 @@ fn a_map_that_is_too_large_to_search_whole_says_so() {
     assert!(!found.proved);
     assert!(found.best.unwrap().cost > 0);
 }
+
+#[test]
+fn a_stretch_that_is_far_longer_than_all_ranges_is_not_walked() {
+    // 2^32 MSRs and ranges of two: a step for each range that the stretch has room for would take hours.
+    let everything = Intervals::uniform((true, false));
+    let found = shortfall(&everything, &Intervals::uniform((1, 1)), &[], (2, 3));
+    assert!(found.proved);
+    assert_eq!(found.best.map(|best| best.cost), Some(u64::from(u32::MAX) - 6));
+}

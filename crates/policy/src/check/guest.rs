@@ -3,7 +3,7 @@
 use msrgate_core::{Op, ReadAction, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::some;
+use super::{by_rule, some};
 use crate::cpuid::Cpuid;
 use crate::database::{self, Need, System, Vendor};
 use crate::{Code, Diagnostic, Rule};
@@ -17,21 +17,18 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cp
         .iter()
         .filter(|need| applies(need, cpuid) && denies(map, need))
         .collect();
-    let by = |rule: Option<u32>| -> Vec<&Need> {
-        let by_rule = denied.iter().filter(|need| decider(map, need) == rule);
-        by_rule.copied().collect()
-    };
-    let by_rules = rules.iter().filter_map(|(index, rule)| breaks(rule, &by(Some(*index))));
+    let denied = by_rule(&denied, |need| decider(map, need));
+    let by_rules = rules.iter();
+    let by_rules = by_rules.filter_map(|(index, rule)| breaks(rule, denied.get(&Some(*index))?));
     let mut findings: Vec<Diagnostic> = by_rules.collect();
     if cpuid.is_none() {
         let of_interface = |need: &&Need| !applies(need, None) && denies(map, need);
         let offered: Vec<&Need> = database::needs().iter().filter(of_interface).collect();
-        findings.extend(rules.iter().filter_map(|(index, rule)| {
-            let by_rule = offered.iter().filter(|need| decider(map, need) == Some(*index));
-            offered_elsewhere(rule, &by_rule.copied().collect::<Vec<_>>())
-        }));
+        let offered = by_rule(&offered, |need| decider(map, need));
+        let by_rules = rules.iter();
+        findings.extend(by_rules.filter_map(|(index, rule)| offered_elsewhere(rule, offered.get(&Some(*index))?)));
     }
-    findings.extend(none_starts(&by(None)));
+    findings.extend(denied.get(&None).and_then(|needs| none_starts(needs)));
     findings
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use msrgate_core::{Op, ReadAction, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{named, some};
+use super::{by_rule, named, some};
 use crate::cpuid::Cpuid;
 use crate::database::{self, Entry};
 use crate::{Code, Diagnostic, Pattern, Rule};
@@ -18,9 +18,13 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) ->
         findings.extend(allows_absent(map, rule, *index, cpuid));
     }
     let denied: Vec<&Entry> = shown(cpuid).filter(|entry| denies(map, entry)).collect();
+    let of_rules = by_rule(&denied, |entry| decider(map, entry));
     for (index, rule) in rules {
-        let by_rule = denied.iter().filter(|entry| decider(map, entry) == Some(*index));
-        findings.extend(denies_shown(rule, by_rule.copied().collect(), cpuid));
+        findings.extend(
+            of_rules
+                .get(&Some(*index))
+                .and_then(|denied| denies_shown(rule, denied, cpuid)),
+        );
     }
     findings.extend(denies_whole_features(map, &denied, cpuid));
     findings
@@ -62,14 +66,11 @@ fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> O
     )
 }
 
-fn denies_shown(rule: &Rule, denied: Vec<&Entry>, cpuid: &Cpuid) -> Option<Diagnostic> {
-    if denied.is_empty() {
-        return None;
-    }
-    let features = features_of(&denied, cpuid, true);
+fn denies_shown(rule: &Rule, denied: &[&Entry], cpuid: &Cpuid) -> Option<Diagnostic> {
+    let features = features_of(denied, cpuid, true);
     let message = format!(
         "the guest's CPUID shows {features}, and this rule denies {}",
-        named(&denied)
+        named(denied)
     );
     Some(
         Diagnostic::at(Code::DeniesShown, rule.place.clone(), message).help(format!(

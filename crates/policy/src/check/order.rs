@@ -1,12 +1,17 @@
 //! What the order of the rules decides, and most likely not as meant: rules that others hide, repeat or make useless.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::Hash;
 
 use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::{Decision, DecisionMap, Intervals};
 
 use super::listed;
 use crate::{Code, Diagnostic, Pattern, Policy, Rule};
+
+/// How many intervals of the decision map are looked at for rules that hide each other: ranges within ranges have the square
+/// of their number. What is left of the rules then is only looked at for whether it counts at all.
+const EFFORT: usize = 4_000_000;
 
 /// Findings about the policy's own rules. Those of policies that it extends are there to be overridden.
 pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
@@ -28,8 +33,14 @@ pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)]) 
         Some((action, log))
     }));
     let own = rules.iter().filter(|(_, rule)| rule.place.source == 0);
+    let mut search = Search {
+        policy,
+        map,
+        widths: policy.rules.iter().map(|rule| width(&rule.ranges())).collect(),
+        left: EFFORT,
+    };
     own.filter_map(|&(index, rule)| {
-        let hidden = Hidden::find(policy, map, rule, index);
+        let hidden = search.hidden(rule, index);
         if !deciding.contains(&index) {
             Some(never_counts(policy, map, rule, &hidden))
         } else if let Some(part) = hidden.iter().find(|part| !part.same) {
@@ -55,30 +66,33 @@ struct Hidden<'a> {
     same: bool,
 }
 
-impl<'a> Hidden<'a> {
-    fn find(policy: &'a Policy, map: &DecisionMap, rule: &'a Rule, index: u32) -> Vec<Hidden<'a>> {
+/// The search for patterns that earlier rules decide.
+struct Search<'a> {
+    policy: &'a Policy,
+    map: &'a DecisionMap,
+    /// How many MSRs each rule names.
+    widths: Vec<u64>,
+    /// How many intervals may still be looked at.
+    left: usize,
+}
+
+impl<'a> Search<'a> {
+    fn hidden(&mut self, rule: &'a Rule, index: u32) -> Vec<Hidden<'a>> {
         let mut hidden = Vec::new();
         for pattern in &rule.msrs {
             if let Some(action) = &rule.read {
-                hidden.extend(Hidden::of(policy, &map.reads, (rule, index), pattern, Op::Read, action));
+                hidden.extend(self.part(&self.map.reads, (rule, index), pattern, Op::Read, action));
             }
             if let Some(action) = &rule.write {
-                hidden.extend(Hidden::of(
-                    policy,
-                    &map.writes,
-                    (rule, index),
-                    pattern,
-                    Op::Write,
-                    action,
-                ));
+                hidden.extend(self.part(&self.map.writes, (rule, index), pattern, Op::Write, action));
             }
         }
         hidden
     }
 
     /// Only where it is no override: the rules before it either say the same of all of the pattern, or are wider than it.
-    fn of<A: Clone + Eq>(
-        policy: &'a Policy,
+    fn part<A: Clone + Eq>(
+        &mut self,
         map: &Intervals<Decision<A>>,
         (rule, index): (&'a Rule, u32),
         pattern: &'a Pattern,
@@ -86,11 +100,17 @@ impl<'a> Hidden<'a> {
         action: &A,
     ) -> Option<Hidden<'a>> {
         let (mut all, mut lost, mut by, mut same) = (0, 0, None, true);
-        for range in pattern.ranges() {
+        let ranges = pattern.ranges();
+        let own_width = width(&ranges);
+        for range in ranges {
             all += range.len();
             for (part, decision) in map.within(range) {
-                let earlier = decision.rule.filter(|&number| number < index);
-                let Some(earlier) = earlier.and_then(|number| policy.rules.get(usize::try_from(number).ok()?)) else {
+                self.left = self.left.checked_sub(1)?;
+                let number = decision.rule.filter(|&number| number < index);
+                let number = number.and_then(|number| usize::try_from(number).ok());
+                let earlier =
+                    number.and_then(|number| Some((self.policy.rules.get(number)?, self.widths.get(number)?)));
+                let Some((earlier, earlier_width)) = earlier else {
                     continue;
                 };
                 // For a guest of another kind the rule may count.
@@ -98,7 +118,7 @@ impl<'a> Hidden<'a> {
                     continue;
                 }
                 let same_here = decision.action == *action;
-                if !same_here && width(&earlier.ranges()) <= width(&pattern.ranges()) {
+                if !same_here && *earlier_width <= own_width {
                     continue;
                 }
                 same &= same_here;
@@ -115,7 +135,9 @@ impl<'a> Hidden<'a> {
             same,
         })
     }
+}
 
+impl Hidden<'_> {
     /// What is hidden, as the subject of a sentence.
     fn subject(&self) -> String {
         let op = match self.op {
@@ -185,16 +207,21 @@ fn useless(rule: &Rule) -> Diagnostic {
 /// The rules without which something would get another action or be logged otherwise, in one direction.
 ///
 /// A sweep over the space: wherever the rules that name an MSR change, the first is compared with the second.
-fn without_which_something_changes<A: Eq>(
+fn without_which_something_changes<A: Eq + Hash>(
     rules: &[(u32, &Rule)],
     default: A,
     said: impl Fn(&Rule) -> Option<(A, Log)>,
 ) -> HashSet<u32> {
-    let said: BTreeMap<u32, (&Rule, (A, Log))> = rules
+    // What rules say, by number: comparing what two rules say takes long where both list many values.
+    let mut numbers: HashMap<(A, Log), usize> = HashMap::from([((default, Log::None), 0)]);
+    let mut number = |said: (A, Log)| {
+        let next = numbers.len();
+        *numbers.entry(said).or_insert(next)
+    };
+    let said: BTreeMap<u32, (&Rule, usize)> = rules
         .iter()
-        .filter_map(|&(index, rule)| Some((index, (rule, said(rule)?))))
+        .filter_map(|&(index, rule)| Some((index, (rule, number(said(rule)?)))))
         .collect();
-    let default = (default, Log::None);
     // Where a rule begins and, one further, ends.
     let mut cuts: BTreeMap<u64, (Vec<u32>, Vec<u32>)> = BTreeMap::new();
     for (index, (rule, _)) in &said {
@@ -225,7 +252,7 @@ fn without_which_something_changes<A: Eq>(
         let (always, behind) = match in_order.next() {
             // The rule behind may hold for this guest and not for others.
             Some((_, (behind, second))) => (behind.when.is_always() || behind.when == rule.when, second),
-            None => (true, &default),
+            None => (true, &0),
         };
         if !always || first != behind {
             useful.insert(index);

@@ -3,16 +3,16 @@
 use msrgate_core::{MsrRange, ReadAction, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{named, some};
+use super::{by_rule, named, some};
 use crate::database::{self, Entry, Host, State};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// Rules by which a guest reads what tells of the host and its other guests.
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
-    rules
-        .iter()
-        .filter_map(|(index, rule)| tells_of_host(map, rule, *index))
-        .collect()
+    let secret: Vec<&Entry> = database::all().iter().filter(|entry| entry.is_secret()).collect();
+    let secret = by_rule(&secret, |entry| map.reads.get(entry.msr).rule);
+    let decided = |(index, rule): &(u32, &Rule)| tells_of_host(rule, secret.get(&Some(*index))?);
+    rules.iter().filter_map(decided).collect()
 }
 
 /// What whoever saves a guest of this policy must know.
@@ -20,9 +20,10 @@ pub(super) fn notes(map: &DecisionMap) -> Vec<Diagnostic> {
     unlisted(map).into_iter().chain(kept(map)).collect()
 }
 
-fn tells_of_host(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
+/// `secret` are the MSRs that tell of the host and of which the rule decides reads.
+fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
     // Only of what a rule names can be said that it is meant.
-    let named_by_rule = |entry: &&Entry| {
+    let named_by_rule = |entry: &&&Entry| {
         let names = |pattern: &Pattern| pattern.ranges().iter().any(|range| range.contains(entry.msr));
         let meant = |pattern: &&Pattern| !matches!(pattern, Pattern::Range(range) if range.len() > 1);
         match rule.read {
@@ -31,13 +32,7 @@ fn tells_of_host(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnosti
             _ => false,
         }
     };
-    let told = database::all()
-        .iter()
-        .filter(|entry| entry.is_secret())
-        .filter(named_by_rule);
-    let told: Vec<&Entry> = told
-        .filter(|entry| map.reads.get(entry.msr).rule == Some(index))
-        .collect();
+    let told: Vec<&Entry> = secret.iter().filter(named_by_rule).copied().collect();
     if told.is_empty() {
         return None;
     }

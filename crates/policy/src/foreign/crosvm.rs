@@ -6,7 +6,7 @@
 //! to deny the directions of `type` (`get_override_msr_list`), so that crosvm answers; without, it answers what KVM does not
 //! know or refuses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use msrgate_core::{Msr, Op, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
@@ -25,6 +25,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         comments: vec!["From crosvm's flags. What they do not name is KVM's own.".to_owned()],
         remarks: Vec::new(),
     };
+    let mut seen = HashSet::new();
     let flags = text.contains(FLAG);
     for (line, text) in (1..).zip(text.lines()) {
         let text = text.split(" #").next().unwrap_or_default();
@@ -45,7 +46,8 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
             };
             if let Some(value) = value {
                 awaited = !flags;
-                one(value, &mut imported).map_err(|message| ForeignError::at(line, format!("`{value}`: {message}")))?;
+                one(value, &mut seen, &mut imported)
+                    .map_err(|message| ForeignError::at(line, format!("`{value}`: {message}")))?;
             }
         }
         if flags && awaited {
@@ -61,7 +63,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
 }
 
 /// The value of one flag.
-fn one(value: &str, to: &mut Imported) -> Result<(), String> {
+fn one(value: &str, seen: &mut HashSet<Msr>, to: &mut Imported) -> Result<(), String> {
     let mut keys: BTreeMap<&str, &str> = BTreeMap::new();
     for (at, part) in value.split(',').enumerate() {
         let (key, value) = match part.split_once('=') {
@@ -92,7 +94,7 @@ fn one(value: &str, to: &mut Imported) -> Result<(), String> {
     let index = wanted("index")?;
     let index = number::parse(index).ok().and_then(|index| u32::try_from(index).ok());
     let msr = Msr(index.ok_or("`index` is no number of 32 bits")?);
-    if to.msrs.iter().any(|(other, ..)| *other == msr) {
+    if !seen.insert(msr) {
         return Err("the index was given before".to_owned());
     }
     let kind = wanted("type")?;

@@ -4,6 +4,8 @@
 //! as KVM has it (`src/vmm/src/cpu_config/x86_64/custom_cpu_template.rs`, `deserialize_u64_bitmap`). Bits that are not
 //! written are left too.
 
+use std::collections::HashSet;
+
 use msrgate_core::{Msr, ReadAction, Verdict};
 use serde::Deserialize;
 
@@ -47,10 +49,11 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         comments,
         remarks: Vec::new(),
     };
+    let mut seen = HashSet::new();
     for Modifier { addr, bitmap } in &template.msr_modifiers {
         let index = number::parse(addr).ok().and_then(|index| u32::try_from(index).ok());
         let msr = Msr(index.ok_or_else(|| ForeignError::new(format!("the addr `{addr}` is no number of 32 bits")))?);
-        if imported.msrs.iter().any(|(other, ..)| *other == msr) {
+        if !seen.insert(msr) {
             return Err(ForeignError::new(format!("the addr `{addr}` is there twice")));
         }
         let (keep, set) = bits(bitmap).ok_or_else(|| {

@@ -3,7 +3,7 @@
 //! `0x00000199 0x000000000000ffff # comment`: an MSR that may be read, and the bits that may be written; what a write has
 //! in other bits is dropped, and with no bits at all it fails (`msr_write`, `parse_next_allowlist_entry`). What is not listed fails.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
@@ -21,6 +21,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         ],
         remarks: Vec::new(),
     };
+    let mut seen = HashSet::new();
     let mut index = None;
     for (line, text) in (1..).zip(text.lines()) {
         for word in text.split_whitespace() {
@@ -33,7 +34,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
                 let msr = u32::try_from(number).map(Msr);
                 let msr =
                     msr.map_err(|_| ForeignError::at(line, format!("an MSR index has 32 bits, and not `{word}`")))?;
-                if imported.msrs.iter().any(|(other, ..)| *other == msr) {
+                if !seen.insert(msr) {
                     return Err(ForeignError::at(
                         line,
                         format!("{msr} was listed before, which msr-safe refuses"),

@@ -1,19 +1,28 @@
 //! Typed values out of TOML, with a finding for each that is not what it should be.
 
+use std::collections::HashMap;
+
 use msrgate_core::{Otherwise, ReadAction, WriteAction};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::database::nearest_of;
 use crate::number::{self, NumberError};
-use crate::{Code, Diagnostic, Place};
+use crate::{Code, Diagnostic, Pattern, Place};
 
 type Value<'a> = Spanned<DeValue<'a>>;
 
 pub(super) struct Reader {
     pub(super) source: usize,
     pub(super) diagnostics: Vec<Diagnostic>,
+    /// Patterns that name many MSRs, by how they are written, since rules repeat them.
+    pub(super) wide: HashMap<String, Pattern>,
+    /// How many ranges of MSRs may still be named.
+    pub(super) ranges_left: usize,
 }
+
+/// With more findings than these no word that may be meant is looked for.
+const HELPED: usize = 100;
 
 /// A text and where it stands.
 pub(super) struct Text {
@@ -25,11 +34,18 @@ const READS: &str = "a read gets `allow`, `deny`, `zero`, `host`, { value = … 
 const WRITES: &str = "a write gets `allow`, `deny`, `ignore`, `shadow`, { mask = { may_change = …, otherwise = \"deny\" } }, { only = [ … ] }, { once = true } or { handler = \"…\" }";
 
 impl Reader {
-    pub(super) fn new(source: usize) -> Reader {
+    pub(super) fn new(source: usize, ranges_left: usize) -> Reader {
         Reader {
             source,
             diagnostics: Vec::new(),
+            wide: HashMap::new(),
+            ranges_left,
         }
+    }
+
+    /// Whether there are so few findings that each is worth a search for the word that is meant.
+    pub(super) fn helps(&self) -> bool {
+        self.diagnostics.len() < HELPED
     }
 
     pub(super) fn found(&mut self, diagnostic: Diagnostic) {

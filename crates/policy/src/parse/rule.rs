@@ -84,7 +84,7 @@ impl Reader {
                 }
             };
             let place = self.place(item);
-            match Pattern::parse(&text) {
+            match self.pattern(&text) {
                 Ok(pattern) => {
                     match listed.entry(pattern.ranges()) {
                         Entry::Occupied(first) => {
@@ -101,12 +101,23 @@ impl Reader {
                 Err(error) => {
                     fine = false;
                     let mut diagnostic = Diagnostic::at(code(&error), place, error.to_string());
-                    diagnostic.help = error.help();
+                    diagnostic.help = self.helps().then(|| error.help()).flatten();
                     self.found(diagnostic);
                 }
             }
         }
         fine.then_some(patterns)
+    }
+
+    fn pattern(&mut self, text: &str) -> Result<Pattern, PatternError> {
+        if let Some(pattern) = self.wide.get(text) {
+            return Ok(pattern.clone());
+        }
+        let pattern = Pattern::parse(text)?;
+        if matches!(pattern, Pattern::Glob(..) | Pattern::Class(..)) {
+            self.wide.insert(text.to_owned(), pattern.clone());
+        }
+        Ok(pattern)
     }
 
     fn when(&mut self, value: &Spanned<DeValue<'_>>) -> Option<When> {
@@ -150,7 +161,8 @@ impl Reader {
                 continue;
             }
             let message = format!("`{}` is not a CPUID feature that is known here", feature.text);
-            let help = match nearest_of(&feature.text, known) {
+            let near = self.helps().then(|| nearest_of(&feature.text, known)).flatten();
+            let help = match near {
                 Some(near) => format!("did you mean `{near}`? the names are those of `/proc/cpuinfo`"),
                 None => "the names are those of `/proc/cpuinfo`".to_owned(),
             };

@@ -40,6 +40,9 @@ pub(super) fn read(text: &str) -> Result<Given, RawError> {
     reader.finish()
 }
 
+/// After more filters than these, each of which is looked for by name, the rest is not read.
+const MOST_FILTERS: usize = 64;
+
 struct Reader<'a> {
     cursor: Cursor<'a>,
     objects: Objects,
@@ -72,6 +75,9 @@ impl Reader<'_> {
             self.filters.push(filter);
         }
         while self.cursor.peek().is_some() {
+            if self.filters.len() > MOST_FILTERS {
+                return Err(self.cursor.error("here are many filters; leave one".to_owned()));
+            }
             let from = self.cursor.at;
             if let Err(error) = self.statement() {
                 self.cursor.at = from;

@@ -166,6 +166,9 @@ impl Objects {
 
     fn named(&self, cursor: &mut Cursor<'_>, name: &str, depth: u32) -> Result<u64, RawError> {
         if let Some(tokens) = self.macros.get(name) {
+            let left = self.macro_tokens_left.get().checked_sub(tokens.len());
+            let left = left.ok_or_else(|| cursor.error("macros come to too much here: give the number".to_owned()))?;
+            self.macro_tokens_left.set(left);
             let mut inner = Cursor { tokens, at: 0 };
             let value = self.binary(&mut inner, 0, depth)?;
             return match inner.peek() {

@@ -1,5 +1,6 @@
 //! Variables and arrays of integers of C.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::cursor::Cursor;
@@ -43,7 +44,12 @@ pub(super) struct Objects {
     pub(super) macros: Macros,
     pub(super) objects: HashMap<String, Object>,
     bytes: usize,
+    /// How many tokens of macros may still be read, each as often as the macro is used.
+    pub(super) macro_tokens_left: Cell<usize>,
 }
+
+/// The most tokens of macros that are read: macros that use macros twice have a power of two.
+const MOST_MACRO_TOKENS: usize = 1 << 20;
 
 impl Objects {
     pub(super) fn new(macros: Macros) -> Objects {
@@ -51,6 +57,7 @@ impl Objects {
             macros,
             objects: HashMap::new(),
             bytes: 0,
+            macro_tokens_left: Cell::new(MOST_MACRO_TOKENS),
         }
     }
 

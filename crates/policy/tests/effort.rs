@@ -1,0 +1,127 @@
+//! Inputs that are large or clever take no more work than their size. Each of these took minutes, or for ever, where work
+//! grows with the square of the size or faster.
+
+use msrgate_core::Verdict;
+use msrgate_policy::foreign::{Format, import};
+use msrgate_policy::{Code, Diagnostic, Policy, check, raw};
+
+fn policy(rules: impl Iterator<Item = String>) -> String {
+    let rules: String = rules.map(|rule| format!("\n[[rule]]\n{rule}\n")).collect();
+    format!("version = 1\ndefault = \"deny\"\n{rules}")
+}
+
+fn codes(findings: &[Diagnostic]) -> Vec<Code> {
+    let mut codes: Vec<Code> = findings.iter().map(|found| found.code).collect();
+    codes.dedup();
+    codes
+}
+
+#[test]
+fn macros_that_use_macros_are_read_so_often_and_no_more() {
+    let uses = |levels: u32, most: u32| {
+        let macros = (1..=levels).map(|n| format!("#define A{n} (A{0} + A{0} + A{0} + A{0})\n", n - 1));
+        let macros: String = macros.collect();
+        format!("#define A0 1\n{macros}struct kvm_msr_filter f = {{ .flags = A{levels} - {most} }};\n")
+    };
+    let given = raw::read(uses(6, 4096).as_bytes()).expect("a filter");
+    assert_eq!(given.filter.default_verdict(), Verdict::Allow);
+    for levels in [16, 24] {
+        let error = raw::read(uses(levels, 0).as_bytes()).expect_err("far too much");
+        assert!(error.to_string().contains("macros come to too much"), "{error}");
+    }
+    let many: String = (0..300_000).map(|n| format!("f{n}.flags = 0;\n")).collect();
+    let error = raw::read(format!("/* */\n{many}").as_bytes()).expect_err("which of them?");
+    assert!(error.to_string().contains("many filters"), "{error}");
+}
+
+#[test]
+fn ranges_within_ranges_are_checked() {
+    let rules = (0..60_000)
+        .rev()
+        .map(|n| format!("msr = \"{n}..={}\"\nread = \"allow\"", 200_000 - n));
+    let policy = Policy::parse("p.toml", &policy(rules)).expect("a policy");
+    let map = policy.decision_map(None).expect("a map");
+    // Each rule decides the MSRs around those of the rules before it.
+    let findings = check(&policy, &map, None);
+    assert!(!codes(&findings).contains(&Code::Unreachable));
+}
+
+#[test]
+fn rules_that_each_accept_something_are_checked() {
+    let rules = (0..80_000).map(|n| format!("msr = {n}\nread = \"deny\"\naccept = {{ W007 = \"a\" }}"));
+    let policy = Policy::parse("p.toml", &policy(rules)).expect("a policy");
+    let map = policy.decision_map(None).expect("a map");
+    let findings = check(&policy, &map, None);
+    let accepted = findings
+        .iter()
+        .filter(|found| found.accepted.is_some() && found.code == Code::Useless);
+    assert!(accepted.count() > 70_000);
+}
+
+#[test]
+fn a_glob_of_many_stars_is_matched() {
+    let stars = "*".repeat(8 << 20);
+    let rules = [format!("msr = \"{stars}IA32_TSC{stars}\"\nread = \"allow\"")];
+    let policy = Policy::parse("p.toml", &policy(rules.into_iter())).expect("a policy");
+    assert!(policy.rules[0].ranges().iter().any(|range| range.first().0 == 0x10));
+}
+
+#[test]
+fn findings_on_one_long_line_have_their_columns() {
+    let rules: Vec<String> = (0..50_000)
+        .map(|n| format!("{{msr=\"NO{n}\",read=\"deny\"}}"))
+        .collect();
+    let text = format!("version = 1\ndefault = \"deny\"\nrule = [{}]\n", rules.join(","));
+    let rejected = Policy::parse("p.toml", &text).expect_err("these are no MSRs");
+    assert_eq!(rejected.diagnostics.len(), rules.len());
+    let mut column = "rule = [{msr=".len() + 1;
+    for (found, rule) in rejected.diagnostics.iter().zip(&rules) {
+        let place = found.place.as_ref().expect("a place");
+        assert_eq!(rejected.sources[0].line_column(place.span.start), (3, column));
+        column += rule.len() + 1;
+    }
+    assert!(rejected.diagnostics[0].help.is_some());
+}
+
+#[test]
+fn other_tools_lists_are_read() {
+    let count = 100_000;
+    let flags: String = (0..count)
+        .map(|n| format!("index={n},type=r,action=pass,filter=yes\n"))
+        .collect();
+    let list: String = (0..count).map(|n| format!("{n:#x} {:#x}\n", n + 1)).collect();
+    let modifiers: Vec<String> = (0..count)
+        .map(|n| format!("{{\"addr\":\"{n}\",\"bitmap\":\"x{n:b}\"}}"))
+        .collect();
+    let template = format!("{{\"msr_modifiers\":[{}]}}", modifiers.join(","));
+    for (format, text) in [
+        (Format::Crosvm, flags),
+        (Format::MsrSafe, list),
+        (Format::Firecracker, template),
+    ] {
+        let imported = import(format, &text).expect("a list");
+        assert_eq!(imported.msrs.len(), count);
+        let text = imported.to_string();
+        assert!(text.matches("[[rule]]").count() > 0, "{}", format.name());
+    }
+}
+
+#[test]
+fn more_ranges_than_any_filter_needs_are_refused() {
+    let rules = (0..40_000).map(|_| "msr = \"*\"\nread = \"deny\"".to_owned());
+    let rejected = Policy::parse("p.toml", &policy(rules)).expect_err("far too many");
+    assert!(codes(&rejected.diagnostics).contains(&Code::TooManyMsrs));
+    let message = &rejected
+        .diagnostics
+        .iter()
+        .find(|found| found.code == Code::TooManyMsrs)
+        .expect("it")
+        .message;
+    assert!(message.contains("524288"), "{message}");
+    // A policy of single MSRs may have hundreds of thousands.
+    let rules = (0..300_000).map(|n| format!("msr = {}\nread = \"allow\"", n * 2));
+    assert_eq!(
+        Policy::parse("p.toml", &policy(rules)).expect("a policy").rules.len(),
+        300_000
+    );
+}
