@@ -379,8 +379,7 @@ impl Region {
     }
 
     /// Lets go of vCPUs of which the process has no descriptor any more: their mappings would keep the VMs.
-    pub(crate) fn collect(&mut self, stopped: &mut Stopped, thread: i32) {
-        let Ok(alive) = target::vcpus(thread) else { return };
+    pub(crate) fn collect(&mut self, stopped: &mut Stopped, alive: &[u64]) {
         for number in 1..self.slots.len() {
             let gone = self.slots.get(number).and_then(Option::as_ref);
             let Some(gone) = gone.filter(|slot| !alive.contains(&slot.vcpu)) else {

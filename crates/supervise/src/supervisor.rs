@@ -44,6 +44,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How often is looked whether it still does, in milliseconds.
 const AGAIN: u8 = 1;
 
+/// How many vCPUs a process may have whose descriptors are looked for at each new VM.
+const FEW: usize = 16;
+/// From how many VMs on it is looked which are gone.
+const MANY: usize = 64;
+
 /// What is to be enforced, and what is to be written down.
 pub struct Setup {
     /// The policy; where it depends on the guest's CPUID, what is in force until that is known.
@@ -83,6 +88,8 @@ pub struct Supervisor {
     tables: Vec<(Arc<Policy>, Arc<Table>)>,
     host: Option<HostMsrs>,
     tracing: Arc<Mutex<()>>,
+    /// From how many VMs on is looked which are gone.
+    many: usize,
 }
 
 impl fmt::Debug for Supervisor {
@@ -175,6 +182,7 @@ impl Supervisor {
             tables: Vec::new(),
             host: None,
             tracing: Arc::default(),
+            many: MANY,
         })
     }
 
@@ -354,7 +362,7 @@ impl Supervisor {
             Err(None) => return,
             Err(Some(line)) => return self.refuse_object(waiting, "no VM is made", &line),
         };
-        self.collect(&mut stopped, waiting.thread);
+        self.collect(&mut stopped);
         let [kvm, _, kind, ..] = waiting.arguments;
         let vm = match stopped.ioctl(kvm, kvm::CREATE_VM, kind) {
             Ok(vm) => vm,
@@ -630,7 +638,7 @@ impl Supervisor {
     }
 
     /// Lets go of what is no longer there: vCPUs that the process has closed, and processes that have ended.
-    fn collect(&mut self, stopped: &mut Stopped, thread: i32) {
+    fn collect(&mut self, stopped: &mut Stopped) {
         let ended = |process: i32| nix::sys::signal::kill(Pid::from_raw(process), None) == Err(Errno::ESRCH);
         self.regions.retain(|_, region| {
             let over = ended(region.process);
@@ -642,15 +650,31 @@ impl Supervisor {
         let regions = &self.regions;
         self.newest.retain(|_, name| regions.contains_key(name));
         self.hands.prune(ended);
-        self.vms.retain(|_, vm| !ended(vm.process));
-        let vms = &self.vms;
-        self.vcpus.retain(|_, vcpu| vms.contains_key(&vcpu.vm));
-        let of_process = self
-            .newest
-            .get(&stopped.process)
-            .and_then(|name| self.regions.get_mut(name));
-        if let Some(region) = of_process.filter(|region| region.len() > 0) {
-            region.collect(stopped, thread);
+        // Looking through a process's descriptors takes time for each: it is done seldom where there are many.
+        let many = self.vms.len() >= self.many;
+        let process = stopped.process;
+        let region = self.newest.get(&process).and_then(|name| self.regions.get_mut(name));
+        let region = region.filter(|region| region.len() > 0 && (many || region.len() <= FEW));
+        if (region.is_some() || many)
+            && let Ok(alive) = target::tags(process)
+        {
+            if let Some(region) = region {
+                region.collect(stopped, &alive);
+            }
+            let gone = |tag: &u64, of: i32| of == process && !alive.contains(tag);
+            if many {
+                let vms = &self.vms;
+                let of = |vcpu: &Vcpu| vms.get(&vcpu.vm).map_or(process, |vm| vm.process);
+                self.vcpus.retain(|tag, vcpu| !gone(tag, of(vcpu)));
+                let vcpus = &self.vcpus;
+                self.vms.retain(|tag, vm| !gone(tag, vm.process) || vcpus.values().any(|vcpu| vcpu.vm == *tag));
+            }
+        }
+        if many {
+            self.vms.retain(|_, vm| !ended(vm.process));
+            let vms = &self.vms;
+            self.vcpus.retain(|_, vcpu| vms.contains_key(&vcpu.vm));
+            self.many = (self.vms.len() * 2).max(MANY);
         }
     }
 }

@@ -55,18 +55,44 @@ fn tag(thread: i32, fd: RawFd) -> io::Result<u64> {
     Ok(starts.min().unwrap_or(0))
 }
 
-/// The tags of all vCPUs that a thread has descriptors of.
-pub(crate) fn vcpus(thread: i32) -> io::Result<Vec<u64>> {
+/// The tags of all VMs and vCPUs that a process has descriptors of; an error where its threads do not share them.
+pub(crate) fn tags(process: i32) -> io::Result<Vec<u64>> {
+    for entry in fs::read_dir(format!("/proc/{process}/task"))? {
+        let name = entry?.file_name();
+        if let Some(thread) = name.to_str().and_then(|name| name.parse().ok())
+            && !share_descriptors(process, thread)
+            && !is_kernels(thread)
+        {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+    }
     let mut tags = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{thread}/fd"))? {
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
         let name = entry?.file_name();
         if let Some(fd) = name.to_str().and_then(|name| name.parse().ok())
-            && let Ok(Object::Vcpu(tag)) = Object::of(thread, fd)
+            && let Object::Vm(tag) | Object::Vcpu(tag) = Object::of(process, fd)?
         {
             tags.push(tag);
         }
     }
     Ok(tags)
+}
+
+/// Whether a thread of a process is the kernel's, such as KVM's for a VM (`PF_USER_WORKER`): it has no descriptors.
+fn is_kernels(thread: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap_or_default();
+    // The ninth field; the second may have blanks in it, and ends at the last parenthesis.
+    let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & 0x4000 != 0)
+}
+
+/// Whether two threads have the same descriptors (`kcmp(2)`).
+fn share_descriptors(one: i32, other: i32) -> bool {
+    #![expect(unsafe_code, reason = "a system call without a wrapper")]
+    const KCMP_FILES: libc::c_int = 2;
+    // SAFETY: takes numbers and touches no memory of ours.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) };
+    order == 0
 }
 
 /// A field of a thread's status (`proc_pid_status(5)`).
