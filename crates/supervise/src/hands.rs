@@ -40,11 +40,12 @@ impl Hands {
     pub(crate) fn stop<T>(
         &self,
         waiting: &Waiting<'_>,
+        process: i32,
         elsewhere: Option<u64>,
         before: impl FnOnce() -> T,
     ) -> Result<(Stopped, T), Option<String>> {
         self.stopper
-            .stop(waiting, elsewhere, before)
+            .stop(waiting, process, elsewhere, before)
             .map_err(|error| match error {
                 StopError::Gone => None,
                 StopError::Refused(line) => Some(line),

@@ -43,6 +43,6 @@ mod spawn;
 pub use ledger::{Entry, Ledger, Reader, Tally};
 pub use policy::Mode;
 pub use seccomp::{Expected, Listener, Marks, notify};
-pub use spawn::{Forked, bind, fork};
+pub use spawn::{Forked, bind, fork, no_signal_for_stops};
 pub use stopped::may_administer;
 pub use supervisor::{Leaf, Resolve, Setup, Supervisor};

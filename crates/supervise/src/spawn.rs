@@ -39,6 +39,24 @@ pub fn fork() -> io::Result<Forked> {
     }
 }
 
+/// Has SIGCHLD come for the end of a child and not for each stop of one: the supervisor stops a VMM's threads often, and
+/// waits for that by itself.
+///
+/// # Errors
+/// The kernel's.
+pub fn no_signal_for_stops() -> io::Result<()> {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: integers, a set of bits and an address that is not called (SIG_DFL is 0), of which all zeros are values.
+    let action = unsafe { action.assume_init_mut() };
+    action.sa_flags = libc::SA_NOCLDSTOP;
+    // SAFETY: the kernel reads an action that lives over the call, and what it says is done by the kernel alone.
+    let result = unsafe { libc::sigaction(libc::SIGCHLD, action, ptr::null_mut()) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Has the child start with the signals blocked that the calling thread has blocked at this call, and not with those
 /// that it blocks afterwards; and has it killed where the thread that starts it ends before it does.
 ///

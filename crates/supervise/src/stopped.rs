@@ -60,18 +60,18 @@ pub(crate) enum StopError {
 }
 
 impl Stopper {
-    /// Stops the thread of a call that waits. On [`StopError::Refused`] it still waits. `elsewhere` has a `syscall`
+    /// Stops the thread of a call that waits, of a process. On [`StopError::Refused`] it still waits. `elsewhere` has a `syscall`
     /// instruction, where that of the call is no longer one. `before` does what takes a call that waits, once it is certain
     /// that the thread can be stopped; what it gives is given.
     pub(crate) fn stop<T>(
         &self,
         waiting: &Waiting<'_>,
+        process: i32,
         elsewhere: Option<u64>,
         before: impl FnOnce() -> T,
     ) -> Result<(Stopped, T), StopError> {
         let refused = |line: String| Err(StopError::Refused(line));
         let thread = Pid::from_raw(waiting.thread);
-        let process = target::process(waiting.thread);
         if process == 0 {
             return Err(StopError::Gone);
         }

@@ -334,7 +334,8 @@ impl Supervisor {
 
     /// Stops the thread; where it cannot be, `what` is refused.
     fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Stopped> {
-        match self.hands.stop(waiting, self.syscall(waiting), || ()) {
+        let process = target::process(waiting.thread);
+        match self.hands.stop(waiting, process, self.syscall(process), || ()) {
             Ok((stopped, ())) => Some(stopped),
             Err(None) => None,
             Err(Some(line)) => {
@@ -344,11 +345,9 @@ impl Supervisor {
         }
     }
 
-    /// A `syscall` instruction in the thread's process.
-    fn syscall(&self, waiting: &Waiting<'_>) -> Option<u64> {
-        self.regions
-            .get(self.newest.get(&target::process(waiting.thread))?)?
-            .syscall()
+    /// A `syscall` instruction in a process.
+    fn syscall(&self, process: i32) -> Option<u64> {
+        self.regions.get(self.newest.get(&process)?)?.syscall()
     }
 
     fn create_vm(&mut self, waiting: &Waiting<'_>) {
@@ -357,7 +356,8 @@ impl Supervisor {
             Ok(_) => return waiting.allow(),
             Err(error) => return self.refuse_object(waiting, "no VM is made", &error.to_string()),
         }
-        let mut stopped = match self.hands.stop(waiting, self.syscall(waiting), || ()) {
+        let process = target::process(waiting.thread);
+        let mut stopped = match self.hands.stop(waiting, process, self.syscall(process), || ()) {
             Ok((stopped, ())) => stopped,
             Err(None) => return,
             Err(Some(line)) => return self.refuse_object(waiting, "no VM is made", &line),

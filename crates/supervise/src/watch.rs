@@ -11,13 +11,15 @@ const STEP: u32 = 1024;
 pub(crate) fn opened(filter: &Filter, msr: Msr, op: Op) -> Option<Filter> {
     let only = Ops::of(op);
     let mut ranges = filter.ranges().to_vec();
-    if let (_, Decider::Range { slot, .. }) = filter.decide(msr, op) {
+    if let (_, Decider::Range { slot, bit }) = filter.decide(msr, op) {
         let range = ranges.get_mut(usize::from(slot))?;
         // A bit that stands for both directions cannot open one.
         if range.ops() != only {
             return None;
         }
-        *range = with(filter, range.span()?, msr, op)?;
+        let mut words = range.bitmap().to_vec();
+        *words.get_mut(bit as usize / 64)? |= 1 << (bit % 64);
+        *range = FilterRange::new(range.base(), range.nmsrs(), only, words).ok()?;
         return Filter::new(filter.default_verdict(), ranges).ok();
     }
     let first = msr.0 - msr.0 % STEP;

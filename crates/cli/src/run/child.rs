@@ -117,6 +117,7 @@ pub(crate) fn run(
     // Before they are blocked: the child starts as this process did.
     let cannot = |error: io::Error| machine(error.to_string());
     msrgate_supervise::bind(&mut vmm.command).map_err(cannot)?;
+    msrgate_supervise::no_signal_for_stops().map_err(cannot)?;
     let requests = supervisor.requests();
     let expected = msrgate_supervise::notify(&mut vmm.command, &requests, &marks, vmm.no_new_privs).map_err(cannot)?;
     let signals = Signals::block().map_err(|error| machine(format!("signals cannot be watched: {error}")))?;
@@ -196,6 +197,11 @@ fn no_filter(error: &io::Error) -> String {
     }
 }
 
+/// How soon, in milliseconds, a child is looked at again that a signal tells of while a thread stands still.
+const SOON: u8 = 5;
+/// How often it is looked at whether a child was stopped, of which no signal tells.
+const STOPS: u8 = 200;
+
 /// What is waited for.
 struct Watch<'a> {
     child: Pid,
@@ -238,9 +244,6 @@ impl Watch<'_> {
                     Some(Signal::SIGUSR1) => self.lines.tell(Told::Summary),
                     _ => self.signals.pass_on(&signal, self.child),
                 }
-            }
-            if !changes {
-                continue;
             }
             let Ok(not_traced) = self.tracing.try_lock() else {
                 continue;

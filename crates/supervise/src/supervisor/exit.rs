@@ -58,6 +58,7 @@ struct Reach<'a, 'l> {
     hands: &'a mut Hands,
     host: Option<&'a HostMsrs>,
     waiting: &'a Waiting<'l>,
+    process: i32,
     stopped: &'a mut Option<Stopped>,
     refused: Option<String>,
 }
@@ -65,7 +66,7 @@ struct Reach<'a, 'l> {
 impl Reach<'_, '_> {
     fn thread(&mut self) -> Option<(&mut Hands, &mut Stopped)> {
         if self.stopped.is_none() {
-            match self.hands.stop(self.waiting, None, || ()) {
+            match self.hands.stop(self.waiting, self.process, None, || ()) {
                 Ok((stopped, ())) => *self.stopped = Some(stopped),
                 Err(line) => self.refused = line,
             }
@@ -121,7 +122,8 @@ impl Supervisor {
             _ => Access::Write { msr, value },
         };
         let mut stopped = None;
-        let verdict = self.verdict(waiting, tag, access, (code >> 8 & 0xf) as u32, &mut stopped);
+        let process = self.regions.get(&region).map_or(0, |region| region.process);
+        let verdict = self.verdict(waiting, process, tag, access, (code >> 8 & 0xf) as u32, &mut stopped);
         if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
             let rule = u64::from(verdict.rule.unwrap_or(u32::MAX));
             let (told, log) = match verdict.told {
@@ -140,6 +142,7 @@ impl Supervisor {
     fn verdict(
         &mut self,
         waiting: &Waiting<'_>,
+        process: i32,
         tag: u64,
         access: Access,
         reason: u32,
@@ -156,7 +159,7 @@ impl Supervisor {
         };
         let policy = Arc::clone(&vm.state.policy);
         let owner = match policy.owner(access, reason, vm.mask) {
-            Owner::Watch => return self.touched(waiting, vm_tag, access, stopped),
+            Owner::Watch => return self.touched(waiting, process, vm_tag, access, stopped),
             // What the VMM denies is denied in the plan too; what it allows may be spilled.
             Owner::Vmm if policy.spills() && plan.table().passes(access.msr(), access.op()) => Owner::Policy,
             owner => owner,
@@ -172,6 +175,7 @@ impl Supervisor {
             hands: &mut self.hands,
             host: self.host.as_ref(),
             waiting,
+            process,
             stopped,
             refused: None,
         };
@@ -190,6 +194,7 @@ impl Supervisor {
     fn touched(
         &mut self,
         waiting: &Waiting<'_>,
+        process: i32,
         vm_tag: u64,
         access: Access,
         stopped: &mut Option<Stopped>,
@@ -215,6 +220,7 @@ impl Supervisor {
             hands: &mut self.hands,
             host: None,
             waiting,
+            process,
             stopped,
             refused: None,
         };

@@ -99,7 +99,7 @@ impl Supervisor {
         let region = known.and_then(|name| self.regions.get(&name));
         let ring = || Ring::new(process, (number, id), table.cells);
         let hand_over = || Handed::over(waiting, region, tag, &table, ring);
-        let (mut stopped, (mut handed, done)) = match self.hands.stop(waiting, self.syscall(waiting), hand_over) {
+        let (mut stopped, (mut handed, done)) = match self.hands.stop(waiting, process, self.syscall(process), hand_over) {
             Ok(stopped) => stopped,
             Err(None) => return,
             Err(Some(line)) => return self.refuse(waiting, &what, &line),
