@@ -16,7 +16,14 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: &[(&str, &str)] = sources!["guest.h", "accesses.c", "descriptors.c", "many.c", "sequence.c"];
+const SOURCES: &[(&str, &str)] = sources![
+    "guest.h",
+    "accesses.c",
+    "descriptors.c",
+    "kicks.c",
+    "many.c",
+    "sequence.c",
+];
 
 /// How a VMM is built.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
