@@ -12,6 +12,8 @@ mod vmm;
 
 #[path = "live_attacks/descriptors.rs"]
 mod descriptors;
+#[path = "live_attacks/helpers.rs"]
+mod helpers;
 #[path = "live_attacks/kicks.rs"]
 mod kicks;
 #[path = "live_attacks/many.rs"]

@@ -20,6 +20,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "guest.h",
     "accesses.c",
     "descriptors.c",
+    "helper.c",
     "kicks.c",
     "many.c",
     "sequence.c",
