@@ -18,6 +18,8 @@ mod helpers;
 mod kicks;
 #[path = "live_attacks/many.rs"]
 mod many;
+#[path = "live_attacks/output.rs"]
+mod output;
 #[path = "live_attacks/ways.rs"]
 mod ways;
 

@@ -23,6 +23,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "helper.c",
     "kicks.c",
     "many.c",
+    "pauses.c",
     "sequence.c",
 ];
 
