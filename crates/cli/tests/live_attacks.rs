@@ -20,6 +20,10 @@ mod kicks;
 mod many;
 #[path = "live_attacks/output.rs"]
 mod output;
+#[path = "live_attacks/sandboxes.rs"]
+mod sandboxes;
+#[path = "live_attacks/users.rs"]
+mod users;
 #[path = "live_attacks/ways.rs"]
 mod ways;
 

@@ -18,12 +18,14 @@ macro_rules! sources {
 
 const SOURCES: &[(&str, &str)] = sources![
     "guest.h",
+    "sandbox.h",
     "accesses.c",
     "descriptors.c",
     "helper.c",
     "kicks.c",
     "many.c",
     "pauses.c",
+    "sandbox.c",
     "sequence.c",
 ];
 
