@@ -12,8 +12,18 @@ mod vmm;
 
 #[path = "live_attacks/descriptors.rs"]
 mod descriptors;
+#[path = "live_attacks/helpers.rs"]
+mod helpers;
+#[path = "live_attacks/kicks.rs"]
+mod kicks;
 #[path = "live_attacks/many.rs"]
 mod many;
+#[path = "live_attacks/output.rs"]
+mod output;
+#[path = "live_attacks/sandboxes.rs"]
+mod sandboxes;
+#[path = "live_attacks/users.rs"]
+mod users;
 #[path = "live_attacks/ways.rs"]
 mod ways;
 

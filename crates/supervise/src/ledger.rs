@@ -39,6 +39,11 @@ impl Ledger {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// Nobody is left who could write: what is taken next is all that there is.
+    pub fn end(&self) {
+        self.rings().iter().for_each(|ring| ring.end());
+    }
+
     /// Counts a VM, and gives its number.
     pub(crate) fn new_vm(&self) -> u32 {
         self.vms.fetch_add(1, Ordering::Relaxed) as u32

@@ -303,11 +303,13 @@ impl Region {
         let (ring, file) = handed.ring.as_ref().ok_or(Errno::EBADF)?;
         let rights = PROT_READ | PROT_WRITE;
         let shared = stopped.map(0, ring.bytes(), rights, MAP_SHARED, *file)?;
-        // What a VMM starts is not to write there.
-        let advice = [shared, ring.bytes() as u64, libc::MADV_DONTFORK as u64, 0, 0, 0];
-        stopped.call(libc::SYS_madvise, advice)?;
         let fd = i32::try_from(entry.fd).map_err(|_| Errno::EBADF)?;
         let run = stopped.map(0, PAGE, rights, MAP_SHARED, fd)?;
+        // What a VMM starts is not to write there.
+        for (at, bytes) in [(shared, ring.bytes()), (run, PAGE)] {
+            let advice = [at, bytes as u64, libc::MADV_DONTFORK as u64, 0, 0, 0];
+            stopped.call(libc::SYS_madvise, advice)?;
+        }
         let words = [
             (slot::RUN, run),
             (slot::VCPU, shared),

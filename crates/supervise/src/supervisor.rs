@@ -332,11 +332,19 @@ impl Supervisor {
         (self.say)(format!("{what}: {line} (`{program}`, thread {thread})"));
     }
 
-    /// Stops the thread; where it cannot be, `what` is refused.
+    /// Stops the thread of a call on a VM or a vCPU; where it cannot be, `what` is refused.
     fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Stopped> {
         let process = target::process(waiting.thread);
         match self.hands.stop(waiting, process, self.syscall(process), || ()) {
-            Ok((stopped, ())) => Some(stopped),
+            Ok((mut stopped, ())) => {
+                // They are the process's that made them. The kernel looks at that first, and next at the request, before
+                // it waits for a vCPU (`kvm_vm_ioctl`, `kvm_vcpu_ioctl`).
+                if stopped.ioctl(waiting.arguments[0], 0, 0) == Err(Errno::EIO) {
+                    stopped.finish(i64::from(-libc::EIO));
+                    return None;
+                }
+                Some(stopped)
+            }
             Err(None) => None,
             Err(Some(line)) => {
                 self.refuse(waiting, what, &line);
@@ -550,17 +558,16 @@ impl Supervisor {
             let line = "its VM was not made under this `msrgate run`";
             return self.refuse(waiting, "the call is refused", line);
         }
+        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
         let mask = match (word(&cap, 4), word(&cap, 8), word(&cap, 12)) {
             (Ok(0), Ok(low), Ok(high)) => Reasons::from_bits(u64::from(high) << 32 | u64::from(low)),
             _ => None,
         };
         let Some(mask) = mask else {
-            let _ = waiting.give(i64::from(-libc::EINVAL));
-            return;
-        };
-        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
-            return;
+            return stopped.finish(i64::from(-libc::EINVAL));
         };
         match self.compose(&mut stopped, waiting.arguments[0], tag, mask) {
             Ok(()) => {

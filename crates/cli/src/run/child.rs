@@ -227,11 +227,7 @@ impl Watch<'_> {
         let mut changes = false;
         loop {
             let mut ready = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-            let timeout = if changes {
-                PollTimeout::from(5_u8)
-            } else {
-                PollTimeout::NONE
-            };
+            let timeout = PollTimeout::from(if changes { SOON } else { STOPS });
             match poll(&mut ready, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),

@@ -125,7 +125,12 @@ impl Trace {
             (To::Logged, Entry::Access(event, log)) if !is_due(event, *log, &mut self.seen, &mut self.seconds) => {
                 return;
             }
-            (_, Entry::Access(event, _)) => line(event, &mut io::stderr().lock()).map(|()| true),
+            (_, Entry::Access(event, _)) => {
+                // One call for a line, which the VMM's own output does not cut in two then.
+                let mut text = Vec::new();
+                let line = line(event, &mut text);
+                line.and_then(|()| io::stderr().lock().write_all(&text)).map(|()| true)
+            }
             (_, Entry::Gap { t, vm, vcpu, events }) => {
                 let seconds = *t as f64 / 1e9;
                 let line = format!("{seconds:.6} vm {vm} vcpu {vcpu} {events} events are missing here\n");

@@ -88,6 +88,9 @@ impl Writer {
     pub(crate) fn write(mut self, mut done: PipeWriter) {
         loop {
             let told = self.told.recv_timeout(self.every);
+            if let Ok(Told::End(_)) = told {
+                self.reader.ledger().end();
+            }
             self.drain();
             match told {
                 Ok(Told::Line(line)) => self.line(line),

@@ -1,4 +1,5 @@
 //! Policies that several VMMs run under.
+#![allow(dead_code, reason = "each test uses a part of this")]
 
 use std::time::{Duration, Instant};
 

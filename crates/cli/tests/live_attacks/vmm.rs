@@ -16,7 +16,18 @@ macro_rules! sources {
     };
 }
 
-const SOURCES: &[(&str, &str)] = sources!["guest.h", "accesses.c", "descriptors.c", "many.c", "sequence.c"];
+const SOURCES: &[(&str, &str)] = sources![
+    "guest.h",
+    "sandbox.h",
+    "accesses.c",
+    "descriptors.c",
+    "helper.c",
+    "kicks.c",
+    "many.c",
+    "pauses.c",
+    "sandbox.c",
+    "sequence.c",
+];
 
 /// How a VMM is built.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -56,14 +56,14 @@ __attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *for
 }
 
 enum { MEMORY = 1 << 20, CODE = 0x1000, AREAS = 0x10000 };
-enum op { END, READ, WRITE, AGAIN };
+enum op { END, READ, WRITE, AGAIN, STAY, COUNT };
 
 /* What a guest is to do, and what it got. */
 struct request {
     uint32_t msr, op;
     uint32_t low, high;
     uint32_t fault;
-    /* AGAIN: how many reads there are to be, 0 for 2^32, and how many there were. */
+    /* AGAIN, COUNT: how many reads or writes there are to be, 0 for 2^32, and how many there were. */
     uint32_t count, done;
     uint32_t unused;
 };
@@ -73,7 +73,7 @@ struct request {
 __asm__(".pushsection .rodata\n"
         ".code16\n"
         "guest:\n"
-        "1: movl (%si), %ecx\n"
+        "   movl (%si), %ecx\n"
         "   movl 8(%si), %eax\n"
         "   movl 12(%si), %edx\n"
         "   cmpb $0, 4(%si)\n"
@@ -82,13 +82,17 @@ __asm__(".pushsection .rodata\n"
         "   je 3f\n"
         "   cmpb $3, 4(%si)\n"
         "   je 6f\n"
+        "   cmpb $4, 4(%si)\n"
+        "   je 8f\n"
+        "   cmpb $5, 4(%si)\n"
+        "   je 9f\n"
         "   rdmsr\n"
         "2: movl %eax, 8(%si)\n"
         "   movl %edx, 12(%si)\n"
         "   jmp 4f\n"
         "3: wrmsr\n"
         "4: addw $32, %si\n"
-        "   jmp 1b\n"
+        "   jmp guest\n"
         "5: hlt\n"
         "   jmp 4b\n"
         "6: movl 20(%si), %edi\n"
@@ -97,6 +101,14 @@ __asm__(".pushsection .rodata\n"
         "   decl %edi\n"
         "   jnz 7b\n"
         "   jmp 2b\n"
+        "8: jmp 8b\n"
+        "9: movl 20(%si), %edi\n"
+        "1: movl 24(%si), %eax\n"
+        "   wrmsr\n"
+        "   incl 24(%si)\n"
+        "   decl %edi\n"
+        "   jnz 1b\n"
+        "   jmp 4b\n"
         "guest_fault:\n"
         "   pushw %bp\n"
         "   movw %sp, %bp\n"
@@ -104,10 +116,13 @@ __asm__(".pushsection .rodata\n"
         "   popw %bp\n"
         "   movl $1, 16(%si)\n"
         "   iretw\n"
+        "guest_elsewhere:\n"
+        "   incl %ebx\n"
+        "   hlt\n"
         "guest_end:\n"
         ".code64\n"
         ".popsection\n");
-extern const char guest[], guest_fault[], guest_end[];
+extern const char guest[], guest_fault[], guest_elsewhere[], guest_end[];
 
 struct machine {
     int kvm, vm, run_bytes;
@@ -211,14 +226,16 @@ static void run(struct vcpu *vcpu) {
     }
 }
 
-/* `r:MSR`, `w:MSR=VALUE`, `a:MSR=COUNT`: a request each. */
+/* `r:MSR`, `w:MSR=VALUE`, `a:MSR=COUNT` for as many reads, `c:MSR=COUNT` for writes of 0, 1 and so on, `s:` for a guest
+ * that goes on for ever. */
 static void ask(struct request *request, const char *text) {
     char *rest;
     memset(request, 0, sizeof *request);
-    request->op = text[0] == 'r' ? READ : text[0] == 'w' ? WRITE : AGAIN;
+    static const char letters[] = " rwasc";
+    request->op = strchr(letters, text[0]) - letters;
     request->msr = strtoul(text + 2, &rest, 0);
     uint64_t value = *rest == '=' ? strtoull(rest + 1, 0, 0) : 0;
-    if (request->op == AGAIN) {
+    if (request->op >= AGAIN) {
         request->count = value;
     } else {
         request->low = value;
@@ -228,8 +245,8 @@ static void ask(struct request *request, const char *text) {
 
 static void show(const struct request *request) {
     if (request->fault)
-        printf("%s %#x fault\n", request->op == WRITE ? "wrmsr" : "rdmsr", request->msr);
-    else if (request->op == WRITE)
+        printf("%s %#x fault\n", request->op == WRITE || request->op == COUNT ? "wrmsr" : "rdmsr", request->msr);
+    else if (request->op == WRITE || request->op == COUNT)
         printf("wrmsr %#x done\n", request->msr);
     else
         printf("rdmsr %#x 0x%lx\n", request->msr, (uint64_t)request->high << 32 | request->low);

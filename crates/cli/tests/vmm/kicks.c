@@ -2,6 +2,8 @@
  *
  * signal     an empty handler: the thread is in KVM_RUN, as the guest's progress shows, so that each signal ends it
  * altstack   likewise, with the handler on a stack of its own
+ * moved      likewise, and the VMM has the vCPU do something else between, as after a reset
+ * stay       likewise, and the guest makes a few reads only and then nothing
  * immediate  the handler sets `immediate_exit`
  * mask       the signal is blocked but in KVM_RUN */
 #include "guest.h"
@@ -9,14 +11,28 @@
 #include <sched.h>
 #include <time.h>
 
+enum { FEW = 50 };
+
 static struct vcpu vcpu;
-static volatile int returned, over;
-static int sets_immediate, blocks;
+static volatile int returned;
+static int sets_immediate, blocks, moves, stays, disturbed;
 
 static void handler(int number) {
     (void)number;
     if (sets_immediate)
         vcpu.run->immediate_exit = 1;
+}
+
+/* Nothing is left over of what the guest did before. */
+static void move_and_return(void) {
+    struct kvm_regs before, after, registers = {.rflags = 2, .rsp = 64, .rax = 0x55aa, .rdx = 0xaa55};
+    registers.rip = CODE + (guest_elsewhere - guest);
+    if (call(vcpu.fd, KVM_GET_REGS, &before) < 0 || call(vcpu.fd, KVM_SET_REGS, &registers) < 0)
+        fail("KVM_SET_REGS");
+    run(&vcpu);
+    if (call(vcpu.fd, KVM_GET_REGS, &after) < 0 || call(vcpu.fd, KVM_SET_REGS, &before) < 0)
+        fail("KVM_SET_REGS");
+    disturbed += after.rbx != 1 || after.rax != registers.rax || after.rdx != registers.rdx;
 }
 
 static void *runs(void *uses_stack) {
@@ -37,7 +53,7 @@ static void *runs(void *uses_stack) {
         if (call(vcpu.fd, KVM_SET_SIGNAL_MASK, &mask) < 0)
             fail("KVM_SET_SIGNAL_MASK");
     }
-    while (!over) {
+    for (;;) {
         int result = call(vcpu.fd, KVM_RUN, 0);
         if (result == 0) {
             fprintf(stderr, "exit %u\n", vcpu.run->exit_reason);
@@ -50,9 +66,14 @@ static void *runs(void *uses_stack) {
             struct timespec now = {0, 0};
             sigtimedwait(&kick, 0, &now);
         }
+        if (moves)
+            move_and_return();
+        if (stays) {
+            requests_of(&vcpu)->done = 0;
+            rewind_to(&vcpu, 0);
+        }
         returned++;
     }
-    return 0;
 }
 
 /* Whether it comes to be before one gives up waiting. */
@@ -75,6 +96,8 @@ int main(int count, char **words) {
     int on_stack = !strcmp(how, "altstack");
     sets_immediate = !strcmp(how, "immediate");
     blocks = !strcmp(how, "mask");
+    moves = !strcmp(how, "moved");
+    stays = !strcmp(how, "stay");
     struct sigaction action = {.sa_handler = handler, .sa_flags = on_stack ? SA_ONSTACK : 0};
     sigaction(SIGUSR1, &action, 0);
     struct machine machine = new_machine(0x1000);
@@ -83,11 +106,14 @@ int main(int count, char **words) {
     char text[64];
     snprintf(text, sizeof text, "a:%s", words[3]);
     ask(request, text);
+    request[1].op = stays ? STAY : END;
+    if (stays)
+        request->count = FEW;
     pthread_t thread;
     pthread_create(&thread, 0, runs, on_stack ? &machine : 0);
     for (int i = 0; i < kicks && lost < 3; i++) {
         /* It is in the guest again. */
-        if (!changes(&request->done, request->done, 2)) {
+        if (!changes(&request->done, stays ? 0 : request->done, stays ? 1 + i % FEW : 2)) {
             fprintf(stderr, "the guest stands still\n");
             exit(7);
         }
@@ -95,9 +121,7 @@ int main(int count, char **words) {
         pthread_kill(thread, SIGUSR1);
         lost += !changes((volatile uint32_t *)&returned, before, 1);
     }
-    printf("lost %d\n", lost);
-    over = 1;
-    pthread_kill(thread, SIGUSR1);
-    pthread_join(thread, 0);
+    printf("lost %d disturbed %d\n", lost, disturbed);
+    fflush(stdout);
     return 0;
 }
