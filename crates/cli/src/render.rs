@@ -140,13 +140,30 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// Rows without the blanks that pad each to the table's width.
+/// The most characters of a cell that are shown: all rows are as wide as the widest.
+const CELL: usize = 500;
+
+/// Rows without the blanks that pad each to the table's width, and what is longer than [`CELL`] cut short.
 pub(crate) fn text(table: &Table) -> String {
+    let mut table = table.clone();
+    for row in table.row_iter_mut() {
+        if row.cell_iter().any(|cell| cell.content().len() > CELL) {
+            let short = row.cell_iter().map(|cell| cut(&cell.content()));
+            *row = short.collect::<Vec<String>>().into();
+        }
+    }
     table
         .to_string()
         .lines()
         .map(|line| format!("{}\n", line.trim_end()))
         .collect()
+}
+
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(CELL) {
+        Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
 }
 
 /// A time as people read it.

@@ -68,7 +68,7 @@ mod tests {
     #[test]
     fn what_acts_on_a_terminal_is_shown() {
         let mut stream = Stream(Vec::new());
-        write!(stream, "a\tb\n\x1b]0;x\x07{}\u{9b}31m\u{202e}\r", "é→😀\x7f").unwrap();
+        write!(stream, "a\tb\n\x1b]0;x\x07é→😀\x7f\u{9b}31m\u{202e}\r").unwrap();
         let text = String::from_utf8(stream.0).unwrap();
         assert_eq!(text, "a\tb\n\\u001b]0;x\\u0007é→😀\\u007f\\u009b31m\\u202e\\u000d");
         let json: String = serde_json::from_str(&format!("\"{}\"", shown("\u{7f}\u{9b}\u{2067}", ""))).unwrap();

@@ -154,3 +154,23 @@ fn what_cannot_be_read_is_exit_2_with_the_file_and_what_is_wrong() {
         .code(2)
         .says(&["cannot read `missing`"]);
 }
+
+#[test]
+fn a_cell_of_any_length_leaves_the_others_as_they_are() {
+    let folder = Folder::new();
+    let values: Vec<String> = (0..20_000).map(|n| n.to_string()).collect();
+    let rules: String = (1..2000)
+        .map(|n| format!("\n[[rule]]\nmsr = {n}\nread = {{ value = {n} }}\n"))
+        .collect();
+    let long = format!("\n[[rule]]\nmsr = 0\nwrite = {{ only = [{}] }}\n", values.join(", "));
+    folder.write("a.toml", format!("version = 1\ndefault = \"deny\"\n{long}{rules}"));
+    folder.write("b.toml", "version = 1\ndefault = \"deny\"\nspill = \"refuse\"\n");
+    let ran = folder.run(&["diff", "a.toml", "b.toml"]).code(1).shows(&["…", "0x7cf"]);
+    let longest = ran.out.lines().map(|line| line.chars().count()).max();
+    assert!(longest.is_some_and(|longest| longest < 1000), "{longest:?}");
+    // Programs get all of it.
+    folder
+        .run(&["diff", "--json", "a.toml", "b.toml"])
+        .code(1)
+        .shows(&["0x4e1f"]);
+}

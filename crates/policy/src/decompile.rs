@@ -57,6 +57,9 @@ pub struct DecompiledRule {
 /// a reader whichever way it is written, and takes long.
 const MANY: usize = 2000;
 
+/// The most rules times parts for which a short text is searched at all: each rule is held against each part.
+const WORK: usize = 4_000_000;
+
 /// The shortest policy that is found to say what was given.
 ///
 /// What accesses get is the same as in the plan. Of a raw filter what it leaves to the kernel is the same, but for the
@@ -93,6 +96,9 @@ fn candidates(segments: &Segments, default: Verdict) -> Vec<(Vec<DecompiledRule>
         Verdict::Deny => (ReadAction::Deny, WriteAction::Deny),
     };
     let wants = segments.wants(&defaults);
+    if wants.len().saturating_mul(segments.len()) > WORK {
+        return vec![(segments.plain(&defaults, &wants), 10)];
+    }
     let reads: Vec<Want> = parts(&wants, |want| (want.0.clone(), None));
     let writes: Vec<Want> = parts(&wants, |want| (None, want.1.clone()));
     let holes: &[u64] = if segments.len() > MANY { &[0] } else { &[0, 64, 12288] };

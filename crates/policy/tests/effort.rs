@@ -3,7 +3,7 @@
 
 use msrgate_core::Verdict;
 use msrgate_policy::foreign::{Format, import};
-use msrgate_policy::{Code, Diagnostic, Policy, check, raw};
+use msrgate_policy::{Code, Diagnostic, Policy, check, decompile, raw};
 
 fn policy(rules: impl Iterator<Item = String>) -> String {
     let rules: String = rules.map(|rule| format!("\n[[rule]]\n{rule}\n")).collect();
@@ -123,5 +123,38 @@ fn more_ranges_than_any_filter_needs_are_refused() {
     assert_eq!(
         Policy::parse("p.toml", &policy(rules)).expect("a policy").rules.len(),
         300_000
+    );
+}
+
+#[test]
+fn a_plan_of_many_different_answers_is_decompiled() {
+    let count = 8 * 12288 / 2;
+    let actions: Vec<String> = (0..count)
+        .map(|n| {
+            let msr = n * 2;
+            format!(r#"{{"first":"{msr}","last":"{msr}","op":"rdmsr","action":"value","value":"{n}"}}"#)
+        })
+        .collect();
+    let bitmaps: Vec<String> = (0..8)
+        .map(|slot| {
+            let (base, bitmap) = (slot * 12288, "aa".repeat(12288 / 8));
+            format!(r#"{{"base":{base},"nmsrs":12288,"flags":1,"bitmap":"{bitmap}"}}"#)
+        })
+        .collect();
+    let plan = format!(
+        r#"{{"default":"allow","ranges":[{}],"actions":[{}],"unknown":{{"read":"deny","write":"deny"}},"invalid":{{"read":"deny","write":"deny"}}}}"#,
+        bitmaps.join(","),
+        actions.join(",")
+    );
+    let given = raw::read(plan.as_bytes()).unwrap_or_else(|error| panic!("{error}"));
+    let decompiled = decompile(&given);
+    assert_eq!(decompiled.rules.len(), count);
+    let map = Policy::parse("p.toml", &decompiled.to_string())
+        .expect("a policy")
+        .decision_map(None)
+        .expect("a map");
+    assert!(
+        map.differences(given.plan.as_ref().expect("a plan"), msrgate_plan::By::Actions)
+            .is_empty()
     );
 }

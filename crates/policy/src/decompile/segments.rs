@@ -1,6 +1,6 @@
 //! The MSR space in parts that are treated alike, and rules for them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use msrgate_core::{Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Intervals};
@@ -68,12 +68,14 @@ impl Segments {
     /// What the parts want beyond a default, each once, the most frequent last, so that what is special goes before it.
     pub(super) fn wants(&self, defaults: &(ReadAction, WriteAction)) -> Vec<Want> {
         let mut wants: Vec<(Want, usize)> = Vec::new();
+        let mut places: HashMap<Want, usize> = HashMap::new();
         for part in self.parts.iter().filter(|part| !part.free) {
             let want = part.want(defaults, (true, true));
             if want == (None, None) {
                 continue;
             }
-            match wants.iter_mut().find(|(known, _)| *known == want) {
+            let place = *places.entry(want.clone()).or_insert(wants.len());
+            match wants.get_mut(place) {
                 Some((_, count)) => *count += 1,
                 None => wants.push((want, 1)),
             }
@@ -88,6 +90,21 @@ impl Segments {
             .iter()
             .filter(|part| part.is_gap(defaults, ops, longest))
             .count()
+    }
+
+    /// A rule for each of `wants` that names its parts one by one: no search, for what would take long.
+    pub(super) fn plain(&self, defaults: &(ReadAction, WriteAction), wants: &[Want]) -> Vec<DecompiledRule> {
+        let mut msrs: HashMap<Want, Vec<String>> = HashMap::new();
+        for part in self.parts.iter().filter(|part| !part.free) {
+            let spelt = spell::range(part.range);
+            msrs.entry(part.want(defaults, (true, true))).or_default().extend(spelt);
+        }
+        let rules = wants.iter().map(|want| DecompiledRule {
+            msrs: msrs.remove(want).unwrap_or_default(),
+            read: want.0.clone(),
+            write: want.1.clone(),
+        });
+        rules.collect()
     }
 
     /// Rules in the order of `wants`, which are of the directions `ops`. With `holes` a rule before them closes, or opens,

@@ -71,7 +71,8 @@ impl Reader {
         for key in table.keys() {
             let name: &str = key.get_ref();
             if !known.contains(&name) {
-                let help = match nearest_of(name, known.iter().copied()) {
+                let near = self.helps().then(|| nearest_of(name, known.iter().copied())).flatten();
+                let help = match near {
                     Some(near) => format!("did you mean `{near}`?"),
                     None => format!("the keys of {what} are {}", known.join(", ")),
                 };
