@@ -269,7 +269,10 @@ pub fn within(range: MsrRange) -> &'static [Entry] {
 pub fn by_name(name: &str) -> Option<&'static Entry> {
     static NAMES: LazyLock<HashMap<String, &Entry>> = LazyLock::new(|| {
         let mut names = HashMap::new();
-        for (entry, name) in all().iter().flat_map(|entry| entry.names().map(move |name| (entry, name))) {
+        for (entry, name) in all()
+            .iter()
+            .flat_map(|entry| entry.names().map(move |name| (entry, name)))
+        {
             // Of several with a name the first.
             names.entry(bare(name).to_ascii_uppercase()).or_insert(entry);
         }
