@@ -10,6 +10,8 @@ mod policies;
 #[path = "live_attacks/vmm.rs"]
 mod vmm;
 
+#[path = "live_attacks/calls.rs"]
+mod calls;
 #[path = "live_attacks/descriptors.rs"]
 mod descriptors;
 #[path = "live_attacks/helpers.rs"]
@@ -20,6 +22,8 @@ mod kicks;
 mod many;
 #[path = "live_attacks/output.rs"]
 mod output;
+#[path = "live_attacks/runs.rs"]
+mod runs;
 #[path = "live_attacks/sandboxes.rs"]
 mod sandboxes;
 #[path = "live_attacks/users.rs"]

@@ -317,8 +317,10 @@ impl Supervisor {
 
     /// Has the VMM go without a VM or vCPU.
     fn refuse_object(&self, waiting: &Waiting<'_>, what: &str, line: &str) {
-        self.ledger.refuse();
-        self.refuse(waiting, what, line);
+        if self.tell(waiting.thread, what, line) {
+            self.ledger.refuse();
+        }
+        let _ = waiting.give(i64::from(-EACCES));
     }
 
     fn refuse(&self, waiting: &Waiting<'_>, what: &str, line: &str) {
@@ -327,9 +329,13 @@ impl Supervisor {
         let _ = waiting.give(i64::from(-EACCES));
     }
 
-    fn tell(&self, thread: i32, what: &str, line: &str) {
+    /// Tells of a thread, unless it was killed meanwhile: then that is why its call failed.
+    fn tell(&self, thread: i32, what: &str, line: &str) -> bool {
         let program = target::program(thread);
-        (self.say)(format!("{what}: {line} (`{program}`, thread {thread})"));
+        if let Some(program) = &program {
+            (self.say)(format!("{what}: {line} (`{program}`, thread {thread})"));
+        }
+        program.is_some()
     }
 
     /// Stops the thread of a call on a VM or a vCPU; where it cannot be, `what` is refused.
@@ -384,12 +390,15 @@ impl Supervisor {
 
     /// Closes a descriptor that nothing can be put in force on.
     fn take_back(&self, mut stopped: Stopped, fd: u64, thread: i32, what: &str, refusal: Refusal) {
-        self.ledger.refuse();
         let line = match refusal {
+            // It was killed.
+            Refusal::Kernel(Errno::ESRCH) => return,
             Refusal::Line(line) => line,
             Refusal::Kernel(error) => format!("the kernel refuses what the policy takes: {}", error.desc()),
         };
-        self.tell(thread, what, &line);
+        if self.tell(thread, what, &line) {
+            self.ledger.refuse();
+        }
         stopped.close(fd as i32);
         stopped.finish(i64::from(-EACCES));
     }

@@ -109,10 +109,14 @@ pub(crate) fn process(thread: i32) -> i32 {
         .unwrap_or(0)
 }
 
-/// The program that a thread runs.
-pub(crate) fn program(thread: i32) -> String {
-    let path = fs::read_link(format!("/proc/{thread}/exe")).unwrap_or_default();
-    path.display().to_string()
+/// The program that a thread runs; `None` where it runs none any more.
+pub(crate) fn program(thread: i32) -> Option<String> {
+    match fs::read_link(format!("/proc/{thread}/exe")) {
+        Ok(path) => Some(path.display().to_string()),
+        // A process that has ended has no memory (`proc_exe_link`).
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(_) => Some(String::new()),
+    }
 }
 
 /// How another thread of a process stands to a vCPU.

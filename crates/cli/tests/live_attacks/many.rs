@@ -48,3 +48,29 @@ fn learning_has_the_first_touches_of_600_vms() {
     Ran::of(&mut under(&folder, &options, &program, &["exec", "600", "r:0x174"])).code(0);
     assert_eq!(whole(&traced(&folder)), (600, 0));
 }
+
+#[test]
+fn a_process_makes_and_lets_go_of_1000_vms_and_has_256_vcpus() {
+    let Some(program) = vmm("lives", Way::Dynamic) else {
+        return;
+    };
+    let folder = with_policy(ANSWERS);
+    for arguments in [["vms", "1000"], ["vcpus", "256"]] {
+        let without = bare(&folder, &program, &arguments).code(0);
+        let ran = Ran::of(&mut under(&folder, &["-p", "policy.toml"], &program, &arguments)).code(0);
+        assert!(without.out.starts_with("wrong 0 open "), "{without:?}");
+        assert_eq!(ran.out, without.out, "{}", ran.err);
+    }
+}
+
+#[test]
+fn learning_has_8000_first_touches_that_no_range_joins() {
+    let Some(program) = vmm("lives", Way::Dynamic) else {
+        return;
+    };
+    let folder = Folder::new();
+    let options = ["--learn", "--trace", "trace.jsonl"];
+    let ran = Ran::of(&mut under(&folder, &options, &program, &["touches", "8000"])).code(0);
+    assert_eq!(ran.out, "faults 8000\n", "{}", ran.err);
+    assert_eq!(whole(&traced(&folder)), (8000, 0), "{}", ran.err);
+}

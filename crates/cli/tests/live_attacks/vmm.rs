@@ -20,13 +20,20 @@ const SOURCES: &[(&str, &str)] = sources![
     "guest.h",
     "sandbox.h",
     "accesses.c",
+    "asking.c",
     "descriptors.c",
+    "fuzz.c",
+    "handed.c",
     "helper.c",
     "kicks.c",
+    "lives.c",
     "many.c",
+    "past.c",
     "pauses.c",
     "sandbox.c",
     "sequence.c",
+    "threads.c",
+    "wrapper.c",
 ];
 
 /// How a VMM is built.
@@ -42,6 +49,8 @@ pub(crate) enum Way {
     Inline,
     /// With musl in it.
     Musl,
+    /// A library, and no VMM.
+    Library,
 }
 
 impl Way {
@@ -54,6 +63,7 @@ impl Way {
             Way::StaticPie => "static-pie",
             Way::Inline => "inline",
             Way::Musl => "musl",
+            Way::Library => "library",
         }
     }
 
@@ -64,6 +74,7 @@ impl Way {
             Way::Static => ("cc", &["-static"]),
             Way::StaticPie => ("cc", &["-static-pie"]),
             Way::Inline => ("cc", &["-DINLINE"]),
+            Way::Library => ("cc", &["-shared", "-fPIC"]),
             // The kernel's headers are no part of musl.
             Way::Musl => (
                 "musl-gcc",
