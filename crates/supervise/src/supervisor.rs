@@ -683,7 +683,8 @@ impl Supervisor {
                 let of = |vcpu: &Vcpu| vms.get(&vcpu.vm).map_or(process, |vm| vm.process);
                 self.vcpus.retain(|tag, vcpu| !gone(tag, of(vcpu)));
                 let vcpus = &self.vcpus;
-                self.vms.retain(|tag, vm| !gone(tag, vm.process) || vcpus.values().any(|vcpu| vcpu.vm == *tag));
+                self.vms
+                    .retain(|tag, vm| !gone(tag, vm.process) || vcpus.values().any(|vcpu| vcpu.vm == *tag));
             }
         }
         if many {

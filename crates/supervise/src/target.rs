@@ -82,7 +82,10 @@ pub(crate) fn tags(process: i32) -> io::Result<Vec<u64>> {
 fn is_kernels(thread: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap_or_default();
     // The ninth field; the second may have blanks in it, and ends at the last parenthesis.
-    let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+    let flags = stat
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
     flags.is_some_and(|flags| flags & 0x4000 != 0)
 }
 

@@ -99,11 +99,12 @@ impl Supervisor {
         let region = known.and_then(|name| self.regions.get(&name));
         let ring = || Ring::new(process, (number, id), table.cells);
         let hand_over = || Handed::over(waiting, region, tag, &table, ring);
-        let (mut stopped, (mut handed, done)) = match self.hands.stop(waiting, process, self.syscall(process), hand_over) {
-            Ok(stopped) => stopped,
-            Err(None) => return,
-            Err(Some(line)) => return self.refuse(waiting, &what, &line),
-        };
+        let (mut stopped, (mut handed, done)) =
+            match self.hands.stop(waiting, process, self.syscall(process), hand_over) {
+                Ok(stopped) => stopped,
+                Err(None) => return,
+                Err(Some(line)) => return self.refuse(waiting, &what, &line),
+            };
         let done = done.map_err(|error| error.to_string()).and_then(|()| {
             let entered = self.entered(&mut stopped, waiting, tag, &table, &mut handed, &caller, known);
             entered.map_err(|error| error.desc().to_owned())
