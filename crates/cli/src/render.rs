@@ -130,6 +130,11 @@ pub(crate) fn duration(nanoseconds: u64) -> String {
     }
 }
 
+/// `1 access`, `2 accesses`.
+pub(crate) fn counted(count: u64, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
 /// A text from a trace or a policy, without characters that do something to a terminal.
 pub(crate) fn plain(text: &str) -> String {
     let acts = |c: char| {
