@@ -23,7 +23,7 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     for path in &args.traces {
         let name = path.display();
         let unreadable = |error: &dyn std::fmt::Display| Failure::input(format!("{name}: {error}"));
-        let next = read(path)?;
+        let next = read(path, args.incomplete)?;
         summary.merge(&next).map_err(|error| unreadable(&error))?;
     }
     if args.summary {
@@ -41,13 +41,17 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let Compiled { text, policy, map } = compiled(&learned)?;
     let plan = Plan::compile(&map);
     let older = match &args.since {
-        Some(path) => Some(Before::read(path, &widen)?),
+        Some(path) => Some(Before::read(path, &widen, args.incomplete)?),
         None => None,
     };
     let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
     let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{:#}", json(&learned, &text, &plan, changes.as_deref()))?;
+        writeln!(
+            out,
+            "{:#}",
+            json(&learned, &text, &plan, older.as_ref(), changes.as_deref())
+        )?;
     } else {
         write!(out, "{text}")?;
     }
@@ -105,13 +109,13 @@ enum Origin {
 
 impl Before {
     /// A policy, or a summary or trace that one would be learned from in the same way.
-    fn read(path: &Path, widen: &Widen) -> Result<Before, Failure> {
+    fn read(path: &Path, widen: &Widen, incomplete: bool) -> Result<Before, Failure> {
         let shown = path.display();
         let mut file = File::open(path).map_err(|error| Failure::input(format!("cannot read `{shown}`: {error}")))?;
         let mut head = [0; 4096];
         let length = io::Read::read(&mut file, &mut head).unwrap_or(0);
         if trace::is_trace(head.get(..length).unwrap_or_default()) {
-            let summary = self::read(path)?;
+            let summary = self::read(path, incomplete)?;
             return Ok(Before {
                 map: compiled(&Learned::from(&summary, widen))?.map,
                 origin: Origin::Summary(Box::new(summary)),
@@ -122,6 +126,14 @@ impl Before {
             map,
             origin: Origin::Policy(Box::new(policy)),
         })
+    }
+
+    /// Whether nothing is known to be missing from it.
+    fn is_complete(&self) -> bool {
+        match &self.origin {
+            Origin::Policy(_) => true,
+            Origin::Summary(summary) => summary.lost == 0,
+        }
     }
 
     fn older(&self) -> Older<'_> {
@@ -169,8 +181,8 @@ fn bug(what: String) -> Failure {
     ))
 }
 
-/// A trace or a summary.
-fn read(path: &Path) -> Result<Summary, Failure> {
+/// A trace or a summary; one that is not complete is refused, or told where `incomplete` lets it through.
+fn read(path: &Path, incomplete: bool) -> Result<Summary, Failure> {
     let shown = path.display();
     let from: Box<dyn BufRead> = if path == Path::new("-") {
         Box::new(BufReader::with_capacity(1 << 16, io::stdin()))
@@ -187,7 +199,7 @@ fn read(path: &Path) -> Result<Summary, Failure> {
         Some(name) if path != Path::new("-") => name.to_string_lossy(),
         _ => "standard input".into(),
     };
-    Summary::read(&name, from).map_err(|error| {
+    let summary = Summary::read(&name, from).map_err(|error| {
         // What came before a broken line of a trace can still be learned from, if the user says so.
         let of_trace = error.source().is_some_and(|source| source.is::<TraceError>());
         let before = error.line.map_or(0, |line| line.saturating_sub(1));
@@ -198,10 +210,31 @@ fn read(path: &Path) -> Result<Summary, Failure> {
             ),
             _ => format!("{shown}: {error}"),
         })
-    })
+    })?;
+    if summary.lost > 0 {
+        let lost = render::counted(summary.lost, "access is", "accesses are");
+        if !incomplete {
+            return Err(Failure::input(format!(
+                "{name}: {lost} missing from it, so a policy that is learned from it may deny what the guest needs: \
+                 record the guest again, or learn from what is there with --incomplete"
+            )));
+        }
+        writeln!(
+            io::stderr(),
+            "msrgate: {}: {lost} missing from it: a policy that is learned from it may deny what the guest needs",
+            render::plain(&name)
+        )?;
+    }
+    Ok(summary)
 }
 
-fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>, changes: Option<&[Change]>) -> Value {
+fn json(
+    learned: &Learned,
+    text: &str,
+    plan: &Result<Plan, PlanError>,
+    older: Option<&Before>,
+    changes: Option<&[Change]>,
+) -> Value {
     let summary = &learned.summary;
     let rules = learned.rules.iter().map(|rule| {
         let unseen = rule.unseen.iter().map(|(range, op)| {
@@ -257,6 +290,8 @@ fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>, changes: 
         "events": summary.events,
         "faults": summary.faults,
         "unfiltered": summary.unfiltered,
+        "lost": summary.lost,
+        "complete": summary.lost == 0 && older.is_none_or(Before::is_complete),
         "rules": rules.collect::<Vec<_>>(),
         "faulted": faulted.collect::<Vec<_>>(),
         "remarks": remarks.collect::<Vec<_>>(),
