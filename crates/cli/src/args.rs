@@ -497,6 +497,9 @@ pub(crate) struct LearnArgs {
     /// and what was not touched again
     #[arg(long, value_name = "OLDER", conflicts_with = "summary")]
     pub(crate) since: Option<PathBuf>,
+    /// Learn from traces that accesses are missing from, too: the policy may deny what the guests did
+    #[arg(long)]
+    pub(crate) incomplete: bool,
     /// Allow more than was seen, where at least half of it was seen
     #[arg(long, value_enum, value_name = "TO", value_delimiter = ',')]
     pub(crate) widen: Vec<WidenArg>,

@@ -22,8 +22,8 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     for path in &args.traces {
         let name = load::shown(path);
         let from = replay::reader(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
-        let merged = summary.merge(&read(path, from)?);
-        merged.map_err(|error| Failure::input(format!("{name}: {error}")))?;
+        let next = read(path, from, args.incomplete)?;
+        summary.merge(&next).map_err(|error| Failure::input(format!("{name}: {error}")))?;
     }
     if args.summary {
         let mut out = io::BufWriter::new(stream::out());
@@ -40,13 +40,17 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let Compiled { text, policy, map } = compiled(&learned)?;
     let plan = Plan::compile(&map);
     let older = match &args.since {
-        Some(path) => Some(Before::read(path, &widen)?),
+        Some(path) => Some(Before::read(path, &widen, args.incomplete)?),
         None => None,
     };
     let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
     let mut out = stream::out();
     if args.json {
-        writeln!(out, "{:#}", json(&learned, &text, &plan, changes.as_deref()))?;
+        writeln!(
+            out,
+            "{:#}",
+            json(&learned, &text, &plan, older.as_ref(), changes.as_deref())
+        )?;
     } else {
         write!(out, "{text}")?;
     }
@@ -104,7 +108,7 @@ enum Origin {
 
 impl Before {
     /// A policy, or a summary or trace that one would be learned from in the same way.
-    fn read(path: &Path, widen: &Widen) -> Result<Before, Failure> {
+    fn read(path: &Path, widen: &Widen, incomplete: bool) -> Result<Before, Failure> {
         let unreadable = |error: String| Failure::input(format!("cannot read `{}`: {error}", load::shown(path)));
         let io = |error: io::Error| unreadable(error.to_string());
         let mut from = replay::reader(path).map_err(io)?;
@@ -113,7 +117,7 @@ impl Before {
         let is_trace = trace::is_trace(&head);
         let from = io::Cursor::new(head).chain(from);
         if is_trace {
-            let summary = self::read(path, from)?;
+            let summary = self::read(path, from, incomplete)?;
             return Ok(Before {
                 map: compiled(&Learned::from(&summary, widen))?.map,
                 origin: Origin::Summary(Box::new(summary)),
@@ -125,6 +129,14 @@ impl Before {
             map,
             origin: Origin::Policy(Box::new(policy)),
         })
+    }
+
+    /// Whether nothing is known to be missing from it.
+    fn is_complete(&self) -> bool {
+        match &self.origin {
+            Origin::Policy(_) => true,
+            Origin::Summary(summary) => summary.lost == 0,
+        }
     }
 
     fn older(&self) -> Older<'_> {
@@ -172,14 +184,14 @@ fn bug(what: String) -> Failure {
     ))
 }
 
-/// A trace or a summary.
-fn read(path: &Path, from: impl BufRead) -> Result<Summary, Failure> {
+/// A trace or a summary; one that is not complete is refused, or told where `incomplete` lets it through.
+fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Failure> {
     let shown = load::shown(path);
     let name = match path.file_name() {
         Some(name) if path != Path::new("-") => name.to_string_lossy(),
         _ => "standard input".into(),
     };
-    Summary::read(&name, from).map_err(|error| {
+    let summary = Summary::read(&name, from).map_err(|error| {
         // What came before a broken line of a trace can still be learned from, if the user says so.
         let of_trace = error.source().is_some_and(|source| source.is::<TraceError>());
         let before = error.line.map_or(0, |line| line.saturating_sub(1));
@@ -191,10 +203,31 @@ fn read(path: &Path, from: impl BufRead) -> Result<Summary, Failure> {
             ),
             _ => format!("{shown}: {error}"),
         })
-    })
+    })?;
+    if summary.lost > 0 {
+        let lost = render::counted(summary.lost, "access is", "accesses are");
+        if !incomplete {
+            return Err(Failure::input(format!(
+                "{name}: {lost} missing from it, so a policy that is learned from it may deny what the guest needs: \
+                 record the guest again, or learn from what is there with --incomplete"
+            )));
+        }
+        writeln!(
+            io::stderr(),
+            "msrgate: {}: {lost} missing from it: a policy that is learned from it may deny what the guest needs",
+            render::plain(&name)
+        )?;
+    }
+    Ok(summary)
 }
 
-fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>, changes: Option<&[Change]>) -> Value {
+fn json(
+    learned: &Learned,
+    text: &str,
+    plan: &Result<Plan, PlanError>,
+    older: Option<&Before>,
+    changes: Option<&[Change]>,
+) -> Value {
     let summary = &learned.summary;
     let rules = learned.rules.iter().map(|rule| {
         let unseen = rule.unseen.iter().map(|(range, op)| {
@@ -250,6 +283,8 @@ fn json(learned: &Learned, text: &str, plan: &Result<Plan, PlanError>, changes: 
         "events": summary.events,
         "faults": summary.faults,
         "unfiltered": summary.unfiltered,
+        "lost": summary.lost,
+        "complete": summary.lost == 0 && older.is_none_or(Before::is_complete),
         "rules": rules.collect::<Vec<_>>(),
         "faulted": faulted.collect::<Vec<_>>(),
         "remarks": remarks.collect::<Vec<_>>(),

@@ -341,11 +341,17 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
         Err(Opened::Malformed(error)) => return Err(Failure::input(format!("{name}: {error}"))),
     };
     let mut counts: BTreeMap<(Msr, Op), u64> = BTreeMap::new();
+    let mut lost = 0u64;
     for record in lines {
         match record.map_err(|error| Failure::input(format!("{name}: {error}")))? {
             Record::Event(event) => *counts.entry((event.msr, event.op)).or_default() += 1,
-            Record::Gap(_) => {}
+            Record::Gap(gap) => lost = lost.saturating_add(gap.events),
         }
+    }
+    if lost > 0 {
+        let lost = render::counted(lost, "access is", "accesses are");
+        let note = format!("{name}: {lost} missing from it, so the guest does more than the profile counts");
+        let _ = writeln!(std::io::stderr(), "msrgate: note: {}", render::plain(&note));
     }
     let touched = counts.into_iter().map(|((msr, op), count)| Touched { msr, op, count });
     Ok(touched.collect())

@@ -177,6 +177,11 @@ pub(crate) fn duration(nanoseconds: u64) -> String {
     }
 }
 
+/// `1 access`, `2 accesses`.
+pub(crate) fn counted(count: u64, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
 /// A text of others in one line of a table, shown and not acted on. What goes to a [`stream`] needs it only where it is to be
 /// one line.
 pub(crate) fn plain(text: &str) -> String {

@@ -268,7 +268,10 @@ fn replay(
     loop {
         let next = lines.next().transpose();
         let event = match next {
-            Ok(Some(Record::Gap(_))) => continue,
+            Ok(Some(Record::Gap(gap))) => {
+                seen.miss(&gap);
+                continue;
+            }
             Ok(Some(Record::Event(event))) => Some(event),
             Ok(None) => None,
             Err(error) => {

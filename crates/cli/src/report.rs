@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Did, Msr, Op, Verdict};
-use msrgate_policy::report::{Kind, MOST_ROWS, MOST_VCPUS, Report, Row};
+use msrgate_policy::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
 use msrgate_policy::trace::{Record, TraceError};
 use msrgate_policy::{Explanation, Source, explain};
 
@@ -18,6 +18,9 @@ use crate::load::{self, Loaded};
 use crate::render;
 use crate::replay::{Opened, open};
 use crate::stream;
+
+/// How many vCPUs a note on gaps names.
+const FEW_LOST: usize = 3;
 
 /// The traces added up, and the policy that they are held against.
 struct Told {
@@ -68,7 +71,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
         let error = loop {
             match lines.next() {
                 Some(Ok(Record::Event(event))) => told.report.add(&event),
-                Some(Ok(Record::Gap(_))) => {}
+                Some(Ok(Record::Gap(gap))) => told.report.add_gap(&gap),
                 Some(Err(error)) => break Some(error),
                 None => break None,
             }
@@ -142,6 +145,38 @@ impl Told {
         counts
     }
 
+    /// How many accesses are missing from each trace that says so, whose, and when they were lost.
+    fn gaps(&self) -> Vec<String> {
+        let traces = (0..).zip(&self.files).zip(self.report.traces());
+        let gaps = traces.filter(|(_, trace)| trace.lost > 0);
+        gaps.map(|((number, (name, _)), trace)| self.gap(number, name, trace.lost))
+            .collect()
+    }
+
+    fn gap(&self, trace: u32, name: &str, all: u64) -> String {
+        let lost = self.report.lost_by_vcpu().filter(|lost| lost.trace == trace);
+        let mut lost: Vec<Lost> = lost.collect();
+        lost.sort_by_key(|lost| std::cmp::Reverse(lost.events));
+        lost.truncate(FEW_LOST);
+        let named = lost.iter().fold(0, |sum: u64, lost| sum.saturating_add(lost.events));
+        let whose = lost.iter().map(|lost| {
+            let seconds = |t: u64| format!("{:.6} s", t as f64 / 1e9);
+            let (first, last) = (seconds(lost.first), seconds(lost.last));
+            let until = if first == last {
+                String::new()
+            } else {
+                format!(" to {last}")
+            };
+            format!("{} of VM {} vCPU {} at {first}{until}", lost.events, lost.vm, lost.vcpu)
+        });
+        format!(
+            "{} missing from {name}, so this is not all that the guests did: {}{}",
+            render::counted(all, "access is", "accesses are"),
+            whose.collect::<Vec<_>>().join(", "),
+            if named < all { ", and of more vCPUs" } else { "" }
+        )
+    }
+
     /// What a reader of the report has to know of it.
     fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
@@ -177,7 +212,7 @@ impl Told {
         if self.report.vcpus().len() == MOST_VCPUS {
             notes.push(format!("no more than {MOST_VCPUS} vCPUs are told apart"));
         }
-        if self.report.accesses() > 1 && traces.iter().all(|trace| trace.first == trace.last) {
+        if self.report.accesses() > 1 && traces.iter().all(|trace| trace.duration() == 0) {
             notes.push("the traces do not tell when".to_owned());
         }
         notes

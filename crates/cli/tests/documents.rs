@@ -252,7 +252,7 @@ fn each_key_that_a_command_prints_is_documented() {
     folder.write("bad.toml", "version = 1\ndefault = 5\n");
     folder.write(
         "cut.jsonl",
-        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\ngarbage\n",
+        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n{\"lost\":2}\ngarbage\n",
     );
     folder.write(
         "emulated.jsonl",

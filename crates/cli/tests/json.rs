@@ -511,7 +511,7 @@ fn replay_says_what_each_register_got() {
         .json();
     keys(
         &report,
-        &["backend", "accesses", "changed", "faults", "presets", "by_msr"],
+        &["backend", "accesses", "changed", "faults", "lost", "presets", "by_msr"],
     );
     assert_eq!(report["backend"], "engine");
     assert_eq!((count(&report, "accesses"), count(&report, "changed")), (664, 0));

@@ -181,6 +181,64 @@ fn a_trace_that_breaks_off_is_refused_with_its_line_and_what_to_do() {
         .says(&["cannot read `nosuch.jsonl`"]);
 }
 
+#[test]
+fn a_trace_with_gaps_is_refused_with_what_to_do_unless_that_is_asked_for() {
+    let folder = Folder::new();
+    let read = "{\"op\":\"rdmsr\",\"msr\":\"0x10\"}";
+    let gap = "{\"lost\":15369,\"t\":5,\"vm\":0,\"vcpu\":0}";
+    folder.write("whole.jsonl", trace(&[read]));
+    folder.write("gap.jsonl", trace(&[read, gap]));
+    for arguments in [&["gap.jsonl"][..], &["--summary", "whole.jsonl", "gap.jsonl"]] {
+        let ran = folder.run(&[&["learn"], arguments].concat()).code(2);
+        assert!(ran.out.is_empty(), "{}", ran.out);
+        ran.says(&[
+            "gap.jsonl: 15369 accesses are missing",
+            "record the guest again",
+            "--incomplete",
+        ]);
+    }
+    let ran = folder.run(&["learn", "--incomplete", "gap.jsonl"]).code(0);
+    let learned = ran.says(&["gap.jsonl: 15369 accesses are missing"]).out;
+    assert!(learned.contains("lacks 15369 accesses"), "{learned}");
+    folder.write("learned.toml", learned);
+    folder.run(&["check", "learned.toml"]).code(0);
+    let json = |arguments: &[&str]| {
+        let ran = folder.run(&[&["learn", "--json"], arguments].concat());
+        let json = ran.json();
+        (json["complete"].clone(), count(&json, "lost"))
+    };
+    assert_eq!(json(&["whole.jsonl"]), (true.into(), 0));
+    assert_eq!(json(&["--incomplete", "whole.jsonl"]), (true.into(), 0));
+    assert_eq!(
+        json(&["--incomplete", "gap.jsonl", "gap.jsonl"]),
+        (false.into(), 2 * 15_369)
+    );
+    // What a summary is made of stays incomplete, however often it is merged.
+    folder.write("one", learn(&folder, &["--summary", "--incomplete", "gap.jsonl"]));
+    folder.run(&["learn", "one"]).code(2).says(&["one: 15369 accesses"]);
+    folder.write(
+        "two",
+        learn(&folder, &["--summary", "--incomplete", "one", "whole.jsonl"]),
+    );
+    folder.run(&["learn", "two"]).code(2).says(&["two: 15369 accesses"]);
+    assert_eq!(json(&["--incomplete", "two"]), (false.into(), 15_369));
+    // So does what it is held against.
+    let since = ["--since", "gap.jsonl", "whole.jsonl"];
+    let ran = folder.run(&[&["learn"][..], &since].concat()).code(2);
+    ran.says(&["gap.jsonl: 15369 accesses are missing"]);
+    assert_eq!(json(&[&["--incomplete"][..], &since].concat()), (false.into(), 0));
+    folder.write("less.jsonl", trace(&[gap]));
+    let dropped = ["learn", "--incomplete", "--since", "whole.jsonl", "less.jsonl"];
+    folder
+        .run(&dropped)
+        .code(0)
+        .says(&["dropped rdmsr IA32_TSC", "from which accesses are missing"]);
+    // A gap that is none is an error like any other line.
+    folder.write("bad.jsonl", trace(&[read, "{\"lost\":0}"]));
+    let bad = folder.run(&["learn", "--incomplete", "bad.jsonl"]).code(2);
+    bad.says(&["bad.jsonl: line 3: `lost` is 0"]);
+}
+
 fn learn_summary(folder: &Folder, trace: &str) -> String {
     folder.run_with(&["learn", "--summary", "-"], trace).code(0).out
 }

@@ -431,6 +431,19 @@ fn what_is_not_faithful_is_not_spilled_but_named() {
 }
 
 #[test]
+fn a_profile_from_which_accesses_are_missing_is_taken_and_told() {
+    let folder = Folder::furnished();
+    let event = "{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n";
+    folder.write("whole.jsonl", format!("{{\"msrgate_trace\":1}}\n{event}"));
+    folder.write("gap.jsonl", format!("{{\"msrgate_trace\":1}}\n{event}{{\"lost\":3}}\n"));
+    let policy = "policies/linux-microvm.toml";
+    let whole = folder.run(&["plan", "--profile", "whole.jsonl", policy]).code(0);
+    let gap = folder.run(&["plan", "--profile", "gap.jsonl", policy]).code(0);
+    assert_eq!((whole.out, whole.err.as_str()), (gap.out.clone(), ""));
+    gap.says(&["gap.jsonl: 3 accesses are missing from it"]);
+}
+
+#[test]
 fn the_ranges_that_a_profile_visits_most_stand_first() {
     let folder = Folder::new();
     let rules = "[[rule]]\nmsr = [0x10, 0x10000, 0x277]\nread = \"allow\"\n";

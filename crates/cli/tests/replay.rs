@@ -76,6 +76,25 @@ fn a_guest_that_would_break_is_exit_1_and_each_change_is_counted() {
 }
 
 #[test]
+fn accesses_that_are_missing_from_a_trace_are_told_and_not_made() {
+    let folder = Folder::furnished();
+    let event = "{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"value\":\"0x5\"}\n";
+    let gap = "{\"lost\":7,\"t\":9,\"vm\":0,\"vcpu\":0}\n";
+    folder.write(
+        "gap.jsonl",
+        format!("{{\"msrgate_trace\":1}}\n{event}{gap}{event}{gap}"),
+    );
+    let report = replay(&folder, "policies/qemu.toml", "gap.jsonl").code(0).json();
+    assert_eq!((count(&report, "accesses"), count(&report, "lost")), (2, 14));
+    folder
+        .run(&["replay", "--backend", "engine", "-p", "policies/qemu.toml", "gap.jsonl"])
+        .code(0)
+        .shows(&["2 accesses by", "note: 14 accesses are missing from the traces"]);
+    let report = replay(&folder, "policies/qemu.toml", MICROVM).code(0).json();
+    assert_eq!(count(&report, "lost"), 0);
+}
+
+#[test]
 fn rules_with_log_speak_on_stderr_as_it_happens_and_not_to_programs() {
     let folder = Folder::furnished();
     let guard = ["replay", "--backend", "engine", "-p", "policies/hvmi-guard.toml", PC];

@@ -188,6 +188,85 @@ fn a_trace_that_breaks_off_is_reported_up_to_there() {
 }
 
 #[test]
+fn accesses_that_are_missing_are_told_first_with_whose_and_when() {
+    let folder = Folder::new();
+    let gap = |lost: u64, t: u64, vcpu: u32| format!("{{\"lost\":{lost},\"t\":{t},\"vm\":0,\"vcpu\":{vcpu}}}\n");
+    let event = "{\"t\":1000000000,\"op\":\"rdmsr\",\"msr\":16,\"value\":\"0x1\"}\n";
+    let gaps = [
+        gap(5, 1_500_000_000, 1),
+        gap(15_000, 1_250_000_000, 0),
+        gap(364, 3_000_000_000, 0),
+    ]
+    .concat();
+    folder.write("gap.jsonl", format!("{HEADER}{event}{gaps}"));
+    folder.write("whole.jsonl", format!("{HEADER}{event}"));
+    let note = "15369 accesses are missing from gap.jsonl, so this is not all that the guests did: \
+                15364 of VM 0 vCPU 0 at 0.250000 s to 2.000000 s, 5 of VM 0 vCPU 1 at 0.500000 s";
+    let out = folder.run(&["report", "gap.jsonl"]).code(0).out;
+    assert_eq!(out.lines().nth(1), Some(format!("note: {note}").as_str()), "{out}");
+    assert!(out.contains("0 faulted; 15369 more are missing"), "{out}");
+    let report = folder
+        .run(&["report", "--json", "whole.jsonl", "gap.jsonl"])
+        .code(0)
+        .json();
+    assert_eq!((count(&report, "accesses"), count(&report, "lost")), (2, 15_369));
+    let lost: Vec<u64> = list(&report, "traces")
+        .iter()
+        .map(|trace| count(trace, "lost"))
+        .collect();
+    assert_eq!(lost, [0, 15_369]);
+    assert_eq!(
+        report["gaps"],
+        json!([
+            { "trace": 1, "vm": 0, "vcpu": 1, "events": 5, "first_ns": 500_000_000, "last_ns": 500_000_000 },
+            { "trace": 1, "vm": 0, "vcpu": 0, "events": 15_364, "first_ns": 250_000_000, "last_ns": 2_000_000_000_u64 },
+        ])
+    );
+    assert_eq!(report["notes"][0], note);
+    let page = folder.run(&["report", "--html", "-", "gap.jsonl"]).code(0).out;
+    assert!(page.contains(&note[..100]), "{page}");
+    // A trace of nothing but gaps, of more vCPUs than a note names.
+    let many: String = (0..300).map(|vcpu| gap(u64::from(vcpu) + 1, 7, vcpu)).collect();
+    folder.write("many.jsonl", format!("{HEADER}{many}"));
+    let ran = folder.run(&["report", "many.jsonl"]).code(0);
+    ran.shows(&[
+        "45150 accesses are missing",
+        "and of more vCPUs",
+        "0 accesses by 0 vCPUs",
+    ]);
+    let whole = folder.run(&["report", "whole.jsonl"]).code(0).out;
+    assert!(!whole.contains("missing"), "{whole}");
+}
+
+#[test]
+fn times_are_from_the_earliest_event_on_wherever_it_stands() {
+    let folder = Folder::new();
+    let event = |t: u64, vcpu: u32| format!("{{\"t\":{t},\"vcpu\":{vcpu},\"op\":\"rdmsr\",\"msr\":{}}}\n", 16 + vcpu);
+    // As `run` writes vCPUs one after the other: the second's are older.
+    let events = [
+        event(1_000_228_000, 0),
+        event(3_000_000_000, 0),
+        event(1_000_000_000, 1),
+    ]
+    .concat();
+    folder.write("a.jsonl", format!("{HEADER}{events}"));
+    let report = folder.run(&["report", "--json", "a.jsonl"]).code(0).json();
+    assert_eq!(count(&row(&report, "0x10", "rdmsr")["first"], "ns"), 228_000);
+    assert_eq!(count(&row(&report, "0x10", "rdmsr")["last"], "ns"), 2_000_000_000);
+    assert_eq!(count(&row(&report, "0x11", "rdmsr")["first"], "ns"), 0);
+    assert_eq!(count(&report["traces"][0], "last_ns"), 2_000_000_000);
+    let out = folder.run(&["report", "a.jsonl"]).code(0).out;
+    assert!(out.contains("0.000228") && !out.contains("-0.0"), "{out}");
+    let page = folder.run(&["report", "--html", "-", "a.jsonl"]).code(0).out;
+    for bar in page.split("<title>").skip(2) {
+        let title = bar.split('<').next().unwrap_or_default();
+        assert!(!title.contains("-0.") && !title.contains("-1"), "{title}");
+    }
+    assert!(page.contains("<title>0.000 s to "), "{page}");
+    assert!(!page.contains("data-n=\"-") && !page.contains(">-"), "{page}");
+}
+
+#[test]
 fn a_page_is_one_file_that_names_what_it_runs_and_no_other() {
     let folder = Folder::furnished();
     let trace = "traces/linux-6.1-microvm.jsonl";

@@ -12,7 +12,7 @@
 //! for record in lines {
 //!     match record? {
 //!         Record::Event(event) => report.add(&event),
-//!         Record::Gap(_) => {}
+//!         Record::Gap(gap) => report.add_gap(&gap),
 //!     }
 //! }
 //! let row = report.rows().next().expect("a row");
@@ -23,6 +23,8 @@
 //! However long the traces are, the report has bounds: [`MOST_ROWS`] MSRs and directions, [`MOST_VCPUS`] vCPUs, so many
 //! different values and instruction pointers of each, and [`MOST_BUCKETS`] stretches of time. What there is no room for
 //! is counted and left out by name only.
+//!
+//! Events need not be in the order of time: times are from the earliest event of a trace on, wherever it stands.
 
 mod counts;
 mod timeline;
@@ -33,11 +35,11 @@ use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
 
 pub use self::counts::Counts;
 pub use self::timeline::Timeline;
-use crate::trace::Header;
+use crate::trace::{Gap, Header};
 
 /// How many MSRs and directions have a row of their own: more than the windows of all processors hold.
 pub const MOST_ROWS: usize = 1 << 15;
-/// How many vCPUs, of all traces together, are told apart.
+/// How many vCPUs, of all traces together, are told apart; of those with gaps likewise.
 pub const MOST_VCPUS: usize = 256;
 /// How many stretches the time is cut into.
 pub const MOST_BUCKETS: usize = 128;
@@ -91,8 +93,8 @@ impl Kind {
 pub struct Moment {
     /// Which trace, from 0.
     pub trace: u32,
-    /// Nanoseconds from the event that the trace names first; below 0 where its events are not in order.
-    pub t: i64,
+    /// Nanoseconds from the earliest event of the trace on.
+    pub t: u64,
 }
 
 /// What accesses got, and what said so.
@@ -142,12 +144,44 @@ pub struct Trace {
     pub header: Header,
     /// How many events it has.
     pub events: u64,
-    /// The earliest of them, in nanoseconds from the first that it names; below 0 where they are not in order.
-    pub first: i64,
-    /// The latest of them, likewise.
-    pub last: i64,
-    /// When the first that it names was, by its own clock.
-    start: u64,
+    /// How many events are missing from it, as far as it tells.
+    pub lost: u64,
+    /// The earliest of its events, on its own clock.
+    earliest: u64,
+    /// The latest.
+    latest: u64,
+    /// The one that stands first: when it comes, nobody knows yet which is the earliest. Timelines are laid over each
+    /// other from it on.
+    anchor: u64,
+}
+
+impl Trace {
+    /// Nanoseconds from its earliest event to its latest.
+    pub fn duration(&self) -> u64 {
+        self.since_start(self.latest)
+    }
+
+    /// A time on the trace's clock, from its earliest event on; 0 for a gap before that.
+    fn since_start(&self, t: u64) -> u64 {
+        t.saturating_sub(self.earliest)
+    }
+}
+
+/// The events of one vCPU that are missing from a trace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lost {
+    /// Which trace, from 0.
+    pub trace: u32,
+    /// Which VM of the process.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub vcpu: u32,
+    /// How many are missing.
+    pub events: u64,
+    /// When the first gap is, in nanoseconds from the earliest event of the trace on; 0 for one before that.
+    pub first: u64,
+    /// When the last gap is, likewise.
+    pub last: u64,
 }
 
 /// A vCPU of one of the traces.
@@ -180,10 +214,10 @@ pub struct Row {
     pub exits: u64,
     /// How long that took.
     pub cost: Cost,
-    /// The first of them.
-    pub first: Moment,
+    /// The first of them: the trace, and when on its clock.
+    first: (u32, u64),
     /// The last of them.
-    pub last: Moment,
+    last: (u32, u64),
     /// What they got.
     pub got: Counts<Got, 16>,
     /// What was read or written; the 0 of a read that faulted is no value.
@@ -200,6 +234,8 @@ pub struct Row {
 #[derive(Clone, Debug)]
 pub struct Report {
     traces: Vec<Trace>,
+    /// With times on the traces' own clocks.
+    lost: Vec<Lost>,
     vcpus: Vec<Vcpu>,
     places: HashMap<(u32, u32, u32), u16>,
     rows: Vec<Row>,
@@ -215,6 +251,7 @@ impl Default for Report {
     fn default() -> Report {
         Report {
             traces: Vec::new(),
+            lost: Vec::new(),
             vcpus: Vec::new(),
             places: HashMap::new(),
             rows: Vec::new(),
@@ -229,45 +266,76 @@ impl Default for Report {
 }
 
 impl Report {
-    /// Goes on with another trace: the events after this are its.
+    /// Goes on with another trace: the events and gaps after this are its.
     pub fn begin(&mut self, header: Header) {
         self.traces.push(Trace {
             header,
             events: 0,
-            first: 0,
-            last: 0,
-            start: 0,
+            lost: 0,
+            earliest: u64::MAX,
+            latest: 0,
+            anchor: 0,
         });
     }
 
-    /// Adds an event of the trace that was begun last.
-    pub fn add(&mut self, event: &Event) {
+    /// The trace that was begun last, and its number.
+    fn trace(&mut self) -> Option<(u32, &mut Trace)> {
         if self.traces.is_empty() {
             self.begin(Header::default());
         }
         let trace = self.traces.len().saturating_sub(1);
         let number = u32::try_from(trace).unwrap_or(u32::MAX);
-        let Some(trace) = self.traces.get_mut(trace) else {
+        Some((number, self.traces.get_mut(trace)?))
+    }
+
+    /// Adds an event of the trace that was begun last.
+    pub fn add(&mut self, event: &Event) {
+        let Some((number, trace)) = self.trace() else {
             return;
         };
         if trace.events == 0 {
-            trace.start = event.t;
+            trace.anchor = event.t;
         }
         trace.events += 1;
-        let t = i128::from(event.t) - i128::from(trace.start);
+        trace.earliest = trace.earliest.min(event.t);
+        trace.latest = trace.latest.max(event.t);
+        let t = i128::from(event.t) - i128::from(trace.anchor);
         let t = i64::try_from(t).unwrap_or(if t < 0 { i64::MIN } else { i64::MAX });
-        trace.first = trace.first.min(t);
-        trace.last = trace.last.max(t);
         let kind = Kind::of(event.did);
         self.timeline.add(t, kind as usize);
         count(&mut self.kinds, kind);
         self.exits += u64::from(event.reason.is_some());
         self.cost.add(event.cost);
         let vcpu = self.vcpu(number, event, t);
-        let moment = Moment { trace: number, t };
-        match self.row(event.msr, event.op, moment) {
-            Some(row) => row.add(event, moment, kind, vcpu),
+        match self.row(event.msr, event.op, (number, event.t)) {
+            Some(row) => row.add(event, (number, event.t), t, kind, vcpu),
             None => self.unlisted += 1,
+        }
+    }
+
+    /// Adds a gap in the trace that was begun last.
+    pub fn add_gap(&mut self, gap: &Gap) {
+        let Some((number, trace)) = self.trace() else {
+            return;
+        };
+        trace.lost = trace.lost.saturating_add(gap.events);
+        let of_vcpu = |lost: &&mut Lost| (lost.trace, lost.vm, lost.vcpu) == (number, gap.vm, gap.vcpu);
+        let room = self.lost.len() < MOST_VCPUS;
+        match self.lost.iter_mut().find(of_vcpu) {
+            Some(lost) => {
+                lost.events = lost.events.saturating_add(gap.events);
+                lost.first = lost.first.min(gap.t);
+                lost.last = lost.last.max(gap.t);
+            }
+            None if room => self.lost.push(Lost {
+                trace: number,
+                vm: gap.vm,
+                vcpu: gap.vcpu,
+                events: gap.events,
+                first: gap.t,
+                last: gap.t,
+            }),
+            None => {}
         }
     }
 
@@ -296,7 +364,7 @@ impl Report {
         Some(place)
     }
 
-    fn row(&mut self, msr: Msr, op: Op, moment: Moment) -> Option<&mut Row> {
+    fn row(&mut self, msr: Msr, op: Op, moment: (u32, u64)) -> Option<&mut Row> {
         let place = match self.by_access.get(&(msr, op)) {
             Some(place) => *place,
             None if self.rows.len() == MOST_ROWS => return None,
@@ -327,6 +395,38 @@ impl Report {
     /// The traces in the order in which they were begun.
     pub fn traces(&self) -> &[Trace] {
         &self.traces
+    }
+
+    /// How many events are missing from the traces, as far as they tell.
+    pub fn lost(&self) -> u64 {
+        self.traces.iter().fold(0, |sum, trace| sum.saturating_add(trace.lost))
+    }
+
+    /// Whose events are missing, in the order in which their first gaps came; of at most [`MOST_VCPUS`] vCPUs.
+    pub fn lost_by_vcpu(&self) -> impl Iterator<Item = Lost> {
+        self.lost.iter().map(|lost| Lost {
+            first: self.moment((lost.trace, lost.first)).t,
+            last: self.moment((lost.trace, lost.last)).t,
+            ..*lost
+        })
+    }
+
+    /// When the first access of a row was.
+    pub fn first(&self, row: &Row) -> Moment {
+        self.moment(row.first)
+    }
+
+    /// When the last access of a row was.
+    pub fn last(&self, row: &Row) -> Moment {
+        self.moment(row.last)
+    }
+
+    fn moment(&self, (trace, t): (u32, u64)) -> Moment {
+        let of = usize::try_from(trace).ok().and_then(|trace| self.traces.get(trace));
+        Moment {
+            trace,
+            t: of.map_or(0, |of| of.since_start(t)),
+        }
     }
 
     /// The vCPUs in the order in which they came.
@@ -366,7 +466,8 @@ impl Report {
         self.unlisted
     }
 
-    /// When there were how many of each [`Kind`], all traces laid over each other from their first events on.
+    /// When there were how many of each [`Kind`], all traces laid over each other from their first events on. The first
+    /// bucket begins at the earliest event, or by less than its width before.
     pub fn timeline(&self) -> &Timeline<3> {
         &self.timeline
     }
@@ -379,7 +480,7 @@ impl Row {
         allowed + emulated
     }
 
-    fn add(&mut self, event: &Event, moment: Moment, kind: Kind, vcpu: Option<u16>) {
+    fn add(&mut self, event: &Event, moment: (u32, u64), t: i64, kind: Kind, vcpu: Option<u16>) {
         self.count += 1;
         count(&mut self.kinds, kind);
         self.exits += u64::from(event.reason.is_some());
@@ -402,7 +503,7 @@ impl Row {
         if let Some(rip) = event.rip {
             self.rips.add(rip);
         }
-        self.timeline.add(moment.t, 0);
+        self.timeline.add(t, 0);
     }
 }
 

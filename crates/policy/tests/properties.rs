@@ -586,8 +586,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn summaries_merge_to_the_same_in_every_order_and_grouping(traces in vec(vec(few_msrs(), 0..40), 3)) {
-        let [a, b, c] = [0, 1, 2].map(|number| summary(&format!("{number}.jsonl"), &traces[number]));
+    fn summaries_merge_to_the_same_in_every_order_and_grouping(
+        traces in vec(vec(few_msrs(), 0..40), 3),
+        lost in vec(prop_oneof![Just(0), any::<u64>()], 3),
+    ) {
+        let [a, b, c] = [0, 1, 2].map(|number| Summary {
+            lost: lost[number],
+            ..summary(&format!("{number}.jsonl"), &traces[number])
+        });
         let merged = |parts: &[&Summary]| {
             let mut sum = Summary::default();
             parts.iter().for_each(|part| sum.merge(part).expect("room"));
@@ -600,6 +606,7 @@ proptest! {
         let bytes = written(&all);
         prop_assert_eq!(&Summary::read("all", bytes.as_slice()).expect("a summary"), &all);
         prop_assert_eq!(written(&merged(&[&c, &ab])), bytes);
+        prop_assert_eq!(all.lost, lost.iter().fold(0, |sum: u64, lost| sum.saturating_add(*lost)));
         prop_assert_eq!(all.events, traces.iter().map(|events| events.len() as u64).sum::<u64>());
     }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use msrgate_core::{Did, Event, Msr, Op, Outcome, ReadAction};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
+use msrgate_policy::trace::Gap;
 
 use super::{Backend, Got};
 
@@ -21,6 +22,8 @@ pub(crate) struct Comparison {
     presets: BTreeSet<Preset>,
     rows: BTreeMap<(Msr, Op), Row>,
     faults: u64,
+    /// How many accesses are missing from the traces.
+    lost: u64,
 }
 
 /// One MSR in one direction.
@@ -83,6 +86,7 @@ impl Comparison {
             presets: BTreeSet::new(),
             rows: BTreeMap::new(),
             faults: 0,
+            lost: 0,
         }
     }
 
@@ -127,6 +131,15 @@ impl Comparison {
         } else if differs(plain, ruled.outcome, live) {
             row.changed += 1;
         }
+    }
+
+    /// Counts what is missing from the trace: nobody knows what it would have got.
+    pub(crate) fn miss(&mut self, gap: &Gap) {
+        self.lost = self.lost.saturating_add(gap.events);
+    }
+
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost
     }
 
     pub(crate) fn accesses(&self) -> u64 {

@@ -70,7 +70,8 @@ impl Logged {
             Log::PerSecond(most) => {
                 let second = event.t / SECOND;
                 let (counted, n) = self.counts.entry(rule).or_insert((second, 0));
-                if *counted != second {
+                // vCPUs' events may be out of order, and a second that is over does not begin again.
+                if *counted < second {
                     (*counted, *n) = (second, 0);
                 }
                 *n += 1;
@@ -122,5 +123,13 @@ mod tests {
             .map(|t| logged.admits(&event(t, 1), Log::PerSecond(2), Some(0)))
             .collect();
         assert_eq!(admitted, [true, true, false, true, true, false]);
+        // Two vCPUs at the turn of a second, their events by turns.
+        let mut logged = Logged::new(false);
+        let times = [SECOND, SECOND - 1, SECOND + 1, SECOND - 2, SECOND + 2];
+        let admitted: Vec<bool> = times
+            .into_iter()
+            .map(|t| logged.admits(&event(t, 1), Log::PerSecond(2), Some(0)))
+            .collect();
+        assert_eq!(admitted, [true, true, false, false, false]);
     }
 }

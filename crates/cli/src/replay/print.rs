@@ -29,6 +29,7 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
         "accesses": seen.accesses(),
         "changed": seen.changed(),
         "faults": seen.faults(),
+        "lost": seen.lost(),
         "presets": seen.presets().map(|preset| json!({
             "msr": preset.msr.to_string(),
             "value": format!("{:#x}", preset.value),
@@ -82,6 +83,13 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
         writeln!(
             out,
             "{host} got another answer from this host than in the trace, which is not the policy's doing"
+        )?;
+    }
+    if seen.lost() > 0 {
+        writeln!(
+            out,
+            "note: {} missing from the traces, and were not made: what the policy gives them is not known here",
+            render::counted(seen.lost(), "access is", "accesses are")
         )?;
     }
     match seen.changed() {

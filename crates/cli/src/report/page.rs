@@ -190,11 +190,7 @@ fn summary(told: &Told) -> Markup {
         [trace] => trace.header.mode.as_deref(),
         _ => None,
     };
-    let longest = report
-        .traces()
-        .iter()
-        .map(|trace| trace.last.abs_diff(trace.first))
-        .max();
+    let longest = report.traces().iter().map(Trace::duration).max();
     // Where each kind's part of the bar begins.
     let [allowed, emulated, _] = report.kinds();
     let starts = [0, allowed, allowed + emulated];
@@ -259,7 +255,8 @@ fn summary(told: &Told) -> Markup {
 }
 
 fn notes(told: &Told) -> Markup {
-    let mut notes: Vec<String> = told.notes().iter().map(|note| short(note)).collect();
+    let notes = told.gaps().into_iter().chain(told.notes());
+    let mut notes: Vec<String> = notes.map(|note| short(&note)).collect();
     notes.extend(rows::note(told));
     html! {
         @if !notes.is_empty() {
@@ -294,7 +291,7 @@ fn traces(told: &Told) -> Markup {
                                 th scope="row" { (short(name)) }
                                 td.wrap { (description(trace)) }
                                 td.n { (number(trace.events)) }
-                                td.n { (format!("{:.3}", trace.last.abs_diff(trace.first) as f64 / 1e9)) }
+                                td.n { (format!("{:.3}", trace.duration() as f64 / 1e9)) }
                             }
                         }
                     }

@@ -27,8 +27,8 @@ pub(super) fn json(told: &Told) -> Value {
             "cpu": header.cpu,
             "policy": header.policy,
             "accesses": trace.events,
-            "first_ns": trace.first,
-            "last_ns": trace.last,
+            "last_ns": trace.duration(),
+            "lost": trace.lost,
             "error": error.as_ref().map(|error| json!({ "line": error.line, "message": error.to_string() })),
         })
     });
@@ -54,8 +54,8 @@ pub(super) fn json(told: &Told) -> Value {
             "faulted": of(row.kinds, Kind::Faulted),
             "exits": row.exits,
             "cost": cost(row.cost),
-            "first": moment(row.first),
-            "last": moment(row.last),
+            "first": moment(report.first(row)),
+            "last": moment(report.last(row)),
             "got": row.got.each().iter().map(|(got, count)| json!({
                 "did": got.did.name(),
                 "why": got.why.map(|why| why.name()),
@@ -92,9 +92,17 @@ pub(super) fn json(told: &Told) -> Value {
         "cost": cost(report.cost()),
         "served_but_denied": told.policy.as_ref().map(|_| told.broken()),
         "unlisted": report.unlisted(),
+        "lost": report.lost(),
+        "gaps": report.lost_by_vcpu().map(|lost| json!({
+            "trace": lost.trace,
+            "vm": lost.vm,
+            "vcpu": lost.vcpu,
+            "events": lost.events,
+            "first_ns": lost.first,
+            "last_ns": lost.last,
+        })).collect::<Vec<_>>(),
         "vcpus": (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
         "timeline": {
-            "start_ns": timeline.start(),
             "bucket_ns": timeline.width(),
             "buckets": timeline.buckets().map(|kinds| json!({
                 "allowed": of(*kinds, Kind::Allowed),
@@ -104,7 +112,7 @@ pub(super) fn json(told: &Told) -> Value {
         },
         "by_msr": rows.collect::<Vec<_>>(),
         "rules": rules(told),
-        "notes": told.notes(),
+        "notes": told.gaps().into_iter().chain(told.notes()).collect::<Vec<_>>(),
     })
 }
 
@@ -169,6 +177,9 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             render::plain(&parts.join("; "))
         )?;
     }
+    for note in told.gaps() {
+        writeln!(out, "note: {}", render::plain(&note))?;
+    }
     let has_rules = report
         .rows()
         .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
@@ -188,8 +199,8 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             explain::name(row.msr).unwrap_or_default().to_owned(),
             row.op.to_string(),
             row.count.to_string(),
-            time(row.first, several),
-            time(row.last, several),
+            time(report.first(row), several),
+            time(report.last(row), several),
             got(row),
             few(&row.values, |value| format!("{value:#x}")),
         ];
@@ -212,9 +223,13 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
     let [allowed, emulated, faulted] = report.kinds();
     writeln!(
         out,
-        "{} by {}: {allowed} allowed, {emulated} emulated, {faulted} faulted",
-        counted(report.accesses(), "access", "accesses"),
-        counted(report.vcpus().len() as u64, "vCPU", "vCPUs"),
+        "{} by {}: {allowed} allowed, {emulated} emulated, {faulted} faulted{}",
+        render::counted(report.accesses(), "access", "accesses"),
+        render::counted(report.vcpus().len() as u64, "vCPU", "vCPUs"),
+        match report.lost() {
+            0 => String::new(),
+            lost => format!("; {} missing", render::counted(lost, "more is", "more are")),
+        }
     )?;
     writeln!(
         out,
@@ -239,10 +254,6 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         writeln!(out, "note: {}", render::plain(&note))?;
     }
     Ok(())
-}
-
-pub(super) fn counted(count: u64, one: &str, more: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 /// What the accesses of a row got: each word, with its count where there are several.
@@ -311,7 +322,7 @@ fn few<T: PartialEq, const MOST: usize>(counts: &Counts<T, MOST>, word: impl Fn(
     words.join(", ")
 }
 
-/// Seconds from the trace's first event on, after the trace's number where there are several.
+/// Seconds from the trace's earliest event on, after the trace's number where there are several.
 pub(super) fn time(moment: Moment, several: bool) -> String {
     let seconds = moment.t as f64 / 1e9;
     match several {

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use msrgate_core::{Did, Event, Msr, MsrRange, Op};
 
 use super::summary::{self, LearnError, Seen, Summary};
+use crate::trace::Gap;
 
 /// How many shadow registers, of all vCPUs together, a trace may tell of.
 const SHADOWS: usize = 1 << 20;
@@ -66,6 +67,10 @@ impl Observer {
             )));
         }
         summary::check_size(self.served.len())
+    }
+
+    pub(super) fn miss(&mut self, gap: &Gap) {
+        self.summary.lost = self.summary.lost.saturating_add(gap.events);
     }
 
     pub(super) fn finish(mut self, name: &str) -> Result<Summary, LearnError> {

@@ -135,9 +135,13 @@ impl Learned {
             .fold(0, |sum, (_, count)| sum.saturating_add(*count));
         let traces = text::counted(self.summary.traces, "trace");
         let names = text::names(self.summary.names.iter(), self.summary.traces);
+        let missing = match self.summary.lost {
+            0 => "",
+            _ => ", from which accesses are missing",
+        };
         match faults {
-            0 => format!("{then}; not touched in {traces} since{names}"),
-            faults => format!("{then}; only faulted, {faults} times, in {traces} since{names}"),
+            0 => format!("{then}; not touched in {traces} since{names}{missing}"),
+            faults => format!("{then}; only faulted, {faults} times, in {traces} since{names}{missing}"),
         }
     }
 }

@@ -140,6 +140,9 @@ pub struct Summary {
     pub faults: u64,
     /// How many were of the x2APIC's registers, which no filter stops.
     pub unfiltered: u64,
+    /// How many accesses are missing from the traces, as far as they tell. If any are, what is learned may deny what the
+    /// guests did.
+    pub lost: u64,
     /// The MSRs and directions that were served.
     pub seen: BTreeMap<(Msr, Op), Seen>,
     /// How often an MSR and direction faulted; the smallest 4096 of them.
@@ -171,7 +174,7 @@ impl Summary {
             for record in Lines::new(whole)? {
                 match record? {
                     Record::Event(event) => observer.see(&event)?,
-                    Record::Gap(_) => {}
+                    Record::Gap(gap) => observer.miss(&gap),
                 }
             }
             observer.finish(name)
@@ -185,6 +188,7 @@ impl Summary {
         add(&mut self.events, other.events);
         add(&mut self.faults, other.faults);
         add(&mut self.unfiltered, other.unfiltered);
+        add(&mut self.lost, other.lost);
         for (key, seen) in &other.seen {
             match self.seen.get_mut(key) {
                 Some(ours) => ours.merge(seen),
@@ -214,11 +218,15 @@ impl Summary {
         let rows = self.seen.len() + self.faulted.len();
         write!(to, "{{\"msrgate_summary\":{VERSION},\"traces\":{}", self.traces)?;
         write_names(&self.names, to)?;
-        writeln!(
+        write!(
             to,
-            ",\"events\":{},\"faults\":{},\"unfiltered\":{},\"rows\":{rows}}}",
+            ",\"events\":{},\"faults\":{},\"unfiltered\":{}",
             self.events, self.faults, self.unfiltered
         )?;
+        if self.lost > 0 {
+            write!(to, ",\"lost\":{}", self.lost)?;
+        }
+        writeln!(to, ",\"rows\":{rows}}}")?;
         for ((msr, op), seen) in &self.seen {
             write!(to, "{{\"msr\":\"{msr}\",\"op\":\"{op}\",\"did\":{{")?;
             for (i, (did, count)) in seen.did.iter().enumerate() {
@@ -289,6 +297,7 @@ impl Summary {
             summary.events = first.events;
             summary.faults = first.faults;
             summary.unfiltered = first.unfiltered;
+            summary.lost = first.lost;
             header = Some(first);
         }
         let rows = (summary.seen.len() + summary.faulted.len()) as u64;
@@ -337,6 +346,8 @@ struct Header {
     events: u64,
     faults: u64,
     unfiltered: u64,
+    #[serde(default)]
+    lost: u64,
     rows: u64,
 }
 

@@ -24,6 +24,16 @@ impl fmt::Display for Learned {
             summary.faults
         );
         print::comment(f, &from)?;
+        if summary.lost > 0 {
+            writeln!(f, "#")?;
+            print::comment(
+                f,
+                &format!(
+                    "Incomplete: what it was learned from lacks {}, so it may deny what a guest needs.",
+                    counted(summary.lost, "access")
+                ),
+            )?;
+        }
         writeln!(f, "#")?;
         let widened = self.rules.iter().any(|rule| !rule.unseen.is_empty());
         print::comment(

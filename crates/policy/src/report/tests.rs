@@ -51,7 +51,10 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
     let [tsc, row] = rows[..] else { panic!("{rows:?}") };
     assert_eq!((tsc.msr.0, tsc.op, tsc.values.each()), (0x10, Op::Write, &[(0, 1)][..]));
     assert_eq!((row.count, row.kinds, row.exits), (3, [1, 1, 1], 2));
-    assert_eq!((row.first.t, row.last.t), (-100, 500));
+    let (first, last) = (report.first(row).t, report.last(row).t);
+    assert_eq!((first, last), (0, 600), "from the earliest event on");
+    assert_eq!(report.first(tsc).t, 300);
+    assert_eq!(report.traces()[0].duration(), 600);
     let cost = Cost {
         count: 2,
         sum: 800,
@@ -87,11 +90,38 @@ fn traces_are_laid_over_each_other_from_their_first_events_on() {
         report.add(&event(start + 10, 1, Op::Read));
     }
     let row = report.rows().next().unwrap();
-    assert_eq!(row.first, Moment { trace: 0, t: 0 });
-    assert_eq!(row.last, Moment { trace: 1, t: 10 });
+    assert_eq!(report.first(row), Moment { trace: 0, t: 0 });
+    assert_eq!(report.last(row), Moment { trace: 1, t: 10 });
     assert_eq!(report.vcpus().len(), 2, "each trace has its own vCPUs");
     let counts: Vec<u64> = report.timeline().buckets().map(|[allowed, ..]| *allowed).collect();
     assert_eq!((counts.len(), counts[0], counts[10]), (11, 2, 2));
+}
+
+#[test]
+fn gaps_are_added_up_for_each_vcpu_of_each_trace() {
+    let gap = |t, vcpu, events| Gap { t, vm: 0, vcpu, events };
+    let mut report = Report::default();
+    report.begin(Header::default());
+    report.add_gap(&gap(50, 1, 7));
+    report.add(&event(100, 1, Op::Read));
+    report.add_gap(&gap(130, 0, 2));
+    report.add_gap(&gap(110, 0, 3));
+    report.begin(Header::default());
+    report.add_gap(&gap(5, 0, u64::MAX));
+    let lost = |trace, vcpu, events, first, last| Lost {
+        trace,
+        vm: 0,
+        vcpu,
+        events,
+        first,
+        last,
+    };
+    let found: Vec<Lost> = report.lost_by_vcpu().collect();
+    let expected = [lost(0, 1, 7, 0, 0), lost(0, 0, 5, 10, 30), lost(1, 0, u64::MAX, 0, 0)];
+    assert_eq!(found, expected);
+    assert_eq!(report.traces()[0].lost, 12);
+    assert_eq!((report.lost(), report.accesses()), (u64::MAX, 1));
+    assert_eq!((report.traces()[0].duration(), report.traces()[1].duration()), (0, 0));
 }
 
 #[test]
@@ -105,6 +135,18 @@ fn what_there_is_no_room_for_is_counted_all_the_same() {
         });
     }
     report.add(&event(u64::MAX, 0, Op::Read));
+    for vcpu in 0..most {
+        report.add_gap(&Gap {
+            t: 0,
+            vm: 0,
+            vcpu,
+            events: 1,
+        });
+    }
+    assert_eq!(
+        (report.lost(), report.lost_by_vcpu().count()),
+        (u64::from(most), MOST_VCPUS)
+    );
     assert_eq!((report.rows().len(), report.unlisted()), (MOST_ROWS, 5));
     assert_eq!(report.vcpus().len(), MOST_VCPUS);
     assert!(report.timeline().buckets().len() <= MOST_BUCKETS);

@@ -92,8 +92,8 @@ impl<const KINDS: usize> Timeline<KINDS> {
         1 << self.shift
     }
 
-    /// Where the first bucket begins, in nanoseconds.
-    pub fn start(&self) -> i64 {
+    /// Where the first bucket begins, in nanoseconds; below 0 where an event before the first that came is in it.
+    pub(super) fn start(&self) -> i64 {
         self.first << self.shift
     }
 

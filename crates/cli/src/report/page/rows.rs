@@ -166,8 +166,9 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
             td.n data-n=(row.count) { (number(row.count)) }
             @if columns.time {
                 td { (spark(row, told.report.timeline())) }
-                td.n data-n=(row.first.t) { (moment(row.first, several)) }
-                td.n data-n=(row.last.t) { (moment(row.last, several)) }
+                @for when in [told.report.first(row), told.report.last(row)] {
+                    td.n data-n=(when.t) { (moment(when, several)) }
+                }
             }
             td { (answers(row)) }
             td { (things(&row.values, |value| format!("{value:#x}"))) }

@@ -23,13 +23,9 @@ pub(super) fn section(told: &Told) -> Markup {
     if columns < 2 {
         return html! {};
     }
-    // Hostile times are further apart than integers hold.
-    let (start, width) = (timeline.start() as f64, timeline.width() as f64);
-    let scale = Scale { start, width };
-    let few = Scale {
-        start,
-        width: width * columns as f64 / columns.min(VCPU_COLUMNS) as f64,
-    };
+    // Hostile times are further apart than integers hold. Times are from the first column on.
+    let width = timeline.width() as f64;
+    let wide = width * columns as f64 / columns.min(VCPU_COLUMNS) as f64;
     let buckets: Vec<[u64; 3]> = timeline.buckets().copied().collect();
     let mut busiest: Vec<(usize, &Vcpu)> = report.vcpus().iter().enumerate().collect();
     busiest.sort_by_key(|(_, vcpu)| std::cmp::Reverse(vcpu.count));
@@ -52,7 +48,7 @@ pub(super) fn section(told: &Told) -> Markup {
                             (lane(
                                 &buckets.iter().filter_map(|bucket| bucket.get(place).copied()).collect::<Vec<u64>>(),
                                 kind.name(),
-                                &scale,
+                                width,
                             ))
                         }
                     }
@@ -65,7 +61,7 @@ pub(super) fn section(told: &Told) -> Markup {
                                 "vCPU " (each.vcpu)
                                 @if several { " " span.muted { "trace " (each.trace) ", VM " (each.vm) } }
                             }
-                            (lane(&each.timeline.columns(timeline, columns.min(VCPU_COLUMNS)), "vcpu", &few))
+                            (lane(&each.timeline.columns(timeline, columns.min(VCPU_COLUMNS)), "vcpu", wide))
                         }
                     }
                     @if others > 0 {
@@ -74,7 +70,7 @@ pub(super) fn section(told: &Told) -> Markup {
                 }
                 div.axis aria-hidden="true" {
                     @for quarter in 0..5 {
-                        span { (seconds(start + width * columns as f64 * f64::from(quarter) / 4.0)) }
+                        span { (seconds(width * columns as f64 * f64::from(quarter) / 4.0)) }
                     }
                 }
             }
@@ -82,16 +78,11 @@ pub(super) fn section(told: &Told) -> Markup {
     }
 }
 
-/// Where a lane's columns are in time, in nanoseconds.
-struct Scale {
-    start: f64,
-    width: f64,
-}
-
-fn lane(counts: &[u64], class: &str, scale: &Scale) -> Markup {
+/// Columns that are so many nanoseconds wide.
+fn lane(counts: &[u64], class: &str, width: f64) -> Markup {
     let most = counts.iter().copied().max().unwrap_or(0);
     let all: u64 = counts.iter().sum();
-    let start = |place: usize| scale.start + scale.width * place as f64;
+    let start = |place: usize| width * place as f64;
     let peak = counts.iter().position(|count| *count == most).unwrap_or(0);
     let label = format!(
         "{}, at most {} in one column, at {}",
