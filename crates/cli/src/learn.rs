@@ -23,7 +23,9 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         let name = load::shown(path);
         let from = replay::reader(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
         let next = read(path, from, args.incomplete)?;
-        summary.merge(&next).map_err(|error| Failure::input(format!("{name}: {error}")))?;
+        summary
+            .merge(&next)
+            .map_err(|error| Failure::input(format!("{name}: {error}")))?;
     }
     if args.summary {
         let mut out = io::BufWriter::new(stream::out());

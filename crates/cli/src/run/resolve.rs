@@ -36,7 +36,7 @@ impl Resolved {
         let cpuid = load::cpuid(&args.cpuid)?;
         let policy = load::unresolved(path)?;
         if cpuid.is_some() || !policy.asks_cpuid() {
-            return Ok(known(load::policy_or_report(path, cpuid.as_ref(), &profile)?.map));
+            return Ok(known(load::planned_or_report(policy, cpuid.as_ref(), &profile)?.map));
         }
         if let Some(name) = policy.handlers().next() {
             return Err(needs_handler(name));

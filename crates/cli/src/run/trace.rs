@@ -1,9 +1,9 @@
 //! Where events go: a file, or standard error.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Event, Log, Msr, Op};
@@ -12,7 +12,7 @@ use msrgate_supervise::{Entry, Mode};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
-use crate::{explain, render};
+use crate::{explain, load, render, stream};
 
 /// What `--learn=all` does, for its reader and its trace.
 pub(crate) const PASSED_ON: &str = "every access is denied to the guest and passed on with KVM_GET_MSRS and \
@@ -129,12 +129,12 @@ impl Trace {
                 // One call for a line, which the VMM's own output does not cut in two then.
                 let mut text = Vec::new();
                 let line = line(event, &mut text);
-                line.and_then(|()| io::stderr().lock().write_all(&text)).map(|()| true)
+                line.and_then(|()| stream::err().write_all(&text)).map(|()| true)
             }
             (_, Entry::Gap { t, vm, vcpu, events }) => {
                 let seconds = *t as f64 / 1e9;
                 let line = format!("{seconds:.6} vm {vm} vcpu {vcpu} {events} events are missing here\n");
-                io::stderr().lock().write_all(line.as_bytes()).map(|()| true)
+                stream::err().write_all(line.as_bytes()).map(|()| true)
             }
         };
         let events = match entry {
@@ -195,12 +195,7 @@ impl Lines {
             .clone();
         let file = options.open(path).map_err(failed)?;
         let this = file.metadata().map_err(failed)?;
-        for input in inputs.iter().flatten() {
-            if fs::metadata(input).is_ok_and(|input| (input.dev(), input.ino()) == (this.dev(), this.ino())) {
-                let line = format!("the trace would overwrite `{}`: give it another name", input.display());
-                return Err(Failure::input(line));
-            }
-        }
+        load::refuse_overwrite(path, inputs.iter().flatten().copied())?;
         if this.is_file() && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             let line = format!(
                 "another `msrgate run` writes to `{}`: give the trace another name",
@@ -227,6 +222,8 @@ impl Lines {
         };
         if self.file.get_ref().metadata()?.is_file() {
             self.file.get_ref().set_len(0)?;
+            // One that was there may have been for others too.
+            self.file.get_ref().set_permissions(Permissions::from_mode(0o600))?;
             self.file.get_mut().rewind()?;
         }
         header.write(&mut self.file)?;

@@ -1,7 +1,7 @@
 //! The thread that writes: nothing that a VMM or a signal waits for waits for it.
 
 use std::collections::HashMap;
-use std::io::{self, PipeWriter, Write};
+use std::io::{PipeWriter, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -9,9 +9,9 @@ use std::time::Duration;
 use msrgate_plan::Preset;
 use msrgate_supervise::{Ledger, Mode, Reader};
 
-use crate::render;
 use crate::run::summary::Summary;
 use crate::run::trace::Trace;
+use crate::stream;
 
 /// How often events are taken from the vCPUs' rings: a ring holds what a vCPU can do in some 20 ms.
 const DRAIN: Duration = Duration::from_millis(5);
@@ -131,22 +131,18 @@ impl Writer {
         let count = self.kinds.entry(kind).or_insert(0);
         *count += 1;
         if *count <= LINES {
-            print(&format!("msrgate: {}\n", render::plain(&line)));
+            print(&format!("msrgate: {}\n", line));
         }
     }
 
     fn more_lines(&self) {
         for (kind, count) in self.kinds.iter().filter(|(_, count)| **count > LINES) {
-            print(&format!(
-                "msrgate: {} times more: {}\n",
-                count - LINES,
-                render::plain(kind)
-            ));
+            print(&format!("msrgate: {} times more: {}\n", count - LINES, kind));
         }
     }
 }
 
 /// Where it cannot be printed the VMM's end still counts.
 pub(crate) fn print(text: &str) {
-    let _ = io::stderr().lock().write_all(text.as_bytes());
+    let _ = stream::err().write_all(text.as_bytes());
 }
