@@ -47,7 +47,8 @@ pub(crate) struct Region {
     tables: Vec<(Arc<Table>, u64)>,
     /// By number; there is none of number 0.
     slots: Vec<Option<Slot>>,
-    stubs: HashMap<u64, Stub>,
+    /// By the VMM's instruction.
+    stubs: HashMap<u64, u64>,
     /// Where the last page of stubs is, and how many are in it.
     page: Option<(u64, usize)>,
 }
@@ -59,13 +60,6 @@ struct Slot {
     run: u64,
     shared: u64,
     ring: Arc<Ring>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Stub {
-    at: u64,
-    /// Whether the VMM's instruction leads there.
-    patched: bool,
 }
 
 /// What exits of a policy get, and the file that it is.
@@ -412,21 +406,20 @@ impl Region {
         self.slots.iter().flatten().for_each(|slot| slot.ring.end());
     }
 
-    /// Where a KVM_RUN that was to be made at `site` goes on, and whether the next one does by itself.
+    /// Where a KVM_RUN that was to be made goes on, and whether it was found just now that its instruction cannot lead there.
     pub(crate) fn lead(&mut self, stopped: &mut Stopped) -> Result<(u64, bool), Errno> {
         let site = stopped.site();
-        if let Some(stub) = self.stubs.get(&site) {
-            return Ok((stub.at, stub.patched));
+        if let Some(at) = self.stubs.get(&site) {
+            return Ok((*at, false));
         }
         let at = self.stub(stopped, site)?;
-        let patched = patch(stopped.process, site, at);
-        self.stubs.insert(site, Stub { at, patched });
-        Ok((at, patched))
+        self.stubs.insert(site, at);
+        Ok((at, !patch(stopped.process, site, at)))
     }
 
     /// A `syscall` instruction that nobody changes.
     pub(crate) fn syscall(&self) -> Option<u64> {
-        self.stubs.values().next().map(|stub| stub.at + STUB_SYSCALL as u64)
+        self.stubs.values().next().map(|at| at + STUB_SYSCALL as u64)
     }
 
     /// Code that makes KVM_RUN by the image, and every other call itself, and goes on behind `site`.

@@ -86,11 +86,7 @@ pub fn notify(command: &mut Command, requests: &[u32], marks: &Marks, no_new_pri
     let mut program = program(requests, marks);
     let before_exec = move || {
         if no_new_privs {
-            // SAFETY: takes numbers and touches no memory of ours.
-            let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-            if result != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            nix::sys::prctl::set_no_new_privs()?;
         }
         // Where it cannot be had, there is no VMM: who waits for it learns the error.
         let listener = listen(&mut program);
@@ -251,8 +247,18 @@ impl Listener {
     /// # Errors
     /// The kernel's; ENOENT where it no longer waits.
     pub(crate) fn next(&self) -> io::Result<Waiting<'_>> {
-        // SAFETY: integers, of which 0 is one; the kernel wants them so.
-        let mut asked: seccomp_notif = unsafe { MaybeUninit::zeroed().assume_init() };
+        // The kernel wants zeros.
+        let mut asked = seccomp_notif {
+            id: 0,
+            pid: 0,
+            flags: 0,
+            data: seccomp_data {
+                nr: 0,
+                arch: 0,
+                instruction_pointer: 0,
+                args: [0; 6],
+            },
+        };
         self.ioctl(RECEIVE, &mut asked)?;
         Ok(Waiting {
             listener: self,

@@ -2,11 +2,12 @@
 
 #![expect(unsafe_code, reason = "fork, and system calls between fork and exec")]
 
-use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::ptr;
 use std::{fs, io};
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// Which of two processes this is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,16 +46,10 @@ pub fn fork() -> io::Result<Forked> {
 /// # Errors
 /// The kernel's.
 pub fn no_signal_for_stops() -> io::Result<()> {
-    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: integers, a set of bits and an address that is not called (SIG_DFL is 0), of which all zeros are values.
-    let action = unsafe { action.assume_init_mut() };
-    action.sa_flags = libc::SA_NOCLDSTOP;
-    // SAFETY: the kernel reads an action that lives over the call, and what it says is done by the kernel alone.
-    let result = unsafe { libc::sigaction(libc::SIGCHLD, action, ptr::null_mut()) };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let action = SigAction::new(SigHandler::SigDfl, SaFlags::SA_NOCLDSTOP, SigSet::empty());
+    // SAFETY: no handler is called.
+    unsafe { sigaction(Signal::SIGCHLD, &action) }?;
+    Ok(())
 }
 
 /// Has the child start with the signals blocked that the calling thread has blocked at this call, and not with those
@@ -63,25 +58,11 @@ pub fn no_signal_for_stops() -> io::Result<()> {
 /// # Errors
 /// The kernel's.
 pub fn bind(command: &mut Command) -> io::Result<()> {
-    let mut mask = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: with no set to apply the call only writes the old one, to where it is told.
-    let result = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, ptr::null(), mask.as_mut_ptr()) };
-    if result != 0 {
-        return Err(io::Error::from_raw_os_error(result));
-    }
-    // SAFETY: the call succeeded, so it filled the set.
-    let mask = unsafe { mask.assume_init() };
+    let blocked = SigSet::thread_get_mask()?;
     let parent = std::process::id();
     let before_exec = move || {
-        // SAFETY: reads a set that lives over the call, and is async-signal-safe, as all must be after a fork.
-        let result = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, ptr::null_mut()) };
-        if result != 0 {
-            return Err(io::Error::from_raw_os_error(result));
-        }
-        // SAFETY: takes numbers and touches no memory of ours.
-        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        blocked.thread_set_mask()?;
+        set_pdeathsig(Signal::SIGKILL)?;
         // The parent may have ended before that.
         if std::os::unix::process::parent_id() != parent {
             return Err(io::ErrorKind::Interrupted.into());

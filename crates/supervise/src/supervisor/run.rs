@@ -112,8 +112,8 @@ impl Supervisor {
         handed.close(&mut stopped);
         match done {
             Ok(None) => stopped.finish(reply::AGAIN),
-            Ok(Some((stub, patched))) => {
-                if !patched {
+            Ok(Some((stub, slow))) => {
+                if slow {
                     let line = "its KVM_RUN has no room for a jump beside it, so that each one takes some 50 µs more";
                     self.tell(waiting.thread, "the VMM runs slower", line);
                 }
@@ -126,7 +126,7 @@ impl Supervisor {
         }
     }
 
-    /// Gives where the VMM's call goes on, and whether its next one does so by itself.
+    /// Gives where the VMM's call goes on, and whether each one has to wait to be led there.
     #[expect(
         clippy::too_many_arguments,
         reason = "what is known of the call, the vCPU and the process"
