@@ -14,7 +14,7 @@
 //! KVM_RUN without a mark ─→ led to the answerer, where the policy denies or answers
 //! ```
 //!
-//! The answerer is `msrgate-answer`'s image in the process ([`region`]). It makes KVM_RUN with a mark, answers from a table
+//! The answerer is `msrgate-answer`'s image in the process (`region.rs`). It makes KVM_RUN with a mark, answers from a table
 //! that only the supervisor can write, and asks the supervisor where an answer takes the kernel's register or a change of the
 //! filter. A policy that only denies has it too: a VMM may ask for exits of its own at any time, and what the policy denies is
 //! an exit too then.
