@@ -114,7 +114,7 @@ impl Supervisor {
             Ok(None) => stopped.finish(reply::AGAIN),
             Ok(Some((stub, slow))) => {
                 if slow {
-                    let line = "its KVM_RUN has no room for a jump beside it, so that each one takes some 50 µs more";
+                    let line = "its KVM_RUN has no room for a jump beside it, so that each one stops its thread, which takes a fraction of a millisecond";
                     self.tell(waiting.thread, "the VMM runs slower", line);
                 }
                 stopped.redirect(stub, libc::SYS_ioctl);
