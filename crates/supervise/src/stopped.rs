@@ -246,6 +246,11 @@ impl Stopped {
         self.go_on();
     }
 
+    /// Lets the thread go on with what the kernel gave for its call.
+    pub(crate) fn give(self, result: Result<u64, Errno>) {
+        self.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+    }
+
     /// Lets the thread go on at `address`, as if it had not made its call yet.
     pub(crate) fn redirect(mut self, address: u64, number: c_long) {
         self.registers.rip = address;

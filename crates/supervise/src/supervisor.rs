@@ -204,11 +204,6 @@ impl Supervisor {
         requests
     }
 
-    /// The fixed answers that the kernel holds.
-    pub fn presets(&self) -> &[Preset] {
-        self.policy.presets()
-    }
-
     /// Whether KVM_RUN is led to an answerer. A policy that denies makes no exits by itself; but a VMM may ask for exits of
     /// its own at any time, and what the policy denies is an exit too then, of which that VMM knows nothing.
     fn answers(&self) -> bool {
@@ -380,7 +375,7 @@ impl Supervisor {
         let [kvm, _, kind, ..] = waiting.arguments;
         let vm = match stopped.ioctl(kvm, kvm::CREATE_VM, kind) {
             Ok(vm) => vm,
-            Err(error) => return stopped.finish(-(error as i64)),
+            Err(error) => return stopped.give(Err(error)),
         };
         match self.adopt_vm(&mut stopped, vm) {
             Ok(()) => stopped.finish(vm.cast_signed()),
@@ -476,7 +471,7 @@ impl Supervisor {
         };
         let fd = match stopped.ioctl(vm, kvm::CREATE_VCPU, id) {
             Ok(fd) => fd,
-            Err(error) => return stopped.finish(-(error as i64)),
+            Err(error) => return stopped.give(Err(error)),
         };
         match self.adopt_vcpu(&mut stopped, fd, tag, id as u32) {
             Ok(()) => stopped.finish(fd.cast_signed()),
@@ -598,7 +593,7 @@ impl Supervisor {
 
     fn fail(&self, stopped: Stopped, thread: i32, what: &str, refusal: Refusal) {
         match refusal {
-            Refusal::Kernel(error) => stopped.finish(-(error as i64)),
+            Refusal::Kernel(error) => stopped.give(Err(error)),
             Refusal::Line(line) => {
                 self.tell(thread, what, &line);
                 stopped.finish(i64::from(-EACCES));
@@ -650,7 +645,7 @@ impl Supervisor {
             let this = |vcpu: u64| (vcpu == tag).then_some(0);
             self.regions.values().for_each(|region| region.tell(slot::READY, this));
         }
-        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+        stopped.give(result);
     }
 
     /// Lets go of what is no longer there: vCPUs that the process has closed, and processes that have ended.

@@ -29,7 +29,7 @@ impl Supervisor {
             if result.is_ok() {
                 self.set_ready(tag, false);
             }
-            return stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+            return stopped.give(result);
         };
         let policy = match self.resolve(tag, leaves) {
             Ok(policy) => policy,
@@ -78,7 +78,7 @@ impl Supervisor {
                 }
             }
         }
-        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+        stopped.give(result);
     }
 
     fn put_back(&mut self, vm: u64, policy: Arc<Policy>) {

@@ -210,7 +210,8 @@ impl Supervisor {
             // As the kernel would, and what the VMM denies is not the policy's to tell of.
             _ => Verdict::of(reply::FAULTED),
         };
-        match vm.state.touch(msr, op) {
+        let touch = vm.state.touch(msr, op);
+        match touch {
             Touch::Denied => return closed(vm),
             Touch::Open if vm.cannot_open(msr, op) => return closed(vm),
             Touch::Open => return Verdict::of(reply::REDO),
@@ -224,7 +225,7 @@ impl Supervisor {
             stopped,
             refused: None,
         };
-        if vm.state.touch(msr, op) == Touch::Pass {
+        if touch == Touch::Pass {
             let outcome = match access {
                 Access::Read { msr } => reach.kernel_read(msr).map(Outcome::Value),
                 Access::Write { msr, value } => reach.kernel_write(msr, value).map(|()| Outcome::Done),
@@ -261,7 +262,7 @@ impl Supervisor {
                 }
                 None => {
                     let mask = vm.mask;
-                    self.compose_watching(thread_of(stopped), fd, vm_tag, mask)
+                    self.compose_watching(stopped.as_mut(), fd, vm_tag, mask)
                 }
             },
         };
@@ -317,10 +318,6 @@ impl Supervisor {
         }
         blind
     }
-}
-
-fn thread_of(stopped: &mut Option<Stopped>) -> Option<&mut Stopped> {
-    stopped.as_mut()
 }
 
 impl super::Vm {

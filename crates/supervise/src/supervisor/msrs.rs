@@ -56,6 +56,6 @@ impl Supervisor {
             );
             return stopped.finish(i64::from(-libc::EACCES));
         }
-        stopped.finish(result.map_or_else(|error| -(error as i64), u64::cast_signed));
+        stopped.give(result);
     }
 }
