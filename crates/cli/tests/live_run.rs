@@ -73,10 +73,6 @@ fn vmm() {
     std::process::exit(0);
 }
 
-fn ready() -> bool {
-    kvm_opens()
-}
-
 /// The VMM by itself. With one thread the test runner would put its name before the first line.
 fn bare(vmm: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -133,7 +129,7 @@ fn traced(folder: &Folder) -> (Header, Vec<Event>) {
 
 #[test]
 fn a_guest_sees_what_the_policy_says_and_the_kernels_own_for_the_rest() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let accesses = "r:0x8b w:0x8b=7 r:0x8b w:0x174=8 r:0x174 r:0xdeadbeef";
@@ -153,7 +149,7 @@ fn a_guest_sees_what_the_policy_says_and_the_kernels_own_for_the_rest() {
 
 #[test]
 fn a_vmms_own_filter_and_handlers_go_on_and_no_other_exit_reaches_it() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let options = ["-p", "policies/fixed-microcode.toml", "--ignore-unknown"];
@@ -178,7 +174,7 @@ fn a_vmms_own_filter_and_handlers_go_on_and_no_other_exit_reaches_it() {
 
 #[test]
 fn actions_with_a_memory_keep_it_for_each_vcpu() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(
@@ -217,7 +213,7 @@ write = { only = ["0x33"] }
 
 #[test]
 fn unknown_msrs_are_ignored_for_this_vm_alone_and_named_in_the_summary() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let parameter = || fs::read_to_string("/sys/module/kvm/parameters/ignore_msrs").ok();
@@ -253,7 +249,7 @@ fn unknown_msrs_are_ignored_for_this_vm_alone_and_named_in_the_summary() {
 
 #[test]
 fn a_fixed_answer_that_the_kernel_holds_makes_no_exit_and_outlasts_what_the_vmm_puts_there() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = Folder::furnished();
@@ -291,7 +287,7 @@ fn a_fixed_answer_that_the_kernel_holds_makes_no_exit_and_outlasts_what_the_vmm_
 
 #[test]
 fn an_answered_exit_makes_no_system_call_and_waits_for_no_lock() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(
@@ -331,7 +327,7 @@ log = "first"
 
 #[test]
 fn a_vmms_filter_that_does_not_fit_beside_the_policy_fails_at_its_ioctl() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let rules: String = (0..16)
@@ -350,7 +346,7 @@ fn a_vmms_filter_that_does_not_fit_beside_the_policy_fails_at_its_ioctl() {
 
 #[test]
 fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let allowed = (0..15)
@@ -385,7 +381,7 @@ fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
 
 #[test]
 fn where_the_policy_cannot_be_put_in_force_there_is_no_vm() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     if fs::metadata("/dev/cpu/0/msr").is_ok() {

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_policy_that_depends_on_the_cpuid_is_the_one_for_what_the_vmm_sets() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(BY_VENDOR);
@@ -29,7 +29,7 @@ fn a_policy_that_depends_on_the_cpuid_is_the_one_for_what_the_vmm_sets() {
 
 #[test]
 fn vcpus_that_the_policy_would_treat_otherwise_and_those_without_a_cpuid_do_not_run() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(BY_VENDOR);

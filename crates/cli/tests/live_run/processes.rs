@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_vmm_in_the_background_gets_the_policy_for_its_cpuid_and_its_trace_is_written_to_the_end() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(BY_VENDOR);
@@ -21,7 +21,7 @@ fn a_vmm_in_the_background_gets_the_policy_for_its_cpuid_and_its_trace_is_writte
 
 #[test]
 fn a_vmm_that_does_without_libc_or_its_environment_is_under_the_policy_too() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     // As programs do that have no use for a C library.
@@ -37,7 +37,7 @@ fn a_vmm_that_does_without_libc_or_its_environment_is_under_the_policy_too() {
 
 #[test]
 fn a_descriptor_that_is_closed_in_any_way_is_no_longer_the_vms() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let ran = under(&Folder::furnished(), MICROCODE, DESCRIPTORS).code(0);

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn the_summary_says_what_each_msr_cost_and_all_together() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let accesses = "--vcpus 2 r:0x174 r:0x174 w:0x174=1 r:0x8b";
@@ -30,7 +30,7 @@ fn the_summary_says_what_each_msr_cost_and_all_together() {
 
 #[test]
 fn a_trace_has_each_access_that_the_policy_decides() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = Folder::furnished();
@@ -54,7 +54,7 @@ fn a_trace_has_each_access_that_the_policy_decides() {
 
 #[test]
 fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = Folder::furnished();
@@ -81,7 +81,7 @@ fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
 
 #[test]
 fn learning_changes_nothing_and_tells_each_msr_and_direction_once() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = Folder::furnished();
@@ -108,7 +108,7 @@ fn learning_changes_nothing_and_tells_each_msr_and_direction_once() {
 
 #[test]
 fn learning_all_tells_every_access_and_says_that_it_is_not_faithful() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = Folder::furnished();
@@ -135,7 +135,7 @@ fn learning_all_tells_every_access_and_says_that_it_is_not_faithful() {
 
 #[test]
 fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(
@@ -156,7 +156,7 @@ fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
 
 #[test]
 fn what_a_rule_logs_is_told_without_a_trace() {
-    if !ready() {
+    if !kvm_opens() {
         return;
     }
     let folder = with_policy(
