@@ -60,6 +60,7 @@ mod held;
 mod no_preset;
 mod faithful;
 pub mod scan;
+pub mod raw;
 mod error;
 
 pub use error::{Broke, GuestError};

@@ -139,7 +139,6 @@ mod registers;
 mod preset;
 mod state;
 mod ioctl;
-pub mod raw;
 mod error;
 
 pub use error::{InstallError, Step};

@@ -5,7 +5,7 @@
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use msrgate_guest::Mode;
-use msrgate_kvm::raw::Arena;
+use msrgate_guest::raw::Arena;
 
 use crate::live::Live;
 

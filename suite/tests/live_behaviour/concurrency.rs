@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Instant;
 
 use msrgate_core::{Access, Filter, FilterRange, Msr, Op, Ops, Outcome, Verdict};
+use msrgate_guest::raw::{Arena, Request};
 use msrgate_guest::{Mode, Options};
-use msrgate_kvm::raw::{Arena, Request};
 
 use crate::hypervisor::{
     Batch, Calls, Descriptor, FILTER, Hypervisor, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, denying, everywhere,

@@ -7,7 +7,7 @@ use msrgate_engine::{
     Advance, Caller, Completion, Errno, Fault, Instruction, Intercepts, Interruption, KvmRunMsr, Msrs, Path, Process,
     Profile, Step, Vcpu, Vm, Written,
 };
-use msrgate_kvm::raw::{Arena, Request};
+use msrgate_guest::raw::{Arena, Request};
 use msrgate_suite::Machine;
 
 use crate::hypervisor::{Batch, Calls, Descriptor, EXIT_IO, Hypervisor, Registers, RunMsr};

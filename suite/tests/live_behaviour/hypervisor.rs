@@ -1,7 +1,7 @@
 //! A VM with one vCPU as its owner sees it, whoever carries the calls out.
 
 use msrgate_core::{Access, Filter, FilterRange, Msr, Op, Ops, Outcome, Verdict, abi};
-use msrgate_kvm::raw::{Arena, Request};
+use msrgate_guest::raw::{Arena, Request};
 
 pub(crate) use msrgate_engine::Descriptor;
 

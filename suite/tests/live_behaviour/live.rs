@@ -16,8 +16,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Access, Msr, Op, Outcome};
+use msrgate_guest::raw::{Arena, Caller, Request};
 use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::raw::{Arena, Caller, Request};
 
 use crate::hypervisor::{Batch, Calls, Descriptor, Hypervisor, Registers, UNKNOWN, UNKNOWN_MSR};
 use crate::kernel::Kernel;

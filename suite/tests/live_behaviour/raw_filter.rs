@@ -2,7 +2,7 @@
 
 use msrgate_core::abi::{self, Layout};
 use msrgate_core::{Filter, Verdict};
-use msrgate_kvm::raw::Arena;
+use msrgate_guest::raw::Arena;
 
 /// A slot of `struct kvm_msr_filter`.
 #[derive(Clone, Debug)]

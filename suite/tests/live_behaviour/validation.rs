@@ -2,7 +2,7 @@
 
 use kvm_ioctls::Kvm;
 use msrgate_core::{Ops, abi};
-use msrgate_kvm::raw::{Caller, Request};
+use msrgate_guest::raw::{Caller, Request};
 
 use crate::hypervisor::{
     Came, Descriptor, EFAULT, EINVAL, FILTER, SYSENTER_CS, UNKNOWN, UNKNOWN_MSR, everywhere, on_the_kernel,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use msrgate_core::abi::{self, Layout};
 use msrgate_engine::Descriptor;
-use msrgate_kvm::raw::{Arena, Request};
+use msrgate_guest::raw::{Arena, Request};
 
 /// A system call on one of KVM's descriptors.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use msrgate_core::{Access, Candidate, Filter, FilterRange, Msr, MsrRange, Op, Ops, Outcome, Verdict};
 use msrgate_engine::{Intercepts, Vcpu as EngineVcpu, Vendor, Vm};
+use msrgate_guest::raw::{Arena, Caller};
 use msrgate_guest::{Guest, GuestError};
-use msrgate_kvm::raw::{Arena, Caller};
 use serde_json::Value;
 
 use super::call::{Call, PAGES, Place, RawFilter, RawRange};

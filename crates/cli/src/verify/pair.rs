@@ -5,7 +5,7 @@ use std::io;
 
 use msrgate_core::{Access, Exit, Msr, MsrRange, Op, Outcome};
 use msrgate_engine::{Caller as EngineCaller, Descriptor, Fault, Path, Process};
-use msrgate_kvm::raw::{Arena, Caller};
+use msrgate_guest::raw::{Arena, Caller};
 
 use super::call::{Call, PAGES};
 use super::engine::Engine;

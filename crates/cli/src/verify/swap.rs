@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use msrgate_core::{Access, Msr, Outcome, Reason};
+use msrgate_guest::raw::{Arena, Caller};
 use msrgate_guest::{GuestError, Vcpu};
-use msrgate_kvm::raw::{Arena, Caller};
 use serde_json::Value;
 
 use super::call::{Call, PAGES, Place, RawFilter, RawRange};

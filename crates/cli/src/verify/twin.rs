@@ -8,7 +8,7 @@ use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
 use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
 use msrgate_engine::{Errno, Msrs, Refusal};
 use msrgate_guest::Guest;
-use msrgate_kvm::raw::{Arena, Caller, Request};
+use msrgate_guest::raw::{Arena, Caller, Request};
 
 use super::call::{Call, Place};
 use super::live::Machine;

@@ -1,10 +1,10 @@
-//! The kernel's calls with arguments that no [`crate::Gate`] makes: of any bytes, at any address.
+//! The kernel's calls with arguments that no `Gate` makes: of any bytes, at any address.
 //!
 //! For those who compare the kernel with another reading of its interface. An [`Arena`] is memory with known gaps, a
 //! [`Caller`] makes the call, and nothing on the way looks at the argument.
 //!
 //! ```
-//! use msrgate_kvm::raw::Arena;
+//! use msrgate_guest::raw::Arena;
 //!
 //! let mut arena = Arena::new(1)?;
 //! let page = arena.page(0).ok_or("one page")?;
@@ -19,12 +19,10 @@
 #![expect(unsafe_code, reason = "system calls, and memory that they may not read")]
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
 use msrgate_core::abi;
-
-use crate::ioctl;
 
 /// Pages that can be used, and behind each one a page that nobody can read.
 ///
@@ -149,7 +147,9 @@ pub struct Caller(OwnedFd);
 impl Caller {
     /// Owns a duplicate of the descriptor, so that whoever runs the VM's vCPUs is not kept from it.
     pub fn of(fd: &impl AsRawFd) -> io::Result<Caller> {
-        ioctl::duplicate(fd).map(Caller)
+        // SAFETY: `fd` is borrowed, and with it its descriptor, which so stays open over the call.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        fd.try_clone_to_owned().map(Caller)
     }
 
     /// Makes the call with any number for an address, and gives the kernel's error.
