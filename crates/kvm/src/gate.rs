@@ -8,8 +8,7 @@ use msrgate_core::{Access, ActionTable, Filter, Reason, Reasons, Verdict};
 use msrgate_plan::{Plan, Preset};
 
 use crate::error::Step;
-use crate::registers::HostMsrs;
-use crate::{Handlers, InstallError, Probed, VcpuGate, ioctl, preset};
+use crate::{Handlers, HostMsrs, InstallError, Probed, VcpuGate, ioctl, preset};
 
 /// How many plans are kept for exits that the kernel made under them. A vCPU would have to stay between KVM_RUN and
 /// its dispatch for this many replacements to meet an exit that no kept plan made; it then faults.
@@ -215,7 +214,7 @@ impl Published {
 pub(crate) struct Epoch {
     number: u64,
     plan: Arc<Plan>,
-    pub(crate) host: HostMsrs,
+    pub(crate) host: Option<HostMsrs>,
 }
 
 impl Epoch {

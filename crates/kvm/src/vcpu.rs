@@ -190,7 +190,7 @@ impl VcpuGate {
         let mut registers = Registers {
             vcpu: &self.vcpu,
             id: self.id,
-            host: &held.epoch.host,
+            host: held.epoch.host.as_ref(),
             handlers: &self.shared.handlers,
         };
         let exit = Exit {

@@ -36,7 +36,6 @@ mod raw_filter;
 mod ledger;
 mod memory;
 mod frame;
-mod host;
 mod kvm;
 mod spawn;
 

@@ -1,6 +1,7 @@
 //! What becomes of each call that waits.
 
 use std::collections::{BTreeSet, HashMap};
+use std::error::Error;
 use std::fmt;
 use std::io;
 use std::mem;
@@ -11,13 +12,13 @@ use std::time::{Duration, Instant};
 use libc::EACCES;
 use msrgate_answer::layout::slot;
 use msrgate_core::{Filter, Reasons, VcpuState, Verdict};
+use msrgate_kvm::{HostMsrs, InstallError};
 use msrgate_plan::{DecisionMap, Plan, PlanError, Preset};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
 use crate::hands::Hands;
-use crate::host::HostMsrs;
 use crate::kvm;
 use crate::ledger::Ledger;
 use crate::policy::{Mode, Policy, State, is_weaker};
@@ -427,8 +428,12 @@ impl Supervisor {
     }
 
     fn open_host_msrs(&mut self, policy: &Policy) -> Result<(), Refusal> {
-        if self.host.is_none() && HostMsrs::are_read_by(policy.plan().table()) {
-            self.host = Some(HostMsrs::open().map_err(Refusal::Line)?);
+        if self.host.is_none() {
+            let line = |error: InstallError| match error.source() {
+                Some(source) => Refusal::Line(format!("{error}: {source}")),
+                None => Refusal::Line(error.to_string()),
+            };
+            self.host = HostMsrs::for_table(policy.plan().table()).map_err(line)?;
         }
         Ok(())
     }

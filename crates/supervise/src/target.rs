@@ -80,13 +80,20 @@ pub(crate) fn tags(process: i32) -> io::Result<Vec<u64>> {
 
 /// Whether a thread of a process is the kernel's, such as KVM's for a VM (`PF_USER_WORKER`): it has no descriptors.
 fn is_kernels(thread: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap_or_default();
-    // The ninth field; the second may have blanks in it, and ends at the last parenthesis.
-    let flags = stat
-        .rsplit(')')
-        .next()
-        .and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
-    flags.is_some_and(|flags| flags & 0x4000 != 0)
+    stat(thread, 9).is_some_and(|flags| flags & 0x4000 != 0)
+}
+
+/// The CPU that runs a thread, or ran it last.
+pub(crate) fn cpu(thread: i32) -> Option<usize> {
+    usize::try_from(stat(thread, 39)?).ok()
+}
+
+/// A field of `proc_pid_stat(5)`, from the third on.
+fn stat(thread: i32, field: usize) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{thread}/stat")).ok()?;
+    // The second field may have blanks in it, and ends at the last parenthesis.
+    let rest = stat.rsplit(')').next()?;
+    rest.split_whitespace().nth(field.checked_sub(3)?)?.parse().ok()
 }
 
 /// Whether two threads have the same descriptors (`kcmp(2)`).

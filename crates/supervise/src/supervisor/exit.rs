@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use msrgate_answer::layout::reply;
 use msrgate_core::{Access, Answer, Backing, Did, Exit, Log, Msr, Op, Outcome, Reason, Why};
+use msrgate_kvm::HostMsrs;
 
 use super::{Refusal, Supervisor, denies, put_in_force};
 use crate::hands::Hands;
-use crate::host::HostMsrs;
 use crate::policy::{Owner, Touch};
 use crate::seccomp::Waiting;
 use crate::stopped::Stopped;
@@ -89,10 +89,8 @@ impl Backing for Reach<'_, '_> {
     }
 
     fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
-        let thread = self.waiting.thread;
-        self.host
-            .and_then(|host| host.read(thread, msr))
-            .ok_or(Why::HostUnreadable)
+        let value = |host: &HostMsrs| host.read(target::cpu(self.waiting.thread)?, msr);
+        self.host.and_then(value).ok_or(Why::HostUnreadable)
     }
 
     fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
