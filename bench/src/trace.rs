@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Did, Event, Msr, Op, Reason};
+use msrgate_core::{Did, Event, Msr, Nanos, Op, Reason};
 use msrgate_policy::learn::Summary;
 use msrgate_policy::report::Report;
 use msrgate_policy::trace::{Header, Lines, Record, VERSION, write_event};
@@ -92,7 +92,7 @@ fn events(count: usize) -> Vec<Event> {
             _ => (Did::Pass, Some(Reason::Filter), None),
         };
         Event {
-            t: 1_413_334_420 + number as u64 * 1234,
+            t: Nanos(1_413_334_420 + number as u64 * 1234),
             vm: 0,
             vcpu: place as u32 & 1,
             op,
@@ -103,7 +103,7 @@ fn events(count: usize) -> Vec<Event> {
             why: None,
             rule,
             rip: Some(0xffff_ffff_8100_0000 + (place as u64 & 0xfff0)),
-            cost: reason.map(|_| place as u64 & 0xfff),
+            cost: reason.map(|_| Nanos(place as u64 & 0xfff)),
         }
     };
     (0..count).map(event).collect()
@@ -164,7 +164,7 @@ struct Obvious {
 impl Obvious {
     fn of(event: &Event) -> Obvious {
         Obvious {
-            t: event.t,
+            t: event.t.0,
             vm: event.vm,
             vcpu: event.vcpu,
             op: event.op.to_string(),
@@ -174,7 +174,7 @@ impl Obvious {
             did: event.did.to_string(),
             rule: event.rule,
             rip: event.rip.map(|rip| format!("{rip:#x}")),
-            cost: event.cost,
+            cost: event.cost.map(|cost| cost.0),
         }
     }
 

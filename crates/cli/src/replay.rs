@@ -264,7 +264,7 @@ fn replay(
 ) -> Result<Result<(), TraceError>, Failure> {
     let mut trios: HashMap<(u32, u32), Trio> = HashMap::new();
     let mut batch: Vec<Event> = Vec::with_capacity(BATCH);
-    let mut logged = log::Logged::new(quiet);
+    let mut logged = log::Logged::new(quiet, seen.rules.len());
     loop {
         let next = lines.next().transpose();
         let event = match next {

@@ -60,7 +60,12 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         args.cpuid.cpuid.as_deref(),
         args.profile.profile.as_deref(),
     ];
-    let trace = Trace::open(args.trace.as_deref(), &inputs, trace::header(&program, mode, known))?;
+    let trace = Trace::open(
+        args.trace.as_deref(),
+        &inputs,
+        trace::header(&program, mode, known),
+        resolved.rules,
+    )?;
 
     let machine = |line: String| Failure::Line(Exit::Machine, line);
     let marks = Marks::new().map_err(|error| machine(error.to_string()))?;

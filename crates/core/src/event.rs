@@ -103,11 +103,15 @@ impl fmt::Display for Did {
     }
 }
 
+/// Nanoseconds: a length of time, or a moment as the time since a start that the source of an event chose.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub struct Nanos(pub u64);
+
 /// The record of one access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Event {
-    /// Nanoseconds since an arbitrary start.
-    pub t: u64,
+    /// When it was.
+    pub t: Nanos,
     /// Which VM of the process, counted from 0.
     pub vm: u32,
     /// Which vCPU of the VM.
@@ -128,8 +132,21 @@ pub struct Event {
     pub rule: Option<u32>,
     /// The guest's instruction pointer, where it is known.
     pub rip: Option<u64>,
-    /// Nanoseconds between the guest's exit and its answer, where they were measured.
-    pub cost: Option<u64>,
+    /// How long the guest's exit took until its answer, where it was measured.
+    pub cost: Option<Nanos>,
+}
+
+/// Events that are missing: whatever wrote events down could not write these.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Gap {
+    /// About when they were lost, on the clock of the events around.
+    pub t: Nanos,
+    /// Which VM of the process they were of.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub vcpu: u32,
+    /// How many.
+    pub events: u64,
 }
 
 #[cfg(test)]

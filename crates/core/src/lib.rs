@@ -39,14 +39,16 @@ mod exit;
 mod action;
 mod table;
 mod event;
+mod limiter;
 pub mod abi;
 
 pub use access::{Access, Op, Ops};
 pub use action::{Otherwise, ReadAction, WriteAction};
 pub use bitmap::{Candidate, SvmPermissionMap, VmxBitmap};
-pub use event::{Did, Event, Log};
+pub use event::{Did, Event, Gap, Log, Nanos};
 pub use exit::{Exit, Outcome, Reason, Reasons};
 pub use filter::{Decider, Filter, FilterError, FilterRange, Verdict};
+pub use limiter::LogLimiter;
 pub use lookup::Lookup;
 pub use msr::{Msr, MsrRange};
 pub use table::{ActionTable, Answer, Backing, Entry, Memory, MemoryError, TableError, VcpuState, Why};

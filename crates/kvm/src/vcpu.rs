@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_run;
-use msrgate_core::{Access, Answer, Event, Exit, Outcome, Reason, VcpuState, Why};
+use msrgate_core::{Access, Answer, Event, Exit, Nanos, Outcome, Reason, VcpuState, Why};
 
 use crate::exit::{self, RawExit};
 use crate::gate::{Epoch, Published, Shared};
@@ -62,8 +62,8 @@ pub struct Answered {
 }
 
 impl Answered {
-    /// The record of it. `t` is in nanoseconds since an arbitrary start, `vm` counts the VMs of the process.
-    pub fn event(&self, t: u64, vm: u32, rip: Option<u64>) -> Event {
+    /// The record of it. `vm` counts the VMs of the process.
+    pub fn event(&self, t: Nanos, vm: u32, rip: Option<u64>) -> Event {
         Event {
             t,
             vm,

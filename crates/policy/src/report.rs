@@ -31,11 +31,11 @@ mod timeline;
 
 use std::collections::HashMap;
 
-use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
+use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
 
 pub use self::counts::Counts;
 pub use self::timeline::Timeline;
-use crate::trace::{Gap, Header};
+use crate::trace::Header;
 
 /// How many MSRs and directions have a row of their own: more than the windows of all processors hold.
 pub const MOST_ROWS: usize = 1 << 15;
@@ -122,8 +122,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    fn add(&mut self, cost: Option<u64>) {
-        let Some(cost) = cost else {
+    fn add(&mut self, cost: Option<Nanos>) {
+        let Some(Nanos(cost)) = cost else {
             return;
         };
         self.count += 1;
@@ -294,12 +294,12 @@ impl Report {
             return;
         };
         if trace.events == 0 {
-            trace.anchor = event.t;
+            trace.anchor = event.t.0;
         }
         trace.events += 1;
-        trace.earliest = trace.earliest.min(event.t);
-        trace.latest = trace.latest.max(event.t);
-        let t = i128::from(event.t) - i128::from(trace.anchor);
+        trace.earliest = trace.earliest.min(event.t.0);
+        trace.latest = trace.latest.max(event.t.0);
+        let t = i128::from(event.t.0) - i128::from(trace.anchor);
         let t = i64::try_from(t).unwrap_or(if t < 0 { i64::MIN } else { i64::MAX });
         let kind = Kind::of(event.did);
         self.timeline.add(t, kind as usize);
@@ -307,8 +307,8 @@ impl Report {
         self.exits += u64::from(event.reason.is_some());
         self.cost.add(event.cost);
         let vcpu = self.vcpu(number, event, t);
-        match self.row(event.msr, event.op, (number, event.t)) {
-            Some(row) => row.add(event, (number, event.t), t, kind, vcpu),
+        match self.row(event.msr, event.op, (number, event.t.0)) {
+            Some(row) => row.add(event, (number, event.t.0), t, kind, vcpu),
             None => self.unlisted += 1,
         }
     }
@@ -324,16 +324,16 @@ impl Report {
         match self.lost.iter_mut().find(of_vcpu) {
             Some(lost) => {
                 lost.events = lost.events.saturating_add(gap.events);
-                lost.first = lost.first.min(gap.t);
-                lost.last = lost.last.max(gap.t);
+                lost.first = lost.first.min(gap.t.0);
+                lost.last = lost.last.max(gap.t.0);
             }
             None if room => self.lost.push(Lost {
                 trace: number,
                 vm: gap.vm,
                 vcpu: gap.vcpu,
                 events: gap.events,
-                first: gap.t,
-                last: gap.t,
+                first: gap.t.0,
+                last: gap.t.0,
             }),
             None => {}
         }

@@ -25,7 +25,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
+use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
 use serde::{Deserialize, Serialize};
 
 use self::tracepoint::Threads;
@@ -88,25 +88,12 @@ impl Header {
     }
 }
 
-/// A place in a trace where events are missing: whatever made the trace could not write them down.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Gap {
-    /// About when they were lost, on the clock of the events: nanoseconds since some start.
-    pub t: u64,
-    /// Which VM of the process they were of.
-    pub vm: u32,
-    /// Which vCPU of the VM.
-    pub vcpu: u32,
-    /// How many; never 0 in a trace that is read.
-    pub events: u64,
-}
-
 /// What a line of a trace says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Record {
     /// An access.
     Event(Event),
-    /// That accesses are missing here: the trace is not all that the guest did.
+    /// Accesses are missing here, never 0: the trace is not all that the guest did.
     Gap(Gap),
 }
 
@@ -165,7 +152,7 @@ impl Line<'_> {
             (Some(op), None) => self.event(op).map(Record::Event),
             (None, Some(0)) => Err("`lost` is 0, and a gap has lost events".to_owned()),
             (None, Some(events)) => Ok(Record::Gap(Gap {
-                t: self.t,
+                t: Nanos(self.t),
                 vm: self.vm,
                 vcpu: self.vcpu,
                 events,
@@ -212,7 +199,7 @@ impl Line<'_> {
         }
         let rip = self.rip.as_ref().map(|rip| rip.get("rip")).transpose()?;
         Ok(Event {
-            t: self.t,
+            t: Nanos(self.t),
             vm: self.vm,
             vcpu: self.vcpu,
             op,
@@ -223,7 +210,7 @@ impl Line<'_> {
             why,
             rule: self.rule,
             rip,
-            cost: self.cost,
+            cost: self.cost.map(Nanos),
         })
     }
 }
@@ -475,7 +462,7 @@ mod tests {
 
     fn event() -> Event {
         Event {
-            t: 7,
+            t: Nanos(7),
             vm: 1,
             vcpu: 2,
             op: Op::Write,
@@ -486,7 +473,7 @@ mod tests {
             why: Some(Why::AlreadyWritten),
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
-            cost: Some(1200),
+            cost: Some(Nanos(1200)),
         }
     }
 
@@ -503,7 +490,7 @@ mod tests {
         };
         let mut text = HEADER.as_bytes().to_vec();
         let gap = Gap {
-            t: u64::MAX,
+            t: Nanos(u64::MAX),
             vm: 3,
             vcpu: u32::MAX,
             events: u64::MAX,
@@ -520,7 +507,7 @@ mod tests {
     fn a_gap_is_a_line_that_says_how_many_events_are_missing() {
         let mut line = Vec::new();
         let gap = Gap {
-            t: 5,
+            t: Nanos(5),
             vm: 0,
             vcpu: 1,
             events: 15_369,
@@ -529,7 +516,11 @@ mod tests {
         assert_eq!(line, b"{\"lost\":15369,\"t\":5,\"vm\":0,\"vcpu\":1}\n");
         // As events, in any order, and 0 for what is left out.
         let (records, error) = read(&format!("{HEADER}{{\"vcpu\": 1, \"lost\": 2, \"cause\": \"room\"}}\n"));
-        let short = Gap { t: 0, events: 2, ..gap };
+        let short = Gap {
+            t: Nanos(0),
+            events: 2,
+            ..gap
+        };
         assert!(error.is_none(), "{error:?}");
         assert_eq!(records, [Record::Gap(short)]);
     }
@@ -545,7 +536,7 @@ mod tests {
         let (mut usual, mut others) = (0, 0);
         for _ in 0..20_000 {
             let some = |event: Event, number: usize| Event {
-                t: u64::MAX >> (1 + number % 63),
+                t: Nanos(u64::MAX >> (1 + number % 63)),
                 op: Op::ALL[number % 2],
                 msr: Msr(u32::MAX >> (number % 32)),
                 value: u64::MAX >> (number / 7 % 64),

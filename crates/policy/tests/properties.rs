@@ -7,13 +7,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use msrgate_core::{
-    Did, Event, Filter, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction,
+    Did, Event, Filter, Gap, Log, Msr, MsrRange, Nanos, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction,
 };
 use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::raw::{self, Given};
-use msrgate_policy::trace::{Gap, Header, Lines, Record, write_event, write_gap};
+use msrgate_policy::trace::{Header, Lines, Record, write_event, write_gap};
 use msrgate_policy::{
     Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check,
     decompile,
@@ -394,7 +394,7 @@ fn event() -> impl Strategy<Value = Event> {
     let known = (option::of(any::<u64>()), option::of(any::<u64>()));
     (access, answer, from, known, option::of(select(Reason::ALL.to_vec()))).prop_map(
         |((op, msr, value), (did, why, rule), (t, vm, vcpu), (rip, cost), reason)| Event {
-            t,
+            t: Nanos(t),
             vm,
             vcpu,
             op,
@@ -405,7 +405,7 @@ fn event() -> impl Strategy<Value = Event> {
             why,
             rule,
             rip,
-            cost,
+            cost: cost.map(Nanos),
         },
     )
 }
@@ -690,7 +690,12 @@ fn record() -> impl Strategy<Value = Record> {
     let gap = (any::<u64>(), any::<u32>(), any::<u32>(), 1..=u64::MAX);
     prop_oneof![
         event().prop_map(Record::Event),
-        gap.prop_map(|(t, vm, vcpu, events)| Record::Gap(Gap { t, vm, vcpu, events })),
+        gap.prop_map(|(t, vm, vcpu, events)| Record::Gap(Gap {
+            t: Nanos(t),
+            vm,
+            vcpu,
+            events
+        })),
     ]
 }
 

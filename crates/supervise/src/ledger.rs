@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use msrgate_answer::layout::vcpu;
-use msrgate_core::{Did, Event, Log, Msr, Op, Reason, Why};
+use msrgate_core::{Did, Event, Gap, Log, Msr, Nanos, Op, Reason, Why};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
-use crate::memory::Words;
+use crate::memory;
 
 /// Counts, and the memory of each vCPU that is answered for.
 #[derive(Debug, Default)]
@@ -69,7 +69,7 @@ impl Ledger {
 /// A vCPU's memory ([`vcpu`]).
 #[derive(Debug)]
 pub(crate) struct Ring {
-    words: Words,
+    words: memory::Words,
     /// Of which VM and vCPU it is.
     who: (u32, u32),
     process: i32,
@@ -80,7 +80,7 @@ pub(crate) struct Ring {
 impl Ring {
     /// With so many words for shadows; and the file that it is.
     pub(crate) fn new(process: i32, who: (u32, u32), cells: usize) -> io::Result<(Arc<Ring>, File)> {
-        let (words, file) = Words::new(vcpu::CELLS + cells, false)?;
+        let (words, file) = memory::Words::new(vcpu::CELLS + cells, false)?;
         let ring = Ring {
             words,
             who,
@@ -123,13 +123,17 @@ impl Ring {
     }
 }
 
+/// A reading of the time stamp counter, or a difference of two.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Ticks(u64);
+
 /// How often an MSR was accessed in one direction, and what the last access got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Tally {
+pub struct Tally<T = Nanos> {
     /// How often.
     pub count: u64,
-    /// What all of them took between the guest's exit and the answer, in nanoseconds.
-    pub cost: u64,
+    /// How long all of them took between the guest's exit and the answer.
+    pub cost: T,
     /// What the last read got or the last write gave.
     pub value: u64,
     /// What was done.
@@ -145,21 +149,15 @@ pub struct Tally {
 pub enum Entry {
     /// An access, and how much of it is logged.
     Access(Event, Log),
-    /// So many events are missing here: they came faster than they were read.
-    Gap {
-        /// Nanoseconds since the reader's start.
-        t: u64,
-        /// Which VM.
-        vm: u32,
-        /// Which vCPU of it.
-        vcpu: u32,
-        /// How many.
-        events: u64,
-    },
+    /// Events are missing here: they came faster than they were read.
+    Gap(Gap),
 }
 
-/// Counts in ticks, by MSR and direction.
-type Counts = BTreeMap<(Msr, Op), Tally>;
+/// An entry as its ring has it.
+type Words = [u64; vcpu::EVENT];
+
+/// Counts by MSR and direction.
+type Counts = BTreeMap<(Msr, Op), Tally<Ticks>>;
 
 /// Takes what was written down. There is one for a ledger.
 #[derive(Debug)]
@@ -167,11 +165,11 @@ pub struct Reader {
     ledger: Arc<Ledger>,
     start: Instant,
     /// The counter at the start.
-    first: u64,
+    first: Ticks,
     /// The counter and the time up to which all was taken.
-    from: (u64, u64),
+    from: (Ticks, Nanos),
     /// The time of the last entry.
-    last: u64,
+    last: Nanos,
     /// Of vCPUs that are gone.
     ended: Counts,
     uncounted: u64,
@@ -191,8 +189,8 @@ impl Reader {
             ledger,
             start: Instant::now(),
             first,
-            from: (first, 0),
-            last: 0,
+            from: (first, Nanos(0)),
+            last: Nanos(0),
             ended: BTreeMap::new(),
             uncounted: 0,
             lost: 0,
@@ -202,16 +200,16 @@ impl Reader {
 
     /// Takes what there is, in the order of time, and gives how much it was.
     pub fn drain(&mut self, take: &mut dyn FnMut(Entry)) -> usize {
-        let now = (ticks(), self.nanoseconds());
+        let now = (ticks(), self.elapsed());
         let rings = self.ledger.rings().clone();
         self.passes = self.passes.wrapping_add(1);
         let asks = self.passes.is_multiple_of(ASKS);
-        let mut taken: Vec<(u64, Entry)> = Vec::new();
+        let mut taken: Vec<(Ticks, Words)> = Vec::new();
         let mut over = Vec::new();
         for ring in rings {
             // Asked before it is read: what is over is read to its end.
             let is_over = ring.is_over(asks);
-            read(&ring, if is_over { u64::MAX } else { now.0 }, &mut taken);
+            read(&ring, if is_over { Ticks(u64::MAX) } else { now.0 }, &mut taken);
             if is_over {
                 let events = ring.words.get(vcpu::MISSED);
                 if events > 0 {
@@ -227,19 +225,12 @@ impl Reader {
         }
         taken.sort_by_key(|(ticks, _)| *ticks);
         let count = taken.len();
-        for (ticks, mut entry) in taken {
+        for (ticks, words) in taken {
             // Between two looks at the clock the counter is even; a straggler of the last look is not sent back.
-            let t = between(self.from, now, ticks).max(self.last);
-            self.last = t;
-            match &mut entry {
-                Entry::Access(event, _) => {
-                    event.t = t;
-                    event.cost = event.cost.map(|cost| self.lasting(cost));
-                }
-                Entry::Gap { t: at, events, .. } => {
-                    *at = t;
-                    self.lost = self.lost.saturating_add(*events);
-                }
+            self.last = between(self.from, now, ticks).max(self.last);
+            let entry = decode(words, self.last, |cost| self.lasting(cost));
+            if let Entry::Gap(gap) = &entry {
+                self.lost = self.lost.saturating_add(gap.events);
             }
             take(entry);
         }
@@ -248,15 +239,23 @@ impl Reader {
     }
 
     /// The counts by MSR and direction, of all vCPUs together.
-    pub fn tallies(&self) -> Counts {
+    pub fn tallies(&self) -> BTreeMap<(Msr, Op), Tally> {
         let mut counts = self.ended.clone();
         for ring in self.ledger.rings().iter() {
             count(ring, &mut counts);
         }
-        for tally in counts.values_mut() {
-            tally.cost = self.lasting(tally.cost);
-        }
-        counts
+        let timed = |(key, tally): (_, Tally<Ticks>)| {
+            let tally = Tally {
+                count: tally.count,
+                cost: self.lasting(tally.cost),
+                value: tally.value,
+                did: tally.did,
+                why: tally.why,
+                reason: tally.reason,
+            };
+            (key, tally)
+        };
+        counts.into_iter().map(timed).collect()
     }
 
     /// Events that found their ring full.
@@ -276,47 +275,48 @@ impl Reader {
         &self.ledger
     }
 
-    fn nanoseconds(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    fn elapsed(&self) -> Nanos {
+        Nanos(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// How many nanoseconds so many ticks last.
-    fn lasting(&self, some: u64) -> u64 {
-        let ticks = u128::from(ticks().wrapping_sub(self.first)).max(1);
-        let nanoseconds = u128::from(some).saturating_mul(u128::from(self.nanoseconds())) / ticks;
-        u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+    fn lasting(&self, some: Ticks) -> Nanos {
+        let ticks = u128::from(ticks().0.wrapping_sub(self.first.0)).max(1);
+        let nanoseconds = u128::from(some.0).saturating_mul(u128::from(self.elapsed().0)) / ticks;
+        Nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
     }
 }
 
 /// The time at which the counter was there, by two looks at both.
-fn between(from: (u64, u64), to: (u64, u64), ticks: u64) -> u64 {
-    let span = u128::from(to.0.saturating_sub(from.0)).max(1);
-    let part = u128::from(ticks.saturating_sub(from.0)).min(span);
-    let time = part.saturating_mul(u128::from(to.1.saturating_sub(from.1))) / span;
-    from.1.saturating_add(u64::try_from(time).unwrap_or(0))
+fn between(from: (Ticks, Nanos), to: (Ticks, Nanos), ticks: Ticks) -> Nanos {
+    let (start, Nanos(time)) = from;
+    let span = u128::from(to.0.0.saturating_sub(start.0)).max(1);
+    let part = u128::from(ticks.0.saturating_sub(start.0)).min(span);
+    let since = part.saturating_mul(u128::from(to.1.0.saturating_sub(time))) / span;
+    Nanos(time.saturating_add(u64::try_from(since).unwrap_or(0)))
 }
 
 /// The time stamp counter, by which the answerer tells time too. It does not stop and counts alike on all CPUs wherever
 /// KVM is of use.
-fn ticks() -> u64 {
+fn ticks() -> Ticks {
     #![expect(unsafe_code, reason = "an instruction")]
     // SAFETY: every x86-64 processor has RDTSC, and it touches no memory.
-    unsafe { core::arch::x86_64::_rdtsc() }
+    Ticks(unsafe { core::arch::x86_64::_rdtsc() })
 }
 
 /// Takes a ring's events up to a time.
-fn read(ring: &Ring, until: u64, taken: &mut Vec<(u64, Entry)>) {
+fn read(ring: &Ring, until: Ticks, taken: &mut Vec<(Ticks, Words)>) {
     let words = &ring.words;
     let written = words.at(vcpu::WRITTEN).load(Ordering::Acquire);
     let mut at = words.get(vcpu::TAKEN);
     // More than a ring holds is what no answerer wrote.
     for _ in 0..written.wrapping_sub(at).min(vcpu::EVENT_COUNT as u64) {
         let first = vcpu::EVENTS + (at % vcpu::EVENT_COUNT as u64) as usize * vcpu::EVENT;
-        let event = std::array::from_fn(|word| words.get(first + word));
-        if event[0] > until {
+        let event: Words = std::array::from_fn(|word| words.get(first + word));
+        let t = Ticks(event[0]);
+        if t > until {
             return;
         }
-        taken.push((event[0], decode(event)));
+        taken.push((t, event));
         at = at.wrapping_add(1);
         words.at(vcpu::TAKEN).store(at, Ordering::Release);
     }
@@ -337,11 +337,11 @@ fn count(ring: &Ring, counts: &mut Counts) {
             .entry((Msr((key >> 1) as u32), op))
             .and_modify(|tally| {
                 tally.count = tally.count.wrapping_add(count);
-                tally.cost = tally.cost.wrapping_add(cost);
+                tally.cost.0 = tally.cost.0.wrapping_add(cost);
             })
             .or_insert(Tally {
                 count,
-                cost,
+                cost: Ticks(cost),
                 value: words.get(at + 2),
                 did,
                 why,
@@ -350,8 +350,9 @@ fn count(ring: &Ring, counts: &mut Counts) {
     }
 }
 
-fn gap((vm, vcpu): (u32, u32), events: u64) -> Entry {
-    Entry::Gap { t: 0, vm, vcpu, events }
+/// As the answerer writes a gap.
+fn gap((vm, vcpu): (u32, u32), events: u64) -> Words {
+    [0, events, 0, u64::from(vm) << 32, u64::from(vcpu), vcpu::GAP, 0, 0]
 }
 
 fn decode_told(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
@@ -362,11 +363,16 @@ fn decode_told(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
 }
 
 /// Whatever the words are, they are some entry.
-fn decode(words: [u64; vcpu::EVENT]) -> Entry {
-    let [t, value, rip, msr_vm, vcpu_rule, bits, log, cost] = words;
+fn decode(words: Words, t: Nanos, lasting: impl Fn(Ticks) -> Nanos) -> Entry {
+    let [_, value, rip, msr_vm, vcpu_rule, bits, log, cost] = words;
     let high = |word: u64| (word >> 32) as u32;
     if bits & vcpu::GAP != 0 {
-        return gap((high(msr_vm), vcpu_rule as u32), value);
+        return Entry::Gap(Gap {
+            t,
+            vm: high(msr_vm),
+            vcpu: vcpu_rule as u32,
+            events: value,
+        });
     }
     let (did, why, reason) = decode_told(bits);
     let op = if bits & vcpu::WRITE == 0 { Op::Read } else { Op::Write };
@@ -382,7 +388,7 @@ fn decode(words: [u64; vcpu::EVENT]) -> Entry {
         why,
         rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
         rip: (bits & vcpu::HAS_RIP != 0).then_some(rip),
-        cost: (bits & vcpu::HAS_COST != 0).then_some(cost),
+        cost: (bits & vcpu::HAS_COST != 0).then(|| lasting(Ticks(cost))),
     };
     let log = match log & 3 {
         0 => Log::None,
@@ -431,9 +437,9 @@ mod tests {
     #[test]
     fn events_of_all_vcpus_come_in_the_order_of_time_and_time_does_not_go_back() {
         let (mut reader, rings) = rings(2);
-        let mut last = 0;
+        let mut last = Nanos(0);
         for _ in 0..50 {
-            let now = ticks();
+            let Ticks(now) = ticks();
             // A straggler, which was late to write its event down.
             push(&rings[0], access(now.wrapping_sub(1 << 40), 1, 0));
             push(&rings[1], access(now + 1, 2, 1));
@@ -444,7 +450,7 @@ mod tests {
                     let Entry::Access(event, Log::All) = entry else {
                         panic!("{entry:?}")
                     };
-                    assert!(event.t >= last, "{} is before {last}", event.t);
+                    assert!(event.t >= last, "{:?} is before {last:?}", event.t);
                     last = event.t;
                     seen.push((event.vm, event.vcpu, event.msr.0, event.rule));
                 });
@@ -456,7 +462,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_told_where_it_is_missing() {
         let (mut reader, rings) = rings(1);
-        let now = ticks();
+        let Ticks(now) = ticks();
         push(&rings[0], access(now, 1, 0));
         push(&rings[0], [now + 1, 7, 0, 3 << 32, 0, vcpu::GAP, 0, 0]);
         push(&rings[0], access(now + 2, 2, 0));
@@ -466,9 +472,9 @@ mod tests {
         reader.drain(&mut |entry| {
             seen.push(match entry {
                 Entry::Access(event, _) => u64::from(event.msr.0),
-                Entry::Gap {
+                Entry::Gap(Gap {
                     vm: 3, vcpu: 0, events, ..
-                } => 1000 + events,
+                }) => 1000 + events,
                 other => panic!("{other:?}"),
             });
         });

@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use msrgate_core::{Did, Event, Msr, Op, Outcome, ReadAction};
+use msrgate_core::{Did, Event, Gap, Msr, Op, Outcome, ReadAction};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
-use msrgate_policy::trace::Gap;
 
 use super::{Backend, Got};
 

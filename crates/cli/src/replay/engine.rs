@@ -154,14 +154,14 @@ impl Backing for Recorded {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::Did;
+    use msrgate_core::{Did, Nanos};
     use msrgate_policy::Policy;
 
     use super::*;
 
     fn event(op: Op, msr: u32, value: u64, did: Did) -> Event {
         Event {
-            t: 0,
+            t: Nanos(0),
             vm: 0,
             vcpu: 0,
             op,

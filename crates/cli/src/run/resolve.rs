@@ -18,31 +18,39 @@ pub(crate) struct Resolved {
     pub(crate) resolve: Option<Resolve>,
     /// Whether some rule wants its accesses told.
     pub(crate) logs: bool,
+    /// How many rules the policy has.
+    pub(crate) rules: usize,
 }
 
 impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
         let profile = load::profile(&args.profile)?;
-        let known = |map: DecisionMap| Resolved {
+        let known = |map: DecisionMap, rules| Resolved {
             logs: map.reads.iter().any(|(_, decision)| is_told(decision.log))
                 || map.writes.iter().any(|(_, decision)| is_told(decision.log)),
             map: completed(map, ignore_unknown),
             resolve: None,
+            rules,
         };
         let Some(path) = &args.policy else {
-            return Ok(known(DecisionMap::allow_all()));
+            return Ok(known(DecisionMap::allow_all(), 0));
         };
         let cpuid = load::cpuid(&args.cpuid)?;
         let policy = load::unresolved(path)?;
+        let rules = policy.rules.len();
         if cpuid.is_some() || !policy.asks_cpuid() {
-            return Ok(known(load::planned_or_report(policy, cpuid.as_ref(), &profile)?.map));
+            return Ok(known(
+                load::planned_or_report(policy, cpuid.as_ref(), &profile)?.map,
+                rules,
+            ));
         }
         if let Some(name) = policy.handlers().next() {
             return Err(needs_handler(name));
         }
         Ok(Resolved {
             map: DecisionMap::deny_all(),
+            rules,
             logs: policy.rules.iter().any(|rule| is_told(rule.log)),
             resolve: Some(Box::new(move |leaves| {
                 answer(&policy, ignore_unknown, &profile, leaves)

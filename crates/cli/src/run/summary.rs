@@ -56,7 +56,7 @@ impl Summary {
                 "name": explain::name(*msr),
                 "op": op.name(),
                 "count": tally.count,
-                "cost_ns": tally.cost,
+                "cost_ns": tally.cost.0,
                 "reason": tally.reason.map(|reason| reason.name()),
                 "did": tally.did.name(),
                 "why": tally.why.map(|why| why.name()),
@@ -104,7 +104,7 @@ impl Summary {
                 explain::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                render::duration(tally.cost / tally.count.max(1)),
+                render::duration(tally.cost.0 / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
@@ -193,7 +193,7 @@ impl Summary {
 
 /// What all accesses took together.
 fn cost(tallies: &BTreeMap<(Msr, Op), Tally>) -> u64 {
-    tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost))
+    tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost.0))
 }
 
 fn counted(count: u64, one: &str, many: &str) -> String {

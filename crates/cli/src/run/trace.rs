@@ -1,13 +1,12 @@
 //! Where events go: a file, or standard error.
 
-use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use msrgate_core::{Event, Log, Msr, Op};
-use msrgate_policy::trace::{self, Gap, Header, write_event, write_gap};
+use msrgate_core::{Event, Gap, LogLimiter, Op};
+use msrgate_policy::trace::{self, Header, write_event, write_gap};
 use msrgate_supervise::{Entry, Mode};
 use rustix::fs::{FlockOperation, flock};
 
@@ -50,9 +49,7 @@ pub(crate) fn header(vmm: &Path, mode: Mode, policy: Option<String>) -> Header {
 pub(crate) struct Trace {
     to: To,
     unwritten: Option<Unwritten>,
-    seen: HashSet<(Msr, Op)>,
-    /// By MSR and direction: the second, and how many there were in it.
-    seconds: HashMap<(Msr, Op), (u64, u32)>,
+    limiter: LogLimiter,
 }
 
 enum To {
@@ -81,8 +78,13 @@ pub(crate) struct Unwritten {
 
 impl Trace {
     /// `path` is `-` for people. A file is for its owner, since what guests do tells where their kernels are; it is not
-    /// one of `inputs`, and no other run writes to it.
-    pub(crate) fn open(path: Option<&Path>, inputs: &[Option<&Path>], header: Header) -> Result<Trace, Failure> {
+    /// one of `inputs`, and no other run writes to it. The policy has so many `rules`.
+    pub(crate) fn open(
+        path: Option<&Path>,
+        inputs: &[Option<&Path>],
+        header: Header,
+        rules: usize,
+    ) -> Result<Trace, Failure> {
         let to = match path {
             None => To::Logged,
             Some(path) if path == Path::new("-") => To::People,
@@ -91,8 +93,7 @@ impl Trace {
         Ok(Trace {
             to,
             unwritten: None,
-            seen: HashSet::new(),
-            seconds: HashMap::new(),
+            limiter: LogLimiter::new(rules),
         })
     }
 
@@ -118,21 +119,16 @@ impl Trace {
             // A line that is cut short would make the rest unreadable.
             (To::File(_), _) if self.unwritten.is_some() => Ok(false),
             (To::File(lines), Entry::Access(event, _)) => write_event(event, &mut lines.file).map(|()| true),
-            (To::File(lines), Entry::Gap { t, vm, vcpu, events }) => {
-                let (t, vm, vcpu, events) = (*t, *vm, *vcpu, *events);
-                write_gap(&Gap { t, vm, vcpu, events }, &mut lines.file).map(|()| true)
-            }
-            (To::Logged, Entry::Access(event, log)) if !is_due(event, *log, &mut self.seen, &mut self.seconds) => {
-                return;
-            }
+            (To::File(lines), Entry::Gap(gap)) => write_gap(gap, &mut lines.file).map(|()| true),
+            (To::Logged, Entry::Access(event, log)) if !self.limiter.admits(event, *log) => return,
             (_, Entry::Access(event, _)) => {
                 // One call for a line, which the VMM's own output does not cut in two then.
                 let mut text = Vec::new();
                 let line = line(event, &mut text);
                 line.and_then(|()| stream::err().write_all(&text)).map(|()| true)
             }
-            (_, Entry::Gap { t, vm, vcpu, events }) => {
-                let seconds = *t as f64 / 1e9;
+            (_, Entry::Gap(Gap { t, vm, vcpu, events })) => {
+                let seconds = t.0 as f64 / 1e9;
                 let line = format!("{seconds:.6} vm {vm} vcpu {vcpu} {events} events are missing here\n");
                 stream::err().write_all(line.as_bytes()).map(|()| true)
             }
@@ -140,7 +136,7 @@ impl Trace {
         let events = match entry {
             Entry::Access(..) => 1,
             // They are counted as missing already.
-            Entry::Gap { .. } => 0,
+            Entry::Gap(_) => 0,
         };
         match written {
             Ok(true) => {}
@@ -231,30 +227,6 @@ impl Lines {
     }
 }
 
-/// Whether a rule's `log` wants this one told.
-fn is_due(
-    event: &Event,
-    log: Log,
-    seen: &mut HashSet<(Msr, Op)>,
-    seconds: &mut HashMap<(Msr, Op), (u64, u32)>,
-) -> bool {
-    let key = (event.msr, event.op);
-    match log {
-        Log::None => false,
-        Log::All => true,
-        Log::First => seen.insert(key),
-        Log::PerSecond(most) => {
-            let this = event.t / 1_000_000_000;
-            let (second, count) = seconds.entry(key).or_insert((this, 0));
-            if *second != this {
-                (*second, *count) = (this, 0);
-            }
-            *count = count.saturating_add(1);
-            *count <= most
-        }
-    }
-}
-
 /// As strace prints a call and, with `-T`, what it took.
 fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     let Event {
@@ -266,7 +238,7 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
         value,
         ..
     } = event;
-    let seconds = *t as f64 / 1e9;
+    let seconds = t.0 as f64 / 1e9;
     write!(to, "{seconds:.6} vm {vm} vcpu {vcpu} {op}({msr}")?;
     if let Some(name) = explain::name(*msr) {
         write!(to, " {name}")?;
@@ -288,20 +260,20 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
         write!(to, " rip {rip:#x}")?;
     }
     if let Some(cost) = event.cost {
-        write!(to, " <{}>", render::duration(cost))?;
+        write!(to, " <{}>", render::duration(cost.0))?;
     }
     writeln!(to)
 }
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::Did;
+    use msrgate_core::{Did, Msr, Nanos};
 
     use super::*;
 
     fn event(t: u64, msr: u32) -> Event {
         Event {
-            t,
+            t: Nanos(t),
             vm: 0,
             vcpu: 1,
             op: Op::Read,
@@ -317,21 +289,6 @@ mod tests {
     }
 
     #[test]
-    fn what_a_rule_wants_told_is_told_and_no_more() {
-        let (mut seen, mut seconds) = (HashSet::new(), HashMap::new());
-        let mut due = |event: &Event, log| is_due(event, log, &mut seen, &mut seconds);
-        assert!(!due(&event(0, 1), Log::None));
-        assert!(due(&event(0, 1), Log::All) && due(&event(0, 1), Log::All));
-        assert!(due(&event(0, 1), Log::First) && !due(&event(0, 1), Log::First) && due(&event(0, 2), Log::First));
-        let two = Log::PerSecond(2);
-        let second = 1_000_000_000;
-        let told: Vec<bool> = [0, 1, 2, second, second + 1, second + 2]
-            .map(|t| due(&event(t, 3), two))
-            .into();
-        assert_eq!(told, [true, true, false, true, true, false]);
-    }
-
-    #[test]
     fn a_line_for_people_says_what_the_access_got() {
         let mut text = Vec::new();
         line(&event(1_500_000_000, 0x8b), &mut text).unwrap();
@@ -340,7 +297,7 @@ mod tests {
             did: Did::Deny,
             rule: None,
             rip: Some(0x1000),
-            cost: Some(1200),
+            cost: Some(Nanos(1200)),
             ..event(0, 0xdead)
         };
         line(&fault, &mut text).unwrap();

@@ -47,7 +47,10 @@ fn a_trace_has_each_access_that_the_policy_decides() {
             read.t <= write.t && read.rip < write.rip && read.rip.is_some(),
             "{read:?} {write:?}"
         );
-        assert!(read.cost > Some(0) && write.cost > Some(0), "{read:?} {write:?}");
+        assert!(
+            read.cost > Some(Nanos(0)) && write.cost > Some(Nanos(0)),
+            "{read:?} {write:?}"
+        );
         assert!(events.next().is_none());
     }
 }
@@ -178,4 +181,20 @@ fn what_a_rule_logs_is_told_without_a_trace() {
         ran.err
     );
     assert_eq!(told("wrmsr(0x174"), 2, "{}", ran.err);
+}
+
+#[test]
+fn so_many_a_second_are_told_of_a_rule_and_replay_tells_as_many() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = with_policy(
+        "default = \"allow\"\n[[rule]]\nmsr = [\"0x8b\", \"0x174\", \"0x175\"]\nread = \"zero\"\nlog = { per_second = 1 }\n",
+    );
+    let vmm = "r:0x8b r:0x174 r:0x175";
+    let ran = under(&folder, &["-p", "policy.toml"], vmm).code(0);
+    assert_eq!(ran.err.matches(" zero rule 0").count(), 1, "{}", ran.err);
+    under(&folder, &["-p", "policy.toml", "--trace", "t.jsonl"], vmm).code(0);
+    let replayed = folder.run(&["replay", "--backend", "engine", "-p", "policy.toml", "t.jsonl"]);
+    assert_eq!(replayed.err.matches("log: ").count(), 1, "{}", replayed.err);
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use msrgate_core::{Did, Msr, Otherwise, Outcome, ReadAction, Reason, Why, WriteAction};
+use msrgate_core::{Did, Msr, Nanos, Otherwise, Outcome, ReadAction, Reason, Why, WriteAction};
 use msrgate_guest::Mode;
 use msrgate_kvm::{Dispatch, Fault, Handler, Handlers, VcpuGate};
 use msrgate_plan::DecisionMap;
@@ -286,7 +286,7 @@ fn a_reason_that_is_not_one_known_bit_faults() {
             }
             let answered = pending.dispatch(&vcpu).unwrap();
             assert_eq!(answered.reason, (position == 8).then_some(Reason::Filter));
-            assert_eq!(answered.event(0, 0, None).reason, answered.reason);
+            assert_eq!(answered.event(Nanos(0), 0, None).reason, answered.reason);
         })
         .unwrap();
     for seen in &seen[..8] {

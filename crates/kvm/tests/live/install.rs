@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 
-use msrgate_core::{Did, Msr, Op, Outcome, ReadAction, Reason, WriteAction, abi};
+use msrgate_core::{Did, Msr, Nanos, Op, Outcome, ReadAction, Reason, WriteAction, abi};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Dispatch, Handlers, InstallError};
 
@@ -134,7 +134,7 @@ fn an_event_tells_what_the_guest_gave_or_got() {
             &mut |pending| {
                 let rip = pending.rip();
                 let answered = pending.dispatch(&vcpu).unwrap();
-                events.push(answered.event(5, 6, Some(rip)));
+                events.push(answered.event(Nanos(5), 6, Some(rip)));
             },
         )
         .unwrap();
@@ -151,7 +151,7 @@ fn an_event_tells_what_the_guest_gave_or_got() {
         ]
     );
     for event in &events {
-        assert_eq!((event.t, event.vm, event.vcpu), (5, 6, 7));
+        assert_eq!((event.t, event.vm, event.vcpu), (Nanos(5), 6, 7));
         assert_eq!((event.reason, event.why), (Some(Reason::Filter), None));
         assert!(event.rip.is_some());
     }

@@ -2,10 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use msrgate_core::{Did, Event, Msr, MsrRange, Op};
+use msrgate_core::{Did, Event, Gap, Msr, MsrRange, Nanos, Op};
 
 use super::summary::{self, LearnError, Seen, Summary};
-use crate::trace::Gap;
 
 /// How many shadow registers, of all vCPUs together, a trace may tell of.
 const SHADOWS: usize = 1 << 20;
@@ -19,7 +18,7 @@ pub(super) struct Observer {
     /// The shadow registers that were written, by VM, vCPU and MSR.
     written: HashSet<(u32, u32, Msr)>,
     /// The smallest time: vCPUs may be written down out of order.
-    start: Option<u64>,
+    start: Option<Nanos>,
 }
 
 /// As [`Seen`], in a form that an event is quickly added to.
@@ -27,8 +26,8 @@ pub(super) struct Observer {
 struct Served {
     did: [u64; Did::ALL.len()],
     values: Seen,
-    first: u64,
-    last: u64,
+    first: Nanos,
+    last: Nanos,
 }
 
 impl Observer {
@@ -74,15 +73,15 @@ impl Observer {
     }
 
     pub(super) fn finish(mut self, name: &str) -> Result<Summary, LearnError> {
-        let start = self.start.unwrap_or(0);
+        let start = self.start.unwrap_or_default();
         let mut summary = std::mem::take(&mut self.summary);
         summary.traces = 1;
         summary.names.insert(name.to_owned());
         for (key, served) in self.served {
             let mut seen = Seen {
                 traces: 1,
-                first: served.first.saturating_sub(start),
-                last: served.last.saturating_sub(start),
+                first: served.first.0.saturating_sub(start.0),
+                last: served.last.0.saturating_sub(start.0),
                 ..served.values
             };
             let counts = Did::ALL.into_iter().zip(served.did);

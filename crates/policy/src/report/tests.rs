@@ -2,7 +2,7 @@ use super::*;
 
 fn event(t: u64, msr: u32, op: Op) -> Event {
     Event {
-        t,
+        t: Nanos(t),
         vm: 0,
         vcpu: 0,
         op,
@@ -28,21 +28,21 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
         did: Did::Value,
         rule: Some(2),
         rip: Some(0xffff),
-        cost: Some(300),
+        cost: Some(Nanos(300)),
         ..read
     });
     report.add(&Event {
-        t: 1500,
+        t: Nanos(1500),
         vcpu: 1,
         reason: Some(Reason::Unknown),
         did: Did::Fault,
         why: Some(Why::NoRule),
-        cost: Some(500),
+        cost: Some(Nanos(500)),
         ..read
     });
     // A vCPU's events may be written before the earlier ones of another.
     report.add(&Event {
-        t: 900,
+        t: Nanos(900),
         value: 9,
         ..read
     });
@@ -99,7 +99,12 @@ fn traces_are_laid_over_each_other_from_their_first_events_on() {
 
 #[test]
 fn gaps_are_added_up_for_each_vcpu_of_each_trace() {
-    let gap = |t, vcpu, events| Gap { t, vm: 0, vcpu, events };
+    let gap = |t, vcpu, events| Gap {
+        t: Nanos(t),
+        vm: 0,
+        vcpu,
+        events,
+    };
     let mut report = Report::default();
     report.begin(Header::default());
     report.add_gap(&gap(50, 1, 7));
@@ -137,7 +142,7 @@ fn what_there_is_no_room_for_is_counted_all_the_same() {
     report.add(&event(u64::MAX, 0, Op::Read));
     for vcpu in 0..most {
         report.add_gap(&Gap {
-            t: 0,
+            t: Nanos(0),
             vm: 0,
             vcpu,
             events: 1,

@@ -5,9 +5,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Did, Event, Msr, Op, Reason, Why};
-
-use super::Gap;
+use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
 
 /// The event of a line; `None` where it is spelt in another way.
 pub(super) fn read(line: &[u8]) -> Option<Event> {
@@ -53,7 +51,7 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
     };
     rest.skip(b"}")?;
     matches!(rest.0, b"\n" | b"").then_some(Event {
-        t,
+        t: Nanos(t),
         vm,
         vcpu,
         op,
@@ -64,7 +62,7 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         why,
         rule,
         rip,
-        cost,
+        cost: cost.map(Nanos),
     })
 }
 
@@ -147,7 +145,7 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
     } = event;
     let mut line = Line::new();
     line.text("{\"t\":");
-    line.decimal(*t);
+    line.decimal(t.0);
     line.text(",\"vm\":");
     line.decimal((*vm).into());
     line.text(",\"vcpu\":");
@@ -180,7 +178,7 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
     }
     if let Some(cost) = cost {
         line.text(",\"cost\":");
-        line.decimal(*cost);
+        line.decimal(cost.0);
     }
     line.text("}\n");
     to.write_all(line.bytes())
@@ -193,7 +191,7 @@ pub fn write_gap(gap: &Gap, to: &mut impl Write) -> io::Result<()> {
     line.text("{\"lost\":");
     line.decimal(*events);
     line.text(",\"t\":");
-    line.decimal(*t);
+    line.decimal(t.0);
     line.text(",\"vm\":");
     line.decimal((*vm).into());
     line.text(",\"vcpu\":");

@@ -14,7 +14,7 @@ mod head;
 
 use std::collections::HashMap;
 
-use msrgate_core::{Did, Event, Msr, Op};
+use msrgate_core::{Did, Event, Msr, Nanos, Op};
 
 use self::head::Head;
 
@@ -68,7 +68,7 @@ impl Threads {
         let head = Head::read(head);
         let (vm, vcpu) = self.vcpu(&head)?;
         Ok(Some(Event {
-            t: head.t.unwrap_or(0),
+            t: Nanos(head.t.unwrap_or(0)),
             vm,
             vcpu,
             op: access.op,
@@ -279,7 +279,7 @@ mod tests {
             ),
         ] {
             let event = event(line);
-            assert_eq!((event.t, event.vcpu), (t, vcpu), "{line}");
+            assert_eq!((event.t, event.vcpu), (Nanos(t), vcpu), "{line}");
             assert_eq!(
                 (event.op, event.msr.0, event.value, event.did),
                 (Op::Write, 0xc000_0080, 0xd01, Did::Allow)
@@ -315,7 +315,7 @@ mod tests {
         ] {
             let read = event(&format!("     0.012 CPU 2/KVM/1821755 kvm:{payload}"));
             assert_eq!((read.op, read.msr.0, read.value, read.did), access, "{payload}");
-            assert_eq!((read.vcpu, read.t), (2, 12_000), "{payload}");
+            assert_eq!((read.vcpu, read.t), (2, Nanos(12_000)), "{payload}");
         }
     }
 
