@@ -10,8 +10,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
 use msrgate_core::{
-    Access, ActionTable, Backing, Exit, Filter, Log, Lookup, Msr, MsrRange, Op, Outcome, ReadAction, Reason, Reasons,
-    Why, abi,
+    Access, ActionTable, Backing, Exit, Filter, Log, Lookup, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Why, abi,
 };
 use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Vcpu, Vm};
 use msrgate_kvm::{Dispatch, VcpuGate};
@@ -204,7 +203,7 @@ fn engine(times: usize, filter: Filter) {
         let rdmsr = Instruction::Rdmsr { rcx: FIXED.0.into() };
         _ = black_box(vcpu.execute(black_box(rdmsr), Path::VmExit, &mut Nobody));
         if vcpu.pending().is_some() {
-            _ = black_box(vcpu.answer(Outcome::Value(1)));
+            _ = black_box(vcpu.answer_read(Ok(1)));
         }
     });
 }

@@ -9,6 +9,7 @@ fn main() {
     println!("cargo::rerun-if-changed=src/layout.rs");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let (elf, image) = (out.join("answer.elf"), out.join("answer.bin"));
+    fs::write(out.join("abi.rs"), msrgate_core::abi::NUMBERS).expect("OUT_DIR is writable");
     let rustc = env::var_os("RUSTC").expect("cargo sets it");
     let target = env::var("TARGET").expect("cargo sets it");
     let mut command = Command::new(rustc);

@@ -114,7 +114,11 @@ impl Subject for Guest {
                     }
                     None => step.answer,
                 };
-                let completion = self.vcpu.answer(outcome);
+                let completion = match outcome {
+                    Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
+                    Outcome::Done => self.vcpu.answer_write(Ok(())),
+                    Outcome::Fault => self.vcpu.complete(1, 0),
+                };
                 (
                     Some(exit.reason),
                     completion.ok_or(Stop::fail("nothing is pending after an exit"))?,

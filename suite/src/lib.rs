@@ -30,7 +30,7 @@ pub use engine::Engine;
 pub use files::cases;
 pub use filter::{CoreFilter, Flat};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-pub use live::Live;
+pub use live::{Live, answer};
 pub use machine::Machine;
 pub use map::Map;
 pub use oracle::Oracle;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
-use msrgate_guest::{Guest, Mode, Options};
+use msrgate_guest::{Guest, Mode, Options, Pending};
 use msrgate_kvm::{Fault, Gate, Handler, Handlers, InstallError, Probed, VcpuGate};
 use msrgate_policy::cpuid::Cpuid;
 
@@ -117,6 +117,19 @@ impl Handler for Suite {
     }
 }
 
+/// Answers as a case says; what is no answer to the access leaves the fault that stands ready.
+pub fn answer(pending: &mut Pending<'_>, outcome: Outcome) {
+    let read = match outcome {
+        Outcome::Value(value) => Ok(value),
+        _ => Err(msrgate_core::Fault),
+    };
+    let write = match outcome {
+        Outcome::Done => Ok(()),
+        _ => Err(msrgate_core::Fault),
+    };
+    pending.answer(|_| read, |_, _| write);
+}
+
 impl Subject for Running {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
         let Running { guest, calls, gate, .. } = self;
@@ -132,7 +145,7 @@ impl Subject for Running {
                 match gate {
                     Some((_, gate)) if pending.dispatch(gate).is_some() => {}
                     Some(_) => wrong = Some(Stop::fail("the gate takes no notice of the exit")),
-                    None => pending.answer(step.answer),
+                    None => answer(pending, step.answer),
                 }
             })
             .map_err(Stop::fail)?;

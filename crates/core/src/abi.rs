@@ -1,68 +1,112 @@
-//! Numbers and layouts of the kernel's interface (`include/uapi/linux/kvm.h`, `arch/x86/include/uapi/asm/kvm.h`).
+//! Numbers and structures of the kernel's interface (`include/uapi/linux/kvm.h`, `arch/x86/include/uapi/asm/kvm.h`), each
+//! written and read here alone.
 
-/// `KVM_CAP_X86_USER_SPACE_MSR`: a VM capability; its argument is the mask of [`crate::Reasons`] handed to user space.
-pub const CAP_X86_USER_SPACE_MSR: u32 = 188;
-/// `KVM_CAP_X86_MSR_FILTER`: present where the filter is; cannot be enabled.
-pub const CAP_X86_MSR_FILTER: u32 = 189;
-/// `KVM_X86_SET_MSR_FILTER` of a 64-bit process.
-pub const SET_MSR_FILTER: u32 = 0x4188_aec6;
-/// `KVM_X86_SET_MSR_FILTER` of a 32-bit process on a 64-bit kernel.
-pub const SET_MSR_FILTER_COMPAT: u32 = 0x4104_aec6;
-/// `KVM_ENABLE_CAP`.
-pub const ENABLE_CAP: u32 = 0x4068_aea3;
-/// `KVM_CHECK_EXTENSION`.
-pub const CHECK_EXTENSION: u32 = 0xae03;
-/// `KVM_EXIT_X86_RDMSR`.
-pub const EXIT_X86_RDMSR: u32 = 29;
-/// `KVM_EXIT_X86_WRMSR`.
-pub const EXIT_X86_WRMSR: u32 = 30;
-/// `KVM_EXIT_INTR`.
-pub const EXIT_INTR: u32 = 10;
+mod errno;
+mod exit;
+mod filter;
+mod numbers;
 
-/// `KVM_MSR_FILTER_MAX_RANGES`.
-pub const MAX_RANGES: usize = 16;
-/// `KVM_MSR_FILTER_MAX_BITMAP_SIZE`: bytes of one range's bitmap.
-pub const MAX_BITMAP_BYTES: u32 = 0x600;
-/// MSRs that one range's bitmap can hold.
-pub const MAX_RANGE_MSRS: u32 = MAX_BITMAP_BYTES * 8;
+pub use errno::Errno;
+pub use exit::{KvmRunMsr, RawExit};
+pub use filter::{Layout, RawFilter, RawRange};
+pub use numbers::*;
 
-/// `KVM_MSR_FILTER_DEFAULT_DENY` in the filter's `flags`.
-pub const FILTER_DEFAULT_DENY: u32 = 1;
+use crate::{Msr, Reasons};
 
-/// The two layouts of `struct kvm_msr_filter`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Layout {
-    /// Bytes of the whole structure.
-    pub filter_size: usize,
-    /// Offset of the first range.
-    pub ranges: usize,
-    /// Bytes of one range.
-    pub range_size: usize,
-    /// Offset of the bitmap pointer in a range; `flags`, `nmsrs` and `base` lie at 0, 4 and 8 in both layouts.
-    pub bitmap: usize,
-    /// Bytes of the bitmap pointer.
-    pub pointer_size: usize,
-}
+/// The source of all numbers, for code that is built without this crate.
+pub const NUMBERS: &str = include_str!("abi/numbers.rs");
 
-impl Layout {
-    /// A 64-bit process: 392 bytes.
-    pub const NATIVE: Layout = Layout {
-        filter_size: 392,
-        ranges: 8,
-        range_size: 24,
-        bitmap: 16,
-        pointer_size: 8,
-    };
-    /// A 32-bit process: 260 bytes.
-    pub const COMPAT: Layout = Layout {
-        filter_size: 260,
-        ranges: 4,
-        range_size: 16,
-        bitmap: 12,
-        pointer_size: 4,
-    };
-}
-
-const _: () = assert!(Layout::NATIVE.ranges + MAX_RANGES * Layout::NATIVE.range_size == Layout::NATIVE.filter_size);
-const _: () = assert!(Layout::COMPAT.ranges + MAX_RANGES * Layout::COMPAT.range_size == Layout::COMPAT.filter_size);
 const _: () = assert!(MAX_RANGE_MSRS == 12288);
+
+/// What KVM_ENABLE_CAP takes, `struct kvm_enable_cap`, as far as capabilities of MSRs look at it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EnableCap {
+    /// Which capability.
+    pub cap: u32,
+    /// 0.
+    pub flags: u32,
+    /// The first of four arguments.
+    pub arg: u64,
+}
+
+impl EnableCap {
+    /// Bytes of the structure.
+    pub const BYTES: usize = 104;
+
+    /// For a mask of exit reasons.
+    pub const fn mask(reasons: Reasons) -> EnableCap {
+        EnableCap {
+            cap: CAP_X86_USER_SPACE_MSR,
+            flags: 0,
+            arg: reasons.bits() as u64,
+        }
+    }
+
+    /// Reads the structure.
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> EnableCap {
+        EnableCap {
+            cap: word(bytes, 0),
+            flags: word(bytes, 4),
+            arg: long(bytes, 8),
+        }
+    }
+
+    /// The structure, its other arguments 0.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        put(&mut bytes, 0, &self.cap.to_le_bytes());
+        put(&mut bytes, 4, &self.flags.to_le_bytes());
+        put(&mut bytes, 8, &self.arg.to_le_bytes());
+        bytes
+    }
+}
+
+/// `struct kvm_msrs` with one entry, which KVM_GET_MSRS and KVM_SET_MSRS take. Both give 1 where they took it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OneMsr {
+    /// The MSR.
+    pub msr: Msr,
+    /// Its value.
+    pub value: u64,
+}
+
+impl OneMsr {
+    /// Bytes of the structure.
+    pub const BYTES: usize = 24;
+
+    /// Reads the structure.
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> OneMsr {
+        OneMsr {
+            msr: Msr(word(bytes, 8)),
+            value: long(bytes, 16),
+        }
+    }
+
+    /// The structure.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        put(&mut bytes, 0, &1_u32.to_le_bytes());
+        put(&mut bytes, 8, &self.msr.0.to_le_bytes());
+        put(&mut bytes, 16, &self.value.to_le_bytes());
+        bytes
+    }
+}
+
+/// The little-endian number at `at`, which lies within `bytes` for every structure here.
+fn word(bytes: &[u8], at: usize) -> u32 {
+    let word = bytes.get(at..).and_then(<[u8]>::first_chunk);
+    word.map_or(0, |word| u32::from_le_bytes(*word))
+}
+
+/// Likewise, of eight bytes.
+fn long(bytes: &[u8], at: usize) -> u64 {
+    let long = bytes.get(at..).and_then(<[u8]>::first_chunk);
+    long.map_or(0, |long| u64::from_le_bytes(*long))
+}
+
+/// Puts a field into a structure that is long enough for it.
+fn put(structure: &mut [u8], at: usize, field: &[u8]) {
+    if let Some(place) = structure.get_mut(at..at + field.len()) {
+        place.copy_from_slice(field);
+    }
+}

@@ -2,17 +2,17 @@
 
 use core::fmt;
 
-use crate::Access;
+use crate::{Access, abi};
 
 /// Why the kernel hands an access to user space; the bits of `kvm_run.msr.reason`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Reason {
     /// `KVM_MSR_EXIT_REASON_INVAL`: the kernel knows the MSR and refuses the access.
-    Invalid = 1,
+    Invalid = abi::REASON_INVALID as isize,
     /// `KVM_MSR_EXIT_REASON_UNKNOWN`: the kernel does not know the MSR.
-    Unknown = 2,
+    Unknown = abi::REASON_UNKNOWN as isize,
     /// `KVM_MSR_EXIT_REASON_FILTER`: the filter denies the access.
-    Filter = 4,
+    Filter = abi::REASON_FILTER as isize,
 }
 
 impl Reason {
@@ -22,9 +22,9 @@ impl Reason {
     /// From the kernel's number; `None` for one that is not exactly one known bit.
     pub const fn from_bits(bits: u32) -> Option<Reason> {
         match bits {
-            1 => Some(Reason::Invalid),
-            2 => Some(Reason::Unknown),
-            4 => Some(Reason::Filter),
+            abi::REASON_INVALID => Some(Reason::Invalid),
+            abi::REASON_UNKNOWN => Some(Reason::Unknown),
+            abi::REASON_FILTER => Some(Reason::Filter),
             _ => None,
         }
     }
@@ -97,19 +97,37 @@ pub struct Exit {
     pub reason: Reason,
 }
 
-/// What user space answers.
-///
-/// A read that is done without a value, or a write that gets one, cannot be told apart from a mistake: whoever carries
-/// an outcome out faults the guest then.
-#[must_use]
+/// The guest gets #GP(0).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Fault;
+
+/// What a read gets: a value.
+pub type ReadOutcome = Result<u64, Fault>;
+
+/// What a write gets: it is done.
+pub type WriteOutcome = Result<(), Fault>;
+
+/// What an access got, for who looks on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Outcome {
-    /// The read gets this value.
+    /// The read got this value.
     Value(u64),
-    /// The write is done.
+    /// The write was done.
     Done,
-    /// The guest gets #GP(0).
+    /// The guest got #GP(0).
     Fault,
+}
+
+impl From<ReadOutcome> for Outcome {
+    fn from(outcome: ReadOutcome) -> Outcome {
+        outcome.map_or(Outcome::Fault, Outcome::Value)
+    }
+}
+
+impl From<WriteOutcome> for Outcome {
+    fn from(outcome: WriteOutcome) -> Outcome {
+        outcome.map_or(Outcome::Fault, |()| Outcome::Done)
+    }
 }
 
 #[cfg(test)]

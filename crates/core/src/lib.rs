@@ -46,7 +46,7 @@ pub use access::{Access, Op, Ops};
 pub use action::{Otherwise, ReadAction, WriteAction};
 pub use bitmap::{Candidate, SvmPermissionMap, VmxBitmap};
 pub use event::{Did, Event, Gap, Log, Nanos};
-pub use exit::{Exit, Outcome, Reason, Reasons};
+pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};
 pub use filter::{Decider, Filter, FilterError, FilterRange, Verdict};
 pub use limiter::LogLimiter;
 pub use lookup::Lookup;

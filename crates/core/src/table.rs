@@ -8,7 +8,10 @@ use alloc::vec::Vec;
 use core::fmt;
 
 pub use self::memory::{Memory, MemoryError};
-use crate::{Access, Did, Exit, Log, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, Reason, WriteAction};
+use crate::{
+    Access, Did, Exit, Fault, Log, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, ReadOutcome, Reason, WriteAction,
+    WriteOutcome,
+};
 
 /// What the accesses of a range of MSRs get.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -195,35 +198,50 @@ impl ActionTable {
     ///
     /// Fails closed: what no entry names, and what an action cannot do, faults.
     pub fn answer(&self, exit: Exit, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
-        if state.answering {
-            // A handler that got back here would answer for an access that is already being answered.
-            return Answer::fault(Why::ReEntered, None);
+        match exit.access {
+            Access::Read { msr } => self.read(msr, exit.reason, state, backing).seen(),
+            Access::Write { msr, value } => self.write(msr, value, exit.reason, state, backing).seen(),
         }
-        state.answering = true;
-        let answer = match exit.access {
-            Access::Read { msr } => self.answer_read(msr, exit.reason, state, backing),
-            Access::Write { msr, value } => self.answer_write(msr, value, exit.reason, state, backing),
-        };
-        state.answering = false;
-        answer
     }
 
-    fn answer_read(&self, msr: Msr, reason: Reason, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
+    /// [`ActionTable::answer`] of a read.
+    pub fn read(
+        &self,
+        msr: Msr,
+        reason: Reason,
+        state: &mut VcpuState,
+        backing: &mut impl Backing,
+    ) -> Answer<ReadOutcome> {
+        state.once_at_a_time(|state| self.answer_read(msr, reason, state, backing))
+    }
+
+    /// [`ActionTable::answer`] of a write.
+    pub fn write(
+        &self,
+        msr: Msr,
+        value: u64,
+        reason: Reason,
+        state: &mut VcpuState,
+        backing: &mut impl Backing,
+    ) -> Answer<WriteOutcome> {
+        state.once_at_a_time(|state| self.answer_write(msr, value, reason, state, backing))
+    }
+
+    fn answer_read(
+        &self,
+        msr: Msr,
+        reason: Reason,
+        state: &mut VcpuState,
+        backing: &mut impl Backing,
+    ) -> Answer<ReadOutcome> {
         let fallbacks = (&self.unknown.0, &self.invalid.0);
         let Some((action, rule, log)) = decision(&self.reads, fallbacks, msr, reason) else {
-            return Answer::fault(Why::NoRule, None);
-        };
-        let answered = |outcome, did| Answer {
-            outcome,
-            did,
-            why: None,
-            rule,
-            log,
+            return Answer::of(Err(Why::NoRule), Did::Fault, None, Log::None);
         };
         let result = match action {
-            ReadAction::Deny => return answered(Outcome::Fault, Did::Deny),
+            ReadAction::Deny => return Answer::denied(rule, log),
             ReadAction::Allow if reason == Reason::Filter => match backing.kernel_read(msr) {
-                Ok(value) => return answered(Outcome::Value(value), Did::Pass),
+                Ok(value) => return Answer::of(Ok(value), Did::Pass, rule, log),
                 // The kernel refuses the guest too, and does not say here which of two reasons it would have given.
                 Err(_) => return self.answer_read(msr, Reason::Unknown, state, backing),
             },
@@ -234,13 +252,7 @@ impl ActionTable {
             ReadAction::Host => backing.host_read(msr),
             ReadAction::Handler(name) => backing.handler_read(name, msr),
         };
-        match result {
-            Ok(value) => answered(Outcome::Value(value), action.did()),
-            Err(why) => Answer {
-                log,
-                ..Answer::fault(why, rule)
-            },
-        }
+        Answer::of(result, action.did(), rule, log)
     }
 
     fn answer_write(
@@ -250,22 +262,15 @@ impl ActionTable {
         reason: Reason,
         state: &mut VcpuState,
         backing: &mut impl Backing,
-    ) -> Answer {
+    ) -> Answer<WriteOutcome> {
         let fallbacks = (&self.unknown.1, &self.invalid.1);
         let Some((action, rule, log)) = decision(&self.writes, fallbacks, msr, reason) else {
-            return Answer::fault(Why::NoRule, None);
-        };
-        let answered = |outcome, did| Answer {
-            outcome,
-            did,
-            why: None,
-            rule,
-            log,
+            return Answer::of(Err(Why::NoRule), Did::Fault, None, Log::None);
         };
         let result = match action {
-            WriteAction::Deny => return answered(Outcome::Fault, Did::Deny),
+            WriteAction::Deny => return Answer::denied(rule, log),
             WriteAction::Allow if reason == Reason::Filter => match backing.kernel_write(msr, value) {
-                Ok(()) => return answered(Outcome::Done, Did::Pass),
+                Ok(()) => return Answer::of(Ok(()), Did::Pass, rule, log),
                 Err(_) => return self.answer_write(msr, value, Reason::Unknown, state, backing),
             },
             WriteAction::Allow => Err(Why::NoRule),
@@ -282,13 +287,7 @@ impl ActionTable {
             WriteAction::Once => self.write_once(msr, value, state, backing),
             WriteAction::Handler(name) => backing.handler_write(name, msr, value),
         };
-        match result {
-            Ok(()) => answered(Outcome::Done, action.did()),
-            Err(why) => Answer {
-                log,
-                ..Answer::fault(why, rule)
-            },
-        }
+        Answer::of(result, action.did(), rule, log)
     }
 
     /// The cell of an MSR that an entry gives a state.
@@ -386,6 +385,20 @@ struct Cell {
 }
 
 impl VcpuState {
+    fn once_at_a_time<T>(
+        &mut self,
+        answer: impl FnOnce(&mut VcpuState) -> Answer<Result<T, Fault>>,
+    ) -> Answer<Result<T, Fault>> {
+        if self.answering {
+            // A handler that got back here would answer for an access that is already being answered.
+            return Answer::of(Err(Why::ReEntered), Did::Fault, None, Log::None);
+        }
+        self.answering = true;
+        let answer = answer(self);
+        self.answering = false;
+        answer
+    }
+
     /// The state that a vCPU has under `next` after it ran under `table` with this one: MSRs that keep a state under
     /// both keep what they hold.
     #[must_use]
@@ -426,9 +439,9 @@ pub trait Backing {
 /// What an exit gets, and what an event says of it.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Answer {
+pub struct Answer<O = Outcome> {
     /// What the guest gets.
-    pub outcome: Outcome,
+    pub outcome: O,
     /// What was done.
     pub did: Did,
     /// Why it faulted where the policy does not say `deny`.
@@ -448,6 +461,42 @@ impl Answer {
             why: Some(why),
             rule,
             log: Log::None,
+        }
+    }
+}
+
+impl<T> Answer<Result<T, Fault>> {
+    fn of(result: Result<T, Why>, did: Did, rule: Option<u32>, log: Log) -> Self {
+        let why = result.as_ref().err().copied();
+        Answer {
+            outcome: result.map_err(|_| Fault),
+            did: if why.is_some() { Did::Fault } else { did },
+            why,
+            rule,
+            log,
+        }
+    }
+
+    fn denied(rule: Option<u32>, log: Log) -> Self {
+        Answer {
+            outcome: Err(Fault),
+            did: Did::Deny,
+            why: None,
+            rule,
+            log,
+        }
+    }
+}
+
+impl<O: Into<Outcome>> Answer<O> {
+    /// The same, for who looks on.
+    pub fn seen(self) -> Answer {
+        Answer {
+            outcome: self.outcome.into(),
+            did: self.did,
+            why: self.why,
+            rule: self.rule,
+            log: self.log,
         }
     }
 }

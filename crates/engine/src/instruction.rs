@@ -1,6 +1,6 @@
 //! The instruction that a guest executes, and what becomes of it.
 
-use msrgate_core::{Access, Exit, Msr, abi};
+use msrgate_core::{Access, Exit, Msr};
 
 use crate::{Errno, Vendor};
 
@@ -93,7 +93,7 @@ impl Path {
 pub enum Step {
     /// It is over.
     Complete(Completion),
-    /// It waits for user space: KVM_RUN returns 0 with [`KvmRunMsr`], RIP and the other registers are as before, and the
+    /// It waits for user space: KVM_RUN returns 0 with [`KvmRunMsr`](crate::KvmRunMsr), RIP and the other registers are as before, and the
     /// vCPU executes nothing until [`crate::Vcpu::complete`] or a sister of it was called.
     Exit(Exit),
     /// KVM_RUN fails with this error; the guest's state is as before.
@@ -147,56 +147,4 @@ pub enum Advance {
     Skip,
     /// To this address.
     To(u64),
-}
-
-/// `kvm_run.msr` and `kvm_run.exit_reason` of an exit.
-///
-/// Of these, only `error` and, for reads, `data` mean anything on the way back.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct KvmRunMsr {
-    /// KVM_EXIT_X86_RDMSR or KVM_EXIT_X86_WRMSR.
-    pub exit_reason: u32,
-    /// 0.
-    pub error: u8,
-    /// Exactly one bit.
-    pub reason: u32,
-    /// The MSR.
-    pub index: u32,
-    /// What a write writes; 0 for a read.
-    pub data: u64,
-}
-
-impl KvmRunMsr {
-    /// Where the union with `msr` starts in `kvm_run`, in bytes.
-    pub const OFFSET: usize = 32;
-
-    /// The 24 bytes at [`Self::OFFSET`], padding zeroed.
-    pub fn to_bytes(self) -> [u8; 24] {
-        let words = [
-            self.error.into(),
-            u64::from(self.index) << 32 | u64::from(self.reason),
-            self.data,
-        ];
-        let mut bytes = [0; 24];
-        for (chunk, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
-            *chunk = u64::to_le_bytes(word);
-        }
-        bytes
-    }
-}
-
-impl From<Exit> for KvmRunMsr {
-    fn from(exit: Exit) -> KvmRunMsr {
-        let (exit_reason, data) = match exit.access {
-            Access::Read { .. } => (abi::EXIT_X86_RDMSR, 0),
-            Access::Write { value, .. } => (abi::EXIT_X86_WRMSR, value),
-        };
-        KvmRunMsr {
-            exit_reason,
-            error: 0,
-            reason: exit.reason as u32,
-            index: exit.access.msr().0,
-            data,
-        }
-    }
 }

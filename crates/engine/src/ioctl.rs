@@ -1,6 +1,6 @@
 //! ioctl numbers, by descriptor and by the kind of process.
 
-use msrgate_core::abi::{self, Layout};
+use msrgate_core::abi::{self, EnableCap, Layout};
 
 use crate::{Errno, UserMemory, Vm};
 
@@ -63,7 +63,7 @@ impl Vm {
                 self.gate()?;
                 if request == abi::ENABLE_CAP {
                     // A vCPU has capabilities of its own: the structure is copied before it is refused.
-                    memory.read(argp, &mut [0; 104])?;
+                    memory.read(argp, &mut [0; EnableCap::BYTES])?;
                 }
                 Err(Errno::Einval)
             }

@@ -15,7 +15,7 @@
 //! ```
 //! extern crate alloc;
 //! use alloc::sync::Arc;
-//! use msrgate_core::{Filter, FilterRange, Msr, Ops, Outcome, Reason, Reasons, Verdict};
+//! use msrgate_core::{Filter, FilterRange, Msr, Ops, Reason, Reasons, Verdict};
 //! use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 //!
 //! struct NoMsrs;
@@ -30,7 +30,7 @@
 //! let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
 //! let step = vcpu.execute(Instruction::Rdmsr { rcx: 0x8b }, Path::VmExit, &mut NoMsrs);
 //! assert!(matches!(step, Ok(Step::Exit(exit)) if exit.reason == Reason::Filter));
-//! let _registers_and_rip = vcpu.answer(Outcome::Value(1));
+//! let _registers_and_rip = vcpu.answer_read(Ok(1));
 //! # Ok::<(), msrgate_core::FilterError>(())
 //! ```
 //!
@@ -81,12 +81,11 @@ mod instruction;
 mod msrs;
 mod intercepts;
 mod profile;
-mod errno;
 
-pub use errno::Errno;
-pub use instruction::{Advance, Completion, Instruction, KvmRunMsr, Path, Step, Written};
+pub use instruction::{Advance, Completion, Instruction, Path, Step, Written};
 pub use intercepts::Intercepts;
 pub use ioctl::{Caller, Descriptor, Process};
+pub use msrgate_core::abi::{Errno, KvmRunMsr};
 pub use msrs::{Msrs, Refusal};
 pub use profile::{Compat, Coverage, Profile, RangeFlags, Replacement, ReservedBits, TscDeadline, Vendor};
 pub use user_memory::{Fault, UserMemory};

@@ -4,7 +4,9 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::{fmt, mem};
 
-use msrgate_core::{Access, ActionTable, Candidate, Exit, Filter, Msr, Op, Outcome, Reason, Verdict, abi};
+use msrgate_core::{
+    Access, ActionTable, Candidate, Exit, Filter, Msr, Op, ReadOutcome, Reason, Verdict, WriteOutcome, abi,
+};
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
 use crate::slot::Seen;
@@ -228,14 +230,20 @@ impl Vcpu {
         })
     }
 
-    /// Ends the pending access with an outcome. A value for a write, or done for a read, faults.
-    pub fn answer(&mut self, outcome: Outcome) -> Option<Completion> {
-        let (error, data) = match (self.pending?.exit.access, outcome) {
-            (Access::Read { .. }, Outcome::Value(value)) => (0, value),
-            (Access::Write { .. }, Outcome::Done) => (0, 0),
-            _ => (1, 0),
-        };
-        self.complete(error, data)
+    /// Ends the pending read. `None` where none is pending.
+    pub fn answer_read(&mut self, outcome: ReadOutcome) -> Option<Completion> {
+        match self.pending?.exit.access {
+            Access::Read { .. } => self.complete(outcome.is_err().into(), outcome.unwrap_or(0)),
+            Access::Write { .. } => None,
+        }
+    }
+
+    /// Ends the pending write. `None` where none is pending.
+    pub fn answer_write(&mut self, outcome: WriteOutcome) -> Option<Completion> {
+        match self.pending?.exit.access {
+            Access::Read { .. } => None,
+            Access::Write { .. } => self.complete(outcome.is_err().into(), 0),
+        }
     }
 
     /// A KVM_RUN that is cut short: ends the pending access, if there is one, and executes nothing. After it the
@@ -347,7 +355,7 @@ mod tests {
                     vcpu.pending(),
                     vcpu.ready_to_save(),
                 );
-                vcpu.answer(Outcome::Value(0));
+                vcpu.answer_read(Ok(0));
                 vcpu.complete(0, 0);
                 let _ = vcpu.drain(0, 0, Interruption::Signal);
                 assert_eq!(open(&vcpu), before, "another call changed it");

@@ -4,12 +4,12 @@ use alloc::sync::Arc;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use msrgate_core::abi::{self, Layout};
+use msrgate_core::abi::{self, EnableCap, Layout};
 use msrgate_core::{ActionTable, Filter, Lookup, Msr, Op, Reasons, Verdict};
 
 use crate::profile::{Compat, Coverage, ReservedBits};
 use crate::slot::{Rules, Slot};
-use crate::user_filter::{copy_filter, word};
+use crate::user_filter::copy_filter;
 use crate::{Errno, Profile, UserMemory};
 
 /// What KVM holds of MSR filtering for each VM. It is shared by the vCPUs and whoever changes the filter; every method
@@ -127,10 +127,9 @@ impl Vm {
     /// The kernel knows other capabilities, this engine only KVM_CAP_X86_USER_SPACE_MSR.
     pub fn enable_cap(&self, argp: u64, memory: &impl UserMemory) -> Result<(), Errno> {
         self.gate()?;
-        let mut bytes = [0; 104];
+        let mut bytes = [0; EnableCap::BYTES];
         memory.read(argp, &mut bytes)?;
-        let (cap, flags) = (word(&bytes, 0)?, word(&bytes, 4)?);
-        let mask = u64::from(word(&bytes, 12)?) << 32 | u64::from(word(&bytes, 8)?);
+        let EnableCap { cap, flags, arg: mask } = EnableCap::from_bytes(&bytes);
         if flags != 0 || cap != abi::CAP_X86_USER_SPACE_MSR {
             return Err(Errno::Einval);
         }

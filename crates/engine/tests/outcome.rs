@@ -6,7 +6,7 @@ mod machine;
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Exit, Filter, FilterRange, Msr, Op, Ops, Outcome, Reason, Reasons, Verdict};
+use msrgate_core::{Access, Exit, Fault, Filter, FilterRange, Msr, Op, Ops, Reason, Reasons, Verdict};
 use msrgate_engine::{
     Advance, Completion, Drained, Errno, Instruction, Intercepts, Interruption, KvmRunMsr, Path, Step, StillPending,
     UnknownMsrs, Vcpu, Vm, Written,
@@ -366,27 +366,21 @@ fn an_emulated_instruction_ends_where_its_decoding_did() {
 }
 
 #[test]
-fn an_outcome_of_the_wrong_kind_faults() {
-    for (instruction, outcome, expected) in [
-        (
-            rdmsr(DENIED),
-            Outcome::Value(VALUE),
-            done(rax_rdx(VALUE), Advance::Skip),
-        ),
-        (rdmsr(DENIED), Outcome::Done, FAULT),
-        (rdmsr(DENIED), Outcome::Fault, FAULT),
-        (wrmsr(DENIED), Outcome::Value(VALUE), FAULT),
-        (wrmsr(DENIED), Outcome::Done, done(Written::Nothing, Advance::Skip)),
-        (wrmsr(DENIED), Outcome::Fault, FAULT),
-    ] {
-        let mut vcpu = pending(instruction, Path::VmExit);
-        assert_eq!(
-            vcpu.answer(outcome).map(Step::Complete),
-            Some(expected),
-            "{instruction:?} {outcome:?}"
-        );
-        assert_eq!(vcpu.answer(outcome), None);
-    }
+fn an_answer_to_the_other_direction_ends_nothing() {
+    let mut vcpu = pending(rdmsr(DENIED), Path::VmExit);
+    assert_eq!(vcpu.answer_write(Ok(())), None);
+    assert_eq!(vcpu.answer_write(Err(Fault)), None);
+    let read = vcpu.answer_read(Ok(VALUE)).map(Step::Complete);
+    assert_eq!(read, Some(done(rax_rdx(VALUE), Advance::Skip)));
+    assert_eq!(vcpu.answer_read(Ok(VALUE)), None, "it is complete");
+    let mut vcpu = pending(wrmsr(DENIED), Path::VmExit);
+    assert_eq!(vcpu.answer_read(Ok(VALUE)), None);
+    let write = vcpu.answer_write(Ok(())).map(Step::Complete);
+    assert_eq!(write, Some(done(Written::Nothing, Advance::Skip)));
+    let fault = pending(rdmsr(DENIED), Path::VmExit).answer_read(Err(Fault));
+    assert_eq!(fault.map(Step::Complete), Some(FAULT));
+    let fault = pending(wrmsr(DENIED), Path::VmExit).answer_write(Err(Fault));
+    assert_eq!(fault.map(Step::Complete), Some(FAULT));
 }
 
 #[test]

@@ -311,7 +311,7 @@ fn the_table_is_that_of_the_filter_that_the_pending_access_met() {
         vm.set_filter(filter(7));
         meanwhile(&mut vcpu);
         assert_eq!(answer(&vcpu, exit), Outcome::Value(2));
-        assert!(vcpu.answer(Outcome::Value(2)).is_some());
+        assert!(vcpu.answer_read(Ok(2)).is_some());
         let _ = vcpu.pick_up();
         assert!(vcpu.table().is_none(), "a filter alone comes without a table");
         assert_eq!(vm.reasons(), rules(5).1, "and leaves the mask as it was");
@@ -370,7 +370,7 @@ fn an_access_meets_filter_mask_and_table_of_one_installation_while_a_writer_repl
                         let _ = vcpu.pick_up();
                     }
                     assert_eq!(answer(&vcpu, exit), Outcome::Value(msr.into()));
-                    let done = vcpu.answer(Outcome::Value(msr.into()));
+                    let done = vcpu.answer_read(Ok(msr.into()));
                     assert!(matches!(
                         done,
                         Some(Completion::Done {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd};
-use msrgate_core::{Access, Log, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction};
+use msrgate_core::{Access, Fault, Log, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction};
 use msrgate_kvm::{Handlers, Probed};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 
@@ -135,11 +135,16 @@ fn outcomes(guest: &mut Guest, accesses: &[Access]) -> Option<Vec<Outcome>> {
 
 /// Does as the host what the guest wants done.
 fn pass(pending: &mut Pending<'_>) {
-    let done = match pending.access() {
-        Access::Read { msr } => get(pending.fd(), msr).map(Outcome::Value),
-        Access::Write { msr, value } => set(pending.fd(), msr, value).map(|()| Outcome::Done),
-    };
-    pending.answer(done.unwrap_or(Outcome::Fault));
+    match pending.access() {
+        Access::Read { msr } => {
+            let value = get(pending.fd(), msr).ok_or(Fault);
+            pending.answer(|_| value, |_, _| Err(Fault));
+        }
+        Access::Write { msr, value } => {
+            let done = set(pending.fd(), msr, value).ok_or(Fault);
+            pending.answer(|_| Err(Fault), |_, _| done);
+        }
+    }
 }
 
 /// Reads or writes of these registers are handed to user space.

@@ -7,11 +7,9 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
-use kvm_bindings::KVMIO;
 use kvm_ioctls::VcpuFd;
+use msrgate_core::abi::GET_STATS_FD;
 
-/// `_IO(KVMIO, 0xce)`.
-const KVM_GET_STATS_FD: u32 = KVMIO << 8 | 0xce;
 /// Bytes of `struct kvm_stats_desc` before the name.
 const DESCRIPTOR: usize = 16;
 
@@ -25,7 +23,7 @@ pub(crate) struct Exits {
 impl Exits {
     pub(crate) fn open(vcpu: &VcpuFd) -> io::Result<Exits> {
         // SAFETY: takes no argument and touches no memory of ours.
-        let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), libc::c_ulong::from(KVM_GET_STATS_FD)) };
+        let fd = unsafe { libc::ioctl(vcpu.as_raw_fd(), libc::c_ulong::from(GET_STATS_FD)) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }

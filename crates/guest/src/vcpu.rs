@@ -6,7 +6,7 @@ use kvm_bindings::{
     KVM_MP_STATE_RUNNABLE, kvm_dtable, kvm_mp_state, kvm_regs, kvm_run, kvm_segment, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
-use msrgate_core::{Access, Answer, Msr, Op, Outcome};
+use msrgate_core::{Access, Answer, Msr, Op, Outcome, ReadOutcome, WriteOutcome};
 use msrgate_kvm::{Answered, Dispatch, VcpuGate};
 
 use crate::code::{FAULTED, NOT_DONE, PORT_DONE, PORT_EXCEPTION, WRITE};
@@ -81,10 +81,22 @@ impl Pending<'_> {
         self.fd
     }
 
-    /// Answers. A value for a write, or none for a read, faults.
-    pub fn answer(&mut self, outcome: Outcome) {
+    /// Answers: with what `read` says of a read, or what `write` says of a write.
+    #[expect(unsafe_code, reason = "the exit is a union")]
+    pub fn answer(&mut self, read: impl FnOnce(Msr) -> ReadOutcome, write: impl FnOnce(Msr, u64) -> WriteOutcome) {
+        let outcome = match self.access {
+            Access::Read { msr } => read(msr).map(Some),
+            Access::Write { msr, value } => write(msr, value).map(|()| None),
+        };
         self.exit.answer = None;
-        self.put(outcome);
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit that waits is one of an MSR, as `Vcpu::table_done` found, and only KVM_RUN makes another;
+        // the field is made of integers alone, so even after that it may be written.
+        let fields = unsafe { &mut run.__bindgen_anon_1.msr };
+        fields.error = outcome.is_err().into();
+        if let Ok(Some(value)) = outcome {
+            fields.data = value;
+        }
     }
 
     /// Has `gate` answer, and tells what it did; `None` where it did not take the exit for one of its own.
@@ -95,23 +107,6 @@ impl Pending<'_> {
                 Some(answered)
             }
             Dispatch::NotMine => None,
-        }
-    }
-
-    #[expect(unsafe_code, reason = "the exit is a union")]
-    fn put(&mut self, outcome: Outcome) {
-        let run = self.fd.get_kvm_run();
-        // SAFETY: the exit that waits is one of an MSR, as `Vcpu::table_done` found, and only KVM_RUN makes another;
-        // the field is made of integers alone, so even after that it may be written.
-        let msr = unsafe { &mut run.__bindgen_anon_1.msr };
-        msr.error = 1;
-        match (self.access, outcome) {
-            (Access::Read { .. }, Outcome::Value(value)) => {
-                msr.data = value;
-                msr.error = 0;
-            }
-            (Access::Write { .. }, Outcome::Done) => msr.error = 0,
-            _ => {}
         }
     }
 }

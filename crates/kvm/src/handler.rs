@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use msrgate_core::Msr;
+use msrgate_core::{Msr, ReadOutcome, WriteOutcome};
 
 /// Answers the accesses whose action is a handler.
 ///
@@ -12,14 +12,10 @@ use msrgate_core::Msr;
 /// #GP(0). A handler must not run the vCPU that waits for it.
 pub trait Handler: Send + Sync {
     /// What the guest reads.
-    fn read(&self, vcpu: u32, msr: Msr) -> Result<u64, Fault>;
+    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome;
     /// The guest writes `value`; `Ok` lets it go on.
-    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> Result<(), Fault>;
+    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome;
 }
-
-/// The guest gets #GP(0).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Fault;
 
 /// Handlers by name.
 #[derive(Clone, Default)]

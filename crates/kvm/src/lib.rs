@@ -144,8 +144,9 @@ mod error;
 
 pub use error::{InstallError, Step};
 pub use gate::Gate;
-pub use handler::{Fault, Handler, Handlers};
+pub use handler::{Handler, Handlers};
 pub use host::HostMsrs;
+pub use msrgate_core::Fault;
 pub use probe::{Capability, ProbeError, Probed, open, probe};
 pub use state::{STATE_VERSION, SaveError, StateError};
 pub use vcpu::{Answered, Dispatch, Drained, VcpuGate};

@@ -7,8 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use msrgate_core::{Backing, Msr, Why};
 
-use crate::handler::{Fault, Handlers};
-use crate::{HostMsrs, ioctl};
+use crate::{Fault, Handlers, HostMsrs, ioctl};
 
 /// What the actions of one vCPU may reach.
 pub(crate) struct Registers<'a> {

@@ -8,9 +8,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_run;
-use msrgate_core::{Access, Answer, Event, Exit, Nanos, Outcome, Reason, VcpuState, Why};
+use msrgate_core::{Access, Answer, Event, Nanos, Outcome, Reason, VcpuState, Why};
 
-use crate::exit::{self, RawExit};
+use crate::exit;
 use crate::gate::{Epoch, Published, Shared};
 use crate::registers::Registers;
 use crate::{SaveError, StateError, ioctl, state};
@@ -152,9 +152,13 @@ impl VcpuGate {
             // A handler's own dispatch: the exit is the outer call's to finish.
             return answered(Answer::fault(Why::ReEntered, None));
         };
-        let answer = self.answer(exit, &mut held);
+        let answer = match Reason::from_bits(exit.reason) {
+            // SAFETY: the caller's promise.
+            Some(reason) => unsafe { self.answer(run, exit.access, reason, &mut held) },
+            None => Answer::fault(Why::UnknownReason, None),
+        };
         // SAFETY: the caller's promise; no handler is being asked any more.
-        unsafe { exit::answer(run, exit, answer.outcome) };
+        unsafe { exit::finish(run) };
         answered(answer)
     }
 
@@ -177,12 +181,11 @@ impl VcpuGate {
         }
     }
 
-    fn answer(&self, exit: RawExit, held: &mut Held) -> Answer {
-        let Some(reason) = Reason::from_bits(exit.reason) else {
-            return Answer::fault(Why::UnknownReason, None);
-        };
+    /// # Safety
+    /// As for [`exit::fail_closed`].
+    unsafe fn answer(&self, run: *mut kvm_run, access: Access, reason: Reason, held: &mut Held) -> Answer {
         self.catch_up(held);
-        let epoch = held.published.deciding(&held.epoch, exit.access, reason);
+        let epoch = held.published.deciding(&held.epoch, access, reason);
         if !Arc::ptr_eq(epoch, &held.epoch) {
             held.state = held.state.carried(held.epoch.table(), epoch.table());
             held.epoch = Arc::clone(epoch);
@@ -193,11 +196,21 @@ impl VcpuGate {
             host: held.epoch.host.as_ref(),
             handlers: &self.shared.handlers,
         };
-        let exit = Exit {
-            access: exit.access,
-            reason,
-        };
-        held.epoch.table().answer(exit, &mut held.state, &mut registers)
+        let (table, state) = (held.epoch.table(), &mut held.state);
+        match access {
+            Access::Read { msr } => {
+                let answer = table.read(msr, reason, state, &mut registers);
+                // SAFETY: the caller's promise; no handler is being asked any more.
+                unsafe { exit::answer_read(run, answer.outcome) };
+                answer.seen()
+            }
+            Access::Write { msr, value } => {
+                let answer = table.write(msr, value, reason, state, &mut registers);
+                // SAFETY: likewise.
+                unsafe { exit::answer_write(run, answer.outcome) };
+                answer.seen()
+            }
+        }
     }
 
     /// Forgets what MSRs remember (`shadow`, `once`): call it where the processor is reset, which ends such locks on

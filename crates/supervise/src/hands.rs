@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use libc::{MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE};
-use msrgate_core::abi::{self, Layout};
-use msrgate_core::{Filter, Msr, Reasons, Verdict};
+use msrgate_core::abi::{self, EnableCap, Layout, OneMsr, RawFilter};
+use msrgate_core::{Filter, Msr, Reasons};
 use nix::errno::Errno;
 
 use crate::seccomp::Waiting;
 use crate::stopped::{StopError, Stopped, Stopper};
-use crate::{kvm, target};
+use crate::target;
 
 /// Memory for the arguments of calls: a filter with all its bitmaps, and what tells that it is ours.
 const SCRATCH: usize = 36 << 10;
@@ -116,10 +116,8 @@ impl Hands {
 
     /// KVM_ENABLE_CAP of `KVM_CAP_X86_USER_SPACE_MSR`.
     pub(crate) fn set_mask(&mut self, stopped: &mut Stopped, vm: u64, mask: Reasons) -> Result<(), Errno> {
-        let mut cap = [0; kvm::ENABLE_CAP_BYTES];
-        put(&mut cap, 0, &abi::CAP_X86_USER_SPACE_MSR.to_le_bytes());
-        put(&mut cap, 8, &u64::from(mask.bits()).to_le_bytes());
-        self.ioctl(stopped, vm, kvm::ENABLE_CAP, &mut cap).map(drop)
+        let mut cap = EnableCap::mask(mask).to_bytes();
+        self.ioctl(stopped, vm, abi::ENABLE_CAP, &mut cap).map(drop)
     }
 
     /// KVM_X86_SET_MSR_FILTER.
@@ -130,28 +128,23 @@ impl Hands {
         if !target::write(stopped.process, at, &bytes) {
             return Err(Errno::EFAULT);
         }
-        stopped.ioctl(vm, kvm::SET_MSR_FILTER, at).map(drop)
+        stopped.ioctl(vm, abi::SET_MSR_FILTER, at).map(drop)
     }
 
     /// The kernel's value of an MSR, as the host reads it; `None` where the kernel gives none.
     pub(crate) fn host_read(&mut self, stopped: &mut Stopped, vcpu: u64, msr: Msr) -> Option<u64> {
-        self.one_msr(stopped, vcpu, kvm::GET_MSRS, msr, 0)
+        self.one_msr(stopped, vcpu, abi::GET_MSRS, msr, 0)
     }
 
     /// Writes the kernel's MSR as the host does; `None` where the kernel does not take it.
     pub(crate) fn host_write(&mut self, stopped: &mut Stopped, vcpu: u64, msr: Msr, value: u64) -> Option<()> {
-        self.one_msr(stopped, vcpu, kvm::SET_MSRS, msr, value).map(drop)
+        self.one_msr(stopped, vcpu, abi::SET_MSRS, msr, value).map(drop)
     }
 
     fn one_msr(&mut self, stopped: &mut Stopped, vcpu: u64, request: u32, msr: Msr, value: u64) -> Option<u64> {
-        // `struct kvm_msrs` with one entry: count and padding, index and reserved, data.
-        let mut one = [0; 24];
-        put(&mut one, 0, &1_u32.to_le_bytes());
-        put(&mut one, 8, &msr.0.to_le_bytes());
-        put(&mut one, 16, &value.to_le_bytes());
+        let mut one = OneMsr { msr, value }.to_bytes();
         let done = self.ioctl(stopped, vcpu, request, &mut one);
-        let value = one.get(16..).and_then(<[u8]>::first_chunk)?;
-        (done == Ok(1)).then(|| u64::from_le_bytes(*value))
+        (done == Ok(1)).then(|| OneMsr::from_bytes(&one).value)
     }
 
     /// Forgets processes that have ended.
@@ -162,33 +155,20 @@ impl Hands {
 
 /// `struct kvm_msr_filter` at an address, and its bitmaps behind it.
 fn raw(filter: &Filter, at: u64) -> Vec<u8> {
-    const LAYOUT: Layout = Layout::NATIVE;
-    let mut bytes = vec![0; LAYOUT.filter_size];
-    if filter.default_verdict() == Verdict::Deny {
-        put(&mut bytes, 0, &abi::FILTER_DEFAULT_DENY.to_le_bytes());
-    }
-    for (slot, range) in filter.ranges().iter().enumerate() {
-        let place = LAYOUT.ranges + slot * LAYOUT.range_size;
-        let bitmap = at + bytes.len() as u64;
-        put(&mut bytes, place, &range.ops().bits().to_le_bytes());
-        put(&mut bytes, place + 4, &range.nmsrs().to_le_bytes());
-        put(&mut bytes, place + 8, &range.base().to_le_bytes());
-        put(&mut bytes, place + LAYOUT.bitmap, &bitmap.to_le_bytes());
-        bytes.extend(range.bitmap().iter().flat_map(|word| word.to_le_bytes()));
-    }
-    bytes
-}
-
-/// Puts a field into a structure that is long enough for it.
-pub(crate) fn put(structure: &mut [u8], at: usize, field: &[u8]) {
-    if let Some(place) = structure.get_mut(at..at + field.len()) {
-        place.copy_from_slice(field);
-    }
+    let mut end = at + Layout::NATIVE.filter_size as u64;
+    let raw = RawFilter::of(filter, |range| {
+        let bitmap = end;
+        end += size_of_val(range.bitmap()) as u64;
+        bitmap
+    });
+    let words = filter.ranges().iter().flat_map(|range| range.bitmap());
+    let bitmaps = words.flat_map(|word| word.to_le_bytes());
+    raw.to_bytes().into_iter().chain(bitmaps).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::{FilterRange, Ops};
+    use msrgate_core::{FilterRange, Ops, Verdict};
     use proptest::prelude::*;
 
     use super::*;
@@ -214,7 +194,8 @@ mod tests {
                 let from = (address - at) as usize;
                 bytes.get(from..from + to.len()).map(|bytes| to.copy_from_slice(bytes)).is_some()
             };
-            prop_assert_eq!(crate::raw_filter::copy(at, &mut read), Ok(filter));
+            let raw = RawFilter::from_bytes(&bytes, Layout::NATIVE).unwrap();
+            prop_assert_eq!(raw.filter(&mut read), Ok(filter));
         }
     }
 }

@@ -32,11 +32,9 @@ mod hands;
 mod stopped;
 mod target;
 mod seccomp;
-mod raw_filter;
 mod ledger;
 mod memory;
 mod frame;
-mod kvm;
 mod spawn;
 
 pub use ledger::{Entry, Ledger, Reader, Tally};

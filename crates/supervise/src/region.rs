@@ -18,13 +18,14 @@ use std::sync::atomic::Ordering;
 use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
 use msrgate_answer::IMAGE;
 use msrgate_answer::layout::{control, image, private, slot};
+use msrgate_core::abi;
 use nix::errno::Errno;
 
 use crate::ledger::Ring;
 use crate::memory::Words;
 use crate::seccomp::{Marks, Waiting};
 use crate::stopped::{SYSCALL, Stopped};
-use crate::{frame, kvm, target};
+use crate::{frame, target};
 
 const PAGE: usize = 4096;
 const WORD: usize = size_of::<u64>();
@@ -469,7 +470,7 @@ fn stub_code(at: u64, site: u64, image: u64) -> Option<[u8; STUB]> {
     code.extend([0x3d, libc::SYS_ioctl as u8, 0, 0, 0]); // cmp eax, 16
     code.extend([0x75, 44]); // jne other
     code.extend([0x81, 0xfe]); // cmp esi, KVM_RUN
-    code.extend(kvm::RUN.to_le_bytes());
+    code.extend(abi::RUN.to_le_bytes());
     code.extend([0x75, 36]); // jne other
     code.extend([0x48, 0x8d, 0x64, 0x24, 0x80]); // lea rsp, [rsp - 128], over the red zone
     code.extend([0x49, 0xbb]); // mov r11, image

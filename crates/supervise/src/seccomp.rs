@@ -124,7 +124,7 @@ fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
     // The kernel takes the lower half of a request.
     let request = at(offset_of!(seccomp_data, args) + 8);
     let (mark_low, mark_high) = (request + 16, request + 20);
-    let run = crate::kvm::RUN;
+    let run = msrgate_core::abi::RUN;
     let managed: Vec<u32> = requests.iter().copied().filter(|request| *request != run).collect();
     let runs = managed.len() != requests.len();
 
@@ -154,7 +154,7 @@ fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
         step(equal, IOCTL_X32, 0, 3),
         // Programs of another kind than x86-64's get no VM.
         step(load, request, 0, 0),
-        step(equal, crate::kvm::CREATE_VM, 0, 1),
+        step(equal, msrgate_core::abi::CREATE_VM, 0, 1),
         wait,
         allow,
     ];

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use libc::EACCES;
 use msrgate_answer::layout::slot;
+use msrgate_core::abi::{self, EnableCap, Layout, RawFilter};
 use msrgate_core::{Filter, Reasons, VcpuState, Verdict};
 use msrgate_kvm::{HostMsrs, InstallError};
 use msrgate_plan::{DecisionMap, Plan, PlanError, Preset};
@@ -19,10 +20,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
 use crate::hands::Hands;
-use crate::kvm;
 use crate::ledger::Ledger;
 use crate::policy::{Mode, Policy, State, is_weaker};
-use crate::raw_filter::{self, word};
 use crate::region::{Region, Table};
 use crate::seccomp::{Listener, Marks, Waiting};
 use crate::stopped::{Stopped, Stopper, may_suspend};
@@ -189,18 +188,18 @@ impl Supervisor {
 
     /// The ioctls that have to wait.
     pub fn requests(&self) -> Vec<u32> {
-        let mut requests = vec![kvm::CREATE_VM, kvm::CREATE_VCPU, kvm::SET_MSR_FILTER, kvm::ENABLE_CAP];
+        let mut requests = vec![abi::CREATE_VM, abi::CREATE_VCPU, abi::SET_MSR_FILTER, abi::ENABLE_CAP];
         if self.setup.resolve.is_some() {
-            requests.extend([kvm::SET_CPUID, kvm::SET_CPUID2]);
+            requests.extend([abi::SET_CPUID, abi::SET_CPUID2]);
         }
         if !self.policy.presets().is_empty() {
-            requests.extend([kvm::GET_MSRS, kvm::SET_MSRS, kvm::GET_ONE_REG, kvm::SET_ONE_REG]);
+            requests.extend([abi::GET_MSRS, abi::SET_MSRS, abi::GET_ONE_REG, abi::SET_ONE_REG]);
         }
         if self.answers() {
-            requests.push(kvm::RUN);
+            requests.push(abi::RUN);
         }
         if self.setup.resolve.is_some() || self.policy.remembers() {
-            requests.push(kvm::SET_MP_STATE);
+            requests.push(abi::SET_MP_STATE);
         }
         requests
     }
@@ -263,13 +262,13 @@ impl Supervisor {
     fn must_wait(&self, waiting: &Waiting<'_>) -> bool {
         let on_vcpu = matches!(
             waiting.arguments[1] as u32,
-            kvm::SET_CPUID
-                | kvm::SET_CPUID2
-                | kvm::GET_MSRS
-                | kvm::SET_MSRS
-                | kvm::GET_ONE_REG
-                | kvm::SET_ONE_REG
-                | kvm::SET_MP_STATE
+            abi::SET_CPUID
+                | abi::SET_CPUID2
+                | abi::GET_MSRS
+                | abi::SET_MSRS
+                | abi::GET_ONE_REG
+                | abi::SET_ONE_REG
+                | abi::SET_MP_STATE
         );
         let Ok(Object::Vcpu(tag)) = (match on_vcpu {
             true => Object::of(waiting.thread, waiting.arguments[0] as i32),
@@ -288,14 +287,14 @@ impl Supervisor {
             return self.foreign(waiting);
         }
         match waiting.arguments[1] as u32 {
-            kvm::RUN => self.run(waiting),
-            kvm::CREATE_VM => self.create_vm(waiting),
-            kvm::CREATE_VCPU => self.on_vm(waiting, Self::create_vcpu),
-            kvm::SET_MSR_FILTER => self.on_vm(waiting, Self::set_msr_filter),
-            kvm::ENABLE_CAP => self.enable_cap(waiting),
-            kvm::SET_CPUID | kvm::SET_CPUID2 => self.on_vcpu(waiting, Self::set_cpuid),
-            kvm::GET_MSRS | kvm::SET_MSRS | kvm::GET_ONE_REG | kvm::SET_ONE_REG => self.on_vcpu(waiting, Self::msrs),
-            kvm::SET_MP_STATE => self.on_vcpu(waiting, Self::set_mp_state),
+            abi::RUN => self.run(waiting),
+            abi::CREATE_VM => self.create_vm(waiting),
+            abi::CREATE_VCPU => self.on_vm(waiting, Self::create_vcpu),
+            abi::SET_MSR_FILTER => self.on_vm(waiting, Self::set_msr_filter),
+            abi::ENABLE_CAP => self.enable_cap(waiting),
+            abi::SET_CPUID | abi::SET_CPUID2 => self.on_vcpu(waiting, Self::set_cpuid),
+            abi::GET_MSRS | abi::SET_MSRS | abi::GET_ONE_REG | abi::SET_ONE_REG => self.on_vcpu(waiting, Self::msrs),
+            abi::SET_MP_STATE => self.on_vcpu(waiting, Self::set_mp_state),
             _ => waiting.allow(),
         }
     }
@@ -374,7 +373,7 @@ impl Supervisor {
         };
         self.collect(&mut stopped);
         let [kvm, _, kind, ..] = waiting.arguments;
-        let vm = match stopped.ioctl(kvm, kvm::CREATE_VM, kind) {
+        let vm = match stopped.ioctl(kvm, abi::CREATE_VM, kind) {
             Ok(vm) => vm,
             Err(error) => return stopped.give(Err(error)),
         };
@@ -474,7 +473,7 @@ impl Supervisor {
         let Some(mut stopped) = self.stop(waiting, &what) else {
             return;
         };
-        let fd = match stopped.ioctl(vm, kvm::CREATE_VCPU, id) {
+        let fd = match stopped.ioctl(vm, abi::CREATE_VCPU, id) {
             Ok(fd) => fd,
             Err(error) => return stopped.give(Err(error)),
         };
@@ -524,10 +523,14 @@ impl Supervisor {
         };
         let [fd, _, address, ..] = waiting.arguments;
         let process = stopped.process;
-        let mut read = |address: u64, to: &mut [u8]| target::read(process, address, to);
-        let filter = match raw_filter::copy(address, &mut read) {
+        let mut bytes = [0; Layout::NATIVE.filter_size];
+        let read = target::read(process, address, &mut bytes);
+        let raw = RawFilter::from_bytes(&bytes, Layout::NATIVE).filter(|_| read);
+        let filter = raw.ok_or(abi::Errno::Efault);
+        let filter = filter.and_then(|raw| raw.filter(|address, to| target::read(process, address, to)));
+        let filter = match filter {
             Ok(filter) => filter,
-            Err(error) => return stopped.finish(i64::from(-error)),
+            Err(error) => return stopped.finish(-i64::from(error as i32)),
         };
         let Some(vm) = self.vms.get_mut(&tag) else { return };
         let weaker = vm.state.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
@@ -557,9 +560,10 @@ impl Supervisor {
             Ok(_) => return waiting.allow(),
             Err(error) => return self.refuse(waiting, "the VMM's call fails", &error.to_string()),
         };
-        let mut cap = [0; kvm::ENABLE_CAP_BYTES];
-        let read = target::read(waiting.thread, waiting.arguments[2], &mut cap);
-        if !read || word(&cap, 0) != Ok(msrgate_core::abi::CAP_X86_USER_SPACE_MSR) {
+        let mut bytes = [0; EnableCap::BYTES];
+        let read = target::read(waiting.thread, waiting.arguments[2], &mut bytes);
+        let EnableCap { cap, flags, arg } = EnableCap::from_bytes(&bytes);
+        if !read || cap != abi::CAP_X86_USER_SPACE_MSR {
             // Of another capability, or of none: the kernel says so.
             return waiting.allow();
         }
@@ -571,11 +575,7 @@ impl Supervisor {
             return;
         };
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
-        let mask = match (word(&cap, 4), word(&cap, 8), word(&cap, 12)) {
-            (Ok(0), Ok(low), Ok(high)) => Reasons::from_bits(u64::from(high) << 32 | u64::from(low)),
-            _ => None,
-        };
-        let Some(mask) = mask else {
+        let Some(mask) = Reasons::from_bits(arg).filter(|_| flags == 0) else {
             return stopped.finish(i64::from(-libc::EINVAL));
         };
         match self.compose(&mut stopped, waiting.arguments[0], tag, mask) {

@@ -159,7 +159,7 @@ pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Oth
             Some("running") => found = Other::May,
             Some("16") => {
                 let (fd, request) = (number(words.next()), number(words.next()));
-                let is_run = request.is_some_and(|request| request as u32 == crate::kvm::RUN);
+                let is_run = request.is_some_and(|request| request as u32 == msrgate_core::abi::RUN);
                 let is_this = |fd: u64| Object::of(other, fd as RawFd).is_ok_and(|object| object == Object::Vcpu(vcpu));
                 if is_run && fd.is_some_and(is_this) {
                     return Ok(Other::Runs);

@@ -254,8 +254,12 @@ impl Hypervisor for Engine {
             let (completion, reason) = match self.vcpu.execute(instruction, self.path, &mut self.machine).unwrap() {
                 Step::Complete(completion) => (completion, 0),
                 Step::Exit(exit) => {
-                    let answer = answer(exit.access);
-                    (self.vcpu.answer(answer).unwrap(), exit.reason as u32)
+                    let completion = match answer(exit.access) {
+                        Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
+                        Outcome::Done => self.vcpu.answer_write(Ok(())),
+                        Outcome::Fault => self.vcpu.complete(1, 0),
+                    };
+                    (completion.unwrap(), exit.reason as u32)
                 }
                 Step::Failed(errno) | Step::EmulationFailed(errno) => panic!("{errno}"),
             };

@@ -403,7 +403,7 @@ impl Hypervisor for Live {
         }
         let seen = vcpu.run(accesses, &mut |pending| {
             let outcome = answer(pending.access());
-            pending.answer(outcome);
+            msrgate_suite::answer(pending, outcome);
         });
         let seen = seen.unwrap().iter();
         seen.map(|seen| (seen.outcome, seen.exit.map_or(0, |exit| exit.reason_bits)))

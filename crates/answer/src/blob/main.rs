@@ -14,6 +14,13 @@ use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 #[path = "../layout.rs"]
 mod layout;
 
+/// KVM's numbers, as `msrgate_core::abi` has them.
+#[allow(dead_code)]
+mod abi {
+    include!(concat!(env!("OUT_DIR"), "/abi.rs"));
+}
+
+use abi::kvm_run as field;
 use layout::{control, image, private, question, reply, slot, table, vcpu};
 
 #[panic_handler]
@@ -56,10 +63,6 @@ unsafe extern "C" {
 
 const EAGAIN: i64 = -11;
 const EINTR: i64 = -4;
-const EXIT_INTR: u32 = 10;
-const EXIT_RDMSR: u32 = 29;
-const EXIT_WRMSR: u32 = 30;
-const REASON_FILTER: u64 = 4;
 /// What no kernel writes into `exit_reason`.
 const NOBODY: u32 = 0x6d73_7267;
 /// What no VMM writes into `immediate_exit`.
@@ -72,22 +75,10 @@ const MOST: u32 = 1024;
 const NO_RULE: u64 = 12 | 1 << 8;
 const UNKNOWN_REASON: u64 = 12 | 2 << 8;
 
-/// Offsets in bytes in `struct kvm_run`.
-mod run {
-    pub const IMMEDIATE_EXIT: u64 = 1;
-    pub const EXIT_REASON: u64 = 8;
-    pub const ERROR: u64 = 32;
-    pub const REASON: u64 = 40;
-    pub const INDEX: u64 = 44;
-    pub const DATA: u64 = 48;
-    pub const VALID: u64 = 288;
-    pub const DIRTY: u64 = 296;
-    pub const REGISTERS: u64 = 304;
-    /// `KVM_SYNC_X86_REGS`.
-    pub const REGS: u64 = 1;
-    /// Words of `struct kvm_regs`; RIP is the one but last.
-    pub const COUNT: u64 = 18;
-    pub const RIP: u64 = 16;
+/// The address of a field of `struct kvm_run`.
+#[inline(always)]
+fn of(page: u64, field: usize) -> u64 {
+    page.wrapping_add(field as u64)
 }
 
 #[inline(always)]
@@ -224,20 +215,20 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             }
         }
         let (page, shared, flags) = (word(this, slot::RUN), word(this, slot::VCPU), word(this, slot::FLAGS));
-        let valid: u64 = get(page + run::VALID);
+        let valid: u64 = get(of(page, field::VALID_REGS));
         let synchronised = flags & (slot::RIP | slot::REDO) != 0;
         // SAFETY: a byte of `kvm_run`, which other threads of the VMM write too.
-        let immediate = unsafe { &*((page + run::IMMEDIATE_EXIT) as *const AtomicU8) };
+        let immediate = unsafe { &*((of(page, field::IMMEDIATE_EXIT)) as *const AtomicU8) };
         let result = loop {
-            let before: u32 = get(page + run::EXIT_REASON);
+            let before: u32 = get(of(page, field::EXIT_REASON));
             if !ran {
-                set(page + run::EXIT_REASON, NOBODY);
+                set(of(page, field::EXIT_REASON), NOBODY);
                 if synchronised {
-                    set(page + run::VALID, valid | run::REGS);
+                    set(of(page, field::VALID_REGS), valid | field::SYNC_REGS);
                 }
                 let result = ioctl(fd, request, argument, run_mark, 0, 0);
-                if get::<u32>(page + run::EXIT_REASON) == NOBODY {
-                    set(page + run::EXIT_REASON, before);
+                if get::<u32>(of(page, field::EXIT_REASON)) == NOBODY {
+                    set(of(page, field::EXIT_REASON), before);
                     ran = result == 0;
                     break result;
                 }
@@ -246,21 +237,21 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 }
             }
             ran = false;
-            let exit: u32 = get(page + run::EXIT_REASON);
-            if exit != EXIT_RDMSR && exit != EXIT_WRMSR {
+            let exit: u32 = get(of(page, field::EXIT_REASON));
+            if exit != abi::EXIT_X86_RDMSR && exit != abi::EXIT_X86_WRMSR {
                 break 0;
             }
             let began = ticks();
-            let write = exit == EXIT_WRMSR;
-            let why = u64::from(get::<u32>(page + run::REASON));
-            let msr = u64::from(get::<u32>(page + run::INDEX));
-            let data: u64 = get(page + run::DATA);
+            let write = exit == abi::EXIT_X86_WRMSR;
+            let why = u64::from(get::<u32>(of(page, field::REASON)));
+            let msr = u64::from(get::<u32>(of(page, field::INDEX)));
+            let data: u64 = get(of(page, field::DATA));
 
             // What it gets: the entry, or the default of its reason.
             let tables = word(this, slot::TABLE);
             let mut entry = at(tables, table::DEFAULTS + usize::from(write) * table::ENTRY);
-            let known = why == 1 || why == 2 || why == REASON_FILTER;
-            if why == REASON_FILTER {
+            let known = [abi::REASON_INVALID, abi::REASON_UNKNOWN, abi::REASON_FILTER].contains(&(why as u32));
+            if why == u64::from(abi::REASON_FILTER) {
                 let (mut low, mut high) = (0, word(tables, table::COUNTS) as usize);
                 if write {
                     (low, high) = (high, high + word(tables, table::COUNTS + 1) as usize);
@@ -279,7 +270,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     }
                 }
             } else {
-                let pair = if why == 2 { 2 } else { 4 };
+                let pair = if why == u64::from(abi::REASON_UNKNOWN) { 2 } else { 4 };
                 entry = at(tables, table::DEFAULTS + (pair + usize::from(write)) * table::ENTRY);
             }
             let kind = if known { word(entry, table::KIND) } else { table::FAULT };
@@ -342,31 +333,31 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 _ => error = 1,
             }
             if error == 0 && !write && !redo {
-                set(page + run::DATA, value);
+                set(of(page, field::DATA), value);
             }
-            set(page + run::ERROR, error);
+            set(of(page, field::ERROR), error);
             // So that the exit is not taken for a new one, where KVM_RUN next gives EINTR.
-            set(page + run::EXIT_REASON, EXIT_INTR);
-            let rip: u64 = if synchronised { get(page + run::REGISTERS + run::RIP * 8) } else { 0 };
+            set(of(page, field::EXIT_REASON), abi::EXIT_INTR);
+            let rip: u64 = if synchronised { get(of(page, field::REGS + abi::REGS_RIP)) } else { 0 };
 
             if redo {
                 // The kernel drops no pending access. It is completed without a guest instruction being executed, and the
                 // registers are put back.
-                for register in 0..run::COUNT {
-                    let value: u64 = get(page + run::REGISTERS + register * 8);
-                    put(shared, vcpu::REGISTERS + register as usize, value);
+                for register in 0..abi::REGS_BYTES / 8 {
+                    let value: u64 = get(of(page, field::REGS + register * 8));
+                    put(shared, vcpu::REGISTERS + register, value);
                 }
-                set(page + run::VALID, valid);
+                set(of(page, field::VALID_REGS), valid);
                 let wanted = immediate.swap(OURS, Ordering::SeqCst);
                 ioctl(fd, request, argument, run_mark, 0, 0);
-                for register in 0..run::COUNT {
-                    let value = word(shared, vcpu::REGISTERS + register as usize);
-                    set(page + run::REGISTERS + register * 8, value);
+                for register in 0..abi::REGS_BYTES / 8 {
+                    let value = word(shared, vcpu::REGISTERS + register);
+                    set(of(page, field::REGS + register * 8), value);
                 }
-                set(page + run::DIRTY, get::<u64>(page + run::DIRTY) | run::REGS);
+                set(of(page, field::DIRTY_REGS), get::<u64>(of(page, field::DIRTY_REGS)) | field::SYNC_REGS);
                 ioctl(fd, request, argument, run_mark, 0, 0);
                 let _ = immediate.compare_exchange(OURS, wanted, Ordering::SeqCst, Ordering::SeqCst);
-                set(page + run::EXIT_REASON, EXIT_INTR);
+                set(of(page, field::EXIT_REASON), abi::EXIT_INTR);
             }
 
             if log != u64::MAX {
@@ -441,7 +432,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             }
         };
         if synchronised {
-            set(page + run::VALID, valid);
+            set(of(page, field::VALID_REGS), valid);
         }
         busy.store(0, Ordering::SeqCst);
         if !ran {

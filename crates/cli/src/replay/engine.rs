@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use msrgate_core::{Backing, Event, Msr, Op, Outcome, Reason, VcpuState, Why};
+use msrgate_core::{Access, Backing, Event, Msr, Op, Outcome, Reason, VcpuState, Why};
 use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm, Written};
 use msrgate_plan::Plan;
 
@@ -50,15 +50,23 @@ impl Guest {
         let (completion, answer) = match step {
             Step::Complete(completion) => (completion, None),
             Step::Exit(exit) => {
-                let answer = match (self.vcpu.table(), &mut self.state) {
-                    (Some(table), Some(state)) => table.answer(exit, state, &mut self.kernel),
-                    _ => return Err(impossible("an exit without a policy")),
+                let (Some(table), Some(state)) = (self.vcpu.table(), &mut self.state) else {
+                    return Err(impossible("an exit without a policy"));
                 };
-                let completion = self
-                    .vcpu
-                    .answer(answer.outcome)
-                    .ok_or_else(|| impossible("nothing is pending"))?;
-                (completion, Some(answer))
+                let (completion, answer) = match exit.access {
+                    Access::Read { msr } => {
+                        let answer = table.read(msr, exit.reason, state, &mut self.kernel);
+                        (self.vcpu.answer_read(answer.outcome), answer.seen())
+                    }
+                    Access::Write { msr, value } => {
+                        let answer = table.write(msr, value, exit.reason, state, &mut self.kernel);
+                        (self.vcpu.answer_write(answer.outcome), answer.seen())
+                    }
+                };
+                (
+                    completion.ok_or_else(|| impossible("nothing is pending"))?,
+                    Some(answer),
+                )
             }
             Step::Failed(errno) | Step::EmulationFailed(errno) => return Err(impossible(&format!("{errno:?}"))),
         };

@@ -59,7 +59,12 @@ impl Engine {
             Step::Complete(completion) => (0, None, completion),
             Step::Exit(exit) => {
                 let (outcome, did) = answer(exit, twin);
-                (exit.reason as u32, did, self.vcpu.answer(outcome)?)
+                let completion = match outcome {
+                    Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
+                    Outcome::Done => self.vcpu.answer_write(Ok(())),
+                    Outcome::Fault => self.vcpu.complete(1, 0),
+                };
+                (exit.reason as u32, did, completion?)
             }
             Step::Failed(_) | Step::EmulationFailed(_) => return None,
         };

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io;
 
-use msrgate_core::{Access, Exit, Msr, MsrRange, Op, Outcome};
-use msrgate_engine::{Caller as EngineCaller, Descriptor, Fault, Path, Process};
+use msrgate_core::{Access, Exit, Fault, Msr, MsrRange, Op, Outcome, ReadOutcome, WriteOutcome};
+use msrgate_engine::{Caller as EngineCaller, Descriptor, Fault as Unreadable, Path, Process};
 use msrgate_guest::raw::{Arena, Caller};
 
 use super::call::{Call, PAGES};
@@ -128,7 +128,7 @@ impl<'a> Pair<'a> {
         };
         let memory = |address: u64, to: &mut [u8]| match self.arena.read(address, to) {
             true => Ok(()),
-            false => Err(Fault),
+            false => Err(Unreadable),
         };
         let caller = EngineCaller {
             process: Process::Native,
@@ -168,7 +168,7 @@ impl<'a> Pair<'a> {
         }
         let seen = self
             .live
-            .run(&made, &mut |pending| pending.answer(self::answer(pending.access())))?;
+            .run(&made, &mut |pending| pending.answer(read, |msr, _| write(msr)))?;
         let mut all = Vec::with_capacity(made.len());
         for ((access, live), engine) in made.into_iter().zip(seen).zip(expected) {
             let got = Both { live, engine };
@@ -211,10 +211,17 @@ pub(super) fn relation(
 
 /// What user space answers where no policy says so: something that each access has for its own.
 pub(super) fn answer(access: Access) -> Outcome {
-    let mixed = u64::from(access.msr().0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     match access {
-        _ if mixed >> 62 == 0 => Outcome::Fault,
-        Access::Read { .. } => Outcome::Value(mixed),
-        Access::Write { .. } => Outcome::Done,
+        Access::Read { msr } => read(msr).into(),
+        Access::Write { msr, .. } => write(msr).into(),
     }
+}
+
+fn read(msr: Msr) -> ReadOutcome {
+    let mixed = u64::from(msr.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    if mixed >> 62 == 0 { Err(Fault) } else { Ok(mixed) }
+}
+
+fn write(msr: Msr) -> WriteOutcome {
+    read(msr).map(drop)
 }

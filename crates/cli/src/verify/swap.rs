@@ -8,7 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use msrgate_core::{Access, Msr, Outcome, Reason};
+use msrgate_core::{Access, Fault, Msr, Outcome, Reason};
 use msrgate_guest::raw::{Arena, Caller};
 use msrgate_guest::{GuestError, Vcpu};
 use serde_json::Value;
@@ -170,7 +170,7 @@ fn loop_of(vcpu: &mut Vcpu, plain: &BTreeMap<u32, Plain>, stop: &AtomicBool) -> 
     loop {
         let ran = vcpu.run(&accesses, &mut |pending| {
             if Reason::from_bits(pending.reason_bits()) == Some(Reason::Filter) {
-                pending.answer(Outcome::Value(ANSWER));
+                pending.answer(|_| Ok(ANSWER), |_, _| Err(Fault));
             }
         });
         let seen = ran.map_err(|error: GuestError| guest_failed(&error))?;

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use msrgate_core::Backing;
+use msrgate_core::{Backing, Msr};
 use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
@@ -14,8 +14,8 @@ pub fn rdmsr(plan: &Plan, msr: u32, kernel: &mut (impl Msrs + Backing)) -> Optio
         Step::Complete(completion) => Some(completion), // the kernel's answer, or #GP
         Step::Exit(exit) => {
             // Denied: the table answers that came with the filter which denies it, whatever was installed since.
-            let answer = vcpu.table()?.answer(exit, &mut memory, kernel);
-            vcpu.answer(answer.outcome)
+            let answer = vcpu.table()?.read(Msr(msr), exit.reason, &mut memory, kernel);
+            vcpu.answer_read(answer.outcome)
         }
         Step::Failed(_) | Step::EmulationFailed(_) => None,
     }

@@ -1,6 +1,6 @@
 //! A guest, and what it sees of its accesses.
 
-use msrgate_core::{Access, Msr, Op, Outcome, Reason};
+use msrgate_core::{Access, Fault, Msr, Op, Outcome, Reason};
 use msrgate_guest::{Broke, Guest, GuestError, Mode, Options};
 
 use crate::kvm;
@@ -101,12 +101,9 @@ fn a_closure_sees_the_exit_where_it_happens_and_answers_it() {
             .run(0, &accesses, &mut |pending| {
                 exits.push((pending.position(), pending.access(), pending.rip()));
                 match pending.position() {
-                    1 => pending.answer(Outcome::Value(0x0102_0304_0506_0708)),
-                    2 => pending.answer(Outcome::Done),
-                    // These do not fit, so they fault.
-                    4 => pending.answer(Outcome::Done),
-                    5 => pending.answer(Outcome::Value(1)),
-                    // And so does what gets no answer.
+                    1 | 2 => pending.answer(|_| Ok(0x0102_0304_0506_0708), |_, _| Ok(())),
+                    4 | 5 => pending.answer(|_| Err(Fault), |_, _| Err(Fault)),
+                    // What gets no answer faults too.
                     _ => {}
                 }
             })

@@ -74,7 +74,7 @@ fn the_kernel_leaves_a_stale_exit_reason_beside_eintr() {
     let (mut guest, _gate, _vcpu) = gated(&kvm, probed, Mode::Real, plan(&map(&reads, &[])), Handlers::new());
     let seen = guest
         .run(0, &[read(MICROCODE)], &mut |pending| {
-            pending.answer(Outcome::Value(9));
+            pending.answer(|_| Ok(9), |_, _| Ok(()));
             let fd = pending.fd();
             fd.set_kvm_immediate_exit(1);
             assert_eq!(fd.run().unwrap_err().errno(), 4);

@@ -1,6 +1,6 @@
 //! `struct kvm_msr_filter` as the bytes of a process, and dumps of them.
 
-use msrgate_core::abi::{Layout, MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::abi::{self, Layout, MAX_RANGE_MSRS};
 
 use super::c::string;
 use super::{Given, RawError, RawFilter, RawRange, hex};
@@ -13,16 +13,16 @@ use super::{Given, RawError, RawFilter, RawRange, hex};
 ///
 /// What is no structure of a 64-bit process may be one of a 32-bit process.
 pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
-    read_as(bytes, &Layout::NATIVE).or_else(|error| {
-        let mut given = read_as(bytes, &Layout::COMPAT).map_err(|_| error)?;
+    read_as(bytes, Layout::NATIVE).or_else(|error| {
+        let mut given = read_as(bytes, Layout::COMPAT).map_err(|_| error)?;
         let remark = "these are read as the bytes of a 32-bit process, whose structure is smaller";
         given.remarks.insert(0, remark.to_owned());
         Ok(given)
     })
 }
 
-fn read_as(bytes: &[u8], layout: &Layout) -> Result<Given, RawError> {
-    if bytes.len() < layout.filter_size {
+fn read_as(bytes: &[u8], layout: Layout) -> Result<Given, RawError> {
+    let Some(raw) = abi::RawFilter::from_bytes(bytes, layout) else {
         return Err(RawError::new(format!(
             "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, of a 32-bit process {}, and its bitmaps \
              follow",
@@ -30,27 +30,18 @@ fn read_as(bytes: &[u8], layout: &Layout) -> Result<Given, RawError> {
             Layout::NATIVE.filter_size,
             Layout::COMPAT.filter_size
         )));
-    }
-    let word = |at: usize| {
-        let word = bytes.get(at..).and_then(|rest| rest.first_chunk());
-        word.map_or(0, |word| u32::from_le_bytes(*word))
     };
     let mut filter = RawFilter {
-        flags: word(0),
+        flags: raw.flags,
         ranges: Vec::new(),
     };
     let mut pointers: Vec<(u64, usize)> = Vec::new();
-    for slot in 0..MAX_RANGES {
-        let at = layout.ranges + slot * layout.range_size;
-        let high = match layout.pointer_size {
-            8 => word(at + layout.bitmap + 4),
-            _ => 0,
-        };
-        let pointer = u64::from(high) << 32 | u64::from(word(at + layout.bitmap));
+    for range in raw.ranges {
+        let pointer = range.bitmap;
         let range = RawRange {
-            flags: word(at),
-            nmsrs: word(at + 4),
-            base: word(at + 8),
+            flags: range.flags,
+            nmsrs: range.nmsrs,
+            base: range.base,
             bitmap: Vec::new(),
         };
         // What the kernel copies; of a range that it refuses it copies nothing.

@@ -4,13 +4,15 @@ use std::mem;
 use std::sync::Arc;
 
 use msrgate_answer::layout::slot;
+use msrgate_core::abi;
 
 use super::{Leaf, Refusal, Supervisor};
-use crate::kvm;
 use crate::policy::Policy;
-use crate::raw_filter::word;
 use crate::seccomp::Waiting;
 use crate::target;
+
+/// `KVM_MAX_CPUID_ENTRIES`.
+const MAX_ENTRIES: usize = 256;
 
 impl Supervisor {
     pub(super) fn set_cpuid(&mut self, waiting: &Waiting<'_>, tag: u64) {
@@ -117,25 +119,32 @@ impl Supervisor {
     }
 }
 
+/// The first words of a structure.
+fn fields<const N: usize>(structure: &[u8]) -> Option<[u32; N]> {
+    let words = structure.as_chunks().0.first_chunk::<N>()?;
+    Some(words.map(u32::from_le_bytes))
+}
+
 /// The VMM's `struct kvm_cpuid` or `struct kvm_cpuid2`.
 fn leaves(process: i32, request: u32, address: u64) -> Option<Vec<Leaf>> {
-    let size = if request == kvm::SET_CPUID2 { 40 } else { 24 };
+    let size = if request == abi::SET_CPUID2 { 40 } else { 24 };
     let mut header = [0; 8];
     target::read(process, address, &mut header).then_some(())?;
-    let count = usize::try_from(word(&header, 0).ok()?).ok();
-    let count = count.filter(|count| *count <= kvm::MAX_CPUID_ENTRIES)?;
+    let [count, _] = fields(&header)?;
+    let count = usize::try_from(count).ok();
+    let count = count.filter(|count| *count <= MAX_ENTRIES)?;
     let mut entries = vec![0; count * size];
     let read = entries.is_empty() || target::read(process, address + 8, &mut entries);
     read.then_some(())?;
     let leaf = |entry: &[u8]| {
-        let field = |number: usize| word(entry, number * 4).ok();
-        let (index, first) = match request {
+        if request == abi::SET_CPUID2 {
+            let [leaf, index, flags, eax, ebx, ecx, edx] = fields(entry)?;
             // The index says something where the flags say so (`KVM_CPUID_FLAG_SIGNIFCANT_INDEX`).
-            kvm::SET_CPUID2 => (if field(2)? & 1 == 1 { field(1)? } else { 0 }, 3),
-            _ => (0, 1),
-        };
-        let values = [field(first)?, field(first + 1)?, field(first + 2)?, field(first + 3)?];
-        Some((field(0)?, index, values))
+            Some((leaf, if flags & 1 == 1 { index } else { 0 }, [eax, ebx, ecx, edx]))
+        } else {
+            let [leaf, eax, ebx, ecx, edx] = fields(entry)?;
+            Some((leaf, 0, [eax, ebx, ecx, edx]))
+        }
     };
     entries.chunks_exact(size).map(leaf).collect()
 }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use libc::EACCES;
 use msrgate_answer::layout::{image, question, reply, slot};
+use msrgate_core::abi;
 use nix::errno::Errno;
 
 use super::Supervisor;
 use crate::hands::Hands;
-use crate::kvm;
 use crate::ledger::Ring;
 use crate::policy::Mode;
 use crate::region::{self, Entry, Handed, Region, Table};
@@ -222,16 +222,15 @@ impl Supervisor {
 /// "Processor State After Reset": CS has a base that no other state has in real mode, and RIP is at the first instruction.
 /// A guest can bring this about too, so it says something only where the VMM has just set the state.
 fn is_reset(hands: &mut Hands, stopped: &mut Stopped, fd: u64) -> bool {
-    let mut special = [0; kvm::SREGS_BYTES];
+    let mut special = [0; abi::SREGS_BYTES];
     // `struct kvm_segment`, the first one CS: base, limit, selector.
-    let cs = hands.ioctl(stopped, fd, kvm::GET_SREGS, &mut special).is_ok()
+    let cs = hands.ioctl(stopped, fd, abi::GET_SREGS, &mut special).is_ok()
         && special.first_chunk().map(|base| u64::from_le_bytes(*base)) == Some(0xffff_0000)
         && special.get(12..14) == Some(&[0, 0xf0]);
-    // `struct kvm_regs`: sixteen general registers, RIP, RFLAGS.
-    let mut registers = [0; 18 * 8];
-    let read = hands.ioctl(stopped, fd, kvm::GET_REGS, &mut registers).is_ok();
+    let mut registers = [0; abi::REGS_BYTES];
+    let read = hands.ioctl(stopped, fd, abi::GET_REGS, &mut registers).is_ok();
     let rip = registers
-        .get(128..)
+        .get(abi::REGS_RIP..)
         .and_then(<[u8]>::first_chunk)
         .map(|rip| u64::from_le_bytes(*rip));
     cs && read && rip == Some(0xfff0)
