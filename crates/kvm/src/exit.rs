@@ -9,9 +9,6 @@ use kvm_bindings::kvm_run;
 use msrgate_core::abi::{self, RawExit, kvm_run as field};
 use msrgate_core::{ReadOutcome, WriteOutcome};
 
-const _: () = assert!(std::mem::offset_of!(kvm_run, exit_reason) == field::EXIT_REASON);
-const _: () = assert!(std::mem::offset_of!(kvm_run, __bindgen_anon_1) == field::MSR);
-
 /// The exit that waits in `run`, if it is one of an MSR.
 ///
 /// # Safety

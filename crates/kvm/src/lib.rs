@@ -140,6 +140,7 @@ mod host;
 mod preset;
 mod state;
 mod ioctl;
+mod bindings;
 mod error;
 
 pub use error::{InstallError, Step};
