@@ -32,11 +32,12 @@ pub(crate) fn copy_filter(
     let mut ranges = Vec::new();
     ranges.try_reserve_exact(MAX_RANGES).map_err(|_| Errno::Enomem)?;
     for range in raw.used() {
-        let copied = match profile.range_flags {
-            RangeFlags::First => Ok(()),
-            RangeFlags::Last => range.words(&mut read).map(drop),
+        // Each bitmap is read once: its owner may change it in between.
+        let built = match profile.range_flags {
+            RangeFlags::First => range.range(&mut read),
+            RangeFlags::Last => range.words(&mut read).and_then(|words| range.holding(words)),
         };
-        match copied.and_then(|()| range.range(&mut read)) {
+        match built {
             Ok(range) => ranges.push(range),
             Err(errno) if profile.replacement == Replacement::Piecewise => {
                 // Without a range that kernel allowed everything, and there is no filter that denies everything.

@@ -170,6 +170,18 @@ fn before_5_13_a_bitmap_was_copied_before_the_flags_of_its_range_were_checked() 
 }
 
 #[test]
+fn a_bitmap_is_copied_once_whenever_it_is_copied() {
+    for profile in [Profile::V5_10, Profile::V5_12, Profile::V5_13, Profile::NEWEST] {
+        let vm = Vm::new().with_profile(profile);
+        let filter = RawFilter::new(0, &[range(BOTH, 0, 65, ZEROS)]);
+        let process = Process::new().map(ARGP, filter.to_bytes(Layout::NATIVE));
+        assert_eq!(vm.set_msr_filter(ARGP, Layout::NATIVE, &process), Ok(()));
+        let expected = [(ARGP, Layout::NATIVE.filter_size), (ZEROS, 16)];
+        assert_eq!(*process.reads.borrow(), expected, "{profile:?}");
+    }
+}
+
+#[test]
 fn before_5_12_a_call_that_failed_at_a_range_left_the_default_and_the_ranges_before_it() {
     for layout in LAYOUTS {
         let after = |filter| {

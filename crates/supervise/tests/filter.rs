@@ -6,6 +6,7 @@ use msrgate_engine::{Fault, Origin};
 use proptest::prelude::*;
 
 const LAYOUT: Layout = Layout::NATIVE;
+
 /// The VMM's structure and bitmaps, from address 0 on; a bitmap may be shorter than the kernel reads.
 fn laid_out(flags: u32, ranges: &[(u32, u32, u32, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = vec![0; LAYOUT.filter_size];

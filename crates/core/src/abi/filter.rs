@@ -147,9 +147,18 @@ impl RawFilter {
 impl RawRange {
     /// The range: its flags are checked first, then the length, and the bitmap is copied last.
     pub fn range(&self, read: impl FnMut(u64, &mut [u8]) -> bool) -> Result<FilterRange, Errno> {
+        self.ops()?;
+        self.holding(self.words(read)?)
+    }
+
+    /// The range of a bitmap that was copied already.
+    pub fn holding(&self, words: Box<[u64]>) -> Result<FilterRange, Errno> {
+        FilterRange::new(self.base, self.nmsrs, self.ops()?, words).map_err(|_| Errno::Einval)
+    }
+
+    fn ops(&self) -> Result<Ops, Errno> {
         let ops = Ops::from_bits(self.flags).filter(|ops| !ops.is_empty());
-        let ops = ops.ok_or(Errno::Einval)?;
-        FilterRange::new(self.base, self.nmsrs, ops, self.words(read)?).map_err(|_| Errno::Einval)
+        ops.ok_or(Errno::Einval)
     }
 
     /// The bitmap: whole longs are copied, whatever `nmsrs` leaves of the last.
