@@ -1,8 +1,8 @@
 //! A case's policy, as far as each implementation needs it compiled.
 
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan};
 use msrgate_policy::Policy;
-use msrgate_policy::cpuid::Cpuid;
 
 use crate::{Case, Stop};
 

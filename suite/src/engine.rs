@@ -8,8 +8,8 @@ use msrgate_core::{
 use msrgate_engine::{
     Advance, Caller, Completion, Instruction, Intercepts, KvmRunMsr, Path, Step, UnknownMsrs, Vcpu, Vm, Written,
 };
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_policy::cpuid::Cpuid;
 
 use crate::compiled::{compile, cpuid};
 use crate::memory::Memory;

@@ -61,7 +61,7 @@ impl Subject for Flattened {
 /// The filter that is in force.
 pub(crate) struct Held {
     pub(crate) filter: Filter,
-    cpuid: Option<msrgate_policy::cpuid::Cpuid>,
+    cpuid: Option<msrgate_msrs::cpuid::Cpuid>,
 }
 
 impl Held {

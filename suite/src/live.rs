@@ -12,7 +12,7 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
 use msrgate_guest::{Guest, Mode, Options, Pending};
 use msrgate_kvm::{Fault, Gate, Handler, Handlers, InstallError, Probed, VcpuGate};
-use msrgate_policy::cpuid::Cpuid;
+use msrgate_msrs::cpuid::Cpuid;
 
 use crate::compiled::{compile, cpuid};
 use crate::memory::{NON_CANONICAL, PAGE, offset};

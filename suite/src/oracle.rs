@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use msrgate_core::{Access, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, Reason, Verdict, WriteAction};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_policy::Policy;
-use msrgate_policy::cpuid::Cpuid;
 
 use crate::compiled::{compile, compile_case, cpuid};
 use crate::{AccessStep, Case, Implementation, Machine, Process, Seen, Stop, Subject};

@@ -1,8 +1,8 @@
 //! The plan: its filter, its reasons and its action table, with a kernel in between.
 
 use msrgate_core::{Exit, Msr, Op, Outcome, Reason, VcpuState, Verdict};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_policy::cpuid::Cpuid;
 
 use crate::compiled::{compile, compile_case, cpuid};
 use crate::{AccessStep, Case, Implementation, Machine, Process, Seen, Stop, Subject};

@@ -22,7 +22,7 @@ pub(crate) fn compare() -> Result<Ending, String> {
         Ok(folder) => folder,
         Err(why) => return Ok(Ending::Skipped(why)),
     };
-    let mut command = cargo(&["test", "--package", "msrgate-policy", "--test", "headers"]);
+    let mut command = cargo(&["test", "--package", "msrgate-msrs", "--test", "headers"]);
     command.args(["--", "--ignored", "--show-output"]);
     let (passed, text) = watched(command.env("MSRGATE_HEADERS", &folder))?;
     let name = folder.file_name().unwrap_or_default();

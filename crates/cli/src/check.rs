@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::path::Path;
 
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Touched;
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::{Diagnostic, Severity, Source};
 use serde_json::{Value, json};
 

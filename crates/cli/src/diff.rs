@@ -5,7 +5,6 @@ use std::io::Write;
 
 use msrgate_core::{MsrRange, Op};
 use msrgate_plan::{By, Differences};
-use msrgate_policy::database;
 use serde_json::{Value, json};
 
 use crate::args::DiffArgs;
@@ -81,7 +80,7 @@ fn json(found: &Differences, by: By) -> Value {
             "op": row.op.name(),
             "a": row.a,
             "b": row.b,
-            "names": database::within(row.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
+            "names": msrgate_msrs::within(row.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
         })
     });
     let fallbacks = fallbacks(found)

@@ -4,7 +4,8 @@ use std::io::{self, Write};
 
 use msrgate_core::{Decider, Msr, Op};
 use msrgate_guest::NoPreset;
-use msrgate_policy::{Explanation, Policy, database, explain, number};
+use msrgate_msrs::number;
+use msrgate_policy::{Explanation, Policy, explain};
 use serde_json::{Value, json};
 
 use crate::args::ExplainArgs;
@@ -57,8 +58,8 @@ fn msr(text: &str) -> Result<Msr, Failure> {
             .map(Msr)
             .map_err(|_| Failure::input(format!("`{text}` is too large for an MSR index, which has 32 bits")));
     }
-    database::by_name(text).map(|entry| entry.msr).ok_or_else(|| {
-        let near = database::nearest(text)
+    msrgate_msrs::by_name(text).map(|entry| entry.msr).ok_or_else(|| {
+        let near = msrgate_msrs::nearest(text)
             .map(|near| format!("; did you mean `{near}`?"))
             .unwrap_or_default();
         Failure::input(format!("no MSR is named `{text}`{near}"))
@@ -67,7 +68,7 @@ fn msr(text: &str) -> Result<Msr, Failure> {
 
 /// The name of an MSR, where it has one.
 pub(crate) fn name(msr: Msr) -> Option<&'static str> {
-    database::by_msr(msr).map(|entry| entry.name)
+    msrgate_msrs::by_msr(msr).map(|entry| entry.name)
 }
 
 fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {

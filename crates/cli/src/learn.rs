@@ -6,9 +6,9 @@ use std::path::Path;
 
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Plan, PlanError};
+use msrgate_policy::Policy;
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::trace::{self, TraceError};
-use msrgate_policy::{Policy, database};
 use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
@@ -271,7 +271,7 @@ fn json(
                 "first": change.range.first().to_string(),
                 "last": change.range.last().to_string(),
                 "op": change.op.name(),
-                "names": database::within(change.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
+                "names": msrgate_msrs::within(change.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
                 "before": change.before,
                 "after": change.after,
                 "why": change.why,

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use msrgate_core::{Msr, MsrRange, Op};
 use msrgate_guest::{NoPreset, no_presets};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::raw::{self, Form, Given};
 use msrgate_policy::trace::{Lines, Record};
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};

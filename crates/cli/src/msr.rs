@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use msrgate_core::Msr;
-use msrgate_policy::database::{self, Class, Entry};
-use msrgate_policy::number;
+use msrgate_msrs::number;
+use msrgate_msrs::{Class, Entry};
 use serde_json::{Value, json};
 
 use crate::args::MsrArgs;
@@ -49,14 +49,14 @@ fn instead(what: &str) -> String {
     if let Ok(index) = number::parse(what)
         && let Ok(index) = u32::try_from(index)
     {
-        let (before, after) = database::around(Msr(index));
+        let (before, after) = msrgate_msrs::around(Msr(index));
         let neighbours = before.into_iter().chain(after);
         let neighbours: Vec<String> = neighbours
             .map(|entry| format!("{} {}", entry.msr, entry.name))
             .collect();
         return format!("; near it are {}", neighbours.join(", "));
     }
-    match database::near(what).split_last() {
+    match msrgate_msrs::near(what).split_last() {
         None => String::new(),
         Some((one, [])) => format!("; did you mean `{one}`?"),
         Some((last, others)) => format!("; did you mean `{}` or `{last}`?", others.join("`, `")),
@@ -65,7 +65,7 @@ fn instead(what: &str) -> String {
 
 fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
     if let Some(name) = what.strip_prefix('@') {
-        return match database::class(name) {
+        return match msrgate_msrs::class(name) {
             Some(entries) => Ok(entries.collect()),
             None => {
                 let classes = Class::ALL
@@ -82,7 +82,7 @@ fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
         Ok(index) if u32::try_from(index).is_err() => Err(Failure::input(format!(
             "`{what}` is too large for an MSR index, which has 32 bits"
         ))),
-        _ => Ok(database::search(what)),
+        _ => Ok(msrgate_msrs::search(what)),
     }
 }
 
@@ -138,7 +138,7 @@ fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
         }
     }
     for need in entry.needs() {
-        let database::Need {
+        let msrgate_msrs::Need {
             system,
             op,
             why,

@@ -7,7 +7,6 @@ use std::io::Write;
 
 use msrgate_core::{Did, Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::Plan;
-use msrgate_policy::database;
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -270,7 +269,9 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     if !plan.presets().is_empty() {
         let mut table = render::table(&["MSR", "value", "name"]);
         for preset in plan.presets() {
-            let name = database::by_msr(preset.msr).map(|known| known.name).unwrap_or_default();
+            let name = msrgate_msrs::by_msr(preset.msr)
+                .map(|known| known.name)
+                .unwrap_or_default();
             table.add_row([preset.msr.to_string(), format!("{:#x}", preset.value), name.to_owned()]);
         }
         let table = render::text(&table);
@@ -363,7 +364,7 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
 
 /// The first names of a range, for orientation.
 pub(crate) fn names(range: MsrRange) -> String {
-    let known = database::within(range);
+    let known = msrgate_msrs::within(range);
     match known {
         [] => String::new(),
         [one] => one.name.to_owned(),

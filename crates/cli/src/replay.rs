@@ -17,8 +17,8 @@ use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressBarIter, ProgressStyle};
 use msrgate_core::{Answer, Event, Outcome};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::trace::{Lines, Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};

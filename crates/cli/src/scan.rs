@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 use msrgate_core::MsrRange;
 use msrgate_guest::scan::{Difference, ScanError, Scanner, WINDOWS, Writes};
 use msrgate_kvm::ProbeError;
-use msrgate_policy::{Pattern, database};
+use msrgate_policy::Pattern;
 
 use crate::args::{ScanArgs, WriteArg};
 use crate::exit::{Exit, Failure};
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
 fn ranges(args: &ScanArgs) -> Result<Vec<MsrRange>, Failure> {
     let mut ranges = if args.only { Vec::new() } else { WINDOWS.to_vec() };
     if args.all_known {
-        ranges.extend(database::all().iter().map(|known| MsrRange::single(known.msr)));
+        ranges.extend(msrgate_msrs::all().iter().map(|known| MsrRange::single(known.msr)));
     }
     for text in &args.range {
         let pattern = Pattern::parse(text).map_err(|error| {

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use kvm_ioctls::Kvm;
 use live::kvm_opens;
 use msrgate_core::Msr;
-use msrgate_policy::database::{self, State};
+use msrgate_msrs::State;
 
 #[test]
 fn what_kvm_lists_is_known_as_listed_and_what_is_known_as_unlisted_it_does_not_list() {
@@ -23,10 +23,10 @@ fn what_kvm_lists_is_known_as_listed_and_what_is_known_as_unlisted_it_does_not_l
     let unknown: Vec<Msr> = listed
         .iter()
         .map(|msr| Msr(*msr))
-        .filter(|msr| database::by_msr(*msr).is_none_or(|entry| entry.state != State::Listed))
+        .filter(|msr| msrgate_msrs::by_msr(*msr).is_none_or(|entry| entry.state != State::Listed))
         .collect();
     assert_eq!(unknown, [], "listed by KVM, and not known to be");
-    let listed_too: Vec<&str> = database::all()
+    let listed_too: Vec<&str> = msrgate_msrs::all()
         .iter()
         .filter(|entry| entry.state == State::Unlisted && listed.contains(&entry.msr.0))
         .map(|entry| entry.name)

@@ -16,9 +16,9 @@ use msrgate_core::{Msr, MsrRange, Otherwise, ReadAction, WriteAction};
 use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes, hazard};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{Decision, DecisionMap, Plan};
-use msrgate_policy::cpuid::Cpuid;
-use msrgate_policy::{Files, Pattern, Policy, database};
+use msrgate_policy::{Files, Pattern, Policy};
 use serde_json::Value;
 
 /// Whether all of the windows is scanned: emulators take too long over it.
@@ -317,7 +317,7 @@ fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
         return;
     }
     let kvm = Kvm::new().expect("/dev/kvm");
-    let mut ranges: Vec<MsrRange> = database::all()
+    let mut ranges: Vec<MsrRange> = msrgate_msrs::all()
         .iter()
         .map(|known| MsrRange::single(known.msr))
         .collect();
@@ -340,7 +340,7 @@ fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
     let cpuid = supported(&kvm);
     // Whether CPUID has a say, and says no.
     let lacks = |msr: Msr| {
-        let features = database::by_msr(msr).map_or(&[][..], |known| known.exists.features());
+        let features = msrgate_msrs::by_msr(msr).map_or(&[][..], |known| known.exists.features());
         !features.is_empty() && features.iter().all(|feature| cpuid.has(feature) == Some(false))
     };
     let rows = rows();
@@ -519,7 +519,7 @@ fn expected_write(map: &DecisionMap, msr: Msr, value: u64, kernel: &Kernel) -> O
 /// The MSRs at which a policy can be held to its word: those that it names, and those that are known.
 fn of_interest(map: &DecisionMap) -> Vec<MsrRange> {
     let long = if whole() { 0x1000 } else { 0x100 };
-    let mut ranges: Vec<MsrRange> = database::all()
+    let mut ranges: Vec<MsrRange> = msrgate_msrs::all()
         .iter()
         .map(|known| MsrRange::single(known.msr))
         .collect();

@@ -10,10 +10,10 @@ mod tenant;
 use std::collections::BTreeMap;
 
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
+use msrgate_msrs::Entry;
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Intervals};
 
-use crate::cpuid::Cpuid;
-use crate::database::Entry;
 use crate::{Code, Diagnostic, Pattern, Policy, Rule};
 
 /// Findings about a policy that can be used, in the order of the text; those that it accepts are marked. `map` is its

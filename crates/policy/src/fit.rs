@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{MsrRange, Op, Verdict};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{Change, ChangedPart, DecisionMap, Direction, Group, Intervals, Plan, PlanError, SpillError};
 
-use crate::cpuid::Cpuid;
-use crate::{Code, Diagnostic, Policy, database};
+use crate::{Code, Diagnostic, Policy};
 
 /// More rules than these are not tried one by one.
 const MOST_RULES: usize = 64;
@@ -131,7 +131,7 @@ impl Policy {
         };
         let mut message = error.to_string();
         for (range, op) in accesses.iter().take(LISTED) {
-            let name = database::by_msr(range.first()).filter(|_| range.len() == 1);
+            let name = msrgate_msrs::by_msr(range.first()).filter(|_| range.len() == 1);
             let name = name.map(|known| format!(" ({})", known.name)).unwrap_or_default();
             message.push_str(&format!("\n  {op} {range}{name}"));
         }

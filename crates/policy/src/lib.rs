@@ -1,7 +1,7 @@
 //! The policy language of msrgate: what a guest's MSR accesses get, in a file.
 //!
 //! ```
-//! use msrgate_policy::{Policy, cpuid::Cpuid};
+//! use msrgate_policy::Policy;
 //! use msrgate_plan::Plan;
 //!
 //! let text = r#"
@@ -21,17 +21,14 @@
 //!
 //! Parsing reports all that is wrong at once, each with its place and what to write instead ([`Diagnostic`]); there is
 //! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), the guest's
-//! [`cpuid::Cpuid`], and traces line by line.
+//! [`Cpuid`](msrgate_msrs::cpuid::Cpuid), and traces line by line.
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
-pub mod number;
 mod diagnostic;
-pub mod database;
-pub mod cpuid;
 mod pattern;
 mod policy;
 mod parse;

@@ -1,10 +1,10 @@
 //! What a policy means, by definition: a loop over its rules.
 
 use msrgate_core::{Msr, ReadAction, WriteAction};
+use msrgate_msrs::cpuid::Cpuid;
 
-use crate::cpuid::Cpuid;
 use crate::policy::CpuidNeeded;
-use crate::{Policy, Validity, database};
+use crate::{Policy, Validity};
 
 impl Policy {
     /// What a read gets and the number of the rule that says so.
@@ -44,7 +44,7 @@ impl Policy {
     /// Whether `valid = "cpu-model"` denies the MSR to this guest.
     fn lacks(&self, msr: Msr, cpuid: Option<&Cpuid>) -> bool {
         let Some(cpuid) = cpuid else { return false };
-        let entry = database::by_msr(msr);
+        let entry = msrgate_msrs::by_msr(msr);
         self.valid == Validity::CpuModel && entry.is_some_and(|entry| entry.exists_on(cpuid) == Some(false))
     }
 }

@@ -4,8 +4,7 @@ use std::fmt;
 
 use msrgate_core::{Msr, MsrRange};
 
-use crate::database;
-use crate::number::{self, NumberError};
+use msrgate_msrs::number::{self, NumberError};
 
 /// What an author writes to name MSRs.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -25,7 +24,7 @@ impl Pattern {
     pub fn parse(text: &str) -> Result<Pattern, PatternError> {
         let text = text.trim();
         if let Some(name) = text.strip_prefix('@') {
-            let entries = database::class(name).ok_or_else(|| PatternError::UnknownClass(name.to_owned()))?;
+            let entries = msrgate_msrs::class(name).ok_or_else(|| PatternError::UnknownClass(name.to_owned()))?;
             return Ok(Pattern::Class(
                 name.to_ascii_lowercase(),
                 joined(entries.map(|entry| entry.msr)),
@@ -44,7 +43,7 @@ impl Pattern {
                 .ok_or(PatternError::Reversed { first, last });
         }
         if text.contains(['*', '?']) {
-            let ranges = joined(database::glob(text).map(|entry| entry.msr));
+            let ranges = joined(msrgate_msrs::glob(text).map(|entry| entry.msr));
             return if ranges.is_empty() {
                 Err(PatternError::NoMatch(text.to_owned()))
             } else {
@@ -90,7 +89,7 @@ fn one(text: &str) -> Result<Msr, PatternError> {
             .map(Msr)
             .map_err(|_| PatternError::TooLarge(text.to_owned()));
     }
-    database::by_name(text)
+    msrgate_msrs::by_name(text)
         .map(|entry| entry.msr)
         .ok_or_else(|| PatternError::UnknownName(text.to_owned()))
 }
@@ -148,7 +147,7 @@ impl PatternError {
     /// What to write instead, where that can be told.
     pub fn help(&self) -> Option<String> {
         match self {
-            PatternError::UnknownName(name) => Some(match database::nearest(name) {
+            PatternError::UnknownName(name) => Some(match msrgate_msrs::nearest(name) {
                 Some(near) => {
                     format!("did you mean `{near}`? `msrgate msr TEXT` searches the names; an index works too: `0x8b`")
                 }
@@ -156,7 +155,7 @@ impl PatternError {
             }),
             PatternError::UnknownClass(_) => Some(format!(
                 "the classes are {}",
-                database::classes().collect::<Vec<_>>().join(", ")
+                msrgate_msrs::classes().collect::<Vec<_>>().join(", ")
             )),
             PatternError::NoMatch(_) => {
                 Some("`*` and `?` match over known names; every MSR there is: `0..=0xffffffff`".to_owned())

@@ -4,11 +4,11 @@ use std::fmt;
 use std::path::Path;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
+use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Spillable};
 
-use crate::cpuid::{CpuVendor, Cpuid};
 use crate::parse::{self, Rejected};
-use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source, database};
+use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
 #[derive(Clone, Debug)]
@@ -186,7 +186,8 @@ impl Policy {
 
     /// What may be passed through, if the policy has that.
     fn spillable(&self) -> Option<Vec<Spillable>> {
-        (self.spill == Spill::UserSpace).then(|| database::spillable().collect())
+        let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable { msr, op, weight });
+        (self.spill == Spill::UserSpace).then(|| spillable.collect())
     }
 
     /// What a read and a write get that no rule decides.
@@ -212,7 +213,7 @@ impl Policy {
     /// The MSRs that `valid = "cpu-model"` denies.
     pub(crate) fn lacking(&self, cpuid: Option<&Cpuid>) -> Vec<MsrRange> {
         match (self.valid, cpuid) {
-            (Validity::CpuModel, Some(cpuid)) => database::all()
+            (Validity::CpuModel, Some(cpuid)) => msrgate_msrs::all()
                 .iter()
                 .filter(|entry| entry.exists_on(cpuid) == Some(false))
                 .map(|entry| MsrRange::single(entry.msr))

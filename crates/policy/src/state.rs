@@ -15,8 +15,8 @@
 use msrgate_core::{MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::Plan;
 
-use crate::cpuid::Cpuid;
-use crate::database::{self, Entry};
+use msrgate_msrs::Entry;
+use msrgate_msrs::cpuid::Cpuid;
 
 /// What has to be saved with a guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,18 +79,18 @@ impl State {
     pub fn of(plan: &Plan, cpuid: Option<&Cpuid>) -> State {
         let (mut save, mut drop) = (Vec::new(), Vec::new());
         let there = |entry: &&Entry| cpuid.and_then(|cpuid| entry.exists_on(cpuid)) != Some(false);
-        for entry in database::all().iter().filter(there) {
+        for entry in msrgate_msrs::all().iter().filter(there) {
             let kept = Kept {
                 entry,
-                written: plan.reaches(entry.msr, Op::Write) && entry.access != database::Access::ReadOnly,
-                read: plan.reaches(entry.msr, Op::Read) && entry.access != database::Access::WriteOnly,
+                written: plan.reaches(entry.msr, Op::Write) && entry.access != msrgate_msrs::Access::ReadOnly,
+                read: plan.reaches(entry.msr, Op::Read) && entry.access != msrgate_msrs::Access::WriteOnly,
             };
             match entry.state {
-                database::State::Nothing => {}
+                msrgate_msrs::State::Nothing => {}
                 _ if kept.written || kept.read || entry.unfiltered().is_some() => save.push(kept),
-                database::State::Listed | database::State::Unlisted => drop.push(entry),
+                msrgate_msrs::State::Listed | msrgate_msrs::State::Unlisted => drop.push(entry),
                 // Part of a structure that is saved as a whole.
-                database::State::Sregs | database::State::Lapic => {}
+                _ => {}
             }
         }
         let table = plan.table();

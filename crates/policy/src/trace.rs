@@ -26,11 +26,11 @@ use std::fmt;
 use std::io::{self, BufRead, Write};
 
 use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
+use msrgate_msrs::cpuid::Cpuid;
+use msrgate_msrs::number;
 use serde::{Deserialize, Serialize};
 
 use self::tracepoint::Threads;
-use crate::cpuid::Cpuid;
-use crate::number;
 
 pub use canonical::{write_event, write_gap};
 

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::Msr;
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{NoteCode, Plan};
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::{Code, Files, Policy, Severity, check};
 
 /// One example of a document.

@@ -1,6 +1,6 @@
 //! A policy with a fault of each kind that can be planted: all of them are found, each where it stands, and nothing else.
 
-use msrgate_policy::cpuid::Cpuid;
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_policy::{Code, Diagnostic, Policy, Severity, check};
 
 /// A comment `# W…` stands in the line before the place at which the fault is to be found.

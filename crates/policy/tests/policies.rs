@@ -219,7 +219,7 @@ fn linux_gets_nothing_that_tells_of_the_host_or_changes_it() {
         "IA32_PERF_CTL",
         "VM_CR",
     ] {
-        let msr = msrgate_policy::database::by_name(name).expect(name).msr;
+        let msr = msrgate_msrs::by_name(name).expect(name).msr;
         assert_eq!(map.reads.get(msr).action, ReadAction::Deny, "{name}");
         assert_eq!(map.writes.get(msr).action, WriteAction::Deny, "{name}");
     }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use msrgate_core::{
     Did, Event, Filter, Gap, Log, Msr, MsrRange, Nanos, Op, Otherwise, ReadAction, Reason, Verdict, Why, WriteAction,
 };
+use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
-use msrgate_policy::cpuid::{CpuVendor, Cpuid};
 use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use msrgate_policy::raw::{self, Given};
 use msrgate_policy::trace::{Header, Lines, Record, write_event, write_gap};

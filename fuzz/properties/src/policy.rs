@@ -1,7 +1,7 @@
 //! The text of policies.
 
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan};
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_policy::{Policy, Rejected, Severity, check as findings, explain};
 
 use crate::agreement::{around, plan_is_map};

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::MsrRange;
-use msrgate_policy::database::{self, Entry};
+use msrgate_msrs::Entry;
 use msrgate_policy::state::{Emulated, Kept, Kind, State};
 use serde_json::{Value, json};
 
@@ -126,11 +126,11 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
 }
 
 /// The call that gives it.
-fn by(state: database::State) -> &'static str {
+fn by(state: msrgate_msrs::State) -> &'static str {
     match state {
-        database::State::Unlisted => "KVM_GET_MSRS, unlisted",
-        database::State::Sregs => "KVM_GET_SREGS",
-        database::State::Lapic => "KVM_GET_LAPIC",
+        msrgate_msrs::State::Unlisted => "KVM_GET_MSRS, unlisted",
+        msrgate_msrs::State::Sregs => "KVM_GET_SREGS",
+        msrgate_msrs::State::Lapic => "KVM_GET_LAPIC",
         _ => "KVM_GET_MSRS",
     }
 }

@@ -7,8 +7,8 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Event, Msr, Op, Outcome};
 use msrgate_guest::{GuestError, Mode, Options};
 use msrgate_kvm::{Fault, Gate, Handler, Handlers, VcpuGate};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_policy::cpuid::Cpuid;
 
 use super::{Got, Machine, with_source};
 use crate::exit::{Exit, Failure};

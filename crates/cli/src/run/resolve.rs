@@ -1,9 +1,9 @@
 //! What the policy is for a guest: said at the start, or resolved by the CPUID that its VMM sets.
 
 use msrgate_core::{ReadAction, WriteAction};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
-use msrgate_policy::cpuid::Cpuid;
 use msrgate_supervise::{Leaf, Resolve};
 
 use super::is_told;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use msrgate_core::{Access, Msr, MsrRange};
 use msrgate_guest::scan::{Broken, Change, Difference, Readable, Scan, hazard};
-use msrgate_policy::number;
+use msrgate_msrs::number;
 use serde::de::Error;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

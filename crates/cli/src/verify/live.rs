@@ -7,7 +7,7 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Did, Op, Outcome, Reason};
 use msrgate_guest::{Guest, GuestError, Mode, Options, Pending};
 use msrgate_kvm::Probed;
-use msrgate_policy::cpuid::Cpuid;
+use msrgate_msrs::cpuid::Cpuid;
 
 use super::guest_failed;
 use crate::exit::{Exit, Failure};

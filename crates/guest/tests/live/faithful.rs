@@ -8,7 +8,6 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Msr, Op};
 use msrgate_guest::{Mode, faithful};
 use msrgate_kvm::{Probed, probe};
-use msrgate_policy::database;
 
 use crate::kvm;
 
@@ -33,12 +32,12 @@ fn each_register_that_may_be_passed_through_is_the_same_when_it_is() {
     let Some(kvm) = kvm() else { return };
     let probed = probe(&kvm).unwrap();
     let mut listed = Vec::new();
-    for entry in database::all() {
+    for entry in msrgate_msrs::all() {
         listed.extend(
             Op::ALL
                 .into_iter()
                 .map(|op| (entry.msr, op))
-                .filter(|(msr, op)| database::faithful(*msr, *op)),
+                .filter(|(msr, op)| msrgate_msrs::faithful(*msr, *op)),
         );
     }
     let alike = everywhere((&kvm, &probed), &listed);

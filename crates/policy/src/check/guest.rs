@@ -1,11 +1,11 @@
 //! Denials that stop operating systems, or leave them crippled.
 
 use msrgate_core::{Op, ReadAction, WriteAction};
+use msrgate_msrs::cpuid::Cpuid;
+use msrgate_msrs::{Need, System, Vendor};
 use msrgate_plan::DecisionMap;
 
 use super::{by_rule, some};
-use crate::cpuid::Cpuid;
-use crate::database::{self, Need, System, Vendor};
 use crate::{Code, Diagnostic, Rule};
 
 /// Needs that a rule denies, and a note on those that no rule allows.
@@ -13,7 +13,7 @@ use crate::{Code, Diagnostic, Rule};
 /// A policy does not say which system it is for. A rule that denies what one needs is most likely a mistake; a default that
 /// does may be meant for another guest.
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cpuid>) -> Vec<Diagnostic> {
-    let denied: Vec<&Need> = database::needs()
+    let denied: Vec<&Need> = msrgate_msrs::needs()
         .iter()
         .filter(|need| applies(need, cpuid) && denies(map, need))
         .collect();
@@ -23,7 +23,7 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cp
     let mut findings: Vec<Diagnostic> = by_rules.collect();
     if cpuid.is_none() {
         let of_interface = |need: &&Need| !applies(need, None) && denies(map, need);
-        let offered: Vec<&Need> = database::needs().iter().filter(of_interface).collect();
+        let offered: Vec<&Need> = msrgate_msrs::needs().iter().filter(of_interface).collect();
         let offered = by_rule(&offered, |need| decider(map, need));
         let by_rules = rules.iter();
         findings.extend(by_rules.filter_map(|(index, rule)| offered_elsewhere(rule, offered.get(&Some(*index))?)));
@@ -34,7 +34,7 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: Option<&Cp
 
 /// Whether a guest has the register. One of a hypervisor it has only where its CPUID says so.
 fn applies(need: &Need, cpuid: Option<&Cpuid>) -> bool {
-    let Some(entry) = database::by_msr(need.msr) else {
+    let Some(entry) = msrgate_msrs::by_msr(need.msr) else {
         return true;
     };
     match cpuid {
@@ -113,7 +113,7 @@ fn none_starts(needs: &[&Need]) -> Option<Diagnostic> {
 
 /// `wrmsr IA32_EFER`.
 fn access(need: &Need) -> String {
-    match database::by_msr(need.msr) {
+    match msrgate_msrs::by_msr(need.msr) {
         Some(entry) => format!("{} {}", need.op, entry.name),
         None => format!("{} {}", need.op, need.msr),
     }

@@ -1,10 +1,10 @@
 //! Answers by which a guest goes on and fails later, and places where there is no MSR.
 
 use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_msrs::Entry;
 use msrgate_plan::DecisionMap;
 
 use super::named;
-use crate::database::{self, Entry};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
@@ -27,11 +27,11 @@ fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
             }
         });
         msrs.filter(|msr| names(rule, *msr))
-            .filter_map(database::by_msr)
+            .filter_map(msrgate_msrs::by_msr)
             .collect()
     };
-    let written = entries(&database::WORKED_BY, Op::Write);
-    let read = entries(&database::CHANGED_IN_PLACE, Op::Read);
+    let written = entries(&msrgate_msrs::WORKED_BY, Op::Write);
+    let read = entries(&msrgate_msrs::CHANGED_IN_PLACE, Op::Read);
     let message = if !written.is_empty() {
         format!(
             "this rule takes writes of {} and keeps them from the register, by which the processor or KVM works: the guest \
@@ -69,7 +69,7 @@ fn nowhere(rule: &Rule) -> Option<Diagnostic> {
         if range.len() > 1 || is_somewhere(msr) {
             return None;
         }
-        let meant = neighbours(msr.0).find_map(|index| database::by_msr(Msr(index)))?;
+        let meant = neighbours(msr.0).find_map(|index| msrgate_msrs::by_msr(Msr(index)))?;
         let message = format!("neither a processor nor a hypervisor is known to have MSRs near `{pattern}`");
         let help = format!(
             "is {} meant, {}? else: `accept = {{ W014 = \"whose it is\" }}`",

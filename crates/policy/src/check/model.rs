@@ -3,11 +3,11 @@
 use std::collections::HashSet;
 
 use msrgate_core::{Op, ReadAction, WriteAction};
+use msrgate_msrs::Entry;
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::DecisionMap;
 
 use super::{by_rule, named, some};
-use crate::cpuid::Cpuid;
-use crate::database::{self, Entry};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// MSRs that a rule allows by name and the guest's CPUID does not show, and MSRs that the policy denies and it shows.
@@ -40,7 +40,7 @@ fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> O
         allowed && !features.is_empty() && features.iter().all(|feature| cpuid.has(feature) == Some(false))
     };
     let one = |pattern: &Pattern| match pattern.ranges().as_slice() {
-        [range] if range.first() == range.last() => database::by_msr(range.first()),
+        [range] if range.first() == range.last() => msrgate_msrs::by_msr(range.first()),
         _ => None,
     };
     let absent: Vec<&Entry> = rule.msrs.iter().filter_map(one).filter(absent).collect();
@@ -110,7 +110,7 @@ fn shown(cpuid: &Cpuid) -> impl Iterator<Item = &'static Entry> + use<'_> {
     // What CPUID's `tsc` promises is RDTSC, which no filter takes away.
     let deniable = |entry: &&Entry| entry.is_filterable() && entry.name != "IA32_TSC";
     let by_feature = |entry: &&Entry| !entry.exists.features().is_empty() && entry.exists_on(cpuid) == Some(true);
-    database::all().iter().filter(deniable).filter(by_feature)
+    msrgate_msrs::all().iter().filter(deniable).filter(by_feature)
 }
 
 /// Whether each access that the manual has of the MSR is #GP.

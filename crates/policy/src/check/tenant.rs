@@ -1,15 +1,15 @@
 //! What a policy lets one guest learn of others, and what must travel when a guest is saved.
 
 use msrgate_core::{MsrRange, ReadAction, WriteAction};
+use msrgate_msrs::{Entry, Host, State};
 use msrgate_plan::DecisionMap;
 
 use super::{by_rule, named, some};
-use crate::database::{self, Entry, Host, State};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// Rules by which a guest reads what tells of the host and its other guests.
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
-    let secret: Vec<&Entry> = database::all().iter().filter(|entry| entry.is_secret()).collect();
+    let secret: Vec<&Entry> = msrgate_msrs::all().iter().filter(|entry| entry.is_secret()).collect();
     let secret = by_rule(&secret, |entry| map.reads.get(entry.msr).rule);
     let decided = |(index, rule): &(u32, &Rule)| tells_of_host(rule, secret.get(&Some(*index))?);
     rules.iter().filter_map(decided).collect()
@@ -63,7 +63,7 @@ fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
         // What no rule names is as without a policy.
         stored && decision.rule.is_some()
     };
-    let unlisted = database::all()
+    let unlisted = msrgate_msrs::all()
         .iter()
         .filter(|entry| entry.state == State::Unlisted && entry.holds_guest_state());
     let unlisted: Vec<&Entry> = unlisted.filter(reaches_kernel).collect();
@@ -93,6 +93,6 @@ fn kept(map: &DecisionMap) -> Option<Diagnostic> {
 
 /// The name of a single MSR that has one, else the range.
 fn name(range: MsrRange) -> String {
-    let single = database::by_msr(range.first()).filter(|_| range.len() == 1);
+    let single = msrgate_msrs::by_msr(range.first()).filter(|_| range.len() == 1);
     single.map_or_else(|| range.to_string(), |entry| entry.name.to_owned())
 }

@@ -1,8 +1,8 @@
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
 use super::*;
 use crate::Fit;
-use crate::cpuid::Cpuid;
 
 const AMD: &str = "0x00000000 0x00: eax=0x0000000d ebx=0x68747541 ecx=0x444d4163 edx=0x69746e65\n\
                    0x00000001 0x00: eax=0x00830f10 ebx=0x00000000 ecx=0x00000000 edx=0x00001000\n";
@@ -468,7 +468,7 @@ fn a_policy_that_asks_the_cpu_needs_its_cpuid() {
     assert!(map.allows(Msr(0x8b), msrgate_core::Op::Read));
     assert!(map.allows(Msr(0x2ff), msrgate_core::Op::Read));
     assert!(!map.allows(Msr(0x400), msrgate_core::Op::Read));
-    assert!(!map.allows(Msr(0x3a), msrgate_core::Op::Write) || crate::database::by_msr(Msr(0x3a)).is_none());
+    assert!(!map.allows(Msr(0x3a), msrgate_core::Op::Write) || msrgate_msrs::by_msr(Msr(0x3a)).is_none());
     for msr in [0x8b, 0x2ff, 0x400, 0x1b, 0xc001_0015].map(Msr) {
         let read = policy.read(msr, Some(&amd)).unwrap().0;
         assert_eq!(read, map.reads.get(msr).action, "{msr}");

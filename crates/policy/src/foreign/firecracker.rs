@@ -7,10 +7,10 @@
 use std::collections::HashSet;
 
 use msrgate_core::{Msr, ReadAction, Verdict};
+use msrgate_msrs::number;
 use serde::Deserialize;
 
 use super::{ForeignError, Format, Imported};
-use crate::number;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

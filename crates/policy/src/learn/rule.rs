@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_msrs::Class;
 
 use super::summary::{Least, Seen, Summary};
 use super::want::{Remark, Want, Wants, Widen, class, wants, widen};
-use crate::database::Class;
 use crate::spell::{classes, patterns, runs};
 
 /// A policy that denies by default and serves what guests did.

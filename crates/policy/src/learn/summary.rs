@@ -6,10 +6,10 @@ use std::io::{self, BufRead, Read, Write};
 
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Did, Msr, Op};
+use msrgate_msrs::number;
 use serde::Deserialize;
 
 use super::observe::Observer;
-use crate::number;
 use crate::trace::{Lines, Record, TraceError};
 
 /// The version of the format that is read and written here.

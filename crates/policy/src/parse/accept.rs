@@ -1,10 +1,10 @@
 //! `accept`: warnings that a policy lets stand.
 
+use msrgate_msrs::nearest_of;
 use toml::Spanned;
 use toml::de::DeValue;
 
 use super::reader::Reader;
-use crate::database::nearest_of;
 use crate::{Acceptance, Code, Diagnostic, Severity};
 
 impl Reader {

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 
 use msrgate_core::{Otherwise, ReadAction, WriteAction};
+use msrgate_msrs::nearest_of;
+use msrgate_msrs::number::{self, NumberError};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::database::nearest_of;
-use crate::number::{self, NumberError};
 use crate::{Code, Diagnostic, Pattern, Place};
 
 type Value<'a> = Spanned<DeValue<'a>>;

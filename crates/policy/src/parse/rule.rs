@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use msrgate_core::{Log, MsrRange};
+use msrgate_msrs::cpuid::{self, CpuVendor};
+use msrgate_msrs::nearest_of;
+use msrgate_msrs::number;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::reader::Reader;
-use crate::cpuid::{self, CpuVendor};
-use crate::database::nearest_of;
-use crate::number;
 use crate::pattern::PatternError;
 use crate::policy::When;
 use crate::{Code, Diagnostic, Pattern, Place, Rule};

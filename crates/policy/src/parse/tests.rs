@@ -3,9 +3,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use msrgate_core::{Log, Msr, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_msrs::cpuid::CpuVendor;
 
 use super::*;
-use crate::cpuid::CpuVendor;
 
 /// Files of a directory that is not there.
 struct Folder(HashMap<PathBuf, String>);

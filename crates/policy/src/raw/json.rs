@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use msrgate_core::abi::FILTER_DEFAULT_DENY;
 use msrgate_core::{Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteAction};
+use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
 
 use super::{Given, RawError, RawFilter, RawRange, hex, kernel_name};
-use crate::number;
 
 type Object = Map<String, Value>;
 

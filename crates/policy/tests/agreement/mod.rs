@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use msrgate_core::{Msr, MsrRange, Op, Verdict};
+use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan};
 use msrgate_policy::Policy;
-use msrgate_policy::cpuid::Cpuid;
 
 /// Every MSR at which a policy, its map or its plan may change its mind, and the MSRs beside it.
 fn boundaries(policy: &Policy, map: &DecisionMap, plan: Option<&Plan>) -> BTreeSet<Msr> {

@@ -2,7 +2,6 @@
 
 use maud::{Markup, html};
 use msrgate_core::Op;
-use msrgate_policy::database;
 use msrgate_policy::report::{Counts, Kind, Moment, Row, Timeline};
 
 use super::super::Told;
@@ -145,7 +144,7 @@ fn tools(columns: &Columns) -> Markup {
 }
 
 fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
-    let entry = database::by_msr(row.msr);
+    let entry = msrgate_msrs::by_msr(row.msr);
     let got: Vec<&str> = super::kinds(row.kinds)
         .filter(|(_, count)| *count > 0)
         .map(|(kind, _)| kind.name())

@@ -3,7 +3,6 @@
 use super::cursor::Cursor;
 use super::token::Kind;
 use super::value::{Objects, width};
-use crate::database;
 use crate::raw::{RawError, kernel_name};
 
 /// How deep brackets and macros may go.
@@ -203,7 +202,7 @@ impl Objects {
             "UINT8_MAX" | "U8_MAX" | "UCHAR_MAX" => Some(u64::from(u8::MAX)),
             "true" => Some(1),
             "false" => Some(0),
-            name => kernel_name(name).or_else(|| database::by_name(name).map(|entry| u64::from(entry.msr.0))),
+            name => kernel_name(name).or_else(|| msrgate_msrs::by_name(name).map(|entry| u64::from(entry.msr.0))),
         };
         known.ok_or_else(|| {
             cursor.error(format!(

@@ -1,7 +1,6 @@
 //! What is the same for a guest whether its own instruction or user space carries it out.
 
 use msrgate_core::{Msr, MsrRange, Op};
-use msrgate_plan::Spillable;
 
 /// Registers that may be passed through from user space, by their first and last MSR, and whether reads and writes may.
 ///
@@ -49,8 +48,8 @@ pub const FAITHFUL: [(u32, u32, bool, bool); 28] = [
 /// profile tells.
 const HOT: [(u32, u32); 1] = [(0xc000_0100, 0xc000_0102)];
 
-/// What may be passed through, each register for itself.
-pub fn spillable() -> impl Iterator<Item = Spillable> {
+/// What may be passed through, each register for itself, and how much sooner than another one with less weight.
+pub fn spillable() -> impl Iterator<Item = (Msr, Op, u16)> {
     FAITHFUL.iter().flat_map(|(first, last, reads, writes)| {
         let range = MsrRange::new(Msr(*first), Msr(*last))
             .into_iter()
@@ -58,15 +57,8 @@ pub fn spillable() -> impl Iterator<Item = Spillable> {
         range.flat_map(|msr| {
             let ops = [(Op::Read, *reads), (Op::Write, *writes)];
             let ops = ops.into_iter().filter(|(_, may)| *may);
-            ops.map(move |(op, _)| Spillable {
-                msr,
-                op,
-                weight: if HOT.iter().any(|(first, last)| (*first..=*last).contains(&msr.0)) {
-                    1000
-                } else {
-                    1
-                },
-            })
+            let hot = HOT.iter().any(|(first, last)| (*first..=*last).contains(&msr.0));
+            ops.map(move |(op, _)| (msr, op, if hot { 1000 } else { 1 }))
         })
     })
 }

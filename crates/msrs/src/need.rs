@@ -58,7 +58,7 @@ pub fn needs() -> &'static [Need] {
 }
 
 /// Registers that the processor or KVM works by: a write that only seems done makes a system fail, or leaves it unprotected.
-pub(crate) const WORKED_BY: [u32; 20] = [
+pub const WORKED_BY: [u32; 20] = [
     0x1b,
     0x48,
     0x174,
@@ -82,7 +82,7 @@ pub(crate) const WORKED_BY: [u32; 20] = [
 ];
 
 /// Registers that systems read to change bits of them and write the others back.
-pub(crate) const CHANGED_IN_PLACE: [u32; 2] = [0x1b, 0xc000_0080];
+pub const CHANGED_IN_PLACE: [u32; 2] = [0x1b, 0xc000_0080];
 
 const fn n(msr: u32, op: Op, system: System, why: &'static str, source: &'static str) -> Need {
     Need {

@@ -84,7 +84,7 @@ pub fn around(msr: Msr) -> (Option<&'static Entry>, Option<&'static Entry>) {
 }
 
 /// The candidate that takes the fewest slips to become the text; `None` if none comes near.
-pub(crate) fn nearest_of<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest_of<'a>(text: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let nearest = slips(text, candidates).min_by_key(|&(slips, _)| slips);
     nearest.map(|(_, candidate)| candidate)
 }

@@ -6,8 +6,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use msrgate_policy::database;
-
 /// Where the kernel names MSRs.
 const HEADERS: [&str; 3] = [
     "arch/x86/include/asm/msr-index.h",
@@ -76,7 +74,7 @@ fn every_msr_that_linux_names_is_known_by_that_name_and_index() {
     assert!(names.len() > 500, "{}", names.len());
     let mut wrong = Vec::new();
     for (name, msr) in &names {
-        let entry = database::by_name(name);
+        let entry = msrgate_msrs::by_name(name);
         match entry {
             _ if NO_MSRS.contains(&name.as_str()) || OTHERWISE.contains(&(name.as_str(), *msr)) => {}
             None => wrong.push(format!("{name} ({msr:#x}) is missing")),
@@ -91,7 +89,7 @@ fn every_msr_that_linux_names_is_known_by_that_name_and_index() {
     for name in NO_MSRS.iter().chain(OTHERWISE.iter().map(|(name, _)| name)) {
         assert!(known.contains_key(*name), "{name} is in no header");
     }
-    let of_linux = database::all()
+    let of_linux = msrgate_msrs::all()
         .iter()
         .filter(|entry| entry.source.ends_with("msr-index.h"));
     for entry in of_linux.filter(|entry| !known.values().any(|msr| *msr == entry.msr.0)) {

@@ -4,12 +4,12 @@
 //! what `cpuid -r` prints, so that a recorded machine can be named on the command line.
 //!
 //! ```
-//! # use msrgate_policy::cpuid::Cpuid;
+//! # use msrgate_msrs::cpuid::Cpuid;
 //! let text = "   0x00000001 0x00: eax=0x000306c3 ebx=0x00100800 ecx=0x7ffafbbf edx=0xbfebfbff\n";
 //! let cpuid = Cpuid::parse_raw(text)?;
 //! assert_eq!((cpuid.family(), cpuid.model()), (Some(6), Some(0x3c)));
 //! assert_eq!(cpuid.has("mtrr"), Some(true));
-//! # Ok::<(), msrgate_policy::cpuid::CpuidError>(())
+//! # Ok::<(), msrgate_msrs::cpuid::CpuidError>(())
 //! ```
 
 mod features;

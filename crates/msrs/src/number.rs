@@ -21,7 +21,7 @@ pub fn parse(text: &str) -> Result<u64, NumberError> {
 }
 
 /// Digits of a base.
-pub(crate) fn parse_digits(digits: &str, radix: u32) -> Result<u64, NumberError> {
+pub fn parse_digits(digits: &str, radix: u32) -> Result<u64, NumberError> {
     // Malformed goes before too large, so the digits are looked at to the last.
     let mut number = Some(0u64);
     let mut empty = true;

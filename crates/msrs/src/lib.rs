@@ -1,17 +1,25 @@
-//! The MSR database: names, classes, makers, and the CPUID feature that says whether an MSR is there.
+//! What is known of each MSR: names, classes, vendors, and the CPUID feature that says whether an MSR is there.
 //!
 //! The manual's name stands first, so `IA32_BIOS_SIGN_ID`; Linux's and AMD's names are aliases. A name is
 //! found in any case, and with or without the `MSR_` that Linux puts before it.
 //!
 //! ```
-//! use msrgate_policy::database;
+//! use msrgate_msrs as msrs;
 //!
-//! let entry = database::by_name("msr_ia32_ucode_rev").unwrap();
+//! let entry = msrs::by_name("msr_ia32_ucode_rev").unwrap();
 //! assert_eq!((entry.name, entry.msr.0), ("IA32_BIOS_SIGN_ID", 0x8b));
-//! assert_eq!(database::glob("IA32_SYSENTER_*").count(), 3);
-//! assert_eq!(database::nearest("IA32_EFRE"), Some("IA32_EFER"));
+//! assert_eq!(msrs::glob("IA32_SYSENTER_*").count(), 3);
+//! assert_eq!(msrs::nearest("IA32_EFRE"), Some("IA32_EFER"));
 //! ```
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+pub mod number;
+pub mod cpuid;
 mod class;
 mod facts;
 mod faithful;
@@ -28,10 +36,8 @@ use msrgate_core::{Msr, MsrRange, Op};
 pub use self::class::{Class, UnknownClass};
 pub use self::facts::{Host, State};
 pub use self::faithful::{FAITHFUL, faithful, spillable};
-pub(crate) use self::need::{CHANGED_IN_PLACE, WORKED_BY};
-pub use self::need::{Need, System, needs};
-pub(crate) use self::search::nearest_of;
-pub use self::search::{around, near, nearest, search};
+pub use self::need::{CHANGED_IN_PLACE, Need, System, WORKED_BY, needs};
+pub use self::search::{around, near, nearest, nearest_of, search};
 use crate::cpuid::{CpuVendor, Cpuid};
 
 /// One MSR.
