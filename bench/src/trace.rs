@@ -4,9 +4,9 @@ use std::hint::black_box;
 use std::io::{self, BufRead, Write};
 
 use msrgate_core::{Did, Event, Msr, Nanos, Op, Reason};
-use msrgate_policy::learn::Summary;
-use msrgate_policy::report::Report;
-use msrgate_policy::trace::{Header, Lines, Record, VERSION, write_event};
+use msrgate_trace::learn::Summary;
+use msrgate_trace::report::Report;
+use msrgate_trace::{Header, Lines, Record, VERSION, write_event};
 use serde::{Deserialize, Serialize};
 
 use crate::figure::{Aim, Figure};

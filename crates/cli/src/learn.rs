@@ -7,8 +7,8 @@ use std::path::Path;
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Plan, PlanError};
 use msrgate_policy::Policy;
-use msrgate_policy::learn::{Change, Kind, Learned, Older, Summary, Widen};
-use msrgate_policy::trace::{self, TraceError};
+use msrgate_trace::TraceError;
+use msrgate_trace::learn::{Change, Kind, Learned, Older, Summary, Widen};
 use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
@@ -116,7 +116,7 @@ impl Before {
         let mut from = replay::reader(path).map_err(io)?;
         let mut head = Vec::new();
         from.by_ref().take(4096).read_to_end(&mut head).map_err(io)?;
-        let is_trace = trace::is_trace(&head);
+        let is_trace = msrgate_trace::is_trace(&head);
         let from = io::Cursor::new(head).chain(from);
         if is_trace {
             let summary = self::read(path, from, incomplete)?;

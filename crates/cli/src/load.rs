@@ -13,8 +13,8 @@ use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
 use msrgate_policy::raw::{self, Form, Given};
-use msrgate_policy::trace::{Lines, Record};
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
+use msrgate_trace::{Lines, Record};
 
 use crate::args::{CpuidArgs, ProfileArgs};
 use crate::exit::{Exit, Failure};

@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressBarIter, ProgressStyle};
 use msrgate_core::{Answer, Event, Outcome};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_policy::trace::{Lines, Record, TraceError};
+use msrgate_trace::{Lines, Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};

@@ -8,9 +8,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Did, Msr, Op, Verdict};
-use msrgate_policy::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
-use msrgate_policy::trace::{Record, TraceError};
 use msrgate_policy::{Explanation, Source, explain};
+use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
+use msrgate_trace::{Record, TraceError};
 
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};

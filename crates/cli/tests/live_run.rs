@@ -24,7 +24,7 @@ use std::process::{Command, Stdio};
 use command::{Folder, Ran, count, list, text};
 use live::kvm_opens;
 use msrgate_core::{Event, Nanos};
-use msrgate_policy::trace::{Header, Lines, Record};
+use msrgate_trace::{Header, Lines, Record};
 use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
 use serde_json::Value;
 

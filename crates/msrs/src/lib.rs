@@ -25,6 +25,7 @@ mod facts;
 mod faithful;
 mod need;
 mod search;
+pub mod spell;
 mod table;
 
 use std::collections::HashMap;

@@ -18,9 +18,10 @@ use std::collections::HashMap;
 use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, Verdict, WriteAction};
+use msrgate_msrs::spell;
 use msrgate_plan::{Decision, DecisionMap, Intervals};
 
-use crate::{print, spell};
+use crate::print;
 
 /// The most MSRs that are named one by one.
 const MOST: u64 = 4096;

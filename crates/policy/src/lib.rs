@@ -20,8 +20,8 @@
 //! ```
 //!
 //! Parsing reports all that is wrong at once, each with its place and what to write instead ([`Diagnostic`]); there is
-//! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), the guest's
-//! [`Cpuid`](msrgate_msrs::cpuid::Cpuid), and traces line by line.
+//! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), and the
+//! guest's [`Cpuid`](msrgate_msrs::cpuid::Cpuid).
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
@@ -34,8 +34,7 @@ mod policy;
 mod parse;
 mod schema;
 mod oracle;
-mod print;
-mod spell;
+pub mod print;
 mod check;
 mod fit;
 mod explain;
@@ -43,9 +42,6 @@ pub mod state;
 pub mod raw;
 mod decompile;
 pub mod foreign;
-pub mod trace;
-pub mod report;
-pub mod learn;
 
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};

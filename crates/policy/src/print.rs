@@ -91,7 +91,7 @@ pub(crate) fn fallbacks(
 }
 
 /// A rule with its keys aligned and its MSRs, as they are spelled, on as many lines as they take.
-pub(crate) fn rule(
+pub fn rule(
     f: &mut fmt::Formatter<'_>,
     msrs: &[String],
     read: Option<&ReadAction>,
@@ -132,7 +132,7 @@ pub(crate) fn rule(
 }
 
 /// A paragraph as comment lines.
-pub(crate) fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+pub fn comment(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     let mut column = 0;
     // A name of a file may hold anything, and a control character is no part of a TOML comment.
     for word in text

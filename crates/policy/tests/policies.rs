@@ -3,15 +3,13 @@
 mod agreement;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
-use std::io::BufReader;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::abi::MAX_RANGES;
-use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap, Differences, Plan};
 use msrgate_policy::raw::Given;
-use msrgate_policy::trace::{Lines, Record};
 use msrgate_policy::{Code, Diagnostic, Files, Policy, check, decompile};
 
 fn root() -> PathBuf {
@@ -162,37 +160,6 @@ fn each_fragment_works_by_itself_under_a_policy_that_extends_it() {
         let own = fs::read_to_string(&path).expect("readable");
         assert!(own.contains("extends = "), "{}: how to use it", path.display());
         assert!(policy.rules.iter().all(|rule| rule.why.is_some()), "{}", path.display());
-    }
-}
-
-/// Each access of a trace, once.
-fn accesses(trace: &str) -> BTreeSet<(Msr, Op)> {
-    let file = File::open(root().join("traces").join(trace)).expect(trace);
-    let lines = Lines::new(BufReader::new(file)).expect("a trace");
-    let seen: BTreeSet<(Msr, Op)> = lines
-        .map(|record| match record.expect("a record") {
-            Record::Event(event) => (event.msr, event.op),
-            Record::Gap(gap) => panic!("{gap:?}"),
-        })
-        .collect();
-    assert!(seen.len() > 100, "{trace}");
-    seen
-}
-
-#[test]
-fn linux_finds_every_access_of_its_boot_allowed() {
-    for (policy, traces) in [
-        ("linux-microvm", &["linux-6.1-microvm.jsonl"][..]),
-        ("linux-pc", &["linux-6.1-pc-smp2.jsonl", "linux-6.1-microvm.jsonl"]),
-    ] {
-        let map = map(&load(&root().join("policies").join(format!("{policy}.toml"))));
-        for trace in traces {
-            let denied: Vec<(Msr, Op)> = accesses(trace)
-                .into_iter()
-                .filter(|(msr, op)| !map.allows(*msr, *op))
-                .collect();
-            assert_eq!(denied, [], "{policy}, {trace}");
-        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! The text of traces.
 
 use msrgate_policy::Policy;
-use msrgate_policy::learn::{Learned, Summary, Widen};
-use msrgate_policy::trace::{Header, Lines, Record, write_event, write_gap};
+use msrgate_trace::learn::{Learned, Summary, Widen};
+use msrgate_trace::{Header, Lines, Record, write_event, write_gap};
 
 pub(crate) fn check(bytes: &[u8]) {
     learn(bytes);

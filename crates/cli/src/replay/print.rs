@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_policy::trace::TraceError;
+use msrgate_trace::TraceError;
 use serde_json::{Value, json};
 
 use super::Backend;

@@ -6,7 +6,7 @@ mod timeline;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use msrgate_policy::report::{Kind, Trace};
+use msrgate_trace::report::{Kind, Trace};
 use sha2::{Digest, Sha256};
 
 use super::Told;

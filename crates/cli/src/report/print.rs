@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::Reason;
-use msrgate_policy::report::{Cost, Counts, Got, Kind, Moment, Row};
+use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
 use super::Told;

@@ -6,8 +6,8 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Event, Gap, LogLimiter, Op};
-use msrgate_policy::trace::{self, Header, write_event, write_gap};
 use msrgate_supervise::{Entry, Mode};
+use msrgate_trace::{Header, write_event, write_gap};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
@@ -22,7 +22,7 @@ pub(crate) fn header(vmm: &Path, mode: Mode, policy: Option<String>) -> Header {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
     let kernel = read("/proc/sys/kernel/osrelease");
     Header {
-        msrgate_trace: trace::VERSION,
+        msrgate_trace: msrgate_trace::VERSION,
         kernel: kernel.map(|release| format!("Linux {release}")),
         vmm: Some(vmm.display().to_string()),
         mode: Some(

@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 
 use msrgate_core::{Msr, MsrRange, ReadAction, WriteAction};
+use msrgate_msrs::spell;
 use msrgate_plan::{DecisionMap, Intervals};
 
 use super::DecompiledRule;
-use crate::spell;
 
 /// What reads and writes are to get; `None` is left to the default.
 pub(super) type Want = (Option<ReadAction>, Option<WriteAction>);

@@ -10,10 +10,10 @@ use std::collections::{BTreeMap, HashSet};
 
 use msrgate_core::{Msr, Op, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::number;
+use msrgate_msrs::spell;
 use msrgate_plan::DecisionMap;
 
 use super::{ForeignError, Format, Imported, Unsayable, each, unsayable};
-use crate::spell;
 
 const FLAG: &str = "--userspace-msr";
 

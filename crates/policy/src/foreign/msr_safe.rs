@@ -105,7 +105,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         text.push_str(&format!(
             "{:#010x} {mask:#018x} # {}\n",
             msr.0,
-            crate::spell::name(*msr)
+            msrgate_msrs::spell::name(*msr)
         ));
     }
     (text, unsaid)

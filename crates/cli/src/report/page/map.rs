@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use maud::{Markup, html};
 use msrgate_core::{Did, Msr, MsrRange, Op};
 use msrgate_plan::Intervals;
-use msrgate_policy::report::{Kind, Row};
+use msrgate_trace::report::{Kind, Row};
 
 use super::super::Told;
 use super::{counted, kinds, number, outline, rows, sign};

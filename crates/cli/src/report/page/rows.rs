@@ -2,7 +2,7 @@
 
 use maud::{Markup, html};
 use msrgate_core::Op;
-use msrgate_policy::report::{Counts, Kind, Moment, Row, Timeline};
+use msrgate_trace::report::{Counts, Kind, Moment, Row, Timeline};
 
 use super::super::Told;
 use super::super::print::{rules_of, time, vcpu, word};

@@ -1,7 +1,7 @@
 //! When there were how many accesses: a lane for each kind, and one for each vCPU where there are several.
 
 use maud::{Markup, html};
-use msrgate_policy::report::Vcpu;
+use msrgate_trace::report::Vcpu;
 
 use super::super::Told;
 use super::{counted, kinds, number, sign};

@@ -1,8 +1,8 @@
 //! What traces tell, added up: who asked for what, how often, when, and what it got.
 //!
 //! ```
-//! use msrgate_policy::report::Report;
-//! use msrgate_policy::trace::{Lines, Record};
+//! use msrgate_trace::report::Report;
+//! use msrgate_trace::{Lines, Record};
 //!
 //! let text = "{\"msrgate_trace\":1}\n\
 //!             {\"t\":5,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\",\"rule\":2}\n";
@@ -17,7 +17,7 @@
 //! }
 //! let row = report.rows().next().expect("a row");
 //! assert_eq!((row.msr.0, row.count, row.values.each()), (0x8b, 1, &[(1, 1)][..]));
-//! # Ok::<(), msrgate_policy::trace::TraceError>(())
+//! # Ok::<(), msrgate_trace::TraceError>(())
 //! ```
 //!
 //! However long the traces are, the report has bounds: [`MOST_ROWS`] MSRs and directions, [`MOST_VCPUS`] vCPUs, so many
@@ -35,7 +35,7 @@ use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
 
 pub use self::counts::Counts;
 pub use self::timeline::Timeline;
-use crate::trace::Header;
+use crate::Header;
 
 /// How many MSRs and directions have a row of their own: more than the windows of all processors hold.
 pub const MOST_ROWS: usize = 1 << 15;

@@ -2,7 +2,7 @@
 //!
 //! ```
 //! use msrgate_policy::Policy;
-//! use msrgate_policy::learn::{Learned, Summary, Widen};
+//! use msrgate_trace::learn::{Learned, Summary, Widen};
 //!
 //! let trace = "{\"msrgate_trace\":1}\n\
 //!              {\"op\":\"rdmsr\",\"msr\":\"0xc0000080\",\"value\":\"0x0\",\"did\":\"allow\"}\n\
@@ -13,7 +13,7 @@
 //! let policy = Policy::parse("learned.toml", &learned.to_string()).expect("a policy");
 //! // IA32_EFER in both directions; what faulted stays denied.
 //! assert_eq!(policy.rules.len(), 1);
-//! # Ok::<(), msrgate_policy::learn::LearnError>(())
+//! # Ok::<(), msrgate_trace::learn::LearnError>(())
 //! ```
 //!
 //! [`Learned::since`] says what a later policy does otherwise than an older one.

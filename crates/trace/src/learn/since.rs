@@ -1,12 +1,13 @@
 //! What a learned policy does otherwise than an older one, and what says so.
 
 use msrgate_core::{Did, Msr, MsrRange, Op};
+use msrgate_msrs::spell;
 use msrgate_plan::{By, DecisionMap};
+use msrgate_policy::Policy;
 
 use super::rule::{Facts, Learned};
 use super::summary::Summary;
 use super::text;
-use crate::{Policy, spell};
 
 /// What a learned policy is held against.
 #[derive(Clone, Copy, Debug)]

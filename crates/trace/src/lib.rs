@@ -1,7 +1,7 @@
 //! The text of traces: JSON Lines, a header and then one record a line: an event, or a gap where events are missing.
 //!
 //! ```
-//! use msrgate_policy::trace::{Lines, Record};
+//! use msrgate_trace::{Lines, Record};
 //!
 //! let text = "{\"msrgate_trace\":1,\"guest\":\"Linux\"}\n\
 //!             {\"t\":5,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x1\",\"did\":\"value\"}\n";
@@ -11,12 +11,20 @@
 //!     Record::Event(event) => assert_eq!((event.msr.0, event.value), (0x8b, 1)),
 //!     Record::Gap(gap) => panic!("{} events are missing", gap.events),
 //! }
-//! # Ok::<(), msrgate_policy::trace::TraceError>(())
+//! # Ok::<(), msrgate_trace::TraceError>(())
 //! ```
 //!
 //! The text of the kernel's tracepoint `kvm:kvm_msr`, as perf, trace-cmd and ftrace print it, is read as a trace too.
 //! [`Lines`] holds one line at a time, whatever the trace's length.
 
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
+
+pub mod learn;
+pub mod report;
 mod canonical;
 mod stranger;
 mod tracepoint;

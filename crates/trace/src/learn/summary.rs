@@ -10,7 +10,7 @@ use msrgate_msrs::number;
 use serde::Deserialize;
 
 use super::observe::Observer;
-use crate::trace::{Lines, Record, TraceError};
+use crate::{Lines, Record, TraceError};
 
 /// The version of the format that is read and written here.
 const VERSION: u64 = 1;

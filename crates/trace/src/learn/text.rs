@@ -3,11 +3,11 @@
 use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_msrs::spell::{name, runs};
+use msrgate_policy::print;
 
 use super::rule::{Facts, Learned, LearnedRule};
 use super::since::Change;
-use crate::print;
-use crate::spell::{name, runs};
 
 /// How many MSRs a sentence names.
 const NAMED: usize = 12;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_msrs::Class;
+use msrgate_msrs::spell::{classes, patterns, runs};
 
 use super::summary::{Least, Seen, Summary};
 use super::want::{Remark, Want, Wants, Widen, class, wants, widen};
-use crate::spell::{classes, patterns, runs};
 
 /// A policy that denies by default and serves what guests did.
 #[derive(Clone, Debug)]

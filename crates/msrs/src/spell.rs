@@ -5,17 +5,17 @@ use std::sync::LazyLock;
 
 use msrgate_core::{Msr, MsrRange};
 
-use msrgate_msrs::{Class, Entry};
+use crate::{Class, Entry};
 
 /// The names that mean one MSR and no other: an MSR that only has an alias of another is called by its index.
 static NAMES: LazyLock<HashMap<Msr, &'static str>> = LazyLock::new(|| {
-    let own = |entry: &&Entry| msrgate_msrs::by_name(entry.name).is_some_and(|found| found.msr == entry.msr);
-    let named = msrgate_msrs::all().iter().filter(own);
+    let own = |entry: &&Entry| crate::by_name(entry.name).is_some_and(|found| found.msr == entry.msr);
+    let named = crate::all().iter().filter(own);
     named.map(|entry| (entry.msr, entry.name)).collect()
 });
 
 /// The name that means this MSR and no other, else the index.
-pub(crate) fn name(msr: Msr) -> String {
+pub fn name(msr: Msr) -> String {
     match NAMES.get(&msr) {
         Some(name) => (*name).to_owned(),
         None => msr.to_string(),
@@ -23,20 +23,20 @@ pub(crate) fn name(msr: Msr) -> String {
 }
 
 /// MSRs in order as ranges.
-pub(crate) fn runs(msrs: &[Msr]) -> Vec<MsrRange> {
+pub fn runs(msrs: &[Msr]) -> Vec<MsrRange> {
     msrs.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0))
         .filter_map(|run| MsrRange::new(*run.first()?, *run.last()?))
         .collect()
 }
 
 /// MSRs in order as a policy spells them: three or more in a row as a range.
-pub(crate) fn patterns(msrs: &[Msr]) -> Vec<String> {
+pub fn patterns(msrs: &[Msr]) -> Vec<String> {
     runs(msrs).into_iter().flat_map(range).collect()
 }
 
 /// A range as a policy spells it: each MSR where there are no more than two; else by the names of its ends, and by their
 /// indices where one has no name, since a reader could not tell how far `0x1a3..=MSR_TURBO_RATIO_LIMIT` goes.
-pub(crate) fn range(range: MsrRange) -> Vec<String> {
+pub fn range(range: MsrRange) -> Vec<String> {
     if range.len() <= 2 {
         return range.iter().map(name).collect();
     }
@@ -47,7 +47,7 @@ pub(crate) fn range(range: MsrRange) -> Vec<String> {
 }
 
 /// Names for several MSRs at once, with the MSRs in order.
-pub(crate) static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(|| {
+pub static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(|| {
     let classes = classes()
         .into_iter()
         .map(|(class, members)| (format!("@{class}"), members));
@@ -55,10 +55,10 @@ pub(crate) static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(|| {
 });
 
 /// The classes that hold several MSRs, those with the most first.
-pub(crate) fn classes() -> Vec<(Class, Vec<Msr>)> {
+pub fn classes() -> Vec<(Class, Vec<Msr>)> {
     let mut classes: Vec<(Class, Vec<Msr>)> = Vec::new();
     for class in Class::ALL {
-        let members = msrgate_msrs::all().iter().filter(|entry| entry.classes.contains(class));
+        let members = crate::all().iter().filter(|entry| entry.classes.contains(class));
         let members: Vec<Msr> = members.map(|entry| entry.msr).collect();
         if members.len() > 1 {
             classes.push((*class, members));
@@ -71,9 +71,9 @@ pub(crate) fn classes() -> Vec<(Class, Vec<Msr>)> {
 /// The globs `PREFIX*` whose prefix ends with a word of a name (`IA32_MTRR_*`, `MSR_TURBO_RATIO_LIMIT*`), with what they
 /// match: three MSRs or more. Of several globs that match the same MSRs, the shortest.
 fn globs() -> Vec<(String, Vec<Msr>)> {
-    // As `msrgate_msrs::glob` matches: a name, and the same without Linux's `MSR_`.
+    // As `crate::glob` matches: a name, and the same without Linux's `MSR_`.
     let mut names: Vec<(String, Msr)> = Vec::new();
-    for entry in msrgate_msrs::all() {
+    for entry in crate::all() {
         for name in entry.names() {
             let name = name.to_ascii_uppercase();
             names.extend(name.strip_prefix("MSR_").map(|bare| (bare.to_owned(), entry.msr)));
@@ -81,7 +81,7 @@ fn globs() -> Vec<(String, Vec<Msr>)> {
         }
     }
     names.sort_unstable();
-    let prefixes: BTreeSet<&str> = msrgate_msrs::all().iter().flat_map(|entry| words(entry.name)).collect();
+    let prefixes: BTreeSet<&str> = crate::all().iter().flat_map(|entry| words(entry.name)).collect();
     let mut globs: BTreeMap<Vec<Msr>, String> = BTreeMap::new();
     for prefix in prefixes {
         let from = names.partition_point(|(name, _)| name.as_str() < prefix);
@@ -104,7 +104,7 @@ fn words(name: &str) -> impl Iterator<Item = &str> {
     });
     ends.filter_map(|end| name.get(..end))
         .filter(|prefix| prefix.len() >= 4 && !["IA32_", "MSR_"].contains(prefix))
-        // `msrgate_msrs::glob` takes `MSR_IA32_*` for `IA32_*`.
+        // `crate::glob` takes `MSR_IA32_*` for `IA32_*`.
         .filter(|prefix| !prefix.starts_with("MSR_IA32_"))
 }
 
@@ -117,16 +117,16 @@ mod tests {
         let globs = globs();
         assert!(globs.len() > 50, "{}", globs.len());
         for (glob, members) in globs {
-            let found: Vec<Msr> = msrgate_msrs::glob(&glob).map(|entry| entry.msr).collect();
+            let found: Vec<Msr> = crate::glob(&glob).map(|entry| entry.msr).collect();
             assert_eq!(found, members, "{glob}");
         }
     }
 
     #[test]
     fn a_name_means_its_msr_wherever_it_has_one() {
-        for entry in msrgate_msrs::all() {
+        for entry in crate::all() {
             let spelt = name(entry.msr);
-            let meant = msrgate_msrs::by_name(&spelt).map(|found| found.msr);
+            let meant = crate::by_name(&spelt).map(|found| found.msr);
             assert!(meant == Some(entry.msr) || spelt == entry.msr.to_string(), "{spelt}");
         }
         assert_eq!(name(Msr(0x8b)), "IA32_BIOS_SIGN_ID");

@@ -1,0 +1,57 @@
+//! The traces that come with msrgate, and the policies that are for their guests.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+
+use msrgate_core::{Msr, Op};
+use msrgate_policy::{Files, Policy};
+use msrgate_trace::{Lines, Record};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The files of the disk.
+struct Disk;
+
+impl Files for Disk {
+    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
+        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
+        read().map_err(|error: std::io::Error| error.to_string())
+    }
+}
+
+/// Each access of a trace, once.
+fn accesses(trace: &str) -> BTreeSet<(Msr, Op)> {
+    let file = File::open(root().join("traces").join(trace)).expect(trace);
+    let lines = Lines::new(BufReader::new(file)).expect("a trace");
+    let seen: BTreeSet<(Msr, Op)> = lines
+        .map(|record| match record.expect("a record") {
+            Record::Event(event) => (event.msr, event.op),
+            Record::Gap(gap) => panic!("{gap:?}"),
+        })
+        .collect();
+    assert!(seen.len() > 100, "{trace}");
+    seen
+}
+
+#[test]
+fn linux_finds_every_access_of_its_boot_allowed() {
+    for (policy, traces) in [
+        ("linux-microvm", &["linux-6.1-microvm.jsonl"][..]),
+        ("linux-pc", &["linux-6.1-pc-smp2.jsonl", "linux-6.1-microvm.jsonl"]),
+    ] {
+        let path = root().join("policies").join(format!("{policy}.toml"));
+        let loaded = Policy::load(&path, &Disk).expect("a policy");
+        let map = loaded.decision_map(None).expect("needs no CPUID");
+        for trace in traces {
+            let denied: Vec<(Msr, Op)> = accesses(trace)
+                .into_iter()
+                .filter(|(msr, op)| !map.allows(*msr, *op))
+                .collect();
+            assert_eq!(denied, [], "{policy}, {trace}");
+        }
+    }
+}
