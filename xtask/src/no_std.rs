@@ -12,7 +12,7 @@ use std::process::Command;
 
 use crate::process;
 
-const CRATES: [&str; 3] = ["core", "engine", "plan"];
+const CRATES: [&str; 4] = ["core", "engine", "plan", "msrs"];
 
 const BARE_TARGET: &str = "x86_64-unknown-none";
 

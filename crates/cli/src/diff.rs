@@ -80,7 +80,7 @@ fn json(found: &Differences, by: By) -> Value {
             "op": row.op.name(),
             "a": row.a,
             "b": row.b,
-            "names": msrgate_msrs::within(row.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
+            "names": msrgate_msrs::within(row.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
         })
     });
     let fallbacks = fallbacks(found)

@@ -68,7 +68,7 @@ fn msr(text: &str) -> Result<Msr, Failure> {
 
 /// The name of an MSR, where it has one.
 pub(crate) fn name(msr: Msr) -> Option<&'static str> {
-    msrgate_msrs::by_msr(msr).map(|entry| entry.name)
+    msrgate_msrs::by_msr(msr).map(|entry| entry.name())
 }
 
 fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {

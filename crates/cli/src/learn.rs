@@ -271,7 +271,7 @@ fn json(
                 "first": change.range.first().to_string(),
                 "last": change.range.last().to_string(),
                 "op": change.op.name(),
-                "names": msrgate_msrs::within(change.range).iter().map(|entry| entry.name).collect::<Vec<_>>(),
+                "names": msrgate_msrs::within(change.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
                 "before": change.before,
                 "after": change.after,
                 "why": change.why,

@@ -29,10 +29,10 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         for entry in &found {
             table.add_row([
                 entry.msr.to_string(),
-                entry.name.to_owned(),
-                join(entry.classes.iter()),
-                join(entry.vendors.iter()),
-                entry.aliases.join(", "),
+                entry.name().to_owned(),
+                join(entry.classes().iter()),
+                join(entry.vendors().iter()),
+                join(entry.aliases()),
             ]);
         }
         write!(out, "{}", render::text(&table))?;
@@ -52,7 +52,7 @@ fn instead(what: &str) -> String {
         let (before, after) = msrgate_msrs::around(Msr(index));
         let neighbours = before.into_iter().chain(after);
         let neighbours: Vec<String> = neighbours
-            .map(|entry| format!("{} {}", entry.msr, entry.name))
+            .map(|entry| format!("{} {}", entry.msr, entry.name()))
             .collect();
         return format!("; near it are {}", neighbours.join(", "));
     }
@@ -93,11 +93,11 @@ fn join<T: ToString>(items: impl Iterator<Item = T>) -> String {
 fn json(entry: &Entry) -> Value {
     json!({
         "msr": entry.msr.to_string(),
-        "name": entry.name,
-        "aliases": entry.aliases,
-        "classes": entry.classes.iter().map(|class| class.to_string()).collect::<Vec<_>>(),
-        "vendors": entry.vendors.iter().map(|vendor| vendor.to_string()).collect::<Vec<_>>(),
-        "feature": entry.exists.to_string(),
+        "name": entry.name(),
+        "aliases": entry.aliases().collect::<Vec<_>>(),
+        "classes": entry.classes().iter().map(|class| class.to_string()).collect::<Vec<_>>(),
+        "vendors": entry.vendors().iter().map(|vendor| vendor.to_string()).collect::<Vec<_>>(),
+        "feature": entry.exists().to_string(),
         "access": entry.access.to_string(),
         "filterable": entry.is_filterable(),
         "passes": entry.unfiltered(),
@@ -110,12 +110,12 @@ fn json(entry: &Entry) -> Value {
             "why": need.why,
             "source": need.source,
         })).collect::<Value>(),
-        "source": entry.source,
+        "source": entry.source(),
     })
 }
 
 fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
-    writeln!(out, "{} {}", entry.msr, entry.name)?;
+    writeln!(out, "{} {}", entry.msr, entry.name())?;
     let filterable = match (entry.is_filterable(), entry.unfiltered()) {
         (true, None) => "yes".to_owned(),
         (true, Some(but)) => format!("yes, but {but}"),
@@ -123,15 +123,15 @@ fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
     };
     let said = |text: String| if text == "-" { String::new() } else { text };
     for (key, value) in [
-        ("also", entry.aliases.join(", ")),
-        ("classes", join(entry.classes.iter())),
-        ("vendors", join(entry.vendors.iter())),
-        ("feature", entry.exists.to_string()),
+        ("also", join(entry.aliases())),
+        ("classes", join(entry.classes().iter())),
+        ("vendors", join(entry.vendors().iter())),
+        ("feature", entry.exists().to_string()),
         ("access", entry.access.to_string()),
         ("filterable", filterable),
         ("saved by", said(entry.state.to_string())),
         ("of the host", said(entry.host.to_string())),
-        ("source", entry.source.to_owned()),
+        ("source", entry.source().to_owned()),
     ] {
         if !value.is_empty() {
             writeln!(out, "  {key:<12}{value}")?;

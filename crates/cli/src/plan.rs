@@ -270,7 +270,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         let mut table = render::table(&["MSR", "value", "name"]);
         for preset in plan.presets() {
             let name = msrgate_msrs::by_msr(preset.msr)
-                .map(|known| known.name)
+                .map(|known| known.name())
                 .unwrap_or_default();
             table.add_row([preset.msr.to_string(), format!("{:#x}", preset.value), name.to_owned()]);
         }
@@ -367,8 +367,8 @@ pub(crate) fn names(range: MsrRange) -> String {
     let known = msrgate_msrs::within(range);
     match known {
         [] => String::new(),
-        [one] => one.name.to_owned(),
-        [one, two] => format!("{}, {}", one.name, two.name),
-        [first, .., last] => format!("{} … {} ({})", first.name, last.name, known.len()),
+        [one] => one.name().to_owned(),
+        [one, two] => format!("{}, {}", one.name(), two.name()),
+        [first, .., last] => format!("{} … {} ({})", first.name(), last.name(), known.len()),
     }
 }

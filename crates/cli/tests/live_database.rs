@@ -29,7 +29,7 @@ fn what_kvm_lists_is_known_as_listed_and_what_is_known_as_unlisted_it_does_not_l
     let listed_too: Vec<&str> = msrgate_msrs::all()
         .iter()
         .filter(|entry| entry.state == State::Unlisted && listed.contains(&entry.msr.0))
-        .map(|entry| entry.name)
+        .map(|entry| entry.name())
         .collect();
     assert_eq!(listed_too, [""; 0], "known as unlisted, and listed by KVM");
 }

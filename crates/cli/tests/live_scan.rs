@@ -13,7 +13,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use live::kvm_opens;
 use msrgate_core::{Msr, MsrRange, Otherwise, ReadAction, WriteAction};
-use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes, hazard};
+use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers};
 use msrgate_msrs::cpuid::Cpuid;
@@ -340,7 +340,7 @@ fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
     let cpuid = supported(&kvm);
     // Whether CPUID has a say, and says no.
     let lacks = |msr: Msr| {
-        let features = msrgate_msrs::by_msr(msr).map_or(&[][..], |known| known.exists.features());
+        let features = msrgate_msrs::by_msr(msr).map_or(&[][..], |known| known.exists().features());
         !features.is_empty() && features.iter().all(|feature| cpuid.has(feature) == Some(false))
     };
     let rows = rows();
@@ -598,7 +598,10 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
             );
             answered.insert(read.name());
             let Some(done) = wrote(&ruled, msr) else {
-                assert!(got.is_none() || hazard(msr).is_some(), "{name}: {msr} was not written");
+                assert!(
+                    got.is_none() || msrgate_msrs::command(msr).is_some(),
+                    "{name}: {msr} was not written"
+                );
                 continue;
             };
             let value = got.unwrap_or(0);

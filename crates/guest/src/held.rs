@@ -3,62 +3,23 @@
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Access, Msr, Outcome};
+use msrgate_msrs::Kept;
 use msrgate_plan::{DecisionMap, Preset};
 
 use crate::{Guest, GuestError, Mode, Options};
-
-/// Registers that KVM stores for the guest's reads and makes no other use of, so that a value from the host changes
-/// nothing else: who reads each in `arch/x86/kvm` was looked up for Linux 5.10 to 7.2.
-pub const STORED: [Msr; 5] = [
-    // IA32_BIOS_SIGN_ID (`microcode_version`): the guest's own writes are dropped.
-    Msr(0x8b),
-    // MSR_POWER_CTL (`msr_ia32_power_ctl`).
-    Msr(0x1fc),
-    // AMD's OSVW_ID_LENGTH and OSVW_STATUS (`osvw`): only the host can write them.
-    Msr(0xc001_0140),
-    Msr(0xc001_0141),
-    // AMD's DE_CFG (`msr_decfg`).
-    Msr(0xc001_1029),
-];
-
-/// Registers for which KVM has one answer, as long as nobody writes them. They are preset only to the value that they
-/// have, since another would have effects, or is refused.
-pub const CONSTANT: [Msr; 24] = [
-    Msr(0x17),        // IA32_PLATFORM_ID
-    Msr(0x2a),        // MSR_EBL_CR_POWERON
-    Msr(0xcd),        // MSR_FSB_FREQ
-    Msr(0xce),        // MSR_PLATFORM_INFO
-    Msr(0x11e),       // MSR_BBL_CR_CTL3
-    Msr(0x140),       // MSR_MISC_FEATURES_ENABLES
-    Msr(0x198),       // IA32_PERF_STATUS
-    Msr(0x199),       // IA32_PERF_CTL
-    Msr(0x606),       // MSR_RAPL_POWER_UNIT
-    Msr(0x611),       // MSR_PKG_ENERGY_STATUS
-    Msr(0x619),       // MSR_DRAM_ENERGY_STATUS
-    Msr(0x639),       // MSR_PP0_ENERGY_STATUS
-    Msr(0x641),       // MSR_PP1_ENERGY_STATUS
-    Msr(0xc001_0010), // SYSCFG
-    Msr(0xc001_001f), // NB_CFG
-    Msr(0xc001_0055), // INT_PENDING_MSG
-    Msr(0xc001_0058), // MMIO_CONF_BASE
-    Msr(0xc001_0112), // TSEG_ADDR
-    Msr(0xc001_0113), // TSEG_MASK
-    Msr(0xc001_1021), // IC_CFG
-    Msr(0xc001_1022), // DC_CFG
-    Msr(0xc001_1023), // TW_CFG, or BU_CFG
-    Msr(0xc001_102a), // BU_CFG2
-    Msr(0xc001_102c), // EX_CFG of family 15h
-];
 
 /// Those fixed answers of `map` that this kernel holds by itself, in order of MSR: for [`DecisionMap::holding`].
 ///
 /// Each is put into the vCPUs of a VM of its own, and counts if the host reads it back and the guest's RDMSR gives it,
 /// before and after the guest has run. Only registers of which it is known that nothing but a write changes them are
-/// tried: [`STORED`] and [`CONSTANT`]. `cpuid` is the guest's; without it, an answer counts only if it is held with all
+/// tried: [`Kept::Stored`] and [`Kept::Constant`]. `cpuid` is the guest's; without it, an answer counts only if it is held with all
 /// that KVM supports and with no CPUID at all.
 pub fn held(kvm: &Kvm, map: &DecisionMap, cpuid: Option<&CpuId>) -> Result<Vec<Preset>, GuestError> {
-    let of = |msrs: &[Msr]| -> Vec<Preset> { msrs.iter().filter_map(|msr| map.preset(*msr)).collect() };
-    let (stored, constant) = (of(&STORED), of(&CONSTANT));
+    let of = |kept| -> Vec<Preset> {
+        let entries = msrgate_msrs::all().iter().filter(|entry| entry.kept == kept);
+        entries.filter_map(|entry| map.preset(entry.msr)).collect()
+    };
+    let (stored, constant) = (of(Kept::Stored), of(Kept::Constant));
     if stored.is_empty() && constant.is_empty() {
         return Ok(Vec::new());
     }

@@ -66,6 +66,6 @@ mod error;
 pub use error::{Broke, GuestError};
 pub use faithful::faithful;
 pub use guest::{Guest, Mode, Options};
-pub use held::{CONSTANT, STORED, held};
+pub use held::held;
 pub use no_preset::{NoPreset, no_presets};
 pub use vcpu::{Pending, Seen, SeenExit, Vcpu};

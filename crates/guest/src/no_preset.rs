@@ -3,9 +3,8 @@
 use std::fmt;
 
 use msrgate_core::{Log, MsrRange, ReadAction};
+use msrgate_msrs::Kept;
 use msrgate_plan::{DecisionMap, Intervals, Plan};
-
-use crate::{CONSTANT, STORED};
 
 /// Why the kernel does not give a fixed answer by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -15,8 +14,7 @@ pub enum NoPreset {
     Logged,
     /// The policy lets writes reach the kernel's register, which then holds another value.
     Written,
-    /// KVM is not known to keep a value for this MSR that only the host changes: it is in neither [`STORED`] nor
-    /// [`CONSTANT`].
+    /// KVM is not known to keep a value for this MSR that only the host changes: it is [`Kept::Not`].
     Unkept,
     /// It was tried on this kernel, and the guest did not get the value.
     Unheld,
@@ -54,7 +52,9 @@ impl fmt::Display for NoPreset {
 ///
 /// `plan` is that of `map`, after a kernel was asked what it holds ([`crate::held()`], [`DecisionMap::holding`]).
 pub fn no_presets(map: &DecisionMap, plan: &Plan) -> Vec<(MsrRange, NoPreset)> {
-    let tried = STORED.into_iter().chain(CONSTANT).filter_map(|msr| {
+    let kept = msrgate_msrs::all().iter().filter(|entry| entry.kept != Kept::Not);
+    let tried = kept.filter_map(|entry| {
+        let msr = entry.msr;
         let preset = map.preset(msr)?;
         let why = if plan.presets().contains(&preset) {
             None

@@ -22,7 +22,6 @@
 //! ```
 
 mod compare;
-mod hazard;
 
 use std::fmt;
 use std::sync::Arc;
@@ -34,7 +33,6 @@ use msrgate_kvm::{Gate, Handlers, InstallError, Probed, VcpuGate};
 use msrgate_plan::Plan;
 
 pub use self::compare::{Change, Difference};
-pub use self::hazard::hazard;
 use crate::memory::MAX_ENTRIES;
 use crate::{Broke, Guest, GuestError, Mode, Options};
 
@@ -69,7 +67,7 @@ const MOST_BROKEN: usize = 64;
 pub enum Writes {
     /// None.
     None,
-    /// Those without a [`hazard()`].
+    /// Those that are no [commands](msrgate_msrs::command).
     Safe,
     /// All.
     All,
@@ -86,7 +84,7 @@ pub struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    /// Guests with all that KVM supports and no plan; writes without a hazard.
+    /// Guests with all that KVM supports and no plan; writes that are no commands.
     pub fn new(kvm: &'a Kvm) -> Scanner<'a> {
         Scanner {
             kvm,
@@ -131,7 +129,7 @@ impl<'a> Scanner<'a> {
     /// Reads every MSR of `ranges`, reads those again that gave a value, and then writes that value back.
     ///
     /// Under a plan, writes that the plan keeps from the kernel (`deny`, `ignore`, `shadow`) are made of every MSR: of 0
-    /// where the read gave no value, and whatever the hazard.
+    /// where the read gave no value, commands too.
     ///
     /// The guest runs in real mode, with interrupt controllers; what breaks it is told, and a new one goes on. `progress`
     /// gets how many accesses are made, and how many are to be made as far as that is known.
@@ -196,7 +194,7 @@ impl<'a> Scanner<'a> {
         if self.writes == Writes::None {
             return Vec::new();
         }
-        let safe = |msr| self.writes == Writes::All || hazard(msr).is_none();
+        let safe = |msr| self.writes == Writes::All || msrgate_msrs::command(msr).is_none();
         let Some((_, plan, _)) = &self.ruled else {
             let readable = readable.iter().filter(|seen| safe(seen.msr));
             return readable.map(|seen| write(seen.msr, seen.value)).collect();

@@ -1,7 +1,7 @@
 //! The classes that MSRs are grouped in, `@pmu` and the like in a policy.
 
-use std::fmt;
-use std::str::FromStr;
+use core::fmt;
+use core::str::FromStr;
 
 macro_rules! classes {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
@@ -140,7 +140,7 @@ impl fmt::Display for UnknownClass {
     }
 }
 
-impl std::error::Error for UnknownClass {}
+impl core::error::Error for UnknownClass {}
 
 impl FromStr for Class {
     type Err = UnknownClass;

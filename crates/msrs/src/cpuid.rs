@@ -14,8 +14,11 @@
 
 mod features;
 
-use std::collections::BTreeMap;
-use std::fmt;
+use alloc::borrow::ToOwned;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use core::fmt;
 
 /// The values that CPUID gives, by leaf and subleaf.
 ///
@@ -155,7 +158,7 @@ impl fmt::Display for CpuidError {
     }
 }
 
-impl std::error::Error for CpuidError {}
+impl core::error::Error for CpuidError {}
 
 impl Cpuid {
     /// From `(leaf, subleaf, [eax, ebx, ecx, edx])`; of two with the same leaf and subleaf the later counts.

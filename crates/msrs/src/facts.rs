@@ -1,6 +1,6 @@
-//! What matters of an MSR when a guest moves, and when tenants share a host.
+//! What matters of an MSR when a guest moves, when tenants share a host, and when a policy gives a fixed answer.
 
-use std::fmt;
+use core::fmt;
 
 /// How the guest's value of an MSR goes along when the guest is saved, migrated or restored.
 ///
@@ -91,4 +91,16 @@ impl fmt::Display for Host {
             Host::Trace => "addresses that others used",
         })
     }
+}
+
+/// What KVM does with the value of an MSR, on every kernel from 5.10 to 7.2: who reads each in `arch/x86/kvm` was looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kept {
+    /// Anything else, or it is not known.
+    Not,
+    /// KVM stores it for the guest's reads and makes no other use of it, so that a value from the host changes nothing else.
+    Stored,
+    /// KVM has one answer, as long as nobody writes it.
+    Constant,
 }

@@ -1,8 +1,15 @@
 //! What a person may mean by a text.
 
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+
 use msrgate_core::Msr;
 
-use super::{Entry, all, bare, by_msr, by_name, class, glob};
+use crate::entry::{Entry, all, bare};
+use crate::lookup::{by_msr, by_name, class, glob};
 use crate::number;
 
 /// The MSRs that a text may mean, by index: those of an index (`0x8b`, `139`, `c0000080`), a range (`0x400..=0x47f`), a class
@@ -45,7 +52,7 @@ pub fn search(text: &str) -> Vec<&'static Entry> {
         let called = |name: String| words.iter().all(|word| name.contains(bare(word)));
         names.any(called)
             || entry
-                .classes
+                .classes()
                 .iter()
                 .any(|class| class.name().eq_ignore_ascii_case(text))
     };
@@ -122,9 +129,9 @@ fn by_digits(text: &str) -> Option<&'static Entry> {
 /// All that is said of an MSR, in capitals.
 fn said(entry: &Entry) -> String {
     let mut said: Vec<String> = entry.names().map(str::to_owned).collect();
-    said.extend(entry.classes.iter().map(|class| format!("{class} {}", class.about())));
-    said.extend(entry.vendors.iter().map(ToString::to_string));
-    said.push(entry.exists.to_string());
+    said.extend(entry.classes().iter().map(|class| format!("{class} {}", class.about())));
+    said.extend(entry.vendors().iter().map(ToString::to_string));
+    said.push(entry.exists().to_string());
     said.extend(entry.needs().map(|need| format!("{} {}", need.system, need.why)));
     said.join(" ").to_ascii_uppercase()
 }
@@ -150,7 +157,7 @@ fn distance(a: &[u8], b: &[u8]) -> usize {
             left = slips;
             last_y = Some(y);
         }
-        before = std::mem::replace(&mut above, row);
+        before = core::mem::replace(&mut above, row);
         last = Some(x);
     }
     above.last().copied().unwrap_or(0)

@@ -1,25 +1,21 @@
 //! MSRs as a policy spells them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::LazyLock;
+use alloc::borrow::ToOwned;
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
 
 use msrgate_core::{Msr, MsrRange};
 
-use crate::{Class, Entry};
+use crate::class::Class;
+use crate::entry::all;
+use crate::lookup::by_msr;
 
-/// The names that mean one MSR and no other: an MSR that only has an alias of another is called by its index.
-static NAMES: LazyLock<HashMap<Msr, &'static str>> = LazyLock::new(|| {
-    let own = |entry: &&Entry| crate::by_name(entry.name).is_some_and(|found| found.msr == entry.msr);
-    let named = crate::all().iter().filter(own);
-    named.map(|entry| (entry.msr, entry.name)).collect()
-});
-
-/// The name that means this MSR and no other, else the index.
+/// The name of the MSR, else the index.
 pub fn name(msr: Msr) -> String {
-    match NAMES.get(&msr) {
-        Some(name) => (*name).to_owned(),
-        None => msr.to_string(),
-    }
+    by_msr(msr).map_or_else(|| msr.to_string(), |entry| entry.name().to_owned())
 }
 
 /// MSRs in order as ranges.
@@ -40,40 +36,40 @@ pub fn range(range: MsrRange) -> Vec<String> {
     if range.len() <= 2 {
         return range.iter().map(name).collect();
     }
-    vec![match (NAMES.get(&range.first()), NAMES.get(&range.last())) {
-        (Some(first), Some(last)) => format!("{first}..={last}"),
+    vec![match (by_msr(range.first()), by_msr(range.last())) {
+        (Some(first), Some(last)) => format!("{}..={}", first.name(), last.name()),
         _ => range.to_string(),
     }]
 }
 
 /// Names for several MSRs at once, with the MSRs in order.
-pub static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(|| {
+pub fn groups() -> Vec<(String, Vec<Msr>)> {
     let classes = classes()
         .into_iter()
         .map(|(class, members)| (format!("@{class}"), members));
     classes.chain(globs()).collect()
-});
+}
 
 /// The classes that hold several MSRs, those with the most first.
 pub fn classes() -> Vec<(Class, Vec<Msr>)> {
     let mut classes: Vec<(Class, Vec<Msr>)> = Vec::new();
     for class in Class::ALL {
-        let members = crate::all().iter().filter(|entry| entry.classes.contains(class));
+        let members = all().iter().filter(|entry| entry.classes().contains(class));
         let members: Vec<Msr> = members.map(|entry| entry.msr).collect();
         if members.len() > 1 {
             classes.push((*class, members));
         }
     }
-    classes.sort_by_key(|(_, members)| std::cmp::Reverse(members.len()));
+    classes.sort_by_key(|(_, members)| core::cmp::Reverse(members.len()));
     classes
 }
 
 /// The globs `PREFIX*` whose prefix ends with a word of a name (`IA32_MTRR_*`, `MSR_TURBO_RATIO_LIMIT*`), with what they
 /// match: three MSRs or more. Of several globs that match the same MSRs, the shortest.
 fn globs() -> Vec<(String, Vec<Msr>)> {
-    // As `crate::glob` matches: a name, and the same without Linux's `MSR_`.
+    // As `glob` matches: a name, and the same without Linux's `MSR_`.
     let mut names: Vec<(String, Msr)> = Vec::new();
-    for entry in crate::all() {
+    for entry in all() {
         for name in entry.names() {
             let name = name.to_ascii_uppercase();
             names.extend(name.strip_prefix("MSR_").map(|bare| (bare.to_owned(), entry.msr)));
@@ -81,7 +77,7 @@ fn globs() -> Vec<(String, Vec<Msr>)> {
         }
     }
     names.sort_unstable();
-    let prefixes: BTreeSet<&str> = crate::all().iter().flat_map(|entry| words(entry.name)).collect();
+    let prefixes: BTreeSet<&str> = all().iter().flat_map(|entry| words(entry.name())).collect();
     let mut globs: BTreeMap<Vec<Msr>, String> = BTreeMap::new();
     for prefix in prefixes {
         let from = names.partition_point(|(name, _)| name.as_str() < prefix);
@@ -104,29 +100,30 @@ fn words(name: &str) -> impl Iterator<Item = &str> {
     });
     ends.filter_map(|end| name.get(..end))
         .filter(|prefix| prefix.len() >= 4 && !["IA32_", "MSR_"].contains(prefix))
-        // `crate::glob` takes `MSR_IA32_*` for `IA32_*`.
+        // `glob` takes `MSR_IA32_*` for `IA32_*`.
         .filter(|prefix| !prefix.starts_with("MSR_IA32_"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lookup::{by_name, glob};
 
     #[test]
     fn a_glob_is_what_the_database_makes_of_it() {
         let globs = globs();
         assert!(globs.len() > 50, "{}", globs.len());
-        for (glob, members) in globs {
-            let found: Vec<Msr> = crate::glob(&glob).map(|entry| entry.msr).collect();
-            assert_eq!(found, members, "{glob}");
+        for (pattern, members) in globs {
+            let found: Vec<Msr> = glob(&pattern).map(|entry| entry.msr).collect();
+            assert_eq!(found, members, "{pattern}");
         }
     }
 
     #[test]
     fn a_name_means_its_msr_wherever_it_has_one() {
-        for entry in crate::all() {
+        for entry in all() {
             let spelt = name(entry.msr);
-            let meant = crate::by_name(&spelt).map(|found| found.msr);
+            let meant = by_name(&spelt).map(|found| found.msr);
             assert!(meant == Some(entry.msr) || spelt == entry.msr.to_string(), "{spelt}");
         }
         assert_eq!(name(Msr(0x8b)), "IA32_BIOS_SIGN_ID");

@@ -1,11 +1,19 @@
 use std::collections::HashMap;
 
+use std::format;
+use std::string::ToString;
+use std::vec::Vec;
+
+use msrgate_core::{Msr, Op};
+
 use super::*;
-use crate::cpuid;
+use crate::cpuid::{self, Cpuid};
+use crate::entry::bare;
+use crate::lookup::matches;
 
 fn named(name: &str) -> (u32, &'static str) {
     let entry = by_name(name).unwrap_or_else(|| panic!("{name} is missing"));
-    (entry.msr.0, entry.name)
+    (entry.msr.0, entry.name())
 }
 
 #[test]
@@ -34,37 +42,37 @@ fn names_are_what_a_policy_can_spell() {
 fn every_entry_has_a_class_a_vendor_and_a_source_without_repeats() {
     for entry in all() {
         assert!(
-            !entry.classes.is_empty() && !entry.vendors.is_empty() && !entry.source.is_empty(),
+            !entry.classes().is_empty() && !entry.vendors().is_empty() && !entry.source().is_empty(),
             "{}",
-            entry.name
+            entry.name()
         );
-        let mut classes = entry.classes.to_vec();
+        let mut classes = entry.classes().to_vec();
         classes.sort_unstable();
         classes.dedup();
-        assert_eq!(classes.len(), entry.classes.len(), "{}", entry.name);
+        assert_eq!(classes.len(), entry.classes().len(), "{}", entry.name());
     }
 }
 
 #[test]
 fn every_feature_is_known_to_cpuid() {
     for entry in all() {
-        for name in entry.exists.features() {
-            assert!(cpuid::is_feature(name), "{name} of {}", entry.name);
+        for name in entry.exists().features() {
+            assert!(cpuid::is_feature(name), "{name} of {}", entry.name());
         }
     }
 }
 
 #[test]
 fn a_hypervisors_msr_is_there_only_if_a_feature_says_so() {
-    let hypervisors = [Vendor::Kvm, Vendor::HyperV, Vendor::Xen];
+    let hypervisors = [Vendor::Kvm, Vendor::Hyperv, Vendor::Xen];
     for entry in all()
         .iter()
-        .filter(|entry| entry.vendors.iter().any(|vendor| hypervisors.contains(vendor)))
+        .filter(|entry| entry.vendors().iter().any(|vendor| hypervisors.contains(vendor)))
     {
         assert!(
-            !matches!(entry.exists, Exists::Always | Exists::Model),
+            !matches!(entry.exists(), Exists::Always | Exists::Model),
             "{}",
-            entry.name
+            entry.name()
         );
     }
 }
@@ -185,27 +193,27 @@ fn a_class_of_one_maker_holds_no_others_msrs() {
         ("cppc", Vendor::Amd),
         ("kvm", Vendor::Kvm),
         ("kvmclock", Vendor::Kvm),
-        ("hyperv", Vendor::HyperV),
+        ("hyperv", Vendor::Hyperv),
         ("xen", Vendor::Xen),
     ];
     for (name, maker) in makers {
         for entry in super::class(name).unwrap() {
             assert!(
-                entry.vendors.contains(&maker),
+                entry.vendors().contains(&maker),
                 "{} is in @{name}, and is {:?}",
-                entry.name,
-                entry.vendors
+                entry.name(),
+                entry.vendors()
             );
         }
     }
     // And the other way round, for those who have a class of their own.
     for (maker, class) in [
         (Vendor::Kvm, Class::Kvm),
-        (Vendor::HyperV, Class::Hyperv),
+        (Vendor::Hyperv, Class::Hyperv),
         (Vendor::Xen, Class::Xen),
     ] {
-        for entry in all().iter().filter(|entry| entry.vendors.contains(&maker)) {
-            assert!(entry.classes.contains(&class), "{} is not in @{class}", entry.name);
+        for entry in all().iter().filter(|entry| entry.vendors().contains(&maker)) {
+            assert!(entry.classes().contains(&class), "{} is not in @{class}", entry.name());
         }
     }
 }
@@ -216,14 +224,14 @@ fn needs_are_in_order_once_each_and_of_accesses_that_there_are() {
     assert!(needs().is_sorted_by(|a, b| key(a) < key(b)));
     for need in needs() {
         let entry = by_msr(need.msr).unwrap_or_else(|| panic!("{} has no entry", need.msr));
-        assert!(entry.access.ops().contains(&need.op), "{} of {}", need.op, entry.name);
+        assert!(entry.access.ops().contains(&need.op), "{} of {}", need.op, entry.name());
         assert!(
             entry.is_filterable() && entry.needs().any(|one| one == need),
             "{}",
-            entry.name
+            entry.name()
         );
         let said = !need.why.is_empty() && !need.why.ends_with('.') && !need.source.is_empty();
-        assert!(said, "{} of {}", need.op, entry.name);
+        assert!(said, "{} of {}", need.op, entry.name());
     }
     for system in System::ALL {
         let count = needs().iter().filter(|need| need.system == system).count();
@@ -265,9 +273,9 @@ fn a_class_does_not_take_in_what_every_guest_needs() {
         ] {
             let needed = by_name(needed).unwrap();
             assert!(
-                !needed.classes.iter().any(|&of| of.name() == class),
+                !needed.classes().iter().any(|&of| of.name() == class),
                 "{} is in @{class}",
-                needed.name
+                needed.name()
             );
         }
     }
@@ -275,7 +283,7 @@ fn a_class_does_not_take_in_what_every_guest_needs() {
 
 #[test]
 fn a_glob_matches_names_and_aliases_whole() {
-    let names = |pattern| glob(pattern).map(|entry| entry.name).collect::<Vec<_>>();
+    let names = |pattern| glob(pattern).map(|entry| entry.name()).collect::<Vec<_>>();
     let sysenter = ["IA32_SYSENTER_CS", "IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"];
     assert_eq!(names("ia32_sysenter_*"), sysenter);
     assert_eq!(names("MSR_IA32_SYSENTER_*"), sysenter);
@@ -332,7 +340,7 @@ fn a_misspelt_name_points_to_the_nearest_and_nonsense_to_none() {
 
 #[test]
 fn search_takes_an_index_a_class_a_pattern_a_name_or_a_part() {
-    let names = |text| search(text).iter().map(|entry| entry.name).collect::<Vec<_>>();
+    let names = |text| search(text).iter().map(|entry| entry.name()).collect::<Vec<_>>();
     assert_eq!(names("0x8B"), ["IA32_BIOS_SIGN_ID"]);
     assert_eq!(names("0xffffffff"), [""; 0]);
     assert_eq!(names("@sysenter").len(), 3);
@@ -344,7 +352,7 @@ fn search_takes_an_index_a_class_a_pattern_a_name_or_a_part() {
 
 #[test]
 fn search_takes_a_range_digits_and_words_in_any_order() {
-    let names = |text| search(text).iter().map(|entry| entry.name).collect::<Vec<_>>();
+    let names = |text| search(text).iter().map(|entry| entry.name()).collect::<Vec<_>>();
     assert_eq!(names("0x174..=0x175"), ["IA32_SYSENTER_CS", "IA32_SYSENTER_ESP"]);
     assert_eq!(
         names("IA32_SYSENTER_ESP ..= 0x176"),
@@ -410,7 +418,7 @@ fn existence_follows_cpuid_then_the_maker() {
 
 #[test]
 fn a_condition_prints_as_its_features() {
-    let text = |name| by_name(name).unwrap().exists.to_string();
+    let text = |name| by_name(name).unwrap().exists().to_string();
     assert_eq!(text("IA32_MTRRCAP"), "mtrr");
     assert_eq!(text("IA32_TSC_AUX"), "rdtscp|rdpid");
     assert_eq!(text("HWCR"), "-");
@@ -419,14 +427,14 @@ fn a_condition_prints_as_its_features() {
 #[test]
 fn what_is_known_of_an_entry_does_not_contradict_itself() {
     for entry in all() {
-        let name = entry.name;
+        let name = entry.name();
         // KVM gives the guest a value of its own, so it is none of the host's. The microcode's revision is both: a
         // VMM may copy the host's into the guest.
         let both = entry.state != State::Nothing && entry.host != Host::Nothing;
         assert!(!both || name == "IA32_BIOS_SIGN_ID", "{name}");
         assert_eq!(
             entry.state == State::Lapic,
-            entry.classes.contains(&Class::X2apic) && entry.access == Access::ReadWrite
+            entry.classes().contains(&Class::X2apic) && entry.access == Access::ReadWrite
                 || ["HV_X64_MSR_ICR", "HV_X64_MSR_TPR"].contains(&name),
             "{name}"
         );

@@ -91,9 +91,9 @@ fn every_msr_that_linux_names_is_known_by_that_name_and_index() {
     }
     let of_linux = msrgate_msrs::all()
         .iter()
-        .filter(|entry| entry.source.ends_with("msr-index.h"));
+        .filter(|entry| entry.source().ends_with("msr-index.h"));
     for entry in of_linux.filter(|entry| !known.values().any(|msr| *msr == entry.msr.0)) {
-        println!("{} {} is not in these headers", entry.msr, entry.name);
+        println!("{} {} is not in these headers", entry.msr, entry.name());
     }
 }
 

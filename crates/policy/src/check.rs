@@ -144,7 +144,7 @@ fn listed(patterns: &[&Pattern]) -> String {
 
 /// The names of some MSRs, in a sentence.
 fn named(entries: &[&Entry]) -> String {
-    let names: Vec<String> = entries.iter().map(|entry| entry.name.to_owned()).collect();
+    let names: Vec<String> = entries.iter().map(|entry| entry.name().to_owned()).collect();
     some(&names)
 }
 

@@ -132,7 +132,7 @@ impl Policy {
         let mut message = error.to_string();
         for (range, op) in accesses.iter().take(LISTED) {
             let name = msrgate_msrs::by_msr(range.first()).filter(|_| range.len() == 1);
-            let name = name.map(|known| format!(" ({})", known.name)).unwrap_or_default();
+            let name = name.map(|known| format!(" ({})", known.name())).unwrap_or_default();
             message.push_str(&format!("\n  {op} {range}{name}"));
         }
         message.push_str(&more(accesses.len()));

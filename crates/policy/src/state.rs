@@ -8,8 +8,8 @@
 //! let policy = Policy::parse("policy.toml", text).unwrap();
 //! let plan = Plan::compile(&policy.decision_map(None).unwrap()).unwrap();
 //! let state = State::of(&plan, None);
-//! assert!(state.save.iter().any(|kept| kept.entry.name == "IA32_SYSENTER_CS" && kept.written));
-//! assert!(state.drop.iter().any(|entry| entry.name == "IA32_PAT"));
+//! assert!(state.save.iter().any(|kept| kept.entry.name() == "IA32_SYSENTER_CS" && kept.written));
+//! assert!(state.drop.iter().any(|entry| entry.name() == "IA32_PAT"));
 //! ```
 
 use msrgate_core::{MsrRange, Op, ReadAction, WriteAction};
@@ -166,12 +166,12 @@ mod tests {
 
     /// Whether it is saved for what is written and read; `None` where it is not saved.
     fn kept(state: &State, name: &str) -> Option<(bool, bool)> {
-        let found = state.save.iter().find(|kept| kept.entry.name == name);
+        let found = state.save.iter().find(|kept| kept.entry.name() == name);
         found.map(|kept| (kept.written, kept.read))
     }
 
     fn dropped(state: &State, name: &str) -> bool {
-        state.drop.iter().any(|entry| entry.name == name)
+        state.drop.iter().any(|entry| entry.name() == name)
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
     let save = state.save.iter().map(|kept| {
         json!({
             "msr": kept.entry.msr.to_string(),
-            "name": kept.entry.name,
+            "name": kept.entry.name(),
             "state": kept.entry.state.name(),
             "written": kept.written,
             "read": kept.read,
@@ -24,7 +24,7 @@ pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
     let drop = state.drop.iter().map(|entry| {
         json!({
             "msr": entry.msr.to_string(),
-            "name": entry.name,
+            "name": entry.name(),
             "state": entry.state.name(),
         })
     });

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::{Access, Msr, MsrRange};
-use msrgate_guest::scan::{Change, Difference, Scan, hazard};
+use msrgate_guest::scan::{Change, Difference, Scan};
 
 use super::Found;
 use super::record::{Facts, contain};
@@ -61,7 +61,7 @@ fn registers(out: &mut impl Write, scan: &Scan) -> io::Result<()> {
             (true, Err(_)) => "#GP",
             (false, _) => "-",
         };
-        let remark = match (volatile, hazard(msr)) {
+        let remark = match (volatile, msrgate_msrs::command(msr)) {
             (true, _) => "changes by itself".to_owned(),
             (false, Some(why)) if write == "-" => format!("not written: {why}"),
             _ => String::new(),

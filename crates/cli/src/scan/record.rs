@@ -5,7 +5,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use msrgate_core::{Access, Msr, MsrRange};
-use msrgate_guest::scan::{Broken, Change, Difference, Readable, Scan, hazard};
+use msrgate_guest::scan::{Broken, Change, Difference, Readable, Scan};
 use msrgate_msrs::number;
 use serde::de::Error;
 use serde::ser::SerializeMap;
@@ -126,7 +126,7 @@ fn readable(seen: &Readable) -> Value {
 /// The MSRs that could be read, and whose write is a command.
 fn unwritten(scan: &Scan) -> impl Iterator<Item = (Msr, &'static str)> {
     let left = scan.readable.iter().filter(|seen| !contain(&scan.written, seen.msr));
-    left.filter_map(|seen| Some((seen.msr, hazard(seen.msr)?)))
+    left.filter_map(|seen| Some((seen.msr, msrgate_msrs::command(seen.msr)?)))
 }
 
 /// Whether ranges in order have the MSR.

@@ -1,3 +1,6 @@
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
 use super::*;
 
 /// A Haswell client with two CPUs.

@@ -40,7 +40,7 @@ fn applies(need: &Need, cpuid: Option<&Cpuid>) -> bool {
     match cpuid {
         Some(cpuid) => entry.exists_on(cpuid) != Some(false),
         None => entry
-            .vendors
+            .vendors()
             .iter()
             .any(|vendor| matches!(vendor, Vendor::Intel | Vendor::Amd)),
     }
@@ -114,7 +114,7 @@ fn none_starts(needs: &[&Need]) -> Option<Diagnostic> {
 /// `wrmsr IA32_EFER`.
 fn access(need: &Need) -> String {
     match msrgate_msrs::by_msr(need.msr) {
-        Some(entry) => format!("{} {}", need.op, entry.name),
+        Some(entry) => format!("{} {}", need.op, entry.name()),
         None => format!("{} {}", need.op, need.msr),
     }
 }

@@ -1,6 +1,6 @@
 //! Answers by which a guest goes on and fails later, and places where there is no MSR.
 
-use msrgate_core::{Msr, Op, ReadAction, WriteAction};
+use msrgate_core::{Msr, ReadAction, WriteAction};
 use msrgate_msrs::Entry;
 use msrgate_plan::DecisionMap;
 
@@ -15,23 +15,18 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic
 
 /// A rule that takes a write, or makes a read up, of a register that the processor or KVM works by.
 fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
-    let entries = |msrs: &[u32], op: Op| -> Vec<&'static Entry> {
-        let msrs = msrs.iter().map(|msr| Msr(*msr)).filter(|msr| match op {
-            Op::Read => {
-                let decision = map.reads.get(*msr);
-                decision.rule == Some(index) && matches!(decision.action, ReadAction::Value(_) | ReadAction::Shadow(_))
-            }
-            Op::Write => {
-                let decision = map.writes.get(*msr);
-                decision.rule == Some(index) && matches!(decision.action, WriteAction::Ignore | WriteAction::Shadow)
-            }
-        });
-        msrs.filter(|msr| names(rule, *msr))
-            .filter_map(msrgate_msrs::by_msr)
-            .collect()
-    };
-    let written = entries(&msrgate_msrs::WORKED_BY, Op::Write);
-    let read = entries(&msrgate_msrs::CHANGED_IN_PLACE, Op::Read);
+    let written: Vec<&Entry> = named_by(rule, Entry::is_essential)
+        .filter(|entry| {
+            let decision = map.writes.get(entry.msr);
+            decision.rule == Some(index) && matches!(decision.action, WriteAction::Ignore | WriteAction::Shadow)
+        })
+        .collect();
+    let read: Vec<&Entry> = named_by(rule, Entry::is_changed_in_place)
+        .filter(|entry| {
+            let decision = map.reads.get(entry.msr);
+            decision.rule == Some(index) && matches!(decision.action, ReadAction::Value(_) | ReadAction::Shadow(_))
+        })
+        .collect();
     let message = if !written.is_empty() {
         format!(
             "this rule takes writes of {} and keeps them from the register, by which the processor or KVM works: the guest \
@@ -51,6 +46,12 @@ fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
         "write `allow`, or close it after the first write with { once = true }; where no guest uses it: `accept = { W013 = \
          \"why not\" }`",
     ))
+}
+
+/// The MSRs of a kind that a rule means.
+fn named_by(rule: &Rule, kind: fn(&Entry) -> bool) -> impl Iterator<Item = &'static Entry> {
+    let of_kind = msrgate_msrs::all().iter().filter(move |entry| kind(entry));
+    of_kind.filter(|entry| names(rule, entry.msr))
 }
 
 /// Whether a rule means this MSR, and does not only cover it by a range.
@@ -73,7 +74,8 @@ fn nowhere(rule: &Rule) -> Option<Diagnostic> {
         let message = format!("neither a processor nor a hypervisor is known to have MSRs near `{pattern}`");
         let help = format!(
             "is {} meant, {}? else: `accept = {{ W014 = \"whose it is\" }}`",
-            meant.msr, meant.name
+            meant.msr,
+            meant.name()
         );
         Some(Diagnostic::at(Code::Nowhere, rule.place.clone(), message).help(help))
     })

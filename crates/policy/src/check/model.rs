@@ -32,7 +32,7 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) ->
 
 fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> Option<Diagnostic> {
     let absent = |entry: &&Entry| {
-        let features = entry.exists.features();
+        let features = entry.exists().features();
         let reads = map.reads.get(entry.msr);
         let writes = map.writes.get(entry.msr);
         let allowed = reads.rule == Some(index) && reads.action == ReadAction::Allow
@@ -51,7 +51,7 @@ fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> O
         "the guest's CPUID does not show {}, so {} for this guest",
         features_of(&absent, cpuid, false),
         match absent.as_slice() {
-            [one] => format!("there is no {}", one.name),
+            [one] => format!("there is no {}", one.name()),
             _ => format!("these MSRs are not there: {}", named(&absent)),
         }
     );
@@ -60,7 +60,7 @@ fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> O
             "let the rule hold for guests that have it, `when = {{ features = [\"{}\"] }}`, or leave the MSR out",
             absent
                 .first()
-                .and_then(|entry| entry.exists.features().first())
+                .and_then(|entry| entry.exists().features().first())
                 .unwrap_or(&"")
         )),
     )
@@ -83,11 +83,11 @@ fn denies_shown(rule: &Rule, denied: &[&Entry], cpuid: &Cpuid) -> Option<Diagnos
 fn denies_whole_features(map: &DecisionMap, denied: &[&Entry], cpuid: &Cpuid) -> Option<Diagnostic> {
     let served: HashSet<&str> = shown(cpuid)
         .filter(|entry| !denies(map, entry) || decider(map, entry).is_some())
-        .flat_map(|entry| entry.exists.features())
+        .flat_map(|entry| entry.exists().features())
         .copied()
         .collect();
     let by_default = denied.iter().filter(|entry| {
-        let features = entry.exists.features();
+        let features = entry.exists().features();
         !features.iter().any(|feature| served.contains(feature))
     });
     let by_default: Vec<&Entry> = by_default.copied().collect();
@@ -108,8 +108,8 @@ fn denies_whole_features(map: &DecisionMap, denied: &[&Entry], cpuid: &Cpuid) ->
 /// The MSRs of which CPUID says by a feature that they are there.
 fn shown(cpuid: &Cpuid) -> impl Iterator<Item = &'static Entry> + use<'_> {
     // What CPUID's `tsc` promises is RDTSC, which no filter takes away.
-    let deniable = |entry: &&Entry| entry.is_filterable() && entry.name != "IA32_TSC";
-    let by_feature = |entry: &&Entry| !entry.exists.features().is_empty() && entry.exists_on(cpuid) == Some(true);
+    let deniable = |entry: &&Entry| entry.is_filterable() && entry.name() != "IA32_TSC";
+    let by_feature = |entry: &&Entry| !entry.exists().features().is_empty() && entry.exists_on(cpuid) == Some(true);
     msrgate_msrs::all().iter().filter(deniable).filter(by_feature)
 }
 
@@ -132,7 +132,7 @@ fn decider(map: &DecisionMap, entry: &Entry) -> Option<u32> {
 /// The features of which `entries` depend and that the guest has, or has not: ``"`mtrr` and `mca`"``.
 fn features_of(entries: &[&Entry], cpuid: &Cpuid, has: bool) -> String {
     let mut features: Vec<&str> = Vec::new();
-    for feature in entries.iter().flat_map(|entry| entry.exists.features()) {
+    for feature in entries.iter().flat_map(|entry| entry.exists().features()) {
         if cpuid.has(feature) == Some(has) && !features.contains(feature) {
             features.push(feature);
         }

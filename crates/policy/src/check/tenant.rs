@@ -94,5 +94,5 @@ fn kept(map: &DecisionMap) -> Option<Diagnostic> {
 /// The name of a single MSR that has one, else the range.
 fn name(range: MsrRange) -> String {
     let single = msrgate_msrs::by_msr(range.first()).filter(|_| range.len() == 1);
-    single.map_or_else(|| range.to_string(), |entry| entry.name.to_owned())
+    single.map_or_else(|| range.to_string(), |entry| entry.name().to_owned())
 }

@@ -1,12 +1,16 @@
 //! The MSR space in parts that are treated alike, and rules for them.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::LazyLock;
 
 use msrgate_core::{Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_msrs::spell;
 use msrgate_plan::{DecisionMap, Intervals};
 
 use super::DecompiledRule;
+
+/// Names for several MSRs at once, with the MSRs in order.
+static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(spell::groups);
 
 /// What reads and writes are to get; `None` is left to the default.
 pub(super) type Want = (Option<ReadAction>, Option<WriteAction>);
@@ -54,9 +58,7 @@ impl Segments {
                 free: *free,
             })
             .collect();
-        let groups = spell::GROUPS
-            .iter()
-            .map(|(spelt, members)| Group::of(spelt, members, &parts));
+        let groups = GROUPS.iter().map(|(spelt, members)| Group::of(spelt, members, &parts));
         let groups = groups.collect();
         Segments { parts, groups }
     }

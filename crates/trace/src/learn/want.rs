@@ -201,7 +201,11 @@ fn classes(wants: &mut Wants, op: Op, cpuid: Option<&Cpuid>, whole: &mut Vec<(Cl
     // Judged by what was seen, not by what another class adds.
     let seen = wants.clone();
     for class in Class::ALL.iter().filter(|class| **class != Class::X2apic) {
-        let members = || msrgate_msrs::all().iter().filter(|entry| entry.classes.contains(class));
+        let members = || {
+            msrgate_msrs::all()
+                .iter()
+                .filter(|entry| entry.classes().contains(class))
+        };
         let (mut there, mut used) = (0, 0);
         for entry in members() {
             let is_used = allows(&seen, entry.msr, op);
@@ -262,5 +266,5 @@ fn ranges(wants: &mut Wants, op: Op) {
 
 /// The first of its classes, under which a learned policy lists it.
 pub(super) fn class(msr: Msr) -> Option<Class> {
-    msrgate_msrs::by_msr(msr).and_then(|entry| entry.classes.first().copied())
+    msrgate_msrs::by_msr(msr).and_then(|entry| entry.classes().first().copied())
 }

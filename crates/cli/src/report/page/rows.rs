@@ -157,7 +157,7 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
             th scope="row" {
                 (explain::name(row.msr).unwrap_or("unknown"))
                 @if let Some(entry) = entry {
-                    @let classes: Vec<&str> = entry.classes.iter().map(|class| class.name()).collect();
+                    @let classes: Vec<&str> = entry.classes().iter().map(|class| class.name()).collect();
                     div.muted { (classes.join(" ")) }
                 }
             }
