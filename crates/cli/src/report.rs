@@ -15,9 +15,7 @@ use msrgate_trace::{Record, TraceError};
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::render;
-use crate::replay::{Opened, open};
-use crate::stream;
+use crate::{cpuid, input, stream, trace, words};
 
 /// How many vCPUs a note on gaps names.
 const FEW_LOST: usize = 3;
@@ -35,9 +33,9 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     let html = args.html.as_deref().filter(|path| *path != Path::new("-"));
     if let Some(html) = html {
         let inputs = args.traces.iter().chain(&args.policy).chain(&args.cpuid.cpuid);
-        load::refuse_overwrite(html, inputs.map(PathBuf::as_path))?;
+        input::refuse_overwrite(html, inputs.map(PathBuf::as_path))?;
     }
-    let given = load::cpuid(&args.cpuid)?;
+    let given = cpuid::given(&args.cpuid)?;
     let mut told = Told {
         report: Report::default(),
         files: Vec::new(),
@@ -45,11 +43,11 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     };
     let mut readable = false;
     for path in &args.traces {
-        let name = load::shown(path);
-        let mut lines = match open(path) {
+        let name = input::shown(path);
+        let mut lines = match trace::open(path) {
             Ok(lines) => lines,
-            Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
-            Err(Opened::Malformed(error)) => {
+            Err(trace::Opened::Unreadable(line)) => return Err(Failure::input(line)),
+            Err(trace::Opened::Malformed(error)) => {
                 told.report.begin(Default::default());
                 told.files.push((name, Some(error)));
                 continue;
@@ -82,7 +80,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     for (name, error) in &told.files {
         if let Some(error) = error {
             broken = true;
-            writeln!(stream::err(), "msrgate: {}", render::plain(&format!("{name}: {error}")))?;
+            writeln!(stream::err(), "msrgate: {}", words::plain(&format!("{name}: {error}")))?;
         }
     }
     // Where not even a header could be read there is nothing to report on.
@@ -91,7 +89,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
         match html {
             Some(path) => {
                 let sources = told.policy.iter().flat_map(|loaded| &loaded.policy.sources);
-                load::refuse_overwrite(path, sources.map(Source::path))?;
+                input::refuse_overwrite(path, sources.map(Source::path))?;
                 fs::write(path, page::page(&told))
                     .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
             }
@@ -171,7 +169,7 @@ impl Told {
         });
         format!(
             "{} missing from {name}, so this is not all that the guests did: {}{}",
-            render::counted(all, "access is", "accesses are"),
+            words::counted(all, "access is", "accesses are"),
             whose.collect::<Vec<_>>().join(", "),
             if named < all { ", and of more vCPUs" } else { "" }
         )
@@ -186,7 +184,7 @@ impl Told {
                 notes.push(format!("{name}: {error}; what came before it is in the report"));
             }
             if let (Some(loaded), Some(hash)) = (&self.policy, &trace.header.policy)
-                && *hash != load::hex(&loaded.plan.hash())
+                && *hash != words::hex(&loaded.plan.hash())
             {
                 notes.push(format!(
                     "{name} was made under another policy: its numbers of rules are not those of `{}`",

@@ -10,11 +10,11 @@ use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
-use crate::load;
 use crate::run::keeper::Keeper;
 use crate::run::resolve::Resolved;
 use crate::run::trace::Trace;
 use crate::run::writer::Writer;
+use crate::{load, words};
 
 mod child;
 mod keeper;
@@ -54,7 +54,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         resolved.map.held.retain(|preset| preset.msr != PLATFORM_INFO);
     }
     let plan = resolve::plan(&resolved.map)?;
-    let known = resolved.resolve.is_none().then(|| load::hex(&plan.hash()));
+    let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
     let inputs = [
         args.policy.as_deref(),
         args.cpuid.cpuid.as_deref(),

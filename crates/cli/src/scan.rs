@@ -12,12 +12,10 @@ use msrgate_kvm::ProbeError;
 use msrgate_policy::Pattern;
 
 use crate::args::{ScanArgs, WriteArg};
-use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::replay::kvm::{nobody, to_kvm};
-use crate::replay::{tell_of_handlers, with_source};
-use crate::stream;
-use crate::verify::progress;
+use crate::cpuid::{self, to_kvm};
+use crate::exit::{Exit, Failure, with_source};
+use crate::handler::{nobody, tell_of_handlers};
+use crate::{load, progress, stream, words};
 use record::{Facts, Ruled};
 
 /// What was found, and what it is compared with.
@@ -29,7 +27,7 @@ pub(crate) struct Found {
 
 pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let ranges = ranges(args)?;
-    let cpuid = load::cpuid(&args.cpuid)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
     let before = args.against.as_deref().map(record::read).transpose()?;
     let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
     let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
@@ -59,13 +57,13 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         let loaded = load::policy_for_host(path, cpuid.as_ref(), &[])?;
         facts.policy = Some(Ruled {
             name: loaded.policy.name.clone(),
-            hash: load::hex(&loaded.plan.hash()),
+            hash: words::hex(&loaded.plan.hash()),
         });
         tell_of_handlers(&loaded.plan)?;
         let handlers = nobody(&loaded.plan);
         scanner = scanner.under(probed, Arc::new(loaded.plan), handlers);
     }
-    let bar = progress(0);
+    let bar = progress::steps(0);
     let scan = scanner.scan(&ranges, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);

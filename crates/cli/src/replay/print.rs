@@ -7,14 +7,13 @@ use serde_json::{Value, json};
 
 use super::Backend;
 use super::compare::{Comparison, Row};
-use crate::explain;
-use crate::render;
+use crate::{render, words};
 
 pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
     let rows = seen.rows().map(|(msr, op, row)| {
         json!({
             "msr": msr.to_string(),
-            "name": explain::name(msr),
+            "name": words::name(msr),
             "op": op.name(),
             "count": row.count,
             "action": row.action,
@@ -50,7 +49,7 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     for (msr, op, row) in seen.rows() {
         table.add_row([
             msr.to_string(),
-            explain::name(msr).unwrap_or_default().to_owned(),
+            words::name(msr).unwrap_or_default().to_owned(),
             op.to_string(),
             row.count.to_string(),
             row.action.to_owned(),
@@ -89,7 +88,7 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
         writeln!(
             out,
             "note: {} missing from the traces, and were not made: what the policy gives them is not known here",
-            render::counted(seen.lost(), "access is", "accesses are")
+            words::counted(seen.lost(), "access is", "accesses are")
         )?;
     }
     match seen.changed() {

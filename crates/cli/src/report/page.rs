@@ -10,9 +10,8 @@ use msrgate_trace::report::{Kind, Trace};
 use sha2::{Digest, Sha256};
 
 use super::Told;
-use crate::load::{self, Loaded};
-use crate::plan;
-use crate::render::{self, plain};
+use crate::load::Loaded;
+use crate::words::{self, plain};
 
 const STYLE: &str = include_str!("page/page.css");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -201,7 +200,7 @@ fn summary(told: &Told) -> Markup {
                 div { dt { "Accesses" } dd { (number(all)) } }
                 div { dt { "MSRs" } dd { (number(msrs.len() as u64)) } }
                 div { dt { "vCPUs" } dd { (number(report.vcpus().len() as u64)) } }
-                div { dt { "Over" } dd { (render::duration(longest.unwrap_or(0))) } }
+                div { dt { "Over" } dd { (words::duration(longest.unwrap_or(0))) } }
                 div {
                     dt { "Left the kernel" }
                     dd { (number(report.exits())) small { (format!(" {:.0} %", percent(report.exits(), all))) } }
@@ -210,8 +209,8 @@ fn summary(told: &Told) -> Markup {
                     dt { "Time in user space" }
                     @match cost.mean() {
                         Some(mean) => dd {
-                            (render::duration(cost.sum))
-                            small { " " (render::duration(mean)) " each" }
+                            (words::duration(cost.sum))
+                            small { " " (words::duration(mean)) " each" }
                         },
                         None => dd.untold { "not in the " (if report.traces().len() > 1 { "traces" } else { "trace" }) },
                     }
@@ -241,7 +240,7 @@ fn summary(told: &Told) -> Markup {
             @if let Some(Loaded { policy, plan, .. }) = &told.policy {
                 p {
                     "Held against the policy " b { (plain(&policy.name)) } " "
-                    code.hash { (load::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
+                    code.hash { (words::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
                     @let broken = told.broken();
                     @if broken > 0 {
                         ", which denies " b { (counted(broken, "access", "accesses")) } " that the guest was served with."
@@ -308,7 +307,7 @@ fn rules(told: &Told) -> Markup {
     html! {
         section aria-labelledby="rules" {
             h2 #rules { "Rules of the policy" }
-            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (plan::word(policy.default)) } "." }
+            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (words::word(policy.default)) } "." }
             div.scroll role="region" aria-labelledby="rules" tabindex="0" {
                 table {
                     thead {

@@ -9,7 +9,7 @@ use msrgate_supervise::{Leaf, Resolve};
 use super::is_told;
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
-use crate::load;
+use crate::{cpuid, load, trace};
 
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
@@ -25,7 +25,7 @@ pub(crate) struct Resolved {
 impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
-        let profile = load::profile(&args.profile)?;
+        let profile = trace::profile(&args.profile)?;
         let known = |map: DecisionMap, rules| Resolved {
             logs: map.reads.iter().any(|(_, decision)| is_told(decision.log))
                 || map.writes.iter().any(|(_, decision)| is_told(decision.log)),
@@ -36,7 +36,7 @@ impl Resolved {
         let Some(path) = &args.policy else {
             return Ok(known(DecisionMap::allow_all(), 0));
         };
-        let cpuid = load::cpuid(&args.cpuid)?;
+        let cpuid = cpuid::given(&args.cpuid)?;
         let policy = load::unresolved(path)?;
         let rules = policy.rules.len();
         if cpuid.is_some() || !policy.asks_cpuid() {

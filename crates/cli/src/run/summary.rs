@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
 use crate::run::writer::print;
-use crate::{explain, render};
+use crate::{render, words};
 
 /// What there is to say besides the counts.
 pub(crate) struct Summary {
@@ -53,7 +53,7 @@ impl Summary {
         let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
                 "msr": msr.to_string(),
-                "name": explain::name(*msr),
+                "name": words::name(*msr),
                 "op": op.name(),
                 "count": tally.count,
                 "cost_ns": tally.cost.0,
@@ -101,10 +101,10 @@ impl Summary {
             };
             table.add_row([
                 msr.to_string(),
-                explain::name(*msr).unwrap_or_default().to_owned(),
+                words::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                render::duration(tally.cost.0 / tally.count.max(1)),
+                words::duration(tally.cost.0 / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
@@ -112,7 +112,7 @@ impl Summary {
         // Each is one access, and the table has not room for all.
         let touched = accesses.saturating_add(reader.uncounted());
         let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
-        let took = render::duration(cost(tallies));
+        let took = words::duration(cost(tallies));
         let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
         match reader.ledger().refusals() {
             0 => {}
