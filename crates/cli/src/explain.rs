@@ -10,8 +10,7 @@ use serde_json::{Value, json};
 
 use crate::args::ExplainArgs;
 use crate::exit::{Exit, Failure};
-use crate::words::{self};
-use crate::{cpuid, load, stream, trace};
+use crate::{cpuid, load, stream, trace, words};
 
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;

@@ -6,7 +6,6 @@ mod state;
 use std::io::Write;
 
 use msrgate_core::{Did, Entry, FilterRange, Op, Otherwise, ReadAction, WriteAction};
-use msrgate_plan::Plan;
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -100,7 +99,7 @@ fn json(loaded: &Loaded) -> Value {
         "default": words::word(plan.filter().default_verdict()),
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
-        "presets": presets(plan),
+        "presets": words::presets(plan.presets()),
         "no_presets": loaded.no_presets.iter().map(|(range, why)| json!({
             "first": range.first().to_string(),
             "last": range.last().to_string(),
@@ -127,13 +126,6 @@ fn json(loaded: &Loaded) -> Value {
         },
         "hash": words::hex(&plan.hash()),
     })
-}
-
-fn presets(plan: &Plan) -> Value {
-    let presets = plan.presets().iter();
-    presets
-        .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
-        .collect()
 }
 
 fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>) -> Value {

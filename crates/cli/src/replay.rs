@@ -9,13 +9,14 @@ mod compare;
 mod engine;
 pub(crate) mod kvm;
 mod log;
+mod machine;
 mod print;
 
 use std::collections::HashMap;
 use std::io::Write;
 use std::sync::Arc;
 
-use msrgate_core::{Answer, Event, Outcome};
+use msrgate_core::Event;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 use msrgate_trace::{Record, TraceError};
@@ -24,42 +25,13 @@ use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};
 use crate::{cpuid, handler, input, load, stream, trace};
 use compare::Comparison;
+use machine::{Backend, Machine};
 
 /// How many accesses run between two looks at what they got.
 const BATCH: usize = 4096;
 
 /// How many vCPUs, of all VMs together, one trace may name.
 const MOST_VCPUS: usize = 64;
-
-/// What an access got in one of the runs.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Got {
-    pub(crate) outcome: Outcome,
-    /// What user space answered; `None` where the access did not leave the kernel.
-    pub(crate) answer: Option<Answer>,
-}
-
-/// Where a replay runs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Backend {
-    Kvm,
-    Engine,
-}
-
-impl Backend {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Backend::Kvm => "kvm",
-            Backend::Engine => "engine",
-        }
-    }
-}
-
-/// One vCPU of one of the runs.
-pub(crate) trait Machine {
-    /// Lets the guest make the accesses of these events in order.
-    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure>;
-}
 
 /// The three runs of one vCPU.
 struct Trio {

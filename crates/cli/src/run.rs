@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use msrgate_core::{Log, Msr};
+use msrgate_core::Msr;
 use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
@@ -17,10 +17,12 @@ use crate::run::writer::Writer;
 use crate::{load, words};
 
 mod child;
+mod end;
 mod keeper;
 mod killed;
 mod program;
 mod resolve;
+mod signals;
 mod summary;
 mod trace;
 mod writer;
@@ -96,13 +98,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let status = child::run(vmm, supervisor, marks, writer.every(tells), &lines, &mut keeper)?;
     match status {
-        Some(status) => child::end(status),
+        Some(status) => end::end(status),
         // The front has ended long ago.
         None => Ok(Exit::Yes),
     }
-}
-
-/// Whether something is to be told of such accesses.
-fn is_told(log: Log) -> bool {
-    log != Log::None
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use msrgate_core::MsrRange;
-use msrgate_guest::scan::{Difference, ScanError, Scanner, WINDOWS, Writes};
+use msrgate_guest::scan::{ScanError, Scanner, WINDOWS, Writes};
 use msrgate_kvm::ProbeError;
 use msrgate_policy::Pattern;
 
@@ -16,14 +16,7 @@ use crate::cpuid::{self, to_kvm};
 use crate::exit::{Exit, Failure, with_source};
 use crate::handler::{nobody, tell_of_handlers};
 use crate::{load, progress, stream, words};
-use record::{Facts, Ruled};
-
-/// What was found, and what it is compared with.
-pub(crate) struct Found {
-    scan: msrgate_guest::scan::Scan,
-    facts: Facts,
-    against: Option<(Facts, Vec<Difference>)>,
-}
+use record::{Facts, Found, Ruled};
 
 pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let ranges = ranges(args)?;

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use msrgate_core::{Msr, MsrRange, Verdict};
+use msrgate_plan::Preset;
+use serde_json::{Value, json};
 
 use crate::stream;
 
@@ -33,6 +35,14 @@ pub(crate) fn word(verdict: Verdict) -> &'static str {
 /// A hash as programs and people get it.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Presets, as JSON has them.
+pub(crate) fn presets<'a>(presets: impl IntoIterator<Item = &'a Preset>) -> Value {
+    let presets = presets.into_iter();
+    presets
+        .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
+        .collect()
 }
 
 /// A time as people read it.

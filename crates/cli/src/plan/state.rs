@@ -42,7 +42,7 @@ pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
         "drop": drop.collect::<Vec<_>>(),
         "emulated": emulated.collect::<Vec<_>>(),
         "fallback": state.fallback,
-        "presets": super::presets(&loaded.plan),
+        "presets": words::presets(loaded.plan.presets()),
     })
 }
 

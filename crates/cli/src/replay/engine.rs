@@ -7,7 +7,7 @@ use msrgate_core::{Access, Backing, Event, Msr, Op, Outcome, Reason, VcpuState, 
 use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm, Written};
 use msrgate_plan::Plan;
 
-use super::{Got, Machine};
+use super::machine::{Got, Machine};
 use crate::exit::{Exit, Failure};
 
 /// One vCPU of the engine.

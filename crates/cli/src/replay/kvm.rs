@@ -9,7 +9,7 @@ use msrgate_kvm::{Gate, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
-use super::{Got, Machine};
+use super::machine::{Got, Machine};
 pub(crate) use crate::cpuid::to_kvm;
 use crate::exit::{Exit, Failure, with_source};
 use crate::handler::nobody;

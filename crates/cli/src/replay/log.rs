@@ -4,8 +4,8 @@ use std::io::Write;
 
 use msrgate_core::{Event, LogLimiter, Op};
 
-use super::Got;
 use super::compare::Comparison;
+use super::machine::Got;
 use crate::exit::Failure;
 use crate::{stream, words};
 

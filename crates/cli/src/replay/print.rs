@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use msrgate_trace::TraceError;
 use serde_json::{Value, json};
 
-use super::Backend;
 use super::compare::{Comparison, Row};
+use super::machine::Backend;
 use crate::{render, words};
 
 pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
@@ -29,10 +29,7 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
         "changed": seen.changed(),
         "faults": seen.faults(),
         "lost": seen.lost(),
-        "presets": seen.presets().map(|preset| json!({
-            "msr": preset.msr.to_string(),
-            "value": format!("{:#x}", preset.value),
-        })).collect::<Vec<_>>(),
+        "presets": words::presets(seen.presets()),
         "by_msr": rows.collect::<Vec<_>>(),
     });
     if let Some(why) = fallback {

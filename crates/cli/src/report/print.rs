@@ -6,7 +6,7 @@ use msrgate_core::Reason;
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
-use super::Told;
+use super::told::Told;
 use crate::load::Loaded;
 use crate::{render, words};
 

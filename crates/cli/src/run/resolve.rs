@@ -1,12 +1,11 @@
 //! What the policy is for a guest: said at the start, or resolved by the CPUID that its VMM sets.
 
-use msrgate_core::{ReadAction, WriteAction};
+use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
 use msrgate_supervise::{Leaf, Resolve};
 
-use super::is_told;
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
 use crate::{cpuid, load, trace};
@@ -92,4 +91,9 @@ fn answer(
     let map = map.with_profile(profile.to_vec());
     plan(&map).map_err(|failure| failure.to_string())?;
     Ok(map)
+}
+
+/// Whether something is to be told of such accesses.
+fn is_told(log: Log) -> bool {
+    log != Log::None
 }

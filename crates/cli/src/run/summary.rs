@@ -8,8 +8,7 @@ use msrgate_supervise::{Mode, Reader, Tally};
 use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
-use crate::run::writer::print;
-use crate::{render, words};
+use crate::{render, stream, words};
 
 /// What there is to say besides the counts.
 pub(crate) struct Summary {
@@ -37,7 +36,7 @@ impl Summary {
     /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
     pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
         let tallies = reader.tallies();
-        print(&match self.json {
+        stream::tell(&match self.json {
             true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_deref())),
             false => self.text(reader, trace, &tallies, killed.as_deref()),
         });
@@ -70,10 +69,7 @@ impl Summary {
             "background": self.background,
             "killed": killed,
             "cost_ns": cost(tallies),
-            "presets": self.presets.iter().map(|preset| json!({
-                "msr": preset.msr.to_string(),
-                "value": format!("{:#x}", preset.value),
-            })).collect::<Vec<_>>(),
+            "presets": words::presets(&self.presets),
             "by_msr": rows.collect::<Vec<_>>(),
             "lost": {
                 "events": reader.lost(),

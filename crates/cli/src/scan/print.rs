@@ -5,8 +5,7 @@ use std::io::{self, Write};
 use msrgate_core::{Access, Msr, MsrRange};
 use msrgate_guest::scan::{Change, Difference, Scan};
 
-use super::Found;
-use super::record::{Facts, contain};
+use super::record::{Facts, Found, contain};
 use crate::{render, words};
 
 pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {

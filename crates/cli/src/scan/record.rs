@@ -12,9 +12,15 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::Found;
 use crate::exit::Failure;
 use crate::{input, machine, words};
+
+/// What was found, and what it is compared with.
+pub(crate) struct Found {
+    pub(super) scan: Scan,
+    pub(super) facts: Facts,
+    pub(super) against: Option<(Facts, Vec<Difference>)>,
+}
 
 /// Where and under what a scan was made.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -7,8 +7,10 @@ use msrgate_core::{Did, Msr, MsrRange, Op};
 use msrgate_plan::Intervals;
 use msrgate_trace::report::{Kind, Row};
 
-use super::super::Told;
-use super::{counted, kinds, number, outline, rows, sign};
+use super::super::told::Told;
+use super::number::{counted, number};
+use super::rows;
+use super::sign::{kinds, outline, sign};
 use crate::words;
 
 /// How many squares of 256 MSRs are drawn.

@@ -4,9 +4,10 @@ use maud::{Markup, html};
 use msrgate_core::Op;
 use msrgate_trace::report::{Counts, Kind, Moment, Row, Timeline};
 
-use super::super::Told;
 use super::super::print::{rules_of, time, vcpu, word};
-use super::{number, sign};
+use super::super::told::Told;
+use super::number::number;
+use super::sign::{kinds, sign};
 use crate::words::{self, plain};
 
 /// How many rows the page has: a browser sorts and filters these at once.
@@ -144,7 +145,7 @@ fn tools(columns: &Columns) -> Markup {
 
 fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
     let entry = msrgate_msrs::by_msr(row.msr);
-    let got: Vec<&str> = super::kinds(row.kinds)
+    let got: Vec<&str> = kinds(row.kinds)
         .filter(|(_, count)| *count > 0)
         .map(|(kind, _)| kind.name())
         .collect();

@@ -3,8 +3,9 @@
 use maud::{Markup, html};
 use msrgate_trace::report::Vcpu;
 
-use super::super::Told;
-use super::{counted, kinds, number, sign};
+use super::super::told::Told;
+use super::number::{counted, number};
+use super::sign::{kinds, sign};
 use crate::words;
 
 /// How high a lane is.
