@@ -51,27 +51,13 @@ const CIRCLES: &[(&str, &str)] = &[
          verify::shrink verify::swap verify::twin",
     ),
     ("core", "action event table"),
-    ("guest", "guest vcpu"),
-    ("kvm", "gate vcpu"),
-    ("msrs", "cpuid cpuid::features"),
     ("plan", "cover pack"),
     ("plan", "map note order plan preset proof spill"),
-    (
-        "policy",
-        "check check::guest check::likely check::model check::order check::tenant",
-    ),
-    ("policy", "decompile decompile::segments"),
-    (
-        "policy",
-        "foreign foreign::crosvm foreign::firecracker foreign::msr_safe",
-    ),
     ("policy", "parse parse::rule policy"),
     (
         "policy",
         "raw raw::bytes raw::c raw::c::cursor raw::c::fields raw::c::token raw::c::value raw::json",
     ),
-    ("trace", "learn::observe learn::summary"),
-    ("trace", "learn::since learn::text"),
 ];
 
 /// Holds the source against what ARCHITECTURE.md says of it.
@@ -79,6 +65,7 @@ pub(crate) fn check() -> Result<Ending, String> {
     let root = crate::root();
     let mut wrong = arrows()?;
     let mut lines = BTreeMap::new();
+    let mut left = 0;
     for directory in directories(&root.join("crates"))? {
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut sum = 0;
@@ -93,7 +80,10 @@ pub(crate) fn check() -> Result<Ending, String> {
                 });
                 let line = format!("{name} has a circle of modules: {}", circle.join(" "));
                 match is_known {
-                    true => println!("{line}; known"),
+                    true => {
+                        left += 1;
+                        println!("{line}; known");
+                    }
                     false => wrong.push(line),
                 }
             }
@@ -126,7 +116,7 @@ pub(crate) fn check() -> Result<Ending, String> {
         wrong
             .first()
             .cloned()
-            .unwrap_or_else(|| "no circle, no arrow up".to_owned()),
+            .unwrap_or_else(|| format!("no arrow up, {left} known circles")),
     ))
 }
 

@@ -6,16 +6,8 @@ use msrgate_core::Access;
 
 use crate::error::GuestError;
 use crate::memory::{MAX_VCPUS, Memory};
+use crate::mode::Mode;
 use crate::vcpu::{Pending, Seen, Vcpu};
-
-/// What the guest's instructions run in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Mode {
-    /// Real mode.
-    Real,
-    /// 64-bit mode.
-    Long,
-}
 
 /// How a guest is made.
 #[derive(Clone, Debug)]

@@ -52,6 +52,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod guest;
+mod mode;
 mod vcpu;
 mod code;
 mod memory;
@@ -65,7 +66,8 @@ mod error;
 
 pub use error::{Broke, GuestError};
 pub use faithful::faithful;
-pub use guest::{Guest, Mode, Options};
+pub use guest::{Guest, Options};
 pub use held::held;
+pub use mode::Mode;
 pub use no_preset::{NoPreset, no_presets};
 pub use vcpu::{Pending, Seen, SeenExit, Vcpu};

@@ -11,8 +11,8 @@ use msrgate_kvm::{Answered, Dispatch, VcpuGate};
 
 use crate::code::{FAULTED, NOT_DONE, PORT_DONE, PORT_EXCEPTION, WRITE};
 use crate::error::{Broke, GuestError};
-use crate::guest::Mode;
 use crate::memory::{self, Entry, MAX_ENTRIES, Table};
+use crate::mode::Mode;
 use crate::stats;
 
 /// What an access got.

@@ -132,6 +132,7 @@
 
 mod probe;
 mod gate;
+mod epoch;
 mod vcpu;
 mod exit;
 mod handler;

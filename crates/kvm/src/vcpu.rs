@@ -10,8 +10,8 @@ use std::sync::Arc;
 use kvm_bindings::kvm_run;
 use msrgate_core::{Access, Answer, Event, Nanos, Outcome, Reason, VcpuState, Why};
 
+use crate::epoch::{Epoch, Published, Shared};
 use crate::exit;
-use crate::gate::{Epoch, Published, Shared};
 use crate::registers::Registers;
 use crate::{SaveError, StateError, ioctl, state};
 

@@ -13,12 +13,15 @@
 //! ```
 
 mod features;
+mod place;
 
 use alloc::borrow::ToOwned;
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 use core::fmt;
+
+pub use place::{Feature, Owner, Place, Register};
 
 /// The values that CPUID gives, by leaf and subleaf.
 ///
@@ -52,63 +55,6 @@ impl fmt::Display for CpuVendor {
             CpuVendor::Other => "other",
         })
     }
-}
-
-/// One of the four registers that CPUID fills.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Register {
-    /// EAX.
-    Eax,
-    /// EBX.
-    Ebx,
-    /// ECX.
-    Ecx,
-    /// EDX.
-    Edx,
-}
-
-/// Whose leaves a [`Place`] counts from.
-///
-/// Hypervisors share 0x4000_0000–0x4000_ffff: the one that the guest sees first sits at 0x4000_0000, the
-/// next at 0x4000_0100, and so on; each is told by its signature.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Owner {
-    /// The processor itself: the leaf is what it says.
-    Processor,
-    /// KVM, signature `KVMKVMKVM`.
-    Kvm,
-    /// A hypervisor with Microsoft's interface, `Hv#1` in leaf 0x4000_0001.
-    HyperV,
-    /// Xen, signature `XenVMMXenVMM`.
-    Xen,
-}
-
-/// A field of CPUID: `width` bits from `bit` up, which says yes if it is `at_least` so much.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Whose leaf it is.
-    pub owner: Owner,
-    /// The leaf; for a hypervisor as if it sat at 0x4000_0000.
-    pub leaf: u32,
-    /// The subleaf.
-    pub subleaf: u32,
-    /// The register.
-    pub register: Register,
-    /// The lowest bit.
-    pub bit: u8,
-    /// How many bits, 1 to 32.
-    pub width: u8,
-    /// The least value that says yes.
-    pub at_least: u32,
-}
-
-/// A named feature; it is there if any of its places says so.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Feature {
-    /// The name, as Linux's `/proc/cpuinfo` spells it.
-    pub name: &'static str,
-    /// Where CPUID tells of it.
-    pub places: &'static [Place],
 }
 
 /// All features that [`Cpuid::has`] knows.

@@ -6,15 +6,15 @@ mod likely;
 mod model;
 mod order;
 mod tenant;
-
-use std::collections::BTreeMap;
+mod by_rule;
+mod names;
 
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
-use msrgate_msrs::Entry;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Intervals};
 
 use crate::{Code, Diagnostic, Pattern, Policy, Rule};
+use names::listed;
 
 /// Findings about a policy that can be used, in the order of the text; those that it accepts are marked. `map` is its
 /// decision map for the same `cpuid`.
@@ -123,36 +123,6 @@ impl Shadows {
         let others = if reads { &self.writes } else { &self.reads };
         let mut ranges = rule.ranges().into_iter();
         ranges.any(|range| others.within(range).any(|(_, shadow)| *shadow))
-    }
-}
-
-/// Things by the number of the rule that decides them; `None` for the default. So that what is known of some hundred MSRs is
-/// not asked anew for each rule.
-fn by_rule<T: Clone>(things: &[T], decider: impl Fn(&T) -> Option<u32>) -> BTreeMap<Option<u32>, Vec<T>> {
-    let mut of: BTreeMap<Option<u32>, Vec<T>> = BTreeMap::new();
-    for thing in things {
-        of.entry(decider(thing)).or_default().push(thing.clone());
-    }
-    of
-}
-
-/// Patterns as an author wrote them: `@x2apic`, `0x10`.
-fn listed(patterns: &[&Pattern]) -> String {
-    let names: Vec<String> = patterns.iter().map(|pattern| format!("`{pattern}`")).collect();
-    names.join(", ")
-}
-
-/// The names of some MSRs, in a sentence.
-fn named(entries: &[&Entry]) -> String {
-    let names: Vec<String> = entries.iter().map(|entry| entry.name().to_owned()).collect();
-    some(&names)
-}
-
-/// The first of many, and how many more there are.
-fn some(names: &[String]) -> String {
-    match names.split_at_checked(5) {
-        Some((first, more)) if more.len() > 1 => format!("{} and {} more", first.join(", "), more.len()),
-        _ => names.join(", "),
     }
 }
 

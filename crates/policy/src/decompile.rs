@@ -16,6 +16,7 @@
 //! one rule or apart, exceptions in a rule of their own or left out of ranges, and rules in any order, since a rule may
 //! name MSRs that an earlier one decides. The default is the filter's: what it gives to nearly all MSRs.
 
+mod rule;
 mod segments;
 
 use std::fmt;
@@ -24,6 +25,8 @@ use msrgate_core::{ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
 use self::segments::{Segments, Want};
+pub use rule::DecompiledRule;
+
 use crate::print;
 use crate::raw::Given;
 
@@ -40,17 +43,6 @@ pub struct Decompiled {
     pub rules: Vec<DecompiledRule>,
     /// What its reader should know, in sentences.
     pub comments: Vec<String>,
-}
-
-/// One rule.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct DecompiledRule {
-    /// The MSRs, as a policy spells them.
-    pub msrs: Vec<String>,
-    /// What reads get.
-    pub read: Option<ReadAction>,
-    /// What writes get.
-    pub write: Option<WriteAction>,
 }
 
 /// How many parts of the MSR space, in all orders, are still looked at from every side. A filter of more parts is noise to

@@ -3,7 +3,7 @@
 //! Where Linux has no name, the manual's in lower case. The few names that stand for a count
 //! (`arch_perfmon_gp3`: at least three general-purpose counters) end in that count.
 
-use super::{Feature, Owner, Place, Register};
+use super::place::{Feature, Owner, Place, Register};
 use Register::{Eax, Ebx, Ecx, Edx};
 
 const fn processor(leaf: u32, subleaf: u32, register: Register, bit: u8) -> Place {

@@ -5,7 +5,8 @@ use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Need, System, Vendor};
 use msrgate_plan::DecisionMap;
 
-use super::{by_rule, some};
+use super::by_rule::by_rule;
+use super::names::some;
 use crate::{Code, Diagnostic, Rule};
 
 /// Needs that a rule denies, and a note on those that no rule allows.

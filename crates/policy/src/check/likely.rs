@@ -4,7 +4,7 @@ use msrgate_core::{Msr, ReadAction, WriteAction};
 use msrgate_msrs::Entry;
 use msrgate_plan::DecisionMap;
 
-use super::named;
+use super::names::named;
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {

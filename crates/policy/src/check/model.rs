@@ -7,7 +7,8 @@ use msrgate_msrs::Entry;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::DecisionMap;
 
-use super::{by_rule, named, some};
+use super::by_rule::by_rule;
+use super::names::{named, some};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// MSRs that a rule allows by name and the guest's CPUID does not show, and MSRs that the policy denies and it shows.

@@ -6,7 +6,7 @@ use std::hash::Hash;
 use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::{Decision, DecisionMap, Intervals};
 
-use super::listed;
+use super::names::listed;
 use crate::{Code, Diagnostic, Pattern, Policy, Rule};
 
 /// How many intervals of the decision map are looked at for rules that hide each other: ranges within ranges have the square

@@ -4,7 +4,8 @@ use msrgate_core::{MsrRange, ReadAction, WriteAction};
 use msrgate_msrs::{Entry, Host, State};
 use msrgate_plan::DecisionMap;
 
-use super::{by_rule, named, some};
+use super::by_rule::by_rule;
+use super::names::{named, some};
 use crate::{Code, Diagnostic, Pattern, Rule};
 
 /// Rules by which a guest reads what tells of the host and its other guests.

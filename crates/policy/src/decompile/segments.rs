@@ -7,7 +7,7 @@ use msrgate_core::{Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_msrs::spell;
 use msrgate_plan::{DecisionMap, Intervals};
 
-use super::DecompiledRule;
+use super::rule::DecompiledRule;
 
 /// Names for several MSRs at once, with the MSRs in order.
 static GROUPS: LazyLock<Vec<(String, Vec<Msr>)>> = LazyLock::new(spell::groups);

@@ -13,7 +13,8 @@ use msrgate_msrs::number;
 use msrgate_msrs::spell;
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each, unsayable};
+use super::imported::{ForeignError, Format, Imported};
+use super::unsayable::{Unsayable, each, unsayable};
 
 const FLAG: &str = "--userspace-msr";
 

@@ -10,7 +10,7 @@ use msrgate_core::{Msr, ReadAction, Verdict};
 use msrgate_msrs::number;
 use serde::Deserialize;
 
-use super::{ForeignError, Format, Imported};
+use super::imported::{ForeignError, Format, Imported};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, HashSet};
 use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
-use super::{ForeignError, Format, Imported, Unsayable, each, unsayable};
+use super::imported::{ForeignError, Format, Imported};
+use super::unsayable::{Unsayable, each, unsayable};
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     let mut imported = Imported {

@@ -1,3 +1,4 @@
+use msrgate_core::Msr;
 use msrgate_plan::By;
 
 use super::*;

@@ -1,10 +1,12 @@
-//! One trace, event by event.
+//! A trace, event by event, or a summary of traces.
 
 use std::collections::{HashMap, HashSet};
+use std::io::{self, BufRead, Read};
 
 use msrgate_core::{Did, Event, Gap, Msr, MsrRange, Nanos, Op};
 
-use super::summary::{self, LearnError, Seen, Summary};
+use super::summary::{self, LONGEST, LearnError, Seen, Summary};
+use crate::{Lines, Record};
 
 /// How many shadow registers, of all vCPUs together, a trace may tell of.
 const SHADOWS: usize = 1 << 20;
@@ -90,5 +92,38 @@ impl Observer {
             summary.seen.insert(key, seen);
         }
         Ok(summary)
+    }
+}
+
+impl Summary {
+    /// Reads a trace, or a summary that was written before; they are told apart by their first line. `name` is what the
+    /// trace is called in reasons.
+    pub fn read(name: &str, mut from: impl BufRead) -> Result<Summary, LearnError> {
+        let mut head = Vec::new();
+        while head.trim_ascii().is_empty() {
+            let before = head.len();
+            let mut limited = Read::take(&mut from, LONGEST.saturating_sub(before as u64));
+            limited.read_until(b'\n', &mut head).map_err(LearnError::io)?;
+            if head.len() == before {
+                break;
+            }
+        }
+        let is_summary = head
+            .trim_ascii_start()
+            .strip_prefix(b"{")
+            .is_some_and(|rest| rest.trim_ascii_start().starts_with(b"\"msrgate_summary\""));
+        let whole = io::Cursor::new(head).chain(from);
+        if is_summary {
+            Summary::read_rows(whole)
+        } else {
+            let mut observer = Observer::default();
+            for record in Lines::new(whole)? {
+                match record? {
+                    Record::Event(event) => observer.see(&event)?,
+                    Record::Gap(gap) => observer.miss(&gap),
+                }
+            }
+            observer.finish(name)
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! What a learned policy does otherwise than an older one, and what says so.
 
+use std::fmt;
+
 use msrgate_core::{Did, Msr, MsrRange, Op};
 use msrgate_msrs::spell;
 use msrgate_plan::{By, DecisionMap};
@@ -55,6 +57,26 @@ pub struct Change {
     pub after: String,
     /// What says so.
     pub why: String,
+}
+
+/// As a line, without the end of a sentence.
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Change {
+            kind,
+            range,
+            op,
+            before,
+            after,
+            why,
+        } = self;
+        write!(
+            f,
+            "{} {op} {}: {after}, was {before}: {why}",
+            kind.name(),
+            text::span(*range)
+        )
+    }
 }
 
 impl Learned {

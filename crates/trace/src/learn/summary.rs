@@ -9,14 +9,13 @@ use msrgate_core::{Did, Msr, Op};
 use msrgate_msrs::number;
 use serde::Deserialize;
 
-use super::observe::Observer;
-use crate::{Lines, Record, TraceError};
+use crate::TraceError;
 
 /// The version of the format that is read and written here.
 const VERSION: u64 = 1;
 
 /// The longest line that is read.
-const LONGEST: u64 = 1 << 20;
+pub(super) const LONGEST: u64 = 1 << 20;
 
 /// How many names of traces are kept beside a count of them.
 const NAMES: usize = 4;
@@ -150,37 +149,6 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Reads a trace, or a summary that was written before; they are told apart by their first line. `name` is what the
-    /// trace is called in reasons.
-    pub fn read(name: &str, mut from: impl BufRead) -> Result<Summary, LearnError> {
-        let mut head = Vec::new();
-        while head.trim_ascii().is_empty() {
-            let before = head.len();
-            let mut limited = Read::take(&mut from, LONGEST.saturating_sub(before as u64));
-            limited.read_until(b'\n', &mut head).map_err(LearnError::io)?;
-            if head.len() == before {
-                break;
-            }
-        }
-        let is_summary = head
-            .trim_ascii_start()
-            .strip_prefix(b"{")
-            .is_some_and(|rest| rest.trim_ascii_start().starts_with(b"\"msrgate_summary\""));
-        let whole = io::Cursor::new(head).chain(from);
-        if is_summary {
-            Summary::read_rows(whole)
-        } else {
-            let mut observer = Observer::default();
-            for record in Lines::new(whole)? {
-                match record? {
-                    Record::Event(event) => observer.see(&event)?,
-                    Record::Gap(gap) => observer.miss(&gap),
-                }
-            }
-            observer.finish(name)
-        }
-    }
-
     /// Adds what another summary counted.
     pub fn merge(&mut self, other: &Summary) -> Result<(), LearnError> {
         add(&mut self.traces, other.traces);
@@ -255,7 +223,7 @@ impl Summary {
         Ok(())
     }
 
-    fn read_rows(mut from: impl BufRead) -> Result<Summary, LearnError> {
+    pub(super) fn read_rows(mut from: impl BufRead) -> Result<Summary, LearnError> {
         let mut line = Vec::new();
         let mut number = 0;
         let mut header: Option<Header> = None;
@@ -454,7 +422,7 @@ impl LearnError {
         }
     }
 
-    fn io(error: io::Error) -> LearnError {
+    pub(super) fn io(error: io::Error) -> LearnError {
         LearnError {
             line: None,
             message: format!("cannot be read: {error}"),

@@ -7,7 +7,6 @@ use msrgate_msrs::spell::{name, runs};
 use msrgate_policy::print;
 
 use super::rule::{Facts, Learned, LearnedRule};
-use super::since::Change;
 
 /// How many MSRs a sentence names.
 const NAMED: usize = 12;
@@ -90,23 +89,8 @@ impl fmt::Display for Learned {
     }
 }
 
-/// As a line, without the end of a sentence.
-impl fmt::Display for Change {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Change {
-            kind,
-            range,
-            op,
-            before,
-            after,
-            why,
-        } = self;
-        write!(f, "{} {op} {}: {after}, was {before}: {why}", kind.name(), span(*range))
-    }
-}
-
 /// The names of a range's first and last MSR, or of the only one.
-fn span(range: MsrRange) -> String {
+pub(super) fn span(range: MsrRange) -> String {
     match range.len() {
         1 => name(range.first()),
         _ => format!("{}..={}", name(range.first()), name(range.last())),
