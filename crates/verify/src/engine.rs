@@ -3,22 +3,26 @@
 use std::sync::Arc;
 
 use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
-use msrgate_engine::{Completion, Instruction, Intercepts, Path, Profile, Step, Vcpu, Vm, Written};
+use msrgate_engine::{
+    Caller, Completion, Descriptor, Errno, Fault, Instruction, Intercepts, Path, Process, Profile, Step, Vcpu, Vm,
+    Written,
+};
+use msrgate_guest::raw::{Arena, Request};
 
-use super::live::Got;
-use super::twin::Twin;
+use crate::live::Got;
+use crate::unfiltered::Unfiltered;
 
 /// What user space answers to an exit, and what a plan's table did, where one was asked.
-pub(super) type Answered = (Outcome, Option<Did>);
+pub(crate) type Answered = (Outcome, Option<Did>);
 
 /// A VM of the engine with one vCPU.
-pub(super) struct Engine {
-    pub(super) vm: Arc<Vm>,
+pub(crate) struct Engine {
+    pub(crate) vm: Arc<Vm>,
     vcpu: Vcpu,
 }
 
 impl Engine {
-    pub(super) fn new(profile: Profile) -> Engine {
+    pub(crate) fn new(profile: Profile) -> Engine {
         let vm = Arc::new(Vm::new().with_profile(profile));
         Engine {
             vcpu: Vcpu::new(Arc::clone(&vm), Intercepts::all()),
@@ -27,19 +31,19 @@ impl Engine {
     }
 
     /// Whether the filter lets the kernel see the access.
-    pub(super) fn allows(&mut self, msr: Msr, op: Op) -> bool {
+    pub(crate) fn allows(&mut self, msr: Msr, op: Op) -> bool {
         self.vcpu.verdict(msr, op) == Verdict::Allow
     }
 
     /// What the access comes to; `None` where the MSRs behind the filter do what the engine has no word for.
-    pub(super) fn access(
+    pub(crate) fn access(
         &mut self,
         access: Access,
         path: Path,
-        twin: &mut Twin,
-        answer: &mut dyn FnMut(Exit, &mut Twin) -> Answered,
+        unfiltered: &mut Unfiltered,
+        answer: &mut dyn FnMut(Exit, &mut Unfiltered) -> Answered,
     ) -> Option<Got> {
-        twin.take_unsayable();
+        unfiltered.take_unsayable();
         // The upper halves do not count.
         let rcx = 0xdead_beef << 32 | u64::from(access.msr().0);
         let instruction = match access {
@@ -50,15 +54,15 @@ impl Engine {
                 rdx: value >> 32,
             },
         };
-        let step = self.vcpu.execute(instruction, path, twin).ok()?;
-        if twin.take_unsayable() {
+        let step = self.vcpu.execute(instruction, path, unfiltered).ok()?;
+        if unfiltered.take_unsayable() {
             self.vcpu.complete(1, 0);
             return None;
         }
         let (reason, did, completion) = match step {
             Step::Complete(completion) => (0, None, completion),
             Step::Exit(exit) => {
-                let (outcome, did) = answer(exit, twin);
+                let (outcome, did) = answer(exit, unfiltered);
                 let completion = match outcome {
                     Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
                     Outcome::Done => self.vcpu.answer_write(Ok(())),
@@ -86,4 +90,17 @@ fn outcome(completion: Completion) -> Outcome {
             Written::Register { value, .. } => Outcome::Value(value),
         },
     }
+}
+
+/// Makes a call with an argument in `arena`.
+pub(crate) fn call(vm: &Vm, arena: &Arena, on: Descriptor, request: Request, argp: u64) -> Result<(), Errno> {
+    let memory = |address: u64, to: &mut [u8]| match arena.read(address, to) {
+        true => Ok(()),
+        false => Err(Fault),
+    };
+    let caller = Caller {
+        process: Process::Native,
+        descriptor: on,
+    };
+    vm.ioctl(request.number(), argp, &memory, caller).map(drop)
 }

@@ -3,52 +3,53 @@
 use std::fmt;
 
 use msrgate_core::abi::{self, Layout};
+use msrgate_core::{Msr, Ops};
 use msrgate_engine::Descriptor;
 use msrgate_guest::raw::{Arena, Request};
 
 /// A system call on one of KVM's descriptors.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Call {
-    pub(super) target: Target,
-    pub(super) on: Descriptor,
+pub(crate) struct Call {
+    pub(crate) target: Target,
+    pub(crate) on: Descriptor,
     /// Where the argument lies.
-    pub(super) argp: Place,
+    pub(crate) argp: Place,
 }
 
 /// A call and its argument.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Target {
+pub(crate) enum Target {
     Filter(RawFilter),
     Cap { cap: u32, flags: u32, args: [u64; 4] },
 }
 
 /// `struct kvm_msr_filter`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct RawFilter {
-    pub(super) flags: u32,
+pub(crate) struct RawFilter {
+    pub(crate) flags: u32,
     /// What each byte of padding holds.
-    pub(super) pad: u8,
+    pub(crate) pad: u8,
     /// Whether it has the layout and the number of a 32-bit process.
-    pub(super) compat: bool,
+    pub(crate) compat: bool,
     /// The slots that are not all zeros, in order.
-    pub(super) ranges: Vec<RawRange>,
+    pub(crate) ranges: Vec<RawRange>,
 }
 
 /// `struct kvm_msr_filter_range`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct RawRange {
-    pub(super) slot: usize,
-    pub(super) flags: u32,
-    pub(super) nmsrs: u32,
-    pub(super) base: u32,
+pub(crate) struct RawRange {
+    pub(crate) slot: usize,
+    pub(crate) flags: u32,
+    pub(crate) nmsrs: u32,
+    pub(crate) base: u32,
     /// What lies where `bitmap` points; zeros follow.
-    pub(super) bitmap: Vec<u8>,
-    pub(super) at: Place,
+    pub(crate) bitmap: Vec<u8>,
+    pub(crate) at: Place,
 }
 
 /// Where something lies in the caller's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Place {
+pub(crate) enum Place {
     /// Aligned.
     Mapped,
     /// At an odd address.
@@ -66,11 +67,11 @@ pub(super) enum Place {
 }
 
 /// Pages that a call needs at most: the argument and 16 bitmaps.
-pub(super) const PAGES: usize = 1 + abi::MAX_RANGES;
+pub(crate) const PAGES: usize = 1 + abi::MAX_RANGES;
 
 impl Call {
     /// KVM_X86_SET_MSR_FILTER on the VM.
-    pub(super) fn filter(filter: RawFilter) -> Call {
+    pub(crate) fn filter(filter: RawFilter) -> Call {
         Call {
             target: Target::Filter(filter),
             on: Descriptor::Vm,
@@ -79,7 +80,7 @@ impl Call {
     }
 
     /// KVM_ENABLE_CAP of a mask of exit reasons on the VM.
-    pub(super) fn mask(mask: u64, argp: Place) -> Call {
+    pub(crate) fn mask(mask: u64, argp: Place) -> Call {
         Call {
             target: Target::Cap {
                 cap: abi::CAP_X86_USER_SPACE_MSR,
@@ -92,7 +93,7 @@ impl Call {
     }
 
     /// Writes the argument and its bitmaps to `arena`, each to a page of its own, and says what to call.
-    pub(super) fn place(&self, arena: &mut Arena) -> (Request, u64) {
+    pub(crate) fn place(&self, arena: &mut Arena) -> (Request, u64) {
         let (request, argument) = match &self.target {
             Target::Filter(filter) => {
                 let (request, layout) = if filter.compat {
@@ -146,9 +147,33 @@ impl RawFilter {
         bytes
     }
 
+    /// Allows what no range denies.
+    pub(crate) fn allowing(ranges: Vec<RawRange>) -> RawFilter {
+        RawFilter {
+            flags: 0,
+            pad: 0,
+            compat: false,
+            ranges,
+        }
+    }
+
     /// The ranges that the kernel looks at.
-    pub(super) fn used(&self) -> impl Iterator<Item = &RawRange> {
+    pub(crate) fn used(&self) -> impl Iterator<Item = &RawRange> {
         self.ranges.iter().filter(|range| range.nmsrs != 0)
+    }
+}
+
+impl RawRange {
+    /// One MSR, denied in these directions.
+    pub(crate) fn denying(slot: usize, msr: Msr, ops: Ops) -> RawRange {
+        RawRange {
+            slot,
+            flags: ops.bits(),
+            nmsrs: 1,
+            base: msr.0,
+            bitmap: vec![0; 8],
+            at: Place::Mapped,
+        }
     }
 }
 

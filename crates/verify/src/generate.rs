@@ -4,8 +4,8 @@ use msrgate_core::abi::{CAP_X86_MSR_FILTER, MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Access, Msr, Op};
 use msrgate_engine::Descriptor;
 
-use super::call::{Call, Place, RawFilter, RawRange, Target};
-use super::rng::Rng;
+use crate::call::{Call, Place, RawFilter, RawRange, Target};
+use crate::rng::Rng;
 
 /// Where ranges like to start: MSRs that exist, edges of the hardware's bitmaps, of x2APIC, and of all indices.
 const BASES: [u32; 40] = [
@@ -74,12 +74,12 @@ const ODD: [u32; 18] = [
 ];
 
 /// A call: mostly a filter, now and then a mask.
-pub(super) fn call(rng: &mut Rng) -> Call {
+pub(crate) fn call(rng: &mut Rng) -> Call {
     if rng.chance(5) { cap(rng) } else { filter(rng) }
 }
 
 /// A mask that is accepted and hands denials to user space more often than not.
-pub(super) fn mask(rng: &mut Rng) -> Call {
+pub(crate) fn mask(rng: &mut Rng) -> Call {
     let mask = if rng.chance(80) { 4 | rng.below(4) } else { rng.below(8) };
     Call::mask(mask, Place::Mapped)
 }
@@ -285,7 +285,7 @@ fn descriptor(rng: &mut Rng) -> Descriptor {
 }
 
 /// Accesses that tell `filter` from others, at most `most` of them: around every boundary, within, and at odd places.
-pub(super) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -> Vec<(Msr, Op)> {
+pub(crate) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -> Vec<(Msr, Op)> {
     let mut msrs: Vec<u32> = Vec::new();
     for range in filter.into_iter().flat_map(RawFilter::used) {
         let end = range.base.wrapping_add(range.nmsrs);
@@ -306,12 +306,12 @@ pub(super) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -
 }
 
 /// A value that means nothing.
-pub(super) fn value(rng: &mut Rng) -> u64 {
+pub(crate) fn value(rng: &mut Rng) -> u64 {
     rng.next()
 }
 
 /// The access with its value, where it is a write.
-pub(super) fn access((msr, op): (Msr, Op), value: u64) -> Access {
+pub(crate) fn access((msr, op): (Msr, Op), value: u64) -> Access {
     match op {
         Op::Read => Access::Read { msr },
         Op::Write => Access::Write { msr, value },

@@ -5,25 +5,25 @@ use std::fmt;
 use msrgate_core::{Access, Outcome, Reason};
 use msrgate_engine::Descriptor;
 
-use super::call::{Call, Place, RawFilter, Target};
-use super::live::Got;
-use super::pair::{Gives, answer};
+use crate::call::{Call, Place, RawFilter, Target};
+use crate::live::Got;
+use crate::pair::{Gives, answer};
 
 /// What happens to a VM from its start on.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Scenario {
-    pub(super) steps: Vec<Step>,
+pub(crate) struct Scenario {
+    pub(crate) steps: Vec<Step>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Step {
+pub(crate) enum Step {
     Call(Call),
     Access(Access),
 }
 
 /// What came of a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Came {
+pub(crate) enum Came {
     Gives(Gives),
     Got(Got),
 }
@@ -42,7 +42,7 @@ impl fmt::Display for Came {
 const TRIES: usize = 2000;
 
 /// The smallest scenario for which `disagrees` still holds. `disagrees` is to be asked in a fresh VM.
-pub(super) fn shrink<E>(
+pub(crate) fn shrink<E>(
     mut scenario: Scenario,
     mut disagrees: impl FnMut(&Scenario) -> Result<bool, E>,
 ) -> Result<Scenario, E> {
@@ -151,7 +151,7 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
             .for_each(|(range, slot)| range.slot = slot)
     });
     for (at, range) in filter.ranges.iter().enumerate() {
-        let mut push = |change: &dyn Fn(&mut super::call::RawRange)| {
+        let mut push = |change: &dyn Fn(&mut crate::call::RawRange)| {
             push(&|filter| {
                 if let Some(range) = filter.ranges.get_mut(at) {
                     change(range);
@@ -191,17 +191,17 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
 }
 
 /// Leaves the bytes of whole longs.
-fn trim(range: &mut super::call::RawRange) {
+fn trim(range: &mut crate::call::RawRange) {
     if range.nmsrs <= msrgate_core::abi::MAX_RANGE_MSRS {
         range.bitmap.resize(range.nmsrs.div_ceil(64) as usize * 8, 0);
     }
 }
 
 /// A case file with what the live kernel did as what is expected.
-pub(super) struct CaseFile<'a> {
-    pub(super) name: &'a str,
-    pub(super) scenario: &'a Scenario,
-    pub(super) live: &'a [Came],
+pub(crate) struct CaseFile<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) scenario: &'a Scenario,
+    pub(crate) live: &'a [Came],
 }
 
 impl fmt::Display for CaseFile<'_> {
@@ -276,21 +276,21 @@ mod tests {
     use msrgate_suite::Case;
     use serde::Deserialize;
 
-    use super::super::call::RawRange;
-    use super::super::rng::Rng;
-    use super::super::wild;
     use super::*;
+    use crate::call::RawRange;
+    use crate::generate;
+    use crate::rng::Rng;
 
     #[derive(Deserialize)]
     struct File {
         case: Vec<Case>,
     }
 
-    fn wild_scenario(item: u64) -> Scenario {
+    fn random_scenario(item: u64) -> Scenario {
         let mut rng = Rng::of(9, item);
-        let mut steps: Vec<Step> = (0..3).map(|_| Step::Call(wild::call(&mut rng))).collect();
-        for access in wild::accesses(&mut rng, None, 6) {
-            steps.push(Step::Access(wild::access(access, wild::value(&mut rng))));
+        let mut steps: Vec<Step> = (0..3).map(|_| Step::Call(generate::call(&mut rng))).collect();
+        for access in generate::accesses(&mut rng, None, 6) {
+            steps.push(Step::Access(generate::access(access, generate::value(&mut rng))));
         }
         Scenario { steps }
     }
@@ -298,7 +298,7 @@ mod tests {
     #[test]
     fn the_suite_reads_what_is_printed_and_prints_the_same() {
         for item in 0..500 {
-            let scenario = wild_scenario(item);
+            let scenario = random_scenario(item);
             let got = Got {
                 reason: 4,
                 sees: Outcome::Value(7),
@@ -334,7 +334,7 @@ mod tests {
         let mut rng = Rng::of(4, 4);
         let mut ranges: Vec<RawRange> = Vec::new();
         while ranges.len() < 5 {
-            if let Target::Filter(filter) = wild::call(&mut rng).target {
+            if let Target::Filter(filter) = generate::call(&mut rng).target {
                 ranges.extend(filter.ranges.into_iter().take(1));
             }
         }

@@ -6,16 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use msrgate_core::Access;
 use msrgate_engine::Descriptor;
 
-use super::call::{Call, RawFilter, Target};
-use super::host::Host;
-use super::live::Machine;
-use super::pair::{Both, Compared, Gives, Pair, Relation};
-use super::report::{Disagreement, Report};
-use super::rng::Rng;
-use super::shrink::{Came, CaseFile, Scenario, Step, shrink};
-use super::twin::Twin;
-use super::{progress, wild};
-use crate::exit::{Exit, Failure};
+use crate::VerifyError;
+use crate::call::{Call, RawFilter, Target};
+use crate::generate;
+use crate::pair::{Both, Compared, Gives, Pair, Relation};
+use crate::rng::Rng;
+use crate::shrink::{Came, CaseFile, Scenario, Step, shrink};
+use crate::unfiltered::Unfiltered;
+use crate::{Disagreement, Report};
+use crate::{Machine, Progress};
 
 /// Candidates of one VM, which starts without a filter.
 const BLOCK: u64 = 250;
@@ -26,71 +25,69 @@ const TOLD: usize = 5;
 /// An accepted filter is waited for, by sleeping, far longer than it is worked on: so many VMs take turns.
 const THREADS: usize = 8;
 
-pub(super) fn run(
-    machine: &Machine,
-    host: &Host,
-    report: &mut Report,
-    seed: u64,
-    candidates: u64,
-    accesses: usize,
-) -> Result<(), Failure> {
-    let bar = progress(candidates);
-    let blocks = candidates.div_ceil(BLOCK);
-    let (next, found) = (AtomicU64::new(0), AtomicBool::new(false));
-    let worker = || {
-        let mut twin = Twin::new(machine)?;
-        let mut ran = Vec::new();
-        // Blocks that were begun are finished, so that what is found does not depend on who is faster.
-        while !found.load(Ordering::Relaxed) {
-            let block = next.fetch_add(1, Ordering::Relaxed);
-            if block >= blocks {
-                break;
+impl Machine {
+    /// Makes up random calls, most of them wrong, and compares what they give and, by up to so many accesses under each
+    /// filter that is accepted, what they do. The same seed gives the same calls.
+    pub fn random(
+        &self,
+        seed: u64,
+        candidates: u64,
+        accesses: usize,
+        progress: Progress<'_>,
+    ) -> Result<Report, VerifyError> {
+        let blocks = candidates.div_ceil(BLOCK);
+        let (next, done, found) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        let worker = || {
+            let mut unfiltered = Unfiltered::new(self)?;
+            let mut ran = Vec::new();
+            // Blocks that were begun are finished, so that what is found does not depend on who is faster.
+            while !found.load(Ordering::Relaxed) {
+                let block = next.fetch_add(1, Ordering::Relaxed);
+                if block >= blocks {
+                    break;
+                }
+                let first = block * BLOCK;
+                let last = candidates.min(first + BLOCK);
+                let block = Block::run(self, &mut unfiltered, seed, first..last, accesses)?;
+                found.fetch_or(block.found.is_some(), Ordering::Relaxed);
+                progress(
+                    done.fetch_add(last - first, Ordering::Relaxed) + last - first,
+                    candidates,
+                );
+                ran.push(block);
             }
-            let first = block * BLOCK;
-            let last = candidates.min(first + BLOCK);
-            let done = Block::run(machine, host, &mut twin, seed, first..last, accesses)?;
-            found.fetch_or(done.found.is_some(), Ordering::Relaxed);
-            bar.inc(last - first);
-            ran.push(done);
+            Ok::<Vec<Block>, VerifyError>(ran)
+        };
+        let threads = THREADS.min(usize::try_from(blocks).unwrap_or(THREADS));
+        let mut ran: Vec<Block> = Vec::new();
+        let results = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+            workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>()
+        });
+        for result in results {
+            let result = result.unwrap_or(Err(VerifyError::Panicked));
+            ran.extend(result?);
         }
-        Ok::<Vec<Block>, Failure>(ran)
-    };
-    let threads = THREADS.min(usize::try_from(blocks).unwrap_or(THREADS));
-    let mut ran: Vec<Block> = Vec::new();
-    let results = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>()
-    });
-    for result in results {
-        let result = result.unwrap_or_else(|_| Err(Failure::Line(Exit::Guest, "a thread of verify panicked".into())));
-        ran.extend(result?);
-    }
-    bar.finish_and_clear();
-    ran.sort_by_key(|block| block.candidates.start);
-    let mut twin = Twin::new(machine)?;
-    for block in ran {
-        report.candidates += block.candidates.end - block.candidates.start;
-        report.filters += block.filters;
-        report.errnos += block.errnos;
-        report.accesses += block.accesses;
-        report.bypasses += block.bypasses;
-        if let Some((candidate, scenario)) = block.found
-            && report.disagreements.len() < TOLD
-        {
-            let disagreement = explain(machine, host, &mut twin, scenario, candidate, seed)?;
-            report.disagreements.push(disagreement);
+        ran.sort_by_key(|block| block.first);
+        let mut report = Report::default();
+        let mut unfiltered = Unfiltered::new(self)?;
+        for block in ran {
+            report.add(block.report);
+            if let Some((candidate, scenario)) = block.found
+                && report.disagreements.len() < TOLD
+            {
+                let disagreement = explain(self, &mut unfiltered, scenario, candidate, seed)?;
+                report.disagreements.push(disagreement);
+            }
         }
+        Ok(report)
     }
-    Ok(())
 }
 
 /// Candidates that follow one another in one VM, and what was run of them.
 struct Block {
-    candidates: Range<u64>,
-    filters: u64,
-    errnos: u64,
-    accesses: u64,
-    bypasses: u64,
+    first: u64,
+    report: Report,
     /// The first candidate at which the two differ, and what led to it.
     found: Option<(u64, Scenario)>,
 }
@@ -98,31 +95,27 @@ struct Block {
 impl Block {
     fn run(
         machine: &Machine,
-        host: &Host,
-        twin: &mut Twin,
+        unfiltered: &mut Unfiltered,
         seed: u64,
         candidates: Range<u64>,
         accesses: usize,
-    ) -> Result<Block, Failure> {
+    ) -> Result<Block, VerifyError> {
         let mut block = Block {
-            candidates: candidates.clone(),
-            filters: 0,
-            errnos: 0,
-            accesses: 0,
-            bypasses: 0,
+            first: candidates.start,
+            report: Report::default(),
             found: None,
         };
         let mut run = Run {
-            pair: Pair::new(machine, host, twin)?,
+            pair: Pair::new(machine, unfiltered)?,
             in_force: Vec::new(),
         };
         for candidate in candidates {
+            block.report.candidates += 1;
             let mut rng = Rng::of(seed, candidate);
-            let mask = (candidate == block.candidates.start).then(|| wild::mask(&mut rng));
-            for call in mask.into_iter().chain([wild::call(&mut rng)]) {
-                if let Some(scenario) = run.candidate(&call, &mut rng, &mut block, accesses)? {
+            let mask = (candidate == block.first).then(|| generate::mask(&mut rng));
+            for call in mask.into_iter().chain([generate::call(&mut rng)]) {
+                if let Some(scenario) = run.candidate(&call, &mut rng, &mut block.report, accesses)? {
                     block.found = Some((candidate, scenario));
-                    block.candidates.end = candidate + 1;
                     return Ok(block);
                 }
             }
@@ -144,11 +137,11 @@ impl Run<'_> {
         &mut self,
         call: &Call,
         rng: &mut Rng,
-        block: &mut Block,
+        report: &mut Report,
         most: usize,
-    ) -> Result<Option<Scenario>, Failure> {
+    ) -> Result<Option<Scenario>, VerifyError> {
         let gives = self.pair.call(call);
-        block.errnos += 1;
+        report.calls += 1;
         if gives.live != gives.engine {
             return Ok(Some(self.scenario(call, None)));
         }
@@ -157,26 +150,26 @@ impl Run<'_> {
             Target::Filter(filter) => Some(filter),
             Target::Cap { .. } => None,
         };
-        block.filters += u64::from(accepted && filter.is_some());
+        report.filters += u64::from(accepted && filter.is_some());
         // Boundaries of what was refused tell as much as those of what is still in force.
         let old = self.in_force.iter().find_map(filter_of).filter(|_| rng.chance(50));
         let (boundaries, most) = match accepted {
             true => (filter, most),
             false => (old.or(filter), AFTER_REFUSAL),
         };
-        let chosen = wild::accesses(rng, boundaries, most);
+        let chosen = generate::accesses(rng, boundaries, most);
         let mut accesses: Vec<Access> = Vec::with_capacity(chosen.len());
         for (msr, op) in chosen {
-            if let Some(value) = self.pair.value(msr, op, wild::value(rng)) {
-                accesses.push(wild::access((msr, op), value));
+            if let Some(value) = self.pair.value(msr, op, generate::value(rng)) {
+                accesses.push(generate::access((msr, op), value));
             }
         }
         let compared = self.pair.accesses(&accesses)?;
-        block.accesses += compared.len() as u64;
+        report.accesses += compared.len() as u64;
         for one in &compared {
             match one.relation {
                 Relation::Same => {}
-                Relation::Bypass => block.bypasses += 1,
+                Relation::Bypass => report.bypasses += 1,
                 Relation::Differ => return Ok(Some(self.scenario(call, Some(one)))),
             }
         }
@@ -206,11 +199,10 @@ fn filter_of(call: &Call) -> Option<&RawFilter> {
 /// What the steps of a scenario come to in fresh VMs, up to the first at which the two differ.
 fn play(
     machine: &Machine,
-    host: &Host,
-    twin: &mut Twin,
+    unfiltered: &mut Unfiltered,
     scenario: &Scenario,
-) -> Result<(Vec<Both<Came>>, bool), Failure> {
-    let mut pair = Pair::new(machine, host, twin)?;
+) -> Result<(Vec<Both<Came>>, bool), VerifyError> {
+    let mut pair = Pair::new(machine, unfiltered)?;
     let mut all = Vec::new();
     for step in &scenario.steps {
         let (both, differ) = match step {
@@ -244,18 +236,17 @@ fn play(
 /// Shrinks a scenario and says what differs.
 fn explain(
     machine: &Machine,
-    host: &Host,
-    twin: &mut Twin,
+    unfiltered: &mut Unfiltered,
     scenario: Scenario,
     candidate: u64,
     seed: u64,
-) -> Result<Disagreement, Failure> {
+) -> Result<Disagreement, VerifyError> {
     // It counts as the same disagreement where the last step is the one that differs.
     let small = shrink(scenario, |smaller| {
-        let (came, differ) = play(machine, host, twin, smaller)?;
-        Ok::<bool, Failure>(differ && came.len() == smaller.steps.len())
+        let (came, differ) = play(machine, unfiltered, smaller)?;
+        Ok::<bool, VerifyError>(differ && came.len() == smaller.steps.len())
     })?;
-    let (came, differ) = play(machine, host, twin, &small)?;
+    let (came, differ) = play(machine, unfiltered, &small)?;
     let (live, engine): (Vec<Came>, Vec<Came>) = came.into_iter().map(|both| (both.live, both.engine)).unzip();
     let name = format!("found by verify, seed {seed}, candidate {candidate}");
     let last = |came: &[Came]| came.last().map(ToString::to_string).unwrap_or_default();
