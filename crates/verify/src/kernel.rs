@@ -1,5 +1,6 @@
 //! Which kernel this is, and which behaviour is expected of it.
 
+use std::fmt;
 use std::fs;
 
 use msrgate_core::{Access, Msr};
@@ -107,6 +108,13 @@ impl Kernel {
             } if self.fastpath => self.vendor(),
             _ => None,
         }
+    }
+}
+
+/// Release and module.
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.release, self.module)
     }
 }
 

@@ -48,6 +48,8 @@ pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: O
     }
     Ok(if !report.disagreements.is_empty() {
         Exit::No
+    } else if !report.skipped.is_empty() {
+        Exit::Machine
     } else {
         Exit::Yes
     })
@@ -93,10 +95,6 @@ fn table(report: &Report) -> Option<Table> {
 }
 
 impl Printed<'_> {
-    fn kernel(&self) -> String {
-        format!("{} {}", self.kernel.release(), self.kernel.module())
-    }
-
     fn json(&self) -> Value {
         let disagreements = self.report.disagreements.iter().map(|one| {
             json!({
@@ -111,7 +109,7 @@ impl Printed<'_> {
             .then(|| json!({ "kind": "bypass", "msr": "0x6e0", "op": "wrmsr", "count": self.report.bypasses }));
         let mut object = json!({
             "backend": "kvm",
-            "kernel": self.kernel(),
+            "kernel": self.kernel.to_string(),
             "profile": self.kernel.profile_name(),
             "mode": self.mode,
             "seed": self.seed,
@@ -177,13 +175,14 @@ impl Printed<'_> {
         writeln!(
             out,
             "Linux {}, profile {}, {} mode: {} filters installed, {} calls and {} accesses compared, {}",
-            self.kernel(),
+            self.kernel,
             self.kernel.profile_name(),
             self.mode,
             self.report.filters,
             self.report.calls,
             self.report.accesses,
             match self.report.disagreements.len() {
+                0 if self.report.calls + self.report.accesses == 0 => "nothing compared".to_owned(),
                 0 => "no disagreement".to_owned(),
                 1 => "1 disagreement".to_owned(),
                 n => format!("{n} disagreements"),
