@@ -114,11 +114,7 @@ impl Subject for Guest {
                     }
                     None => step.answer,
                 };
-                let completion = match outcome {
-                    Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
-                    Outcome::Done => self.vcpu.answer_write(Ok(())),
-                    Outcome::Fault => self.vcpu.complete(1, 0),
-                };
+                let completion = self.vcpu.answer(outcome);
                 (
                     Some(exit.reason),
                     completion.ok_or(Stop::fail("nothing is pending after an exit"))?,

@@ -3,10 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
-use msrgate_engine::{
-    Caller, Completion, Descriptor, Errno, Fault, Instruction, Intercepts, Path, Process, Profile, Step, Vcpu, Vm,
-    Written,
-};
+use msrgate_engine::{Caller, Descriptor, Errno, Fault, Intercepts, Path, Process, Profile, Step, Vcpu, Vm};
 use msrgate_guest::raw::{Arena, Request};
 
 use crate::live::Got;
@@ -44,17 +41,7 @@ impl Engine {
         answer: &mut dyn FnMut(Exit, &mut Unfiltered) -> Answered,
     ) -> Option<Got> {
         unfiltered.take_unsayable();
-        // The upper halves do not count.
-        let rcx = 0xdead_beef << 32 | u64::from(access.msr().0);
-        let instruction = match access {
-            Access::Read { .. } => Instruction::Rdmsr { rcx },
-            Access::Write { value, .. } => Instruction::Wrmsr {
-                rcx,
-                rax: value & 0xffff_ffff,
-                rdx: value >> 32,
-            },
-        };
-        let step = self.vcpu.execute(instruction, path, unfiltered).ok()?;
+        let step = self.vcpu.execute(access.into(), path, unfiltered).ok()?;
         if unfiltered.take_unsayable() {
             self.vcpu.complete(1, 0);
             return None;
@@ -63,32 +50,16 @@ impl Engine {
             Step::Complete(completion) => (0, None, completion),
             Step::Exit(exit) => {
                 let (outcome, did) = answer(exit, unfiltered);
-                let completion = match outcome {
-                    Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
-                    Outcome::Done => self.vcpu.answer_write(Ok(())),
-                    Outcome::Fault => self.vcpu.complete(1, 0),
-                };
-                (exit.reason as u32, did, completion?)
+                (exit.reason as u32, did, self.vcpu.answer(outcome)?)
             }
             Step::Failed(_) | Step::EmulationFailed(_) => return None,
         };
         Some(Got {
             reason,
-            sees: outcome(completion),
+            sees: completion.outcome(),
             did,
             odd: None,
         })
-    }
-}
-
-fn outcome(completion: Completion) -> Outcome {
-    match completion {
-        Completion::Fault => Outcome::Fault,
-        Completion::Done { written, .. } => match written {
-            Written::Nothing => Outcome::Done,
-            Written::RaxRdx { rax, rdx } => Outcome::Value(rdx << 32 | rax),
-            Written::Register { value, .. } => Outcome::Value(value),
-        },
     }
 }
 
