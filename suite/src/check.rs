@@ -103,7 +103,7 @@ fn checks(case: &Case, process: Process, implementation: &dyn Implementation) ->
                     Stop::Fail(how) => at(how),
                     skip => skip,
                 })?;
-                compared += access.expect.compare(&seen).map_err(at)?;
+                compared += compare(&access.expect, &seen).map_err(at)?;
             }
             Step::Call(call) => {
                 let gives = subject.call(call)?;
@@ -129,21 +129,19 @@ pub fn perform(call: &Call, make: impl FnOnce(&Call) -> Result<Option<Gives>, St
     }
 }
 
-impl Seen {
-    /// How many of the expectations were compared, or the first that is not met.
-    fn compare(&self, seen: &Seen) -> Result<usize, String> {
-        fn one<T: PartialEq + fmt::Debug>(what: &str, expected: &Option<T>, seen: &Option<T>) -> Result<usize, String> {
-            match (expected, seen) {
-                (Some(expected), Some(seen)) if expected != seen => Err(format!("{what} is {seen:?}")),
-                (Some(_), Some(_)) => Ok(1),
-                _ => Ok(0),
-            }
+/// How many of the expectations were compared, or the first that is not met.
+fn compare(expected: &Seen, seen: &Seen) -> Result<usize, String> {
+    fn one<T: PartialEq + fmt::Debug>(what: &str, expected: &Option<T>, seen: &Option<T>) -> Result<usize, String> {
+        match (expected, seen) {
+            (Some(expected), Some(seen)) if expected != seen => Err(format!("{what} is {seen:?}")),
+            (Some(_), Some(_)) => Ok(1),
+            _ => Ok(0),
         }
-        Ok(one("action", &self.action, &seen.action)?
-            + one("verdict", &self.verdict, &seen.verdict)?
-            + one("exit", &self.exit, &seen.exit)?
-            + one("sees", &self.sees, &seen.sees)?)
     }
+    Ok(one("action", &expected.action, &seen.action)?
+        + one("verdict", &expected.verdict, &seen.verdict)?
+        + one("exit", &expected.exit, &seen.exit)?
+        + one("sees", &expected.sees, &seen.sees)?)
 }
 
 /// What came of all cases.

@@ -10,8 +10,7 @@ use std::process::{Command, Stdio};
 
 use command::{Folder, POLICIES, Ran, count, list, program, text};
 use live::kvm_opens;
-use msrgate_suite::{Case, Checked, Engine, Process, Step, check};
-use serde::Deserialize;
+use msrgate_suite::{Checked, Engine, Process, Step, check, parse};
 use serde_json::Value;
 
 const MODES: [&str; 2] = ["real", "long"];
@@ -73,12 +72,6 @@ fn a_seed_gives_the_same_run_again_and_one_is_printed_where_none_is_given() {
     assert_ne!(filters("1"), filters("2"));
 }
 
-/// A file of cases.
-#[derive(Deserialize)]
-struct Cases {
-    case: Vec<Case>,
-}
-
 #[test]
 fn another_kernels_behaviour_is_told_apart_and_shrunk_to_a_case_that_the_suite_takes() {
     if !kvm_opens() {
@@ -94,8 +87,8 @@ fn another_kernels_behaviour_is_told_apart_and_shrunk_to_a_case_that_the_suite_t
     assert!(!found.is_empty());
     for one in found {
         assert_eq!((text(one, "live"), text(one, "engine")), ("EINVAL", "ok"), "{report:#}");
-        let cases: Cases = toml::from_str(text(one, "case")).expect("a case");
-        let [case] = cases.case.as_slice() else {
+        let cases = parse(text(one, "case")).expect("a case");
+        let [case] = cases.as_slice() else {
             panic!("{report:#}");
         };
         // One call and no range: all else does not matter.

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
-use msrgate_engine::{Caller, Descriptor, Errno, Fault, Intercepts, Path, Process, Profile, Step, Vcpu, Vm};
-use msrgate_guest::raw::{Arena, Request};
+use msrgate_engine::{Intercepts, Path, Profile, Step, Vcpu, Vm};
 
 use crate::live::Got;
 use crate::unfiltered::Unfiltered;
@@ -61,17 +60,4 @@ impl Engine {
             odd: None,
         })
     }
-}
-
-/// Makes a call with an argument in `arena`.
-pub(crate) fn call(vm: &Vm, arena: &Arena, on: Descriptor, request: Request, argp: u64) -> Result<(), Errno> {
-    let memory = |address: u64, to: &mut [u8]| match arena.read(address, to) {
-        true => Ok(()),
-        false => Err(Fault),
-    };
-    let caller = Caller {
-        process: Process::Native,
-        descriptor: on,
-    };
-    vm.ioctl(request.number(), argp, &memory, caller).map(drop)
 }

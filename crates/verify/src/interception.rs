@@ -3,16 +3,15 @@
 //! An access that does not leave the guest is not counted by the kernel's `exits` statistic. Each MSR is counted before
 //! there is a filter that denies it, under one, and after it.
 
-use std::io;
 use std::sync::Arc;
 
 use msrgate_core::{Access, Candidate, Msr, MsrRange, Op, Ops, Outcome, Reason};
-use msrgate_engine::{Intercepts, Vcpu as EngineVcpu, Vendor, Vm};
+use msrgate_engine::{Intercepts, Process, Vcpu as EngineVcpu, Vendor, Vm};
 use msrgate_guest::Guest;
 use msrgate_guest::raw::{Arena, Caller};
 
-use crate::call::{Call, PAGES, Place, RawFilter, RawRange};
-use crate::{Disagreement, Interception, Machine, Report, VerifyError, engine};
+use crate::case::{Call, PAGES, RawFilter, RawRange};
+use crate::{Disagreement, Interception, Machine, Report, VerifyError};
 
 /// Accesses of one count.
 const TIMES: u64 = Interception::TIMES;
@@ -108,7 +107,7 @@ fn one(
             } else {
                 Vec::new()
             };
-            counter.call(&Call::filter(RawFilter::allowing(ranges)))?;
+            counter.call(&Call::set_msr_filter(RawFilter::allowing(ranges)))?;
             report.filters += 1;
         }
         *intercepted = vcpu.pick_up().intercepts.intercepts(msr, op);
@@ -157,16 +156,15 @@ impl Counter {
             arena: Arena::new(PAGES)?,
             guest,
         };
-        counter.call(&Call::mask(Reason::Filter as u64, Place::Mapped))?;
+        counter.call(&Call::enable_cap(Reason::Filter as u64))?;
         Ok(counter)
     }
 
     /// Makes the call on both.
     fn call(&mut self, call: &Call) -> Result<(), VerifyError> {
-        let (request, argp) = call.place(&mut self.arena);
-        self.vm.call(request, argp)?;
-        engine::call(&self.engine, &self.arena, call.on, request, argp)
-            .map_err(|errno| io::Error::from_raw_os_error(errno as i32).into())
+        let (request, argp) = call.place(Process::Native, &mut self.arena);
+        call.on_engine(&self.engine, Process::Native, (request, argp), &self.arena);
+        Ok(self.vm.call(request, argp)?)
     }
 
     fn count(&mut self, msr: Msr, op: Op) -> Result<Count, VerifyError> {

@@ -22,7 +22,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![forbid(unsafe_code)]
 
-mod call;
+pub mod case;
 mod kernel;
 mod machine;
 mod unfiltered;

@@ -1,14 +1,12 @@
 //! A live VM and the engine's, which get the same calls and the same accesses.
 
-use std::fmt;
-
 use msrgate_core::{Access, Exit, Fault, Msr, MsrRange, Op, Outcome, ReadOutcome, WriteOutcome};
-use msrgate_engine::{Descriptor, Path};
+use msrgate_engine::{Path, Process};
 use msrgate_guest::raw::{Arena, Caller};
 
 use crate::VerifyError;
-use crate::call::{Call, PAGES};
-use crate::engine::{self, Engine};
+use crate::case::{Call, Descriptor, Gives, PAGES};
+use crate::engine::Engine;
 use crate::live::{Got, Live};
 use crate::unfiltered::Unfiltered;
 use crate::{Kernel, Machine};
@@ -36,27 +34,6 @@ const LEFT_ALONE: [(MsrRange, &str); 6] = [
 /// Whether the guest leaves the MSR alone where its write would be carried out.
 pub(crate) fn left_alone(msr: Msr) -> bool {
     LEFT_ALONE.iter().any(|(range, _)| range.contains(msr))
-}
-
-/// An error number, 0 for none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Gives(pub(crate) i32);
-
-/// As a case file writes it.
-impl fmt::Display for Gives {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.0 {
-            0 => "ok",
-            4 => "EINTR",
-            5 => "EIO",
-            12 => "ENOMEM",
-            14 => "EFAULT",
-            22 => "EINVAL",
-            25 => "ENOTTY",
-            number => return write!(f, "error {number}"),
-        };
-        f.pad(name)
-    }
 }
 
 /// What the live kernel and the engine made of the same thing.
@@ -114,23 +91,17 @@ impl<'a> Pair<'a> {
 
     /// Makes the call on both.
     pub(crate) fn call(&mut self, call: &Call) -> Both<Gives> {
-        let (request, argp) = call.place(&mut self.arena);
+        let (request, argp) = call.place(Process::Native, &mut self.arena);
         let caller = match call.on {
-            Descriptor::Vm => &self.vm,
+            Descriptor::Vm | Descriptor::AnotherProcess => &self.vm,
             Descriptor::Vcpu => &self.vcpu,
             Descriptor::System => &self.system,
         };
-        let live = match caller.call(request, argp) {
-            Ok(()) => 0,
-            Err(error) => error.raw_os_error().unwrap_or(-1),
-        };
-        let engine = match engine::call(&self.engine.vm, &self.arena, call.on, request, argp) {
-            Ok(()) => 0,
-            Err(errno) => errno as i32,
-        };
+        let live = Gives::from(caller.call(request, argp));
+        let engine = call.on_engine(&self.engine.vm, Process::Native, (request, argp), &self.arena);
         Both {
-            live: Gives(live),
-            engine: Gives(engine),
+            live,
+            engine: engine.unwrap_or(live),
         }
     }
 

@@ -4,14 +4,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use msrgate_core::Access;
-use msrgate_engine::Descriptor;
 
 use crate::VerifyError;
-use crate::call::{Call, RawFilter, Target};
+use crate::case::{Call, Descriptor, Gives, RawFilter, Step, Target};
 use crate::generate;
-use crate::pair::{Both, Compared, Gives, Pair, Relation};
+use crate::pair::{Both, Compared, Pair, Relation};
 use crate::rng::Rng;
-use crate::shrink::{Came, CaseFile, Scenario, Step, shrink};
+use crate::shrink::{Came, case, shrink};
 use crate::unfiltered::Unfiltered;
 use crate::{Disagreement, Report};
 use crate::{Machine, Progress};
@@ -73,10 +72,10 @@ impl Machine {
         let mut unfiltered = Unfiltered::new(self)?;
         for block in ran {
             report.add(block.report);
-            if let Some((candidate, scenario)) = block.found
+            if let Some((candidate, steps)) = block.found
                 && report.disagreements.len() < TOLD
             {
-                let disagreement = explain(self, &mut unfiltered, scenario, candidate, seed)?;
+                let disagreement = explain(self, &mut unfiltered, steps, candidate, seed)?;
                 report.disagreements.push(disagreement);
             }
         }
@@ -89,7 +88,7 @@ struct Block {
     first: u64,
     report: Report,
     /// The first candidate at which the two differ, and what led to it.
-    found: Option<(u64, Scenario)>,
+    found: Option<(u64, Vec<Step>)>,
 }
 
 impl Block {
@@ -114,8 +113,8 @@ impl Block {
             let mut rng = Rng::of(seed, candidate);
             let mask = (candidate == block.first).then(|| generate::mask(&mut rng));
             for call in mask.into_iter().chain([generate::call(&mut rng)]) {
-                if let Some(scenario) = run.candidate(&call, &mut rng, &mut block.report, accesses)? {
-                    block.found = Some((candidate, scenario));
+                if let Some(steps) = run.candidate(&call, &mut rng, &mut block.report, accesses)? {
+                    block.found = Some((candidate, steps));
                     return Ok(block);
                 }
             }
@@ -139,16 +138,16 @@ impl Run<'_> {
         rng: &mut Rng,
         report: &mut Report,
         most: usize,
-    ) -> Result<Option<Scenario>, VerifyError> {
+    ) -> Result<Option<Vec<Step>>, VerifyError> {
         let gives = self.pair.call(call);
         report.calls += 1;
         if gives.live != gives.engine {
-            return Ok(Some(self.scenario(call, None)));
+            return Ok(Some(self.steps(call, None)));
         }
-        let accepted = gives.live == Gives(0);
+        let accepted = gives.live == Gives::OK;
         let filter = match &call.target {
-            Target::Filter(filter) => Some(filter),
-            Target::Cap { .. } => None,
+            Target::SetMsrFilter(filter) => Some(filter),
+            Target::EnableCap { .. } => None,
         };
         report.filters += u64::from(accepted && filter.is_some());
         // Boundaries of what was refused tell as much as those of what is still in force.
@@ -170,7 +169,7 @@ impl Run<'_> {
             match one.relation {
                 Relation::Same => {}
                 Relation::Bypass => report.bypasses += 1,
-                Relation::Differ => return Ok(Some(self.scenario(call, Some(one)))),
+                Relation::Differ => return Ok(Some(self.steps(call, Some(one)))),
             }
         }
         if accepted {
@@ -181,30 +180,28 @@ impl Run<'_> {
         Ok(None)
     }
 
-    fn scenario(&self, call: &Call, access: Option<&Compared>) -> Scenario {
+    fn steps(&self, call: &Call, access: Option<&Compared>) -> Vec<Step> {
         let calls = self.in_force.iter().chain([call]).cloned().map(Step::Call);
-        Scenario {
-            steps: calls.chain(access.map(|one| Step::Access(one.access))).collect(),
-        }
+        calls.chain(access.map(|one| Step::from(one.access))).collect()
     }
 }
 
 fn filter_of(call: &Call) -> Option<&RawFilter> {
     match &call.target {
-        Target::Filter(filter) if call.on == Descriptor::Vm => Some(filter),
+        Target::SetMsrFilter(filter) if call.on == Descriptor::Vm => Some(filter),
         _ => None,
     }
 }
 
-/// What the steps of a scenario come to in fresh VMs, up to the first at which the two differ.
+/// What the steps come to in fresh VMs, up to the first at which the two differ.
 fn play(
     machine: &Machine,
     unfiltered: &mut Unfiltered,
-    scenario: &Scenario,
+    steps: &[Step],
 ) -> Result<(Vec<Both<Came>>, bool), VerifyError> {
     let mut pair = Pair::new(machine, unfiltered)?;
     let mut all = Vec::new();
-    for step in &scenario.steps {
+    for step in steps {
         let (both, differ) = match step {
             Step::Call(call) => {
                 let Both { live, engine } = pair.call(call);
@@ -214,8 +211,8 @@ fn play(
                 };
                 (both, live != engine)
             }
-            Step::Access(access) => {
-                let Some(one) = pair.accesses(&[*access])?.pop() else {
+            Step::Access(step) => {
+                let Some(one) = pair.accesses(&[step.access])?.pop() else {
                     return Ok((all, false));
                 };
                 let both = Both {
@@ -224,6 +221,7 @@ fn play(
                 };
                 (both, one.relation == Relation::Differ)
             }
+            Step::Replace(_) | Step::Kill => continue,
         };
         all.push(both);
         if differ {
@@ -233,26 +231,27 @@ fn play(
     Ok((all, false))
 }
 
-/// Shrinks a scenario and says what differs.
+/// Shrinks steps and says what differs.
 fn explain(
     machine: &Machine,
     unfiltered: &mut Unfiltered,
-    scenario: Scenario,
+    steps: Vec<Step>,
     candidate: u64,
     seed: u64,
 ) -> Result<Disagreement, VerifyError> {
     // It counts as the same disagreement where the last step is the one that differs.
-    let small = shrink(scenario, |smaller| {
+    let small = shrink(steps, |smaller| {
         let (came, differ) = play(machine, unfiltered, smaller)?;
-        Ok::<bool, VerifyError>(differ && came.len() == smaller.steps.len())
+        Ok::<bool, VerifyError>(differ && came.len() == smaller.len())
     })?;
     let (came, differ) = play(machine, unfiltered, &small)?;
     let (live, engine): (Vec<Came>, Vec<Came>) = came.into_iter().map(|both| (both.live, both.engine)).unzip();
     let name = format!("found by verify, seed {seed}, candidate {candidate}");
     let last = |came: &[Came]| came.last().map(ToString::to_string).unwrap_or_default();
-    let step = small.steps.last().map(|step| match step {
+    let step = small.last().map(|step| match step {
         Step::Call(_) => "the last call".to_owned(),
-        Step::Access(access) => format!("{} {}", access.op(), access.msr()),
+        Step::Access(step) => format!("{} {}", step.op(), step.msr()),
+        Step::Replace(_) | Step::Kill => String::new(),
     });
     let mut what = step.unwrap_or_default();
     if !differ {
@@ -263,13 +262,6 @@ fn explain(
         live: last(&live),
         engine: last(&engine),
         candidate: Some(candidate),
-        case: Some(
-            CaseFile {
-                name: &name,
-                scenario: &small,
-                live: &live,
-            }
-            .to_string(),
-        ),
+        case: Some(case(name, small, &live).to_string()),
     })
 }

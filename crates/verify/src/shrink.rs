@@ -2,24 +2,12 @@
 
 use std::fmt;
 
-use msrgate_core::{Access, Outcome, Reason};
-use msrgate_engine::Descriptor;
+use msrgate_core::{Access, Reason, Verdict};
+use msrgate_engine::Process;
 
-use crate::call::{Call, Place, RawFilter, Target};
+use crate::case::{AccessStep, Call, Case, Descriptor, Gives, Place, RawFilter, RawRange, Seen, Step, Target};
 use crate::live::Got;
-use crate::pair::{Gives, answer};
-
-/// What happens to a VM from its start on.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Scenario {
-    pub(crate) steps: Vec<Step>,
-}
-
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Step {
-    Call(Call),
-    Access(Access),
-}
+use crate::pair::answer;
 
 /// What came of a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -41,18 +29,18 @@ impl fmt::Display for Came {
 /// How often a smaller one is tried.
 const TRIES: usize = 2000;
 
-/// The smallest scenario for which `disagrees` still holds. `disagrees` is to be asked in a fresh VM.
+/// The smallest list of steps for which `disagrees` still holds. `disagrees` is to be asked in a fresh VM.
 pub(crate) fn shrink<E>(
-    mut scenario: Scenario,
-    mut disagrees: impl FnMut(&Scenario) -> Result<bool, E>,
-) -> Result<Scenario, E> {
+    mut steps: Vec<Step>,
+    mut disagrees: impl FnMut(&[Step]) -> Result<bool, E>,
+) -> Result<Vec<Step>, E> {
     let mut tries = 0;
     loop {
         let mut smaller = None;
-        for candidate in smaller_ones(&scenario) {
+        for candidate in smaller_ones(&steps) {
             tries += 1;
             if tries > TRIES {
-                return Ok(scenario);
+                return Ok(steps);
             }
             if disagrees(&candidate)? {
                 smaller = Some(candidate);
@@ -60,34 +48,35 @@ pub(crate) fn shrink<E>(
             }
         }
         match smaller {
-            Some(smaller) => scenario = smaller,
-            None => return Ok(scenario),
+            Some(smaller) => steps = smaller,
+            None => return Ok(steps),
         }
     }
 }
 
-/// Scenarios that are smaller by one thing, those that leave out most first.
-fn smaller_ones(scenario: &Scenario) -> Vec<Scenario> {
+/// Lists that are smaller by one thing, those that leave out most first.
+fn smaller_ones(steps: &[Step]) -> Vec<Vec<Step>> {
     let mut all = Vec::new();
-    for at in 0..scenario.steps.len() {
-        let mut smaller = scenario.clone();
-        smaller.steps.remove(at);
+    for at in 0..steps.len() {
+        let mut smaller = steps.to_vec();
+        smaller.remove(at);
         all.push(smaller);
     }
-    for (at, step) in scenario.steps.iter().enumerate() {
+    for (at, step) in steps.iter().enumerate() {
         let replaced = |step: Step| {
-            let mut smaller = scenario.clone();
-            if let Some(place) = smaller.steps.get_mut(at) {
+            let mut smaller = steps.to_vec();
+            if let Some(place) = smaller.get_mut(at) {
                 *place = step;
             }
             smaller
         };
         match step {
             Step::Call(call) => all.extend(smaller_calls(call).into_iter().map(|call| replaced(Step::Call(call)))),
-            Step::Access(Access::Write { msr, value }) if *value != 0 => {
-                all.push(replaced(Step::Access(Access::Write { msr: *msr, value: 0 })));
-            }
-            Step::Access(_) => {}
+            Step::Access(AccessStep {
+                access: Access::Write { msr, value: 1.. },
+                ..
+            }) => all.push(replaced(Access::Write { msr: *msr, value: 0 }.into())),
+            Step::Access(_) | Step::Replace(_) | Step::Kill => {}
         }
     }
     all
@@ -105,24 +94,24 @@ fn smaller_calls(call: &Call) -> Vec<Call> {
     push(&|call| call.argp = Place::Mapped);
     push(&|call| call.on = Descriptor::Vm);
     match &call.target {
-        Target::Cap { .. } => {
+        Target::EnableCap { .. } => {
             push(&|call| {
-                if let Target::Cap { flags, args, .. } = &mut call.target {
+                if let Target::EnableCap { flags, args, .. } = &mut call.target {
                     let [_, more @ ..] = args;
                     (*flags, *more) = (0, [0; 3]);
                 }
             });
             for bit in 0..64 {
                 push(&|call| {
-                    if let Target::Cap { args: [mask, ..], .. } = &mut call.target {
+                    if let Target::EnableCap { args: [mask, ..], .. } = &mut call.target {
                         *mask &= !(1 << bit);
                     }
                 });
             }
         }
-        Target::Filter(filter) => {
+        Target::SetMsrFilter(filter) => {
             for smaller in smaller_filters(filter) {
-                push(&|call| call.target = Target::Filter(smaller.clone()));
+                push(&|call| call.target = Target::SetMsrFilter(smaller.clone()));
             }
         }
     }
@@ -139,7 +128,7 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
     for at in 0..filter.ranges.len() {
         push(&|filter| drop(filter.ranges.remove(at)));
     }
-    push(&|filter| (filter.pad, filter.compat) = (0, false));
+    push(&|filter| (filter.pad, filter.layout) = (0, None));
     push(&|filter| filter.flags = 0);
     push(&|filter| filter.flags &= 1);
     // Slots move to the front.
@@ -151,7 +140,7 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
             .for_each(|(range, slot)| range.slot = slot)
     });
     for (at, range) in filter.ranges.iter().enumerate() {
-        let mut push = |change: &dyn Fn(&mut crate::call::RawRange)| {
+        let mut push = |change: &dyn Fn(&mut RawRange)| {
             push(&|filter| {
                 if let Some(range) = filter.ranges.get_mut(at) {
                     change(range);
@@ -191,80 +180,47 @@ fn smaller_filters(filter: &RawFilter) -> Vec<RawFilter> {
 }
 
 /// Leaves the bytes of whole longs.
-fn trim(range: &mut crate::call::RawRange) {
+fn trim(range: &mut RawRange) {
     if range.nmsrs <= msrgate_core::abi::MAX_RANGE_MSRS {
         range.bitmap.resize(range.nmsrs.div_ceil(64) as usize * 8, 0);
     }
 }
 
-/// A case file with what the live kernel did as what is expected.
-pub(crate) struct CaseFile<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) scenario: &'a Scenario,
-    pub(crate) live: &'a [Came],
-}
-
-impl fmt::Display for CaseFile<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "[[case]]\nname = \"{}\"\nprocess = \"native\"\nsteps = [", self.name)?;
-        // Without that reason a denial looks like any other fault.
-        let mut told = false;
-        for (step, came) in self.scenario.steps.iter().zip(self.live) {
-            match (step, came) {
-                (Step::Call(call), Came::Gives(gives)) => {
-                    writeln!(f, "  {{ {call}, gives = \"{gives}\" }},")?;
-                    if let (Target::Cap { args: [mask, ..], .. }, Gives(0)) = (&call.target, gives) {
-                        told = mask & Reason::Filter as u64 != 0;
-                    }
+/// The case whose expectations are what the live kernel did.
+pub(crate) fn case(name: String, mut steps: Vec<Step>, live: &[Came]) -> Case {
+    // Without that reason a denial looks like any other fault.
+    let mut told = false;
+    for (step, came) in steps.iter_mut().zip(live) {
+        match (step, came) {
+            (Step::Call(call), Came::Gives(gives)) => {
+                call.gives = Some(*gives);
+                if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, *gives) {
+                    told = mask & Reason::Filter as u64 != 0;
                 }
-                (Step::Access(access), Came::Got(got)) => {
-                    writeln!(
-                        f,
-                        "  {{ {} }},",
-                        AccessStep {
-                            access: *access,
-                            got,
-                            told
-                        }
-                    )?;
-                }
-                _ => {}
             }
+            (Step::Access(step), Came::Got(got)) => {
+                step.answer = answer(step.access);
+                let denied = got.reason == Reason::Filter as u32;
+                let verdict = if denied { Verdict::Deny } else { Verdict::Allow };
+                step.expect = Seen {
+                    action: None,
+                    verdict: told.then_some(verdict),
+                    // What the kernel itself makes of an access is this machine's, and no case's to say.
+                    exit: denied.then_some(Some(Reason::Filter)),
+                    sees: denied.then_some(got.sees),
+                };
+            }
+            _ => {}
         }
-        writeln!(f, "]")
     }
-}
-
-struct AccessStep<'a> {
-    access: Access,
-    got: &'a Got,
-    told: bool,
-}
-
-impl fmt::Display for AccessStep<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.access {
-            Access::Read { msr } => write!(f, "rdmsr = {msr}")?,
-            Access::Write { msr, value } => write!(f, "wrmsr = {msr}, value = \"{value:#x}\"")?,
-        }
-        let word = |outcome: Outcome| match outcome {
-            Outcome::Value(value) => format!("{value:#x}"),
-            Outcome::Done => "done".into(),
-            Outcome::Fault => "fault".into(),
-        };
-        let answer = answer(self.access);
-        if answer != Outcome::Fault {
-            write!(f, ", answer = \"{}\"", word(answer))?;
-        }
-        let denied = self.got.reason == Reason::Filter as u32;
-        if self.told {
-            write!(f, ", verdict = \"{}\"", if denied { "deny" } else { "allow" })?;
-        }
-        // What the kernel itself makes of an access is this machine's, and no case's to say.
-        if denied {
-            write!(f, ", exit = \"filter\", sees = \"{}\"", word(self.got.sees))?;
-        }
-        Ok(())
+    steps.truncate(live.len());
+    Case {
+        name,
+        policy: None,
+        cpuid: None,
+        process: Some(Process::Native),
+        ignore_msrs: false,
+        steps,
     }
 }
 
@@ -272,33 +228,25 @@ impl fmt::Display for AccessStep<'_> {
 mod tests {
     use std::convert::Infallible;
 
-    use msrgate_core::Msr;
-    use msrgate_suite::Case;
-    use serde::Deserialize;
+    use msrgate_core::{Msr, Outcome};
 
     use super::*;
-    use crate::call::RawRange;
     use crate::generate;
     use crate::rng::Rng;
 
-    #[derive(Deserialize)]
-    struct File {
-        case: Vec<Case>,
-    }
-
-    fn random_scenario(item: u64) -> Scenario {
+    fn random_steps(item: u64) -> Vec<Step> {
         let mut rng = Rng::of(9, item);
         let mut steps: Vec<Step> = (0..3).map(|_| Step::Call(generate::call(&mut rng))).collect();
         for access in generate::accesses(&mut rng, None, 6) {
-            steps.push(Step::Access(generate::access(access, generate::value(&mut rng))));
+            steps.push(generate::access(access, generate::value(&mut rng)).into());
         }
-        Scenario { steps }
+        steps
     }
 
     #[test]
     fn the_suite_reads_what_is_printed_and_prints_the_same() {
         for item in 0..500 {
-            let scenario = random_scenario(item);
+            let steps = random_steps(item);
             let got = Got {
                 reason: 4,
                 sees: Outcome::Value(7),
@@ -307,18 +255,13 @@ mod tests {
             };
             let came = |step: &Step| match step {
                 Step::Call(_) => Came::Gives(Gives(14)),
-                Step::Access(_) => Came::Got(got.clone()),
+                _ => Came::Got(got.clone()),
             };
-            let live: Vec<Came> = scenario.steps.iter().map(came).collect();
-            let text = CaseFile {
-                name: "as printed",
-                scenario: &scenario,
-                live: &live,
-            }
-            .to_string();
-            let file: File = toml::from_str(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-            assert_eq!(file.case.len(), 1);
-            assert_eq!(file.case[0].to_string(), text);
+            let live: Vec<Came> = steps.iter().map(came).collect();
+            let text = case("as printed".into(), steps, &live).to_string();
+            let read = msrgate_suite::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+            assert_eq!(read.len(), 1);
+            assert_eq!(read[0].to_string(), text);
         }
     }
 
@@ -334,7 +277,7 @@ mod tests {
         let mut rng = Rng::of(4, 4);
         let mut ranges: Vec<RawRange> = Vec::new();
         while ranges.len() < 5 {
-            if let Target::Filter(filter) = generate::call(&mut rng).target {
+            if let Target::SetMsrFilter(filter) = generate::call(&mut rng).target {
                 ranges.extend(filter.ranges.into_iter().take(1));
             }
         }
@@ -350,34 +293,35 @@ mod tests {
         let filter = RawFilter {
             flags: 1,
             pad: 7,
-            compat: false,
+            layout: None,
+            edited: false,
             ranges,
         };
-        let read = Step::Access(Access::Read { msr: Msr(0x174) });
-        let scenario = Scenario {
-            steps: vec![
-                Step::Call(Call::mask(7, Place::Unaligned)),
-                Step::Call(Call::filter(filter)),
-                Step::Access(Access::Read { msr: Msr(1) }),
-                read.clone(),
-            ],
-        };
-        let disagrees = |scenario: &Scenario| {
-            let filter = scenario.steps.iter().find_map(|step| match step {
+        let read = Step::from(Access::Read { msr: Msr(0x174) });
+        let mut mask = Call::enable_cap(7);
+        mask.argp = Place::Unaligned;
+        let steps = vec![
+            Step::Call(mask),
+            Step::Call(Call::set_msr_filter(filter)),
+            Access::Read { msr: Msr(1) }.into(),
+            read.clone(),
+        ];
+        let disagrees = |steps: &[Step]| {
+            let filter = steps.iter().find_map(|step| match step {
                 Step::Call(Call {
-                    target: Target::Filter(filter),
+                    target: Target::SetMsrFilter(filter),
                     ..
                 }) => Some(filter),
                 _ => None,
             });
-            Ok::<bool, Infallible>(filter.is_some_and(wrong) && scenario.steps.contains(&read))
+            Ok::<bool, Infallible>(filter.is_some_and(wrong) && steps.contains(&read))
         };
-        let Ok(small) = shrink(scenario, disagrees);
-        let [Step::Call(call), last] = small.steps.as_slice() else {
+        let Ok(small) = shrink(steps, disagrees);
+        let [Step::Call(call), last] = small.as_slice() else {
             panic!("{small:?}");
         };
         assert_eq!(*last, read);
-        let Target::Filter(filter) = &call.target else {
+        let Target::SetMsrFilter(filter) = &call.target else {
             panic!("{call:?}");
         };
         assert_eq!((filter.flags, filter.pad, filter.ranges.len()), (0, 0, 1));

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use msrgate_core::{Access, Fault, Msr, Ops, Outcome, Reason};
+use msrgate_engine::Process;
 use msrgate_guest::Vcpu;
 use msrgate_guest::raw::{Arena, Caller};
 
 use crate::VerifyError;
-use crate::call::{Call, PAGES, Place, RawFilter, RawRange};
+use crate::case::{Call, PAGES, RawFilter, RawRange};
 use crate::{Disagreement, Report};
 use crate::{Machine, Progress, Swapped};
 
@@ -61,12 +62,12 @@ impl Machine {
         let mut arenas = [Arena::new(PAGES)?, Arena::new(PAGES)?];
         let [first, second] = &mut arenas;
         // Unknown MSRs are handed over too, and tell themselves from denied ones.
-        let mask = Call::mask(7, Place::Mapped);
-        let (request, argp) = mask.place(first);
+        let mask = Call::enable_cap(7);
+        let (request, argp) = mask.place(Process::Native, first);
         vm.call(request, argp)?;
         let calls = [
-            filter(|(denied, _)| denied).place(first),
-            filter(|(_, denied)| denied).place(second),
+            filter(|(denied, _)| denied).place(Process::Native, first),
+            filter(|(_, denied)| denied).place(Process::Native, second),
         ];
         // What the kernel itself answers, before there is a filter.
         let plain = guest.vcpus().iter_mut().map(plain).collect::<Result<Vec<_>, _>>()?;
@@ -204,7 +205,7 @@ fn filter(denies: impl Fn(Treatment) -> bool) -> Call {
     let ranges = denied
         .zip(0..)
         .map(|((msr, _), slot)| RawRange::denying(slot, Msr(msr), Ops::BOTH));
-    Call::filter(RawFilter::allowing(ranges.collect()))
+    Call::set_msr_filter(RawFilter::allowing(ranges.collect()))
 }
 
 #[cfg(test)]

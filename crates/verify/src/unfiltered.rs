@@ -6,13 +6,13 @@ use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
 use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
-use msrgate_engine::{Errno, Msrs, Refusal};
+use msrgate_engine::{Errno, Msrs, Process, Refusal};
 use msrgate_guest::Guest;
-use msrgate_guest::raw::{Arena, Caller, Request};
+use msrgate_guest::raw::{Arena, Caller};
 
 use crate::Machine;
 use crate::VerifyError;
-use crate::call::{Call, Place};
+use crate::case::Call;
 
 /// A live VM without a filter, and with a mask that tells unknown MSRs from refused accesses.
 pub(crate) struct Unfiltered {
@@ -28,9 +28,9 @@ impl Unfiltered {
         let guest = machine.guest(1)?;
         let mut arena = Arena::new(1)?;
         let reasons = Reasons::of(Reason::Unknown).union(Reasons::of(Reason::Invalid));
-        let call = Call::mask(reasons.bits().into(), Place::Mapped);
-        let (_, argp) = call.place(&mut arena);
-        Caller::of(guest.vm()).and_then(|vm| vm.call(Request::EnableCap, argp))?;
+        let call = Call::enable_cap(reasons.bits().into());
+        let (request, argp) = call.place(Process::Native, &mut arena);
+        Caller::of(guest.vm()).and_then(|vm| vm.call(request, argp))?;
         Ok(Unfiltered {
             guest,
             moving: HashSet::new(),
