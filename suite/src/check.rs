@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::{AccessStep, Call, Case, Gives, Process, Seen, Step};
+use crate::{AccessStep, Call, CallResult, Case, Process, Seen, Step};
 
 /// Something that says what MSR accesses get.
 pub trait Implementation {
@@ -19,7 +19,7 @@ pub trait Subject {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop>;
 
     /// What the call gives; `None` where it means nothing here and changes nothing that could be said.
-    fn call(&mut self, _: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, _: &Call) -> Result<Option<CallResult>, Stop> {
         Err(Stop::skip("it takes no calls"))
     }
 
@@ -122,7 +122,7 @@ fn checks(case: &Case, process: Process, implementation: &dyn Implementation) ->
 }
 
 /// Makes a call in the midst of another step and compares what it gives.
-pub fn perform(call: &Call, make: impl FnOnce(&Call) -> Result<Option<Gives>, Stop>) -> Result<(), Stop> {
+pub fn perform(call: &Call, make: impl FnOnce(&Call) -> Result<Option<CallResult>, Stop>) -> Result<(), Stop> {
     match (call.gives, make(call)?) {
         (Some(expected), Some(gives)) if expected != gives => Err(Stop::fail(format!("{{ {call} }} gives {gives}"))),
         _ => Ok(()),

@@ -15,7 +15,9 @@ use msrgate_verify::case::PAGES;
 
 use crate::compiled::{compile, cpuid};
 use crate::plan::action;
-use crate::{AccessStep, Call, Case, Gives, Implementation, Machine, Process, Seen, Stop, Subject, Target, perform};
+use crate::{
+    AccessStep, Call, CallResult, Case, Implementation, Machine, Process, Seen, Stop, Subject, Target, perform,
+};
 
 /// The engine, its accesses coming by one of KVM's two ways.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +132,7 @@ impl Subject for Guest {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         make(&self.vm, self.process, call)
     }
 
@@ -220,7 +222,7 @@ fn instruction(access: Access) -> Instruction {
     }
 }
 
-fn make(vm: &Vm, process: Process, call: &Call) -> Result<Option<Gives>, Stop> {
+fn make(vm: &Vm, process: Process, call: &Call) -> Result<Option<CallResult>, Stop> {
     let mut arena = Arena::new(PAGES).map_err(Stop::fail)?;
     let placed = call.place(process, &mut arena);
     let gives = call.on_engine(vm, process, placed, &arena);

@@ -31,7 +31,7 @@ pub use machine::Machine;
 pub use map::Map;
 pub use msrgate_engine::Process;
 pub use msrgate_verify::case::{
-    AccessStep, Call, Case, Descriptor, Gives, Place, RawFilter, RawRange, Seen, Step, Target,
+    AccessStep, Call, CallResult, Case, Descriptor, Place, RawFilter, RawRange, Seen, Step, Target,
 };
 pub use oracle::Oracle;
 pub use plan::Planned;

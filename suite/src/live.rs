@@ -18,7 +18,8 @@ use crate::compiled::{compile, cpuid};
 use crate::engine::edit;
 use crate::plan::action;
 use crate::{
-    AccessStep, Call, Case, Descriptor, Gives, Implementation, Machine, Process, Seen, Stop, Subject, Target, perform,
+    AccessStep, Call, CallResult, Case, Descriptor, Implementation, Machine, Process, Seen, Stop, Subject, Target,
+    perform,
 };
 
 /// Whether the kernel hides MSRs that it does not know.
@@ -174,9 +175,9 @@ impl Subject for Running {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         let gives = self.calls.make(call)?;
-        if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, gives) {
+        if let (Target::EnableCap { args: [mask, ..], .. }, CallResult::OK) = (&call.target, gives) {
             self.reasons = Reasons::from_bits(*mask).unwrap_or(Reasons::NONE);
         }
         Ok(Some(gives))
@@ -215,7 +216,7 @@ struct Calls {
 }
 
 impl Calls {
-    fn make(&self, call: &Call) -> Result<Gives, Stop> {
+    fn make(&self, call: &Call) -> Result<CallResult, Stop> {
         let mut arena = Arena::new(PAGES).map_err(Stop::fail)?;
         let (request, argp) = call.place(Process::Native, &mut arena);
         let gives = match call.on {
@@ -230,13 +231,13 @@ impl Calls {
 }
 
 /// The call from a process with another address space, where the same bytes lie at the same addresses.
-fn call_of_child(vm: &Caller, request: Request, argp: u64) -> io::Result<Gives> {
+fn call_of_child(vm: &Caller, request: Request, argp: u64) -> io::Result<CallResult> {
     // SAFETY: the child makes two system calls and ends, without allocating, taking a lock or unwinding, so it does not
     // matter what other threads held when it was made.
     let child = unsafe { libc::fork() };
     match child {
         0 => {
-            let Gives(number) = vm.call(request, argp).into();
+            let CallResult(number) = vm.call(request, argp).into();
             // SAFETY: ends the child at once, without what the parent registered to be run at exit.
             unsafe { libc::_exit(number) }
         }
@@ -249,7 +250,7 @@ fn call_of_child(vm: &Caller, request: Request, argp: u64) -> io::Result<Gives> 
             if !libc::WIFEXITED(status) {
                 return Err(io::Error::other("the child was killed"));
             }
-            Ok(Gives(libc::WEXITSTATUS(status)))
+            Ok(CallResult(libc::WEXITSTATUS(status)))
         }
         _ => Err(io::Error::last_os_error()),
     }

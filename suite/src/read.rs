@@ -5,7 +5,7 @@ use msrgate_verify::case::process_name;
 use serde::Deserialize;
 
 use crate::number::{self, Number};
-use crate::{AccessStep, Call, Case, Descriptor, Gives, Place, Process, RawFilter, RawRange, Seen, Step, Target};
+use crate::{AccessStep, Call, CallResult, Case, Descriptor, Place, Process, RawFilter, RawRange, Seen, Step, Target};
 
 /// The cases of one file's text.
 pub fn parse(text: &str) -> Result<Vec<Case>, toml::de::Error> {
@@ -231,6 +231,6 @@ fn exit(word: &str) -> Result<Option<Reason>, String> {
     }
 }
 
-fn gives(word: &str) -> Result<Gives, String> {
-    named(Gives::NAMES, |(name, _)| name, word).map(|(_, gives)| gives)
+fn gives(word: &str) -> Result<CallResult, String> {
+    named(CallResult::NAMES, |(name, _)| name, word).map(|(_, gives)| gives)
 }

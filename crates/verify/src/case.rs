@@ -80,7 +80,7 @@ pub struct Call {
     /// Where its argument lies.
     pub argp: Place,
     /// What is expected.
-    pub gives: Option<Gives>,
+    pub gives: Option<CallResult>,
 }
 
 /// A call and its argument.
@@ -206,48 +206,48 @@ pub const fn process_name(process: Process) -> &'static str {
 
 /// What a call gives: an error's number, 0 for none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Gives(pub i32);
+pub struct CallResult(pub i32);
 
-impl Gives {
+impl CallResult {
     /// Success.
-    pub const OK: Gives = Gives(0);
+    pub const OK: CallResult = CallResult(0);
     /// EINVAL.
-    pub const EINVAL: Gives = Gives(22);
+    pub const EINVAL: CallResult = CallResult(22);
     /// EFAULT.
-    pub const EFAULT: Gives = Gives(14);
+    pub const EFAULT: CallResult = CallResult(14);
 
     /// Those that a case file can expect, by name.
-    pub const NAMES: [(&'static str, Gives); 7] = [
-        ("ok", Gives::OK),
-        ("EINTR", Gives(4)),
-        ("EIO", Gives(5)),
-        ("ENOMEM", Gives(12)),
-        ("EFAULT", Gives::EFAULT),
-        ("EINVAL", Gives::EINVAL),
-        ("ENOTTY", Gives(25)),
+    pub const NAMES: [(&'static str, CallResult); 7] = [
+        ("ok", CallResult::OK),
+        ("EINTR", CallResult(4)),
+        ("EIO", CallResult(5)),
+        ("ENOMEM", CallResult(12)),
+        ("EFAULT", CallResult::EFAULT),
+        ("EINVAL", CallResult::EINVAL),
+        ("ENOTTY", CallResult(25)),
     ];
 }
 
 /// What the kernel gives.
-impl From<io::Result<()>> for Gives {
-    fn from(result: io::Result<()>) -> Gives {
+impl From<io::Result<()>> for CallResult {
+    fn from(result: io::Result<()>) -> CallResult {
         match result {
-            Ok(()) => Gives::OK,
-            Err(error) => Gives(error.raw_os_error().unwrap_or(-1)),
+            Ok(()) => CallResult::OK,
+            Err(error) => CallResult(error.raw_os_error().unwrap_or(-1)),
         }
     }
 }
 
 /// What the engine gives.
-impl From<Result<u32, Errno>> for Gives {
-    fn from(result: Result<u32, Errno>) -> Gives {
-        result.map_or_else(|errno| Gives(errno as i32), |_| Gives::OK)
+impl From<Result<u32, Errno>> for CallResult {
+    fn from(result: Result<u32, Errno>) -> CallResult {
+        result.map_or_else(|errno| CallResult(errno as i32), |_| CallResult::OK)
     }
 }
 
-impl fmt::Display for Gives {
+impl fmt::Display for CallResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match Gives::NAMES.into_iter().find(|(_, gives)| gives == self) {
+        match CallResult::NAMES.into_iter().find(|(_, gives)| gives == self) {
             Some((name, _)) => f.pad(name),
             None => write!(f, "error {}", self.0),
         }
@@ -295,7 +295,7 @@ impl Call {
         process: Process,
         (request, argp): (Request, u64),
         arena: &Arena,
-    ) -> Option<Gives> {
+    ) -> Option<CallResult> {
         let caller = Caller {
             process,
             descriptor: self.on.in_engine()?,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
 use msrgate_engine::{Intercepts, Path, Profile, Step, Vcpu, Vm};
 
-use crate::live::Got;
+use crate::live::AccessResult;
 use crate::unfiltered::Unfiltered;
 
 /// What user space answers to an exit, and what a plan's table did, where one was asked.
@@ -38,7 +38,7 @@ impl Engine {
         path: Path,
         unfiltered: &mut Unfiltered,
         answer: &mut dyn FnMut(Exit, &mut Unfiltered) -> Answered,
-    ) -> Option<Got> {
+    ) -> Option<AccessResult> {
         unfiltered.take_unsayable();
         let step = self.vcpu.execute(access.into(), path, unfiltered).ok()?;
         if unfiltered.take_unsayable() {
@@ -53,7 +53,7 @@ impl Engine {
             }
             Step::Failed(_) | Step::EmulationFailed(_) => return None,
         };
-        Some(Got {
+        Some(AccessResult {
             reason,
             sees: completion.outcome(),
             did,

@@ -9,7 +9,7 @@ use crate::VerifyError;
 
 /// What an access came to.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Got {
+pub(crate) struct AccessResult {
     /// The reason of its exit as the kernel numbers it; 0 where it made none.
     pub(crate) reason: u32,
     /// What the guest got.
@@ -21,7 +21,7 @@ pub(crate) struct Got {
 }
 
 /// For people: `exit unknown, guest sees #GP`.
-impl fmt::Display for Got {
+impl fmt::Display for AccessResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(odd) = &self.odd {
             return f.write_str(odd);
@@ -63,7 +63,7 @@ impl Live {
         &mut self,
         accesses: &[Access],
         answer: &mut dyn FnMut(&mut Pending<'_>),
-    ) -> Result<Vec<Got>, VerifyError> {
+    ) -> Result<Vec<AccessResult>, VerifyError> {
         let mut all = Vec::with_capacity(accesses.len());
         let mut rest = accesses;
         let [rdmsr, wrmsr] = &mut self.rip;
@@ -97,7 +97,7 @@ impl Live {
                 Err(error) => return Err(error.into()),
             };
             let first = all.len();
-            all.extend(vcpu.seen().iter().map(|seen| Got {
+            all.extend(vcpu.seen().iter().map(|seen| AccessResult {
                 reason: seen.exit.map_or(0, |exit| exit.reason_bits),
                 sees: seen.outcome,
                 did: seen.exit.and_then(|exit| exit.answer).map(|answer| answer.did),
@@ -111,7 +111,7 @@ impl Live {
             let Some((position, how)) = broke else {
                 return Ok(all);
             };
-            all.push(Got {
+            all.push(AccessResult {
                 reason: 0,
                 sees: Outcome::Fault,
                 did: None,

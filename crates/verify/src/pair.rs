@@ -5,9 +5,9 @@ use msrgate_engine::{Path, Process};
 use msrgate_guest::raw::{Arena, Caller};
 
 use crate::VerifyError;
-use crate::case::{Call, Descriptor, Gives, PAGES};
+use crate::case::{Call, CallResult, Descriptor, PAGES};
 use crate::engine::Engine;
-use crate::live::{Got, Live};
+use crate::live::{AccessResult, Live};
 use crate::unfiltered::Unfiltered;
 use crate::{Kernel, Machine};
 
@@ -56,7 +56,7 @@ pub(crate) enum Relation {
 #[derive(Clone, Debug)]
 pub(crate) struct Compared {
     pub(crate) access: Access,
-    pub(crate) got: Both<Got>,
+    pub(crate) got: Both<AccessResult>,
     pub(crate) relation: Relation,
 }
 
@@ -90,14 +90,14 @@ impl<'a> Pair<'a> {
     }
 
     /// Makes the call on both.
-    pub(crate) fn call(&mut self, call: &Call) -> Both<Gives> {
+    pub(crate) fn call(&mut self, call: &Call) -> Both<CallResult> {
         let (request, argp) = call.place(Process::Native, &mut self.arena);
         let caller = match call.on {
             Descriptor::Vm | Descriptor::AnotherProcess => &self.vm,
             Descriptor::Vcpu => &self.vcpu,
             Descriptor::System => &self.system,
         };
-        let live = Gives::from(caller.call(request, argp));
+        let live = CallResult::from(caller.call(request, argp));
         let engine = call.on_engine(&self.engine.vm, Process::Native, (request, argp), &self.arena);
         Both {
             live,
@@ -146,17 +146,17 @@ impl<'a> Pair<'a> {
 /// How two results of an access relate. `bypassed` says what the engine makes of it on the kernel's fast path, if there
 /// is one.
 pub(crate) fn relation(
-    got: &Both<Got>,
+    got: &Both<AccessResult>,
     access: Access,
     unfiltered: &mut Unfiltered,
-    bypassed: impl FnOnce(&mut Unfiltered) -> Option<Got>,
+    bypassed: impl FnOnce(&mut Unfiltered) -> Option<AccessResult>,
 ) -> Relation {
     let Both { live, engine } = got;
     if live == engine {
         return Relation::Same;
     }
     let values = matches!((live.sees, engine.sees), (Outcome::Value(_), Outcome::Value(_)));
-    let same_but_value = Got {
+    let same_but_value = AccessResult {
         sees: engine.sees,
         ..live.clone()
     } == *engine;

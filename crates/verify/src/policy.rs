@@ -10,7 +10,7 @@ use msrgate_plan::{DecisionMap, Plan};
 
 use crate::VerifyError;
 use crate::engine::{Answered, Engine};
-use crate::live::{Got, Live};
+use crate::live::{AccessResult, Live};
 use crate::pair::{Both, Relation, left_alone, relation};
 use crate::unfiltered::Unfiltered;
 use crate::{Disagreement, Report};
@@ -206,12 +206,12 @@ fn values(action: &WriteAction, engine: &mut Engine, unfiltered: &mut Unfiltered
 }
 
 /// Whether a difference in value is that of a register which user space looks at and which changes by itself.
-fn by_itself(got: &Both<Got>, access: Access, action: &ReadAction, unfiltered: &mut Unfiltered) -> bool {
+fn by_itself(got: &Both<AccessResult>, access: Access, action: &ReadAction, unfiltered: &mut Unfiltered) -> bool {
     let Both { live, engine } = got;
     let (Outcome::Value(_), Outcome::Value(_)) = (live.sees, engine.sees) else {
         return false;
     };
-    let same_but_value = Got {
+    let same_but_value = AccessResult {
         sees: engine.sees,
         ..live.clone()
     } == *engine;

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use msrgate_core::Access;
 
 use crate::VerifyError;
-use crate::case::{Call, Descriptor, Gives, RawFilter, Step, Target};
+use crate::case::{Call, CallResult, Descriptor, RawFilter, Step, Target};
 use crate::generate;
 use crate::pair::{Both, Compared, Pair, Relation};
 use crate::rng::Rng;
-use crate::shrink::{Came, case, shrink};
+use crate::shrink::{StepResult, case, shrink};
 use crate::unfiltered::Unfiltered;
 use crate::{Disagreement, Report};
 use crate::{Machine, Progress};
@@ -131,7 +131,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Makes a call and looks at what it did. Gives what led to a disagreement.
+    /// Makes a call and looks at what it did. CallResult what led to a disagreement.
     fn candidate(
         &mut self,
         call: &Call,
@@ -144,7 +144,7 @@ impl Run<'_> {
         if gives.live != gives.engine {
             return Ok(Some(self.steps(call, None)));
         }
-        let accepted = gives.live == Gives::OK;
+        let accepted = gives.live == CallResult::OK;
         let filter = match &call.target {
             Target::SetMsrFilter(filter) => Some(filter),
             Target::EnableCap { .. } => None,
@@ -198,7 +198,7 @@ fn play(
     machine: &Machine,
     unfiltered: &mut Unfiltered,
     steps: &[Step],
-) -> Result<(Vec<Both<Came>>, bool), VerifyError> {
+) -> Result<(Vec<Both<StepResult>>, bool), VerifyError> {
     let mut pair = Pair::new(machine, unfiltered)?;
     let mut all = Vec::new();
     for step in steps {
@@ -206,8 +206,8 @@ fn play(
             Step::Call(call) => {
                 let Both { live, engine } = pair.call(call);
                 let both = Both {
-                    live: Came::Gives(live),
-                    engine: Came::Gives(engine),
+                    live: StepResult::Call(live),
+                    engine: StepResult::Call(engine),
                 };
                 (both, live != engine)
             }
@@ -216,8 +216,8 @@ fn play(
                     return Ok((all, false));
                 };
                 let both = Both {
-                    live: Came::Got(one.got.live),
-                    engine: Came::Got(one.got.engine),
+                    live: StepResult::Access(one.got.live),
+                    engine: StepResult::Access(one.got.engine),
                 };
                 (both, one.relation == Relation::Differ)
             }
@@ -245,9 +245,10 @@ fn explain(
         Ok::<bool, VerifyError>(differ && came.len() == smaller.len())
     })?;
     let (came, differ) = play(machine, unfiltered, &small)?;
-    let (live, engine): (Vec<Came>, Vec<Came>) = came.into_iter().map(|both| (both.live, both.engine)).unzip();
+    let (live, engine): (Vec<StepResult>, Vec<StepResult>) =
+        came.into_iter().map(|both| (both.live, both.engine)).unzip();
     let name = format!("found by verify, seed {seed}, candidate {candidate}");
-    let last = |came: &[Came]| came.last().map(ToString::to_string).unwrap_or_default();
+    let last = |came: &[StepResult]| came.last().map(ToString::to_string).unwrap_or_default();
     let step = small.last().map(|step| match step {
         Step::Call(_) => "the last call".to_owned(),
         Step::Access(step) => format!("{} {}", step.op(), step.msr()),

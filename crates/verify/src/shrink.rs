@@ -5,23 +5,23 @@ use std::fmt;
 use msrgate_core::{Access, Reason, Verdict};
 use msrgate_engine::Process;
 
-use crate::case::{AccessStep, Call, Case, Descriptor, Gives, Place, RawFilter, RawRange, Seen, Step, Target};
-use crate::live::Got;
+use crate::case::{AccessStep, Call, CallResult, Case, Descriptor, Place, RawFilter, RawRange, Seen, Step, Target};
+use crate::live::AccessResult;
 use crate::pair::answer;
 
 /// What came of a step.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Came {
-    Gives(Gives),
-    Got(Got),
+pub(crate) enum StepResult {
+    Call(CallResult),
+    Access(AccessResult),
 }
 
 /// For people.
-impl fmt::Display for Came {
+impl fmt::Display for StepResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Came::Gives(gives) => gives.fmt(f),
-            Came::Got(got) => got.fmt(f),
+            StepResult::Call(gives) => gives.fmt(f),
+            StepResult::Access(got) => got.fmt(f),
         }
     }
 }
@@ -187,18 +187,18 @@ fn trim(range: &mut RawRange) {
 }
 
 /// The case whose expectations are what the live kernel did.
-pub(crate) fn case(name: String, mut steps: Vec<Step>, live: &[Came]) -> Case {
+pub(crate) fn case(name: String, mut steps: Vec<Step>, live: &[StepResult]) -> Case {
     // Without that reason a denial looks like any other fault.
     let mut told = false;
     for (step, came) in steps.iter_mut().zip(live) {
         match (step, came) {
-            (Step::Call(call), Came::Gives(gives)) => {
+            (Step::Call(call), StepResult::Call(gives)) => {
                 call.gives = Some(*gives);
-                if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, *gives) {
+                if let (Target::EnableCap { args: [mask, ..], .. }, CallResult::OK) = (&call.target, *gives) {
                     told = mask & Reason::Filter as u64 != 0;
                 }
             }
-            (Step::Access(step), Came::Got(got)) => {
+            (Step::Access(step), StepResult::Access(got)) => {
                 step.answer = answer(step.access);
                 let denied = got.reason == Reason::Filter as u32;
                 let verdict = if denied { Verdict::Deny } else { Verdict::Allow };
@@ -247,17 +247,17 @@ mod tests {
     fn the_suite_reads_what_is_printed_and_prints_the_same() {
         for item in 0..500 {
             let steps = random_steps(item);
-            let got = Got {
+            let got = AccessResult {
                 reason: 4,
                 sees: Outcome::Value(7),
                 did: None,
                 odd: None,
             };
             let came = |step: &Step| match step {
-                Step::Call(_) => Came::Gives(Gives(14)),
-                _ => Came::Got(got.clone()),
+                Step::Call(_) => StepResult::Call(CallResult(14)),
+                _ => StepResult::Access(got.clone()),
             };
-            let live: Vec<Came> = steps.iter().map(came).collect();
+            let live: Vec<StepResult> = steps.iter().map(came).collect();
             let text = case("as printed".into(), steps, &live).to_string();
             let read = msrgate_suite::parse(&text).unwrap_or_else(|error| panic!("{error}\n{text}"));
             assert_eq!(read.len(), 1);

@@ -9,6 +9,7 @@ use msrgate_engine::{
 };
 use msrgate_guest::raw::{Arena, Request};
 use msrgate_suite::Machine;
+use msrgate_verify::case::memory;
 
 use crate::hypervisor::{Batch, Calls, Descriptor, EXIT_IO, Hypervisor, Registers, RunMsr};
 use crate::kernel::Kernel;
@@ -111,15 +112,11 @@ struct EngineCalls(Arc<Vm>);
 
 impl Calls for EngineCalls {
     fn call(&self, on: Descriptor, request: Request, argp: u64, arena: &Arena) -> Result<(), i32> {
-        let memory = |address: u64, to: &mut [u8]| match arena.read(address, to) {
-            true => Ok(()),
-            false => Err(Fault),
-        };
         let caller = Caller {
             process: Process::Native,
             descriptor: on,
         };
-        let result = self.0.ioctl(request.number(), argp, &memory, caller);
+        let result = self.0.ioctl(request.number(), argp, &memory(arena), caller);
         result.map(|_| ()).map_err(|errno| errno as i32)
     }
 }
