@@ -46,12 +46,12 @@ mod order;
 mod note;
 mod compose;
 mod differ;
-mod encode;
+mod form;
 
 pub use change::{Change, ChangedPart};
 pub use cover::{Covering, Direction};
 pub use differ::{By, Differences, Fallback};
-pub use encode::DecodeError;
+pub use form::DecodeError;
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
 pub use note::{Note, NoteCode};

@@ -1,12 +1,8 @@
 //! What each MSR gets: a policy in normal form.
 
-use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
-use core::fmt::{Display, Write};
 
 use msrgate_core::{Log, Msr, Op, ReadAction, WriteAction};
-use sha2::{Digest, Sha256};
 
 use crate::{Intervals, Preset, Spillable, Touched};
 
@@ -90,62 +86,5 @@ impl DecisionMap {
         self.reads.zip(&self.writes, |read, write| {
             (read.action == ReadAction::Allow, write.action == WriteAction::Allow)
         })
-    }
-
-    /// A name for what the map means: equal for maps that give every access the same, whatever rules say so and whatever
-    /// the kernel holds.
-    ///
-    /// SHA-256 over one line for each interval.
-    pub fn hash(&self) -> [u8; 32] {
-        let mut hash = Sha256::new();
-        hash.update("msrgate decision map 1\n");
-        hash_intervals(&mut hash, Op::Read, &self.reads.map(|decision| decision.action.clone()));
-        hash_intervals(
-            &mut hash,
-            Op::Write,
-            &self.writes.map(|decision| decision.action.clone()),
-        );
-        for (name, (read, write)) in [("unknown", &self.unknown), ("invalid", &self.invalid)] {
-            hash.update(format!("{name} {read}, {write}\n"));
-        }
-        hash.finalize().into()
-    }
-}
-
-fn hash_intervals<A: Display + Clone + Eq>(hash: &mut Sha256, op: Op, actions: &Intervals<A>) {
-    let mut line = String::new();
-    for (range, action) in actions.iter() {
-        line.clear();
-        // Writing to a text does not fail.
-        let _ = writeln!(line, "{op} {range} {action}");
-        hash.update(&line);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use msrgate_core::MsrRange;
-
-    use super::*;
-
-    #[test]
-    fn the_hash_names_the_meaning_and_not_the_rules() {
-        let map = |rule, value| DecisionMap {
-            reads: Intervals::first_match(
-                Decision::of(ReadAction::Allow),
-                [(
-                    MsrRange::single(Msr(0x8b)),
-                    Decision {
-                        action: ReadAction::Value(value),
-                        rule: Some(rule),
-                        log: Log::None,
-                    },
-                )],
-            ),
-            ..DecisionMap::allow_all()
-        };
-        assert_eq!(map(0, 1).hash(), map(1, 1).hash());
-        assert_ne!(map(0, 1).hash(), map(0, 2).hash());
-        assert_ne!(map(0, 1).hash(), DecisionMap::allow_all().hash());
     }
 }

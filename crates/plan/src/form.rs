@@ -9,12 +9,13 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Log, Msr, MsrRange, Op, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Argument, Arguments, Did, Log, Msr, MsrRange, Op, Otherwise, ReadAction, WriteAction};
+use sha2::{Digest, Sha256};
 
 use crate::{Decision, DecisionMap, Intervals, Preset, Spillable, Touched};
 
 /// Names the format and its version.
-const MAGIC: [u8; 8] = *b"msrgate3";
+const MAGIC: [u8; 8] = *b"msrgate4";
 
 /// Stands for a decision that no rule made.
 const NO_RULE: u32 = u32::MAX;
@@ -23,12 +24,15 @@ impl DecisionMap {
     /// The map as bytes that [`DecisionMap::from_bytes`] reads.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        put_intervals(&mut bytes, &self.reads, put_read);
-        put_intervals(&mut bytes, &self.writes, put_write);
-        for (read, write) in [&self.unknown, &self.invalid] {
-            put_read(&mut bytes, read);
-            put_write(&mut bytes, write);
-        }
+        put_intervals(&mut bytes, &self.reads, |bytes, decision| {
+            put_source(bytes, decision);
+            put_read(bytes, &decision.action);
+        });
+        put_intervals(&mut bytes, &self.writes, |bytes, decision| {
+            put_source(bytes, decision);
+            put_write(bytes, &decision.action);
+        });
+        self.put_fallbacks(&mut bytes);
         put_count(&mut bytes, self.held.len());
         for Preset { msr, value } in &self.held {
             bytes.extend(msr.0.to_le_bytes());
@@ -49,6 +53,33 @@ impl DecisionMap {
             bytes.extend(count.to_le_bytes());
         }
         bytes
+    }
+
+    fn put_fallbacks(&self, bytes: &mut Vec<u8>) {
+        for (read, write) in [&self.unknown, &self.invalid] {
+            put_read(bytes, read);
+            put_write(bytes, write);
+        }
+    }
+
+    /// A name for what the map means: equal for maps that give every access the same, whatever rules say so and whatever
+    /// the kernel holds.
+    ///
+    /// SHA-256 over the bytes of the map without its rules and logs.
+    pub fn hash(&self) -> [u8; 32] {
+        let mut bytes = b"msrgate decision map 2\n".to_vec();
+        put_intervals(
+            &mut bytes,
+            &self.reads.map(|decision| decision.action.clone()),
+            put_read,
+        );
+        put_intervals(
+            &mut bytes,
+            &self.writes.map(|decision| decision.action.clone()),
+            put_write,
+        );
+        self.put_fallbacks(&mut bytes);
+        Sha256::digest(&bytes).into()
     }
 
     /// Reads a map back. Whatever the bytes hold, the answer is a whole map or an error.
@@ -111,21 +142,24 @@ impl fmt::Display for DecodeError {
 
 impl core::error::Error for DecodeError {}
 
-fn put_intervals<A: Clone + Eq>(bytes: &mut Vec<u8>, map: &Intervals<Decision<A>>, put: impl Fn(&mut Vec<u8>, &A)) {
+fn put_intervals<A: Clone + Eq>(bytes: &mut Vec<u8>, map: &Intervals<A>, put: impl Fn(&mut Vec<u8>, &A)) {
     put_count(bytes, map.len());
-    for (range, decision) in map.iter() {
+    for (range, value) in map.iter() {
         bytes.extend(range.first().0.to_le_bytes());
-        bytes.extend(decision.rule.unwrap_or(NO_RULE).to_le_bytes());
-        let (kind, n) = match decision.log {
-            Log::None => (0, 0),
-            Log::All => (1, 0),
-            Log::First => (2, 0),
-            Log::PerSecond(n) => (3, n),
-        };
-        bytes.push(kind);
-        bytes.extend(n.to_le_bytes());
-        put(bytes, &decision.action);
+        put(bytes, value);
     }
+}
+
+fn put_source<A>(bytes: &mut Vec<u8>, decision: &Decision<A>) {
+    bytes.extend(decision.rule.unwrap_or(NO_RULE).to_le_bytes());
+    let (kind, n) = match decision.log {
+        Log::None => (0, 0),
+        Log::All => (1, 0),
+        Log::First => (2, 0),
+        Log::PerSecond(n) => (3, n),
+    };
+    bytes.push(kind);
+    bytes.extend(n.to_le_bytes());
 }
 
 fn put_count(bytes: &mut Vec<u8>, count: usize) {
@@ -133,59 +167,30 @@ fn put_count(bytes: &mut Vec<u8>, count: usize) {
     bytes.extend(u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes());
 }
 
-fn put_name(bytes: &mut Vec<u8>, name: &str) {
-    put_count(bytes, name.len());
-    bytes.extend(name.as_bytes());
+fn put_action<'a>(bytes: &mut Vec<u8>, did: Did, arguments: impl Iterator<Item = (&'static str, Argument<'a>)>) {
+    bytes.push(did as u8);
+    for (_, argument) in arguments {
+        match argument {
+            Argument::Number(number) => bytes.extend(number.to_le_bytes()),
+            Argument::Numbers(numbers) => {
+                put_count(bytes, numbers.len());
+                bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            }
+            Argument::Name(name) => {
+                put_count(bytes, name.len());
+                bytes.extend(name.as_bytes());
+            }
+            Argument::Otherwise(otherwise) => bytes.push(otherwise as u8),
+        }
+    }
 }
 
 fn put_read(bytes: &mut Vec<u8>, action: &ReadAction) {
-    let mut put = |tag: u8, words: &[u64]| {
-        bytes.push(tag);
-        bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    };
-    match action {
-        ReadAction::Allow => put(0, &[]),
-        ReadAction::Deny => put(1, &[]),
-        ReadAction::Value(value) => put(2, &[*value]),
-        ReadAction::Shadow(initial) => put(3, &[*initial]),
-        ReadAction::Mask { keep, set } => put(4, &[*keep, *set]),
-        ReadAction::Host => put(5, &[]),
-        ReadAction::Handler(name) => {
-            put(6, &[]);
-            put_name(bytes, name);
-        }
-    }
+    put_action(bytes, action.did(), action.arguments());
 }
 
 fn put_write(bytes: &mut Vec<u8>, action: &WriteAction) {
-    let mut put = |tag: u8, words: &[u64]| {
-        bytes.push(tag);
-        bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    };
-    match action {
-        WriteAction::Allow => put(0, &[]),
-        WriteAction::Deny => put(1, &[]),
-        WriteAction::Ignore => put(2, &[]),
-        WriteAction::Shadow => put(3, &[]),
-        WriteAction::Mask {
-            may_change,
-            otherwise: Otherwise::Deny,
-        } => put(4, &[*may_change]),
-        WriteAction::Mask {
-            may_change,
-            otherwise: Otherwise::Drop,
-        } => put(5, &[*may_change]),
-        WriteAction::Once => put(6, &[]),
-        WriteAction::Handler(name) => {
-            put(7, &[]);
-            put_name(bytes, name);
-        }
-        WriteAction::Only(values) => {
-            put(8, &[]);
-            put_count(bytes, values.len());
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        }
-    }
+    put_action(bytes, action.did(), action.arguments());
 }
 
 /// What has not been read yet.
@@ -220,11 +225,34 @@ impl<'a> Rest<'a> {
         usize::try_from(self.u32()?).map_err(|_| DecodeError)
     }
 
-    fn name(&mut self) -> Result<Arc<str>, DecodeError> {
+    fn did(&mut self) -> Result<Did, DecodeError> {
+        Did::from_number(self.byte()?).ok_or(DecodeError)
+    }
+}
+
+impl Arguments for Rest<'_> {
+    type Error = DecodeError;
+
+    fn number(&mut self, _: &'static str) -> Result<u64, DecodeError> {
+        self.u64()
+    }
+
+    fn numbers(&mut self, _: &'static str) -> Result<Arc<[u64]>, DecodeError> {
         let count = self.count()?;
-        core::str::from_utf8(self.take(count)?)
-            .map(Arc::from)
-            .map_err(|_| DecodeError)
+        let bytes = self.take(count.checked_mul(8).ok_or(DecodeError)?)?;
+        let (words, _) = bytes.as_chunks();
+        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    fn name(&mut self, _: &'static str) -> Result<Arc<str>, DecodeError> {
+        let count = self.count()?;
+        let name = core::str::from_utf8(self.take(count)?);
+        name.map(Arc::from).map_err(|_| DecodeError)
+    }
+
+    fn otherwise(&mut self, _: &'static str) -> Result<Otherwise, DecodeError> {
+        let number = usize::from(self.byte()?);
+        Otherwise::ALL.get(number).copied().ok_or(DecodeError)
     }
 }
 
@@ -306,51 +334,15 @@ fn sorted<T: Ord>(
 }
 
 fn read(rest: &mut Rest<'_>) -> Result<ReadAction, DecodeError> {
-    Ok(match rest.byte()? {
-        0 => ReadAction::Allow,
-        1 => ReadAction::Deny,
-        2 => ReadAction::Value(rest.u64()?),
-        3 => ReadAction::Shadow(rest.u64()?),
-        4 => ReadAction::Mask {
-            keep: rest.u64()?,
-            set: rest.u64()?,
-        },
-        5 => ReadAction::Host,
-        6 => ReadAction::Handler(rest.name()?),
-        _ => return Err(DecodeError),
-    })
+    let did = rest.did()?;
+    let action = ReadAction::of(did, rest)?;
+    action.filter(|action| action.did() == did).ok_or(DecodeError)
 }
 
 fn write(rest: &mut Rest<'_>) -> Result<WriteAction, DecodeError> {
-    Ok(match rest.byte()? {
-        0 => WriteAction::Allow,
-        1 => WriteAction::Deny,
-        2 => WriteAction::Ignore,
-        3 => WriteAction::Shadow,
-        4 => WriteAction::Mask {
-            may_change: rest.u64()?,
-            otherwise: Otherwise::Deny,
-        },
-        5 => WriteAction::Mask {
-            may_change: rest.u64()?,
-            otherwise: Otherwise::Drop,
-        },
-        6 => WriteAction::Once,
-        7 => WriteAction::Handler(rest.name()?),
-        8 => {
-            let count = rest.count()?;
-            let bytes = rest.take(count.checked_mul(8).ok_or(DecodeError)?)?;
-            WriteAction::Only(
-                bytes
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|word| u64::from_le_bytes(*word))
-                    .collect(),
-            )
-        }
-        _ => return Err(DecodeError),
-    })
+    let did = rest.did()?;
+    let action = WriteAction::of(did, rest)?;
+    action.filter(|action| action.did() == did).ok_or(DecodeError)
 }
 
 #[cfg(test)]
@@ -453,5 +445,85 @@ mod tests {
         }
         let longer: Vec<u8> = bytes.iter().copied().chain([0]).collect();
         assert_eq!(DecisionMap::from_bytes(&longer), Err(DecodeError));
+    }
+
+    #[test]
+    fn the_hash_names_the_meaning_and_not_the_rules() {
+        let map = |rule, value| DecisionMap {
+            reads: Intervals::first_match(
+                Decision::of(ReadAction::Allow),
+                [(
+                    MsrRange::single(Msr(0x8b)),
+                    Decision {
+                        action: ReadAction::Value(value),
+                        rule: Some(rule),
+                        log: Log::None,
+                    },
+                )],
+            ),
+            ..DecisionMap::allow_all()
+        };
+        assert_eq!(map(0, 1).hash(), map(1, 1).hash());
+        assert_ne!(map(0, 1).hash(), map(0, 2).hash());
+        assert_ne!(map(0, 1).hash(), DecisionMap::allow_all().hash());
+    }
+
+    /// Each action and each of its fields by the first bytes of the hash of a map that has it, which is what a saved vCPU
+    /// is told by: a change here refuses every state that was saved before.
+    #[test]
+    fn each_action_and_each_of_its_fields_has_the_hash_that_it_always_had() {
+        let reads = [
+            (ReadAction::Allow, "bbc586c8"),
+            (ReadAction::Deny, "20caba68"),
+            (ReadAction::Value(0), "7c810346"),
+            (ReadAction::Value(1), "e2cec2e2"),
+            (ReadAction::Shadow(0), "d996d15d"),
+            (ReadAction::Shadow(1), "32c7abdf"),
+            (ReadAction::Mask { keep: 0, set: 0 }, "36379342"),
+            (ReadAction::Mask { keep: 1, set: 0 }, "fecae20e"),
+            (ReadAction::Mask { keep: 0, set: 1 }, "d2278441"),
+            (ReadAction::Host, "f31cad95"),
+            (ReadAction::Handler("a".into()), "1febb63d"),
+            (ReadAction::Handler("b".into()), "ce90a1e5"),
+        ];
+        let mask = |may_change, otherwise| WriteAction::Mask { may_change, otherwise };
+        let writes = [
+            (WriteAction::Allow, "84f3af37"),
+            (WriteAction::Deny, "1d61e7bf"),
+            (WriteAction::Ignore, "22a5b3b6"),
+            (WriteAction::Shadow, "3a40c42e"),
+            (mask(0, Otherwise::Deny), "d98ca382"),
+            (mask(1, Otherwise::Deny), "64107234"),
+            (mask(0, Otherwise::Drop), "eae9b955"),
+            (WriteAction::Only(Arc::new([])), "798743d2"),
+            (WriteAction::Only(Arc::new([1])), "1bd5ebf9"),
+            (WriteAction::Only(Arc::new([1, 2])), "1ad166b8"),
+            (WriteAction::Once, "db4f0947"),
+            (WriteAction::Handler("a".into()), "e2922869"),
+            (WriteAction::Handler("b".into()), "72e582e3"),
+        ];
+        let mut hashes = Vec::new();
+        let mut check = |map: &DecisionMap, what: &dyn fmt::Debug, golden: &str| {
+            let [a, b, c, d, ..] = map.hash();
+            let hash = alloc::format!("{:08x}", u32::from_be_bytes([a, b, c, d]));
+            assert_eq!(hash, golden, "{what:?}");
+            hashes.push(hash);
+        };
+        let msr = MsrRange::single(Msr(0x10));
+        for (action, golden) in reads {
+            let mut map = DecisionMap::allow_all();
+            map.reads = Intervals::first_match(map.reads.get(Msr::MIN).clone(), [(msr, Decision::of(action.clone()))]);
+            map.unknown.0 = ReadAction::Host;
+            check(&map, &action, golden);
+        }
+        for (action, golden) in writes {
+            let mut map = DecisionMap::allow_all();
+            map.writes =
+                Intervals::first_match(map.writes.get(Msr::MIN).clone(), [(msr, Decision::of(action.clone()))]);
+            check(&map, &action, golden);
+        }
+        hashes.sort();
+        hashes.dedup();
+        assert_eq!(hashes.len(), 25, "two actions have one hash");
     }
 }
