@@ -1,18 +1,16 @@
 //! A decision map as bytes, for handing it to another process that parses no text.
 //!
-//! Little-endian and without padding: a magic number, the reads, the writes, what `unknown` and `invalid` say, then what
-//! the kernel holds, what may be spilled, and the profile. Reads and writes are a count and, for each interval, its first
-//! MSR, rule, log and action; the others are a count and, for each MSR, its index and what is said of it; whether anything
-//! may be spilled stands in a byte before that count. The last byte is followed by nothing.
+//! Little-endian and without padding: a magic number, the reads, the writes, and what `unknown` and `invalid` say. Reads and
+//! writes are a count and, for each interval, its first MSR, rule, log and action. The last byte is followed by nothing.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Argument, Arguments, Did, Log, Msr, MsrRange, Op, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Argument, Arguments, Did, Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
 use sha2::{Digest, Sha256};
 
-use crate::{Decision, DecisionMap, Intervals, Preset, Spillable, Touched};
+use crate::{Decision, DecisionMap, Intervals};
 
 /// Names the format and its version.
 const MAGIC: [u8; 8] = *b"msrgate4";
@@ -24,39 +22,20 @@ impl DecisionMap {
     /// The map as bytes that [`DecisionMap::from_bytes`] reads.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
-        put_intervals(&mut bytes, &self.reads, |bytes, decision| {
+        put_intervals(&mut bytes, self.reads(), |bytes, decision| {
             put_source(bytes, decision);
             put_read(bytes, &decision.action);
         });
-        put_intervals(&mut bytes, &self.writes, |bytes, decision| {
+        put_intervals(&mut bytes, self.writes(), |bytes, decision| {
             put_source(bytes, decision);
             put_write(bytes, &decision.action);
         });
         self.put_fallbacks(&mut bytes);
-        put_count(&mut bytes, self.held.len());
-        for Preset { msr, value } in &self.held {
-            bytes.extend(msr.0.to_le_bytes());
-            bytes.extend(value.to_le_bytes());
-        }
-        bytes.push(u8::from(self.spill.is_some()));
-        let spill = self.spill.as_deref().unwrap_or_default();
-        put_count(&mut bytes, spill.len());
-        for Spillable { msr, op, weight } in spill {
-            bytes.extend(msr.0.to_le_bytes());
-            bytes.push(*op as u8);
-            bytes.extend(weight.to_le_bytes());
-        }
-        put_count(&mut bytes, self.profile.len());
-        for Touched { msr, op, count } in &self.profile {
-            bytes.extend(msr.0.to_le_bytes());
-            bytes.push(*op as u8);
-            bytes.extend(count.to_le_bytes());
-        }
         bytes
     }
 
     fn put_fallbacks(&self, bytes: &mut Vec<u8>) {
-        for (read, write) in [&self.unknown, &self.invalid] {
+        for (read, write) in [self.unknown(), self.invalid()] {
             put_read(bytes, read);
             put_write(bytes, write);
         }
@@ -70,12 +49,12 @@ impl DecisionMap {
         let mut bytes = b"msrgate decision map 2\n".to_vec();
         put_intervals(
             &mut bytes,
-            &self.reads.map(|decision| decision.action.clone()),
+            &self.reads().map(|decision| decision.action.clone()),
             put_read,
         );
         put_intervals(
             &mut bytes,
-            &self.writes.map(|decision| decision.action.clone()),
+            &self.writes().map(|decision| decision.action.clone()),
             put_write,
         );
         self.put_fallbacks(&mut bytes);
@@ -92,41 +71,12 @@ impl DecisionMap {
         let writes = intervals(&mut rest, write)?;
         let unknown = (read(&mut rest)?, write(&mut rest)?);
         let invalid = (read(&mut rest)?, write(&mut rest)?);
-        let held = presets(&mut rest)?;
-        let spills = match rest.byte()? {
-            0 => false,
-            1 => true,
-            _ => return Err(DecodeError),
-        };
-        let spill = sorted(&mut rest, |rest| {
-            Ok(Spillable {
-                msr: Msr(rest.u32()?),
-                op: op(rest)?,
-                weight: rest.array().map(u16::from_le_bytes)?,
-            })
-        })?;
-        let profile = sorted(&mut rest, |rest| {
-            Ok(Touched {
-                msr: Msr(rest.u32()?),
-                op: op(rest)?,
-                count: rest.u64()?,
-            })
-        })?;
-        if !spills && !spill.is_empty() {
-            return Err(DecodeError);
-        }
         if !rest.0.is_empty() {
             return Err(DecodeError);
         }
-        Ok(DecisionMap {
-            reads,
-            writes,
-            unknown,
-            invalid,
-            held,
-            spill: spills.then_some(spill),
-            profile,
-        })
+        Ok(DecisionMap::new(reads, writes)
+            .with_unknown(unknown)
+            .with_invalid(invalid))
     }
 }
 
@@ -298,41 +248,6 @@ fn intervals<A: Clone + Eq>(
     ))
 }
 
-fn presets(rest: &mut Rest<'_>) -> Result<Vec<Preset>, DecodeError> {
-    let mut presets: Vec<Preset> = Vec::new();
-    for _ in 0..rest.count()? {
-        let preset = Preset {
-            msr: Msr(rest.u32()?),
-            value: rest.u64()?,
-        };
-        if presets.last().is_some_and(|last| last.msr >= preset.msr) {
-            return Err(DecodeError);
-        }
-        presets.push(preset);
-    }
-    Ok(presets)
-}
-
-fn op(rest: &mut Rest<'_>) -> Result<Op, DecodeError> {
-    let op = rest.byte()?;
-    Op::ALL.into_iter().find(|known| *known as u8 == op).ok_or(DecodeError)
-}
-
-fn sorted<T: Ord>(
-    rest: &mut Rest<'_>,
-    one: impl Fn(&mut Rest<'_>) -> Result<T, DecodeError>,
-) -> Result<Vec<T>, DecodeError> {
-    let mut all: Vec<T> = Vec::new();
-    for _ in 0..rest.count()? {
-        let next = one(rest)?;
-        if all.last().is_some_and(|last| *last >= next) {
-            return Err(DecodeError);
-        }
-        all.push(next);
-    }
-    Ok(all)
-}
-
 fn read(rest: &mut Rest<'_>) -> Result<ReadAction, DecodeError> {
     let did = rest.did()?;
     let action = ReadAction::of(did, rest)?;
@@ -394,31 +309,12 @@ mod tests {
                 });
             Intervals::first_match(Decision::of(default), ranges)
         }
-        DecisionMap {
-            reads: map(ReadAction::Allow, &reads, &logs),
-            writes: map(WriteAction::Allow, &writes, &logs),
-            unknown: (ReadAction::Value(0), WriteAction::Ignore),
-            invalid: (ReadAction::Deny, WriteAction::Deny),
-            held: [(0x8b, u64::MAX), (0x606, 0)]
-                .map(|(msr, value)| Preset { msr: Msr(msr), value })
-                .to_vec(),
-            spill: Some(
-                [(0x174, Op::Write), (0x175, Op::Read)]
-                    .map(|(msr, op)| Spillable {
-                        msr: Msr(msr),
-                        op,
-                        weight: 3,
-                    })
-                    .to_vec(),
-            ),
-            profile: [(0x10, Op::Read), (0x10, Op::Write)]
-                .map(|(msr, op)| Touched {
-                    msr: Msr(msr),
-                    op,
-                    count: 1 << 40,
-                })
-                .to_vec(),
-        }
+        DecisionMap::new(
+            map(ReadAction::Allow, &reads, &logs),
+            map(WriteAction::Allow, &writes, &logs),
+        )
+        .with_unknown((ReadAction::Value(0), WriteAction::Ignore))
+        .with_invalid((ReadAction::Deny, WriteAction::Deny))
     }
 
     #[test]
@@ -449,8 +345,8 @@ mod tests {
 
     #[test]
     fn the_hash_names_the_meaning_and_not_the_rules() {
-        let map = |rule, value| DecisionMap {
-            reads: Intervals::first_match(
+        let map = |rule, value| {
+            DecisionMap::allow_all().with_reads(Intervals::first_match(
                 Decision::of(ReadAction::Allow),
                 [(
                     MsrRange::single(Msr(0x8b)),
@@ -460,8 +356,7 @@ mod tests {
                         log: Log::None,
                     },
                 )],
-            ),
-            ..DecisionMap::allow_all()
+            ))
         };
         assert_eq!(map(0, 1).hash(), map(1, 1).hash());
         assert_ne!(map(0, 1).hash(), map(0, 2).hash());
@@ -511,15 +406,21 @@ mod tests {
         };
         let msr = MsrRange::single(Msr(0x10));
         for (action, golden) in reads {
-            let mut map = DecisionMap::allow_all();
-            map.reads = Intervals::first_match(map.reads.get(Msr::MIN).clone(), [(msr, Decision::of(action.clone()))]);
-            map.unknown.0 = ReadAction::Host;
+            let map = DecisionMap::allow_all();
+            let reads =
+                Intervals::first_match(map.reads().get(Msr::MIN).clone(), [(msr, Decision::of(action.clone()))]);
+            let map = map
+                .with_reads(reads)
+                .with_unknown((ReadAction::Host, WriteAction::Deny));
             check(&map, &action, golden);
         }
         for (action, golden) in writes {
-            let mut map = DecisionMap::allow_all();
-            map.writes =
-                Intervals::first_match(map.writes.get(Msr::MIN).clone(), [(msr, Decision::of(action.clone()))]);
+            let map = DecisionMap::allow_all();
+            let writes = Intervals::first_match(
+                map.writes().get(Msr::MIN).clone(),
+                [(msr, Decision::of(action.clone()))],
+            );
+            let map = map.with_writes(writes);
             check(&map, &action, golden);
         }
         hashes.sort();

@@ -86,7 +86,7 @@ pub(super) fn run(
                 if op == Op::Read && bypassed && *msr == Msr::TSC_DEADLINE {
                     continue;
                 }
-                for value in values(&loaded.map.writes.get(*msr).action, &mut engine, &mut twin, *msr, op) {
+                for value in values(&loaded.map.writes().get(*msr).action, &mut engine, &mut twin, *msr, op) {
                     let access = match op {
                         Op::Read => Access::Read { msr: *msr },
                         Op::Write => Access::Write { msr: *msr, value },
@@ -106,7 +106,7 @@ pub(super) fn run(
                     live,
                     engine: engine_got,
                 };
-                let relation = if by_itself(&got, access, &loaded.map.reads.get(access.msr()).action, &mut twin) {
+                let relation = if by_itself(&got, access, &loaded.map.reads().get(access.msr()).action, &mut twin) {
                     Relation::Same
                 } else {
                     relation(&got, access, &mut twin, |twin| {
@@ -153,8 +153,8 @@ fn msrs(loaded: &Loaded, reach: Reach) -> Vec<Msr> {
         }
     }
     // Each rule's share of the MSRs, which is at least as fine as its own ranges.
-    loaded.map.reads.iter().for_each(|(each, _)| range(each));
-    loaded.map.writes.iter().for_each(|(each, _)| range(each));
+    loaded.map.reads().iter().for_each(|(each, _)| range(each));
+    loaded.map.writes().iter().for_each(|(each, _)| range(each));
     // x2APIC and its neighbours; TSC_DEADLINE; what wraps; edges of the hardware's bitmaps.
     msrs.extend((0x7ff..=0x900).map(Msr));
     msrs.extend((0xffff_ffe0..=0xffff_ffff).map(Msr));
