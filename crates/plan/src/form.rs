@@ -1,19 +1,28 @@
-//! A decision map as bytes, for handing it to another process that parses no text.
+//! Decision maps and plans as bytes: for a program that embeds a plan, and for the hash of a policy.
 //!
-//! Little-endian and without padding: a magic number, the reads, the writes, and what `unknown` and `invalid` say. Reads and
-//! writes are a count and, for each interval, its first MSR, rule, log and action. The last byte is followed by nothing.
+//! Little-endian and without padding. A map is a magic number, the reads, the writes, and what `unknown` and `invalid` say.
+//! Reads and writes are a count and, for each interval, its first MSR, rule, log and action: its number ([`Did`]) and its
+//! arguments in their order. A plan is a magic number, its map, the filter, the reasons, the presets, what is spilled, and how
+//! many ranges are needed. The last byte is followed by nothing.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Argument, Arguments, Did, Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{
+    Argument, Arguments, Did, Filter, FilterRange, Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, Reasons,
+    Verdict, WriteAction,
+};
 use sha2::{Digest, Sha256};
 
-use crate::{Decision, DecisionMap, Intervals};
+use crate::plan::Parts;
+use crate::{CompileOptions, Decision, DecisionMap, Intervals, Minimum, Plan, PlanError, Preset, Spillable};
 
 /// Names the format and its version.
 const MAGIC: [u8; 8] = *b"msrgate4";
+
+/// Names a plan's format and its version.
+const PLAN_MAGIC: [u8; 8] = *b"msrplan1";
 
 /// Stands for a decision that no rule made.
 const NO_RULE: u32 = u32::MAX;
@@ -64,19 +73,164 @@ impl DecisionMap {
     /// Reads a map back. Whatever the bytes hold, the answer is a whole map or an error.
     pub fn from_bytes(bytes: &[u8]) -> Result<DecisionMap, DecodeError> {
         let mut rest = Rest(bytes);
-        if rest.array::<8>()? != MAGIC {
-            return Err(DecodeError);
-        }
-        let reads = intervals(&mut rest, read)?;
-        let writes = intervals(&mut rest, write)?;
-        let unknown = (read(&mut rest)?, write(&mut rest)?);
-        let invalid = (read(&mut rest)?, write(&mut rest)?);
-        if !rest.0.is_empty() {
-            return Err(DecodeError);
-        }
+        let map = DecisionMap::read(&mut rest)?;
+        rest.end()?;
+        Ok(map)
+    }
+
+    fn read(rest: &mut Rest<'_>) -> Result<DecisionMap, DecodeError> {
+        rest.magic(MAGIC)?;
+        let reads = intervals(rest, read)?;
+        let writes = intervals(rest, write)?;
+        let unknown = (read(rest)?, write(rest)?);
+        let invalid = (read(rest)?, write(rest)?);
         Ok(DecisionMap::new(reads, writes)
             .with_unknown(unknown)
             .with_invalid(invalid))
+    }
+}
+
+impl Plan {
+    /// The plan as bytes that [`Plan::from_bytes`] reads.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = PLAN_MAGIC.to_vec();
+        bytes.extend(self.map().to_bytes());
+        bytes.push(u8::from(self.filter().default_verdict() == Verdict::Allow));
+        put_count(&mut bytes, self.filter().ranges().len());
+        for range in self.filter().ranges() {
+            bytes.extend(range.base().to_le_bytes());
+            bytes.extend(range.nmsrs().to_le_bytes());
+            bytes.extend(range.ops().bits().to_le_bytes());
+            bytes.extend(range.bitmap().iter().flat_map(|word| word.to_le_bytes()));
+        }
+        bytes.extend(self.reasons().bits().to_le_bytes());
+        put_count(&mut bytes, self.presets().len());
+        for Preset { msr, value } in self.presets() {
+            bytes.extend(msr.0.to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+        }
+        let spilled = self
+            .spilled()
+            .flat_map(|(range, op)| range.iter().map(move |msr| (msr, op)));
+        put_accesses(&mut bytes, &spilled.collect::<Vec<_>>());
+        let minimum = self.minimum();
+        bytes.extend(minimum.ranges.to_le_bytes());
+        bytes.extend(minimum.separate.to_le_bytes());
+        bytes.push(u8::from(minimum.proved));
+        bytes.push(u8::from(minimum.witness.is_some()));
+        put_accesses(&mut bytes, minimum.witness.as_deref().unwrap_or_default());
+        bytes
+    }
+
+    /// Reads a plan back, and proves again that it does what the map in the bytes says: nothing is searched. Whatever the
+    /// bytes hold, the answer is a plan that is right or an error.
+    ///
+    /// How many ranges are needed ([`Plan::minimum`]) is as the bytes say, and so is what may be spilled. A note on what is
+    /// spilled does not tell what a profile told.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Plan, LoadError> {
+        let mut rest = Rest(bytes);
+        rest.magic(PLAN_MAGIC)?;
+        let map = DecisionMap::read(&mut rest)?;
+        let default = match rest.flag()? {
+            true => Verdict::Allow,
+            false => Verdict::Deny,
+        };
+        let mut ranges = Vec::new();
+        for _ in 0..rest.count()? {
+            let (base, nmsrs) = (rest.u32()?, rest.u32()?);
+            let ops = Ops::from_bits(rest.u32()?).ok_or(DecodeError)?;
+            let words = usize::try_from(nmsrs.div_ceil(64)).map_err(|_| DecodeError)?;
+            let bitmap: Vec<u64> = rest.words(words)?;
+            ranges.push(FilterRange::new(base, nmsrs, ops, bitmap).map_err(PlanError::from)?);
+        }
+        let filter = Filter::new(default, ranges).map_err(PlanError::from)?;
+        let reasons = Reasons::from_bits(rest.u32()?.into()).ok_or(DecodeError)?;
+        let count = rest.count()?;
+        let presets = (0..count).map(|_| {
+            Ok(Preset {
+                msr: Msr(rest.u32()?),
+                value: rest.u64()?,
+            })
+        });
+        let presets = presets.collect::<Result<Vec<Preset>, DecodeError>>()?;
+        if !presets.is_sorted_by(|one, next| one.msr < next.msr) {
+            return Err(DecodeError.into());
+        }
+        let spilled = rest.accesses()?;
+        let minimum = Minimum {
+            ranges: rest.u64()?,
+            separate: rest.u64()?,
+            proved: rest.flag()?,
+            witness: match (rest.flag()?, rest.accesses()?) {
+                (true, witness) => Some(witness),
+                (false, none) if none.is_empty() => None,
+                (false, _) => return Err(DecodeError.into()),
+            },
+        };
+        rest.end()?;
+        if let Some((msr, op)) = spilled.iter().find(|(msr, op)| !map.allows(*msr, *op)) {
+            return Err(PlanError::NotProven { msr: *msr, op: *op }.into());
+        }
+        let mut options = CompileOptions::default();
+        if !spilled.is_empty() {
+            let spillable = spilled.iter().map(|(msr, op)| Spillable {
+                msr: *msr,
+                op: *op,
+                weight: 0,
+            });
+            options = options.spilling(spillable.collect());
+        }
+        let parts = Parts {
+            filter,
+            reasons,
+            presets,
+            spilled: spilled
+                .into_iter()
+                .map(|(msr, op)| (MsrRange::single(msr), op))
+                .collect(),
+            minimum,
+        };
+        Ok(Plan::proven(&map, &options, parts)?)
+    }
+}
+
+/// Why bytes are no plan.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// They are not the bytes of a plan of this version.
+    Malformed,
+    /// What they say is no plan of the map that they say.
+    Wrong(PlanError),
+}
+
+impl From<DecodeError> for LoadError {
+    fn from(_: DecodeError) -> LoadError {
+        LoadError::Malformed
+    }
+}
+
+impl From<PlanError> for LoadError {
+    fn from(error: PlanError) -> LoadError {
+        LoadError::Wrong(error)
+    }
+}
+
+impl fmt::Display for LoadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LoadError::Malformed => f.write_str("the bytes are not a plan of this version of msrgate"),
+            LoadError::Wrong(_) => f.write_str("the bytes are not a plan of the decision map in them"),
+        }
+    }
+}
+
+impl core::error::Error for LoadError {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            LoadError::Malformed => None,
+            LoadError::Wrong(error) => Some(error),
+        }
     }
 }
 
@@ -115,6 +269,14 @@ fn put_source<A>(bytes: &mut Vec<u8>, decision: &Decision<A>) {
 fn put_count(bytes: &mut Vec<u8>, count: usize) {
     // More than 2^32 of anything does not fit in memory.
     bytes.extend(u32::try_from(count).unwrap_or(u32::MAX).to_le_bytes());
+}
+
+fn put_accesses(bytes: &mut Vec<u8>, accesses: &[(Msr, Op)]) {
+    put_count(bytes, accesses.len());
+    for (msr, op) in accesses {
+        bytes.extend(msr.0.to_le_bytes());
+        bytes.push(*op as u8);
+    }
 }
 
 fn put_action<'a>(bytes: &mut Vec<u8>, did: Did, arguments: impl Iterator<Item = (&'static str, Argument<'a>)>) {
@@ -175,6 +337,38 @@ impl<'a> Rest<'a> {
         usize::try_from(self.u32()?).map_err(|_| DecodeError)
     }
 
+    fn magic(&mut self, wanted: [u8; 8]) -> Result<(), DecodeError> {
+        (self.array()? == wanted).then_some(()).ok_or(DecodeError)
+    }
+
+    fn end(&self) -> Result<(), DecodeError> {
+        self.0.is_empty().then_some(()).ok_or(DecodeError)
+    }
+
+    fn flag(&mut self) -> Result<bool, DecodeError> {
+        match self.byte()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(DecodeError),
+        }
+    }
+
+    fn words<C: FromIterator<u64>>(&mut self, count: usize) -> Result<C, DecodeError> {
+        let bytes = self.take(count.checked_mul(8).ok_or(DecodeError)?)?;
+        let (words, _) = bytes.as_chunks();
+        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    fn accesses(&mut self) -> Result<Vec<(Msr, Op)>, DecodeError> {
+        let count = self.count()?;
+        let one = |_| {
+            let msr = Msr(self.u32()?);
+            let op = usize::from(self.byte()?);
+            Ok((msr, *Op::ALL.get(op).ok_or(DecodeError)?))
+        };
+        (0..count).map(one).collect()
+    }
+
     fn did(&mut self) -> Result<Did, DecodeError> {
         Did::from_number(self.byte()?).ok_or(DecodeError)
     }
@@ -189,9 +383,7 @@ impl Arguments for Rest<'_> {
 
     fn numbers(&mut self, _: &'static str) -> Result<Arc<[u64]>, DecodeError> {
         let count = self.count()?;
-        let bytes = self.take(count.checked_mul(8).ok_or(DecodeError)?)?;
-        let (words, _) = bytes.as_chunks();
-        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+        self.words(count)
     }
 
     fn name(&mut self, _: &'static str) -> Result<Arc<str>, DecodeError> {
@@ -341,6 +533,76 @@ mod tests {
         }
         let longer: Vec<u8> = bytes.iter().copied().chain([0]).collect();
         assert_eq!(DecisionMap::from_bytes(&longer), Err(DecodeError));
+    }
+
+    /// Plans with presets, with spilled accesses, and of every action.
+    fn plans() -> Vec<Plan> {
+        let value = Decision::of(ReadAction::Value(7));
+        let preset = Preset {
+            msr: Msr(0x8b),
+            value: 7,
+        };
+        let reads = Intervals::first_match(Decision::of(ReadAction::Deny), [(MsrRange::single(Msr(0x8b)), value)]);
+        let held = DecisionMap::deny_all().with_reads(reads);
+        let options = CompileOptions::default().holding([preset].to_vec());
+        let islands = (0..17).map(|i| (MsrRange::single(Msr(i << 16)), Decision::of(ReadAction::Allow)));
+        let many = DecisionMap::deny_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Deny), islands));
+        let spillable = Spillable {
+            msr: Msr(5 << 16),
+            op: Op::Read,
+            weight: 1,
+        };
+        let spilling = CompileOptions::default().spilling([spillable].to_vec());
+        let plans = [
+            Plan::compile(&everything()),
+            Plan::compile(&DecisionMap::allow_all()),
+            Plan::compile(&DecisionMap::deny_all()),
+            Plan::compile_for(&held, &options),
+            Plan::compile_for(&many, &spilling),
+        ];
+        plans.map(Result::unwrap).to_vec()
+    }
+
+    #[test]
+    fn a_plan_reads_back_as_it_was() {
+        let plans = plans();
+        assert!(plans.iter().any(|plan| !plan.presets().is_empty()));
+        assert!(plans.iter().any(|plan| plan.spilled().next().is_some()));
+        for plan in plans {
+            assert_eq!(Plan::from_bytes(&plan.to_bytes()), Ok(plan));
+        }
+    }
+
+    #[test]
+    fn cut_or_changed_bytes_are_an_error_or_a_plan_that_is_right() {
+        for plan in plans() {
+            let bytes = plan.to_bytes();
+            for end in 0..bytes.len() {
+                assert_eq!(
+                    Plan::from_bytes(&bytes[..end]),
+                    Err(LoadError::Malformed),
+                    "cut at {end}"
+                );
+            }
+            for at in 0..bytes.len() {
+                for flip in [1, 0x80, 0xff] {
+                    let mut changed = bytes.clone();
+                    changed[at] ^= flip;
+                    if let Ok(plan) = Plan::from_bytes(&changed) {
+                        assert_eq!(Plan::from_bytes(&plan.to_bytes()), Ok(plan));
+                    }
+                }
+            }
+        }
+        let parts = Parts {
+            filter: Filter::allow_all(),
+            reasons: Reasons::NONE,
+            presets: Vec::new(),
+            spilled: Vec::new(),
+            minimum: plans().swap_remove(1).minimum().clone(),
+        };
+        let wrong = Plan::proven(&DecisionMap::deny_all(), &CompileOptions::default(), parts);
+        assert!(matches!(wrong, Err(PlanError::NotProven { .. })));
     }
 
     #[test]

@@ -51,7 +51,7 @@ mod form;
 pub use change::{Change, ChangedPart};
 pub use cover::{Covering, Direction};
 pub use differ::{By, Differences, Fallback};
-pub use form::DecodeError;
+pub use form::{DecodeError, LoadError};
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
 pub use note::{Note, NoteCode};

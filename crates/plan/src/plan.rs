@@ -44,6 +44,16 @@ pub struct Plan {
     notes: Vec<Note>,
     minimum: Minimum,
     hash: [u8; 32],
+    map: DecisionMap,
+}
+
+/// What a plan is made of beside its map.
+pub(crate) struct Parts {
+    pub(crate) filter: Filter,
+    pub(crate) reasons: Reasons,
+    pub(crate) presets: Vec<Preset>,
+    pub(crate) spilled: Vec<(MsrRange, Op)>,
+    pub(crate) minimum: Minimum,
 }
 
 impl Plan {
@@ -88,30 +98,48 @@ impl Plan {
             Verdict::Deny if ranges.is_empty() => deny_all()?,
             _ => Filter::new(default, ranges)?,
         };
-        let table = ActionTable::new(
-            entries(
-                realised.reads(),
-                |action| *action == ReadAction::Allow,
-                &spilled,
-                Op::Read,
-            ),
-            entries(
-                realised.writes(),
-                |action| *action == WriteAction::Allow,
-                &spilled,
-                Op::Write,
-            ),
-            map.unknown().clone(),
-            map.invalid().clone(),
-        )?;
+        let reasons = reasons(realised, &spilled);
+        let parts = Parts {
+            filter,
+            reasons,
+            presets,
+            spilled,
+            minimum,
+        };
+        Plan::proven(map, options, parts)
+    }
+
+    /// The plan of these parts, if it does what the map says.
+    pub(crate) fn proven(map: &DecisionMap, options: &CompileOptions, parts: Parts) -> Result<Plan, PlanError> {
+        let Parts {
+            filter,
+            reasons,
+            presets,
+            spilled,
+            minimum,
+        } = parts;
+        let realised = map.with_presets(&presets);
+        let reads = entries(
+            realised.reads(),
+            |action| *action == ReadAction::Allow,
+            &spilled,
+            Op::Read,
+        );
+        let writes = entries(
+            realised.writes(),
+            |action| *action == WriteAction::Allow,
+            &spilled,
+            Op::Write,
+        );
         let plan = Plan {
-            reasons: reasons(realised, &spilled),
+            table: ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())?,
             notes: note::notes(map, options, &presets, &spilled),
             filter,
-            table,
+            reasons,
             presets,
             minimum,
             hash: map.hash(),
+            map: map.clone(),
         };
         match proof::first_difference(map, options, &plan) {
             None => Ok(plan),
@@ -126,6 +154,11 @@ impl Plan {
             reasons: self.reasons.union(reasons),
             ..self
         }
+    }
+
+    /// What the plan means.
+    pub fn map(&self) -> &DecisionMap {
+        &self.map
     }
 
     /// What the kernel gets.

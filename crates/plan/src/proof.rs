@@ -76,6 +76,10 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
     let read = differs(&read_right, &read_verdicts).map(|msr| (msr, Op::Read));
     let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
     let fallbacks = table.unknown() == map.unknown() && table.invalid() == map.invalid();
+    let kernels = (ReadAction::Deny, WriteAction::Deny);
+    let handed_over = |reason, pair: &_| *pair == kernels || plan.reasons().contains(reason);
+    let fallbacks =
+        fallbacks && handed_over(Reason::Unknown, map.unknown()) && handed_over(Reason::Invalid, map.invalid());
     let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
     read.or(write)
         .or(overwritten)
