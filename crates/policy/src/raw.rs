@@ -24,7 +24,7 @@ use std::fmt;
 
 use msrgate_core::abi::{FILTER_DEFAULT_DENY, MAX_BITMAP_BYTES, MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Filter, FilterRange, MsrRange, Ops, Verdict};
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{DecisionMap, Preset};
 
 /// In what form a file tells what a guest's accesses get.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -123,6 +123,8 @@ pub struct Given {
     pub filter: Filter,
     /// What a plan says beside that of user space's answers; `None` for a raw filter, which says nothing of them.
     pub plan: Option<DecisionMap>,
+    /// The presets of a plan, which the filter leaves to the kernel.
+    pub presets: Vec<Preset>,
     /// What the kernel takes for something else than it looks like, in sentences.
     pub remarks: Vec<String>,
 }
@@ -225,6 +227,7 @@ impl RawFilter {
         Ok(Given {
             filter: self.filter()?,
             plan: None,
+            presets: Vec::new(),
             remarks: self.remarks(),
         })
     }

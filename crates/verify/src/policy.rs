@@ -83,7 +83,7 @@ impl Machine {
                     if op == Op::Read && bypassed && *msr == Msr::TSC_DEADLINE {
                         continue;
                     }
-                    for value in values(&map.writes.get(*msr).action, &mut engine, &mut unfiltered, *msr, op) {
+                    for value in values(&map.writes().get(*msr).action, &mut engine, &mut unfiltered, *msr, op) {
                         let access = match op {
                             Op::Read => Access::Read { msr: *msr },
                             Op::Write => Access::Write { msr: *msr, value },
@@ -103,7 +103,7 @@ impl Machine {
                         live,
                         engine: engine_got,
                     };
-                    let relation = if by_itself(&got, access, &map.reads.get(access.msr()).action, &mut unfiltered) {
+                    let relation = if by_itself(&got, access, &map.reads().get(access.msr()).action, &mut unfiltered) {
                         Relation::Same
                     } else {
                         relation(&got, access, &mut unfiltered, |unfiltered| {
@@ -149,8 +149,8 @@ fn msrs(map: &DecisionMap, plan: &Plan, reach: Reach) -> Vec<Msr> {
         }
     }
     // Each rule's share of the MSRs, which is at least as fine as its own ranges.
-    map.reads.iter().for_each(|(each, _)| range(each));
-    map.writes.iter().for_each(|(each, _)| range(each));
+    map.reads().iter().for_each(|(each, _)| range(each));
+    map.writes().iter().for_each(|(each, _)| range(each));
     // x2APIC and its neighbours; TSC_DEADLINE; what wraps; edges of the hardware's bitmaps.
     msrs.extend((0x7ff..=0x900).map(Msr));
     msrs.extend((0xffff_ffe0..=0xffff_ffff).map(Msr));
