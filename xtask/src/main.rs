@@ -16,6 +16,8 @@ mod no_std;
 mod checker;
 mod fuzz;
 mod headers;
+mod house;
+mod modules;
 mod toolchain;
 
 mod job;

@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{checker, fuzz, headers, no_std, package, process};
+use crate::{checker, fuzz, headers, house, no_std, package, process};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -42,6 +42,8 @@ pub(crate) struct Arguments {
 enum Stage {
     /// Formatting
     Fmt,
+    /// Crates and modules: no circle, no arrow up
+    House,
     /// Lints
     Clippy,
     /// Tests that need no KVM
@@ -249,6 +251,7 @@ fn required(list: &str) -> Result<Vec<Stage>, String> {
 fn run(stage: Stage) -> Ending {
     let result = match stage {
         Stage::Fmt => check("fmt", &["--all", "--check"]),
+        Stage::House => house::check(),
         Stage::Clippy => check(
             "clippy",
             &[&SCOPE[..], &["--all-targets", "--", "-D", "warnings"]].concat(),
@@ -317,7 +320,7 @@ fn side_by_side(jobs: &[(Stage, Series)], left_out: bool, required: &[Stage]) ->
 }
 
 /// A stage that is one check.
-fn one(passed: bool, note: String) -> Ending {
+pub(crate) fn one(passed: bool, note: String) -> Ending {
     let passed = u64::from(passed);
     Ending::Ran {
         count: Count {

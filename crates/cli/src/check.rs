@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use crate::args::CheckArgs;
 use crate::exit::{Exit, Failure};
-use crate::load::{self, Loaded, TooMany};
-use crate::{refusal, render, stream};
+use crate::load::{self, Loaded};
+use crate::refusal::{self, TooMany};
+use crate::{cpuid, input, render, stream, trace, words};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
-    let cpuid = load::cpuid(&args.cpuid)?;
-    let profile = load::profile(&args.profile)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
+    let profile = trace::profile(&args.profile)?;
     let mut exit = Exit::Yes;
     let mut objects = Vec::new();
     for path in &args.policies {
@@ -105,7 +106,7 @@ impl Checked {
                     "code": note.code.code(),
                     "severity": Severity::Note.name(),
                     "message": note.message,
-                    "file": load::shown(path),
+                    "file": input::shown(path),
                     "line": null,
                     "column": null,
                     "help": null,
@@ -113,11 +114,11 @@ impl Checked {
                 })
             }));
         }
-        let shown = load::shown(path);
+        let shown = input::shown(path);
         let stem = Path::new(&shown).file_stem();
         let stem = stem.map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
-        let hash = self.loaded.as_ref().map(|loaded| load::hex(&loaded.plan.hash()));
+        let hash = self.loaded.as_ref().map(|loaded| words::hex(&loaded.plan.hash()));
         let mut object = json!({
             "ok": self.exit == Exit::Yes,
             "policy": { "name": name, "hash": hash },
@@ -132,7 +133,7 @@ impl Checked {
     fn print(&self, path: &Path) -> Result<(), Failure> {
         let open: Vec<&Diagnostic> = self.findings.iter().filter(|found| found.is_open()).collect();
         render::findings(&open, &self.sources)?;
-        let path = load::shown(path);
+        let path = input::shown(path);
         let mut out = stream::out();
         let Some(loaded) = &self.loaded else {
             let s = if open.len() == 1 { "" } else { "s" };

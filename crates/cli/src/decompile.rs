@@ -10,16 +10,15 @@ use serde_json::{Value, json};
 
 use crate::args::DecompileArgs;
 use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::plan::word;
-use crate::stream;
+use crate::words::word;
+use crate::{input, load, stream};
 
 pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
-    let bytes = load::bytes(&args.filter)?;
+    let bytes = input::bytes(&args.filter)?;
     if Form::of(&bytes) == Form::Policy {
         return Err(Failure::input(format!(
             "`{}` is no filter in any form that is known here, and no plan; if it is a policy, it is what `decompile` writes",
-            load::shown(&args.filter)
+            input::shown(&args.filter)
         )));
     }
     let given = load::filter(&args.filter, &bytes)?;

@@ -9,12 +9,11 @@ use serde_json::{Value, json};
 
 use crate::args::DiffArgs;
 use crate::exit::{Exit, Failure};
-use crate::plan::names;
-use crate::{load, render, stream};
+use crate::{cpuid, input, load, render, stream, words};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
-    let cpuid = load::cpuid(&args.cpuid)?;
-    let (a, b) = (load::bytes(&args.a)?, load::bytes(&args.b)?);
+    let cpuid = cpuid::given(&args.cpuid)?;
+    let (a, b) = (input::bytes(&args.a)?, input::bytes(&args.b)?);
     let a = load::said(&args.a, a, cpuid.as_ref())?;
     let b = load::said(&args.b, b, cpuid.as_ref())?;
     let by = match (a.by, b.by) {
@@ -116,8 +115,8 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
     writeln!(
         out,
         "A is {}, B is {}; compared by {what}\n",
-        load::shown(&args.a),
-        load::shown(&args.b)
+        input::shown(&args.a),
+        input::shown(&args.b)
     )?;
     let rows = rows(found);
     if !rows.is_empty() {
@@ -129,7 +128,7 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
                 row.op.to_string(),
                 row.a.clone(),
                 row.b.clone(),
-                names(row.range),
+                words::names(row.range),
             ]);
         }
         writeln!(out, "{}", render::text(&table))?;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::process::ExitCode;
 
-use crate::load::TooMany;
+use crate::refusal::TooMany;
 
 /// The exit codes, the same for every subcommand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,5 +67,13 @@ impl fmt::Display for Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Failure {
         Failure::Output(error)
+    }
+}
+
+/// An error with what caused it.
+pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }

@@ -10,14 +10,12 @@ use serde_json::{Value, json};
 
 use crate::args::ExplainArgs;
 use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::plan::word;
-use crate::stream;
+use crate::{cpuid, load, stream, trace, words};
 
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
-    let cpuid = load::cpuid(&args.cpuid)?;
-    let profile = load::profile(&args.profile)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
+    let profile = trace::profile(&args.profile)?;
     let loaded = match args.host {
         true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
@@ -34,7 +32,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         (None, true) => {
             let both = json!({
                 "msr": msr.to_string(),
-                "name": name(msr),
+                "name": words::name(msr),
                 "read": json(Op::Read),
                 "write": json(Op::Write),
             });
@@ -66,11 +64,6 @@ fn msr(text: &str) -> Result<Msr, Failure> {
     })
 }
 
-/// The name of an MSR, where it has one.
-pub(crate) fn name(msr: Msr) -> Option<&'static str> {
-    msrgate_msrs::by_msr(msr).map(|entry| entry.name())
-}
-
 fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {
     let rule = explanation.rule.map(|(index, rule)| {
         let source = policy.sources.get(rule.place.source);
@@ -87,11 +80,11 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
     };
     json!({
         "msr": explanation.msr.to_string(),
-        "name": name(explanation.msr),
+        "name": words::name(explanation.msr),
         "op": explanation.op.name(),
         "action": explanation.action,
         "rule": rule,
-        "verdict": word(explanation.verdict),
+        "verdict": words::word(explanation.verdict),
         "range": range,
         "sees": explanation.sees,
         "exits": explanation.exits,
@@ -106,7 +99,9 @@ fn print(
     explanation: &Explanation<'_>,
     no_preset: Option<NoPreset>,
 ) -> io::Result<()> {
-    let name = name(explanation.msr).map(|name| format!(" {name}")).unwrap_or_default();
+    let name = words::name(explanation.msr)
+        .map(|name| format!(" {name}"))
+        .unwrap_or_default();
     writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
     match explanation.rule {
         Some((index, rule)) => {
@@ -124,7 +119,7 @@ fn print(
         Decider::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),
         Decider::Default => "no range; the filter's default".to_owned(),
     };
-    writeln!(out, "  filter   {}: {decider}", word(explanation.verdict))?;
+    writeln!(out, "  filter   {}: {decider}", words::word(explanation.verdict))?;
     writeln!(out, "  sees     {}", explanation.sees)?;
     let exits = if explanation.exits {
         "leaves the kernel: user space answers, which costs some microseconds"

@@ -8,18 +8,17 @@ use serde_json::json;
 
 use crate::args::{ImportArgs, Tool};
 use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::stream;
+use crate::{input, stream};
 
 pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
-    let shown = load::shown(&args.file);
+    let shown = input::shown(&args.file);
     let format = match args.from {
         Tool::Crosvm => Format::Crosvm,
         Tool::Firecracker => Format::Firecracker,
         Tool::MsrSafe => Format::MsrSafe,
     };
-    let bytes = load::bytes(&args.file)?;
-    let text = load::text(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
+    let bytes = input::bytes(&args.file)?;
+    let text = input::text(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let imported = import(format, &text).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let policy = imported.to_string();
     // What is printed is parsed, so that nothing is printed that is no policy.

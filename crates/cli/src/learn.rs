@@ -14,14 +14,14 @@ use serde_json::{Value, json};
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{explain, render, replay, stream};
+use crate::{cpuid, input, stream, trace, words};
 
 pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
-    let cpuid = load::cpuid(&args.cpuid)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
     let mut summary = Summary::default();
     for path in &args.traces {
-        let name = load::shown(path);
-        let from = replay::reader(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
+        let name = input::shown(path);
+        let from = trace::reader(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
         let next = read(path, from, args.incomplete)?;
         summary
             .merge(&next)
@@ -111,9 +111,9 @@ enum Origin {
 impl Before {
     /// A policy, or a summary or trace that one would be learned from in the same way.
     fn read(path: &Path, widen: &Widen, incomplete: bool) -> Result<Before, Failure> {
-        let unreadable = |error: String| Failure::input(format!("cannot read `{}`: {error}", load::shown(path)));
+        let unreadable = |error: String| Failure::input(format!("cannot read `{}`: {error}", input::shown(path)));
         let io = |error: io::Error| unreadable(error.to_string());
-        let mut from = replay::reader(path).map_err(io)?;
+        let mut from = trace::reader(path).map_err(io)?;
         let mut head = Vec::new();
         from.by_ref().take(4096).read_to_end(&mut head).map_err(io)?;
         let is_trace = msrgate_trace::is_trace(&head);
@@ -125,7 +125,7 @@ impl Before {
                 origin: Origin::Summary(Box::new(summary)),
             });
         }
-        let policy = load::unresolved_in(path, load::whole(from).map_err(unreadable)?)?;
+        let policy = load::unresolved_in(path, input::whole(from).map_err(unreadable)?)?;
         let Loaded { policy, map, .. } = load::planned_or_report(policy, widen.cpuid.as_ref(), &[])?;
         Ok(Before {
             map,
@@ -158,7 +158,7 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
         let count = changes.iter().filter(|change| change.kind == kind).count();
         format!("{count} {}", kind.name())
     });
-    let name = render::plain(&load::shown(path));
+    let name = words::plain(&input::shown(path));
     let mut text = match changes.is_empty() {
         true => format!("nothing is otherwise than in {name}"),
         false => format!("since {name}: {}", counts.join(", ")),
@@ -166,7 +166,7 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
     let mut changes: Vec<&Change> = changes.iter().collect();
     changes.sort_by_key(|change| change.kind);
     for change in changes.iter().take(TOLD) {
-        text.push_str(&format!("\n  {}", render::plain(&change.to_string())));
+        text.push_str(&format!("\n  {}", words::plain(&change.to_string())));
     }
     if changes.len() > TOLD {
         text.push_str(&format!("\n  and {} more, which --json has", changes.len() - TOLD));
@@ -188,7 +188,7 @@ fn bug(what: String) -> Failure {
 
 /// A trace or a summary; one that is not complete is refused, or told where `incomplete` lets it through.
 fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Failure> {
-    let shown = load::shown(path);
+    let shown = input::shown(path);
     let name = match path.file_name() {
         Some(name) if path != Path::new("-") => name.to_string_lossy(),
         _ => "standard input".into(),
@@ -201,13 +201,13 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
             (true, ..) => format!("{name}: {error}"),
             (false, true, 1..) => format!(
                 "{shown}: {error}; to learn from what comes before it: head -n {before} {} | msrgate learn -",
-                render::quoted(path)
+                words::quoted(path)
             ),
             _ => format!("{shown}: {error}"),
         })
     })?;
     if summary.lost > 0 {
-        let lost = render::counted(summary.lost, "access is", "accesses are");
+        let lost = words::counted(summary.lost, "access is", "accesses are");
         if !incomplete {
             return Err(Failure::input(format!(
                 "{name}: {lost} missing from it, so a policy that is learned from it may deny what the guest needs: \
@@ -217,7 +217,7 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
         writeln!(
             io::stderr(),
             "msrgate: {}: {lost} missing from it: a policy that is learned from it may deny what the guest needs",
-            render::plain(&name)
+            words::plain(&name)
         )?;
     }
     Ok(summary)
@@ -254,7 +254,7 @@ fn json(
     let faulted = summary.faulted.iter().map(|((msr, op), count)| {
         json!({
             "msr": msr.to_string(),
-            "name": explain::name(*msr),
+            "name": words::name(*msr),
             "op": op.name(),
             "count": count,
             "served": summary.seen.contains_key(&(*msr, *op)),

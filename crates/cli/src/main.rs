@@ -4,8 +4,12 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod input;
+mod trace;
+mod cpuid;
 mod load;
 mod machine;
+mod handler;
 mod check;
 mod plan;
 mod explain;
@@ -20,9 +24,11 @@ mod report;
 mod learn;
 mod msr;
 mod manual;
-mod render;
-mod stream;
 mod refusal;
+mod render;
+mod words;
+mod progress;
+mod stream;
 mod exit;
 
 use std::io::{self, Write};

@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use crate::args::MsrArgs;
 use crate::exit::{Exit, Failure};
-use crate::render;
-use crate::stream;
+use crate::{render, stream};
 
 pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
     let what = match args.what.as_slice() {

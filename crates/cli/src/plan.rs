@@ -5,8 +5,7 @@ mod state;
 
 use std::io::Write;
 
-use msrgate_core::{Did, Entry, FilterRange, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
-use msrgate_plan::Plan;
+use msrgate_core::{Did, Entry, FilterRange, Op, Otherwise, ReadAction, WriteAction};
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -14,11 +13,11 @@ use serde_json::{Map, Value, json};
 use crate::args::{Emit, PlanArgs};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{refusal, render, stream};
+use crate::{cpuid, refusal, render, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
-    let cpuid = load::cpuid(&args.cpuid)?;
-    let profile = load::profile(&args.profile)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
+    let profile = trace::profile(&args.profile)?;
     let loaded = match args.host {
         true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile),
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile),
@@ -52,14 +51,6 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     Ok(Exit::Yes)
 }
 
-/// The words of the JSON and of people for a verdict.
-pub(crate) fn word(verdict: Verdict) -> &'static str {
-    match verdict {
-        Verdict::Allow => "allow",
-        Verdict::Deny => "deny",
-    }
-}
-
 fn json(loaded: &Loaded) -> Value {
     let (plan, options) = (&loaded.plan, &loaded.options);
     let visits = plan.visits(options.profile());
@@ -69,7 +60,7 @@ fn json(loaded: &Loaded) -> Value {
             "nmsrs": range.nmsrs(),
             "read": range.ops().contains(Op::Read),
             "write": range.ops().contains(Op::Write),
-            "bitmap": load::hex(&range.bitmap_bytes()),
+            "bitmap": words::hex(&range.bitmap_bytes()),
             "visits": (!options.profile().is_empty()).then_some(visits),
         })
     });
@@ -105,10 +96,10 @@ fn json(loaded: &Loaded) -> Value {
     };
     let minimum = plan.minimum();
     json!({
-        "default": word(plan.filter().default_verdict()),
+        "default": words::word(plan.filter().default_verdict()),
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
-        "presets": presets(plan),
+        "presets": words::presets(plan.presets()),
         "no_presets": loaded.no_presets.iter().map(|(range, why)| json!({
             "first": range.first().to_string(),
             "last": range.last().to_string(),
@@ -133,15 +124,8 @@ fn json(loaded: &Loaded) -> Value {
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
-        "hash": load::hex(&plan.hash()),
+        "hash": words::hex(&plan.hash()),
     })
-}
-
-fn presets(plan: &Plan) -> Value {
-    let presets = plan.presets().iter();
-    presets
-        .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
-        .collect()
 }
 
 fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>) -> Value {
@@ -206,8 +190,13 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     let plan = &loaded.plan;
     let filter = plan.filter();
     let bytes: usize = filter.ranges().iter().map(|range| range.bitmap().len() * 8).sum();
-    writeln!(out, "policy   {}, hash {}", loaded.policy.name, load::hex(&plan.hash()))?;
-    writeln!(out, "default  {}", word(filter.default_verdict()))?;
+    writeln!(
+        out,
+        "policy   {}, hash {}",
+        loaded.policy.name,
+        words::hex(&plan.hash())
+    )?;
+    writeln!(out, "default  {}", words::word(filter.default_verdict()))?;
     let minimum = plan.minimum();
     let proved = if minimum.proved {
         "no fewer are possible"
@@ -358,17 +347,6 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
         op.to_string(),
         action,
         rule,
-        names(entry.range),
+        words::names(entry.range),
     ]
-}
-
-/// The first names of a range, for orientation.
-pub(crate) fn names(range: MsrRange) -> String {
-    let known = msrgate_msrs::within(range);
-    match known {
-        [] => String::new(),
-        [one] => one.name().to_owned(),
-        [one, two] => format!("{}, {}", one.name(), two.name()),
-        [first, .., last] => format!("{} … {} ({})", first.name(), last.name(), known.len()),
-    }
 }

@@ -1,12 +1,19 @@
-//! What programs read of a policy that needs more ranges than a filter has.
+//! A policy that needs more ranges than a filter has, and what programs read of it.
 
 use msrgate_core::{Msr, Op};
 use msrgate_plan::{Change, PlanError};
-use msrgate_policy::Policy;
+use msrgate_policy::{Fit, Policy};
 use serde_json::{Value, json};
 
-use crate::load::TooMany;
-use crate::plan::word;
+use crate::words::word;
+
+/// A policy that needs too many ranges.
+#[derive(Debug)]
+pub(crate) struct TooMany {
+    pub(crate) policy: Policy,
+    pub(crate) error: PlanError,
+    pub(crate) fit: Fit,
+}
 
 /// The numbers of a refusal, its witness, and what would fit.
 pub(crate) fn json(too_many: &TooMany) -> Value {

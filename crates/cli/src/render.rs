@@ -1,14 +1,13 @@
 //! Findings and tables for people.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
 
 use annotate_snippets::renderer::DecorStyle;
 use annotate_snippets::{AnnotationKind, Element, Group, Level, Origin, Renderer, Snippet};
 use comfy_table::{ContentArrangement, Table, presets};
 use msrgate_policy::{Diagnostic, Place, Severity, Source};
 
-use crate::stream;
+use crate::{stream, words};
 
 /// Whether a stream gets colour: a terminal does, unless NO_COLOR says otherwise.
 pub(crate) fn colour(stream: &impl IsTerminal) -> bool {
@@ -105,7 +104,7 @@ fn snippet<'a>(source: &'a Source, places: &[(&Place, Option<&'a String>)]) -> E
             None => AnnotationKind::Primary.span(span),
         }
     });
-    let path = plain(&source.path().to_string_lossy());
+    let path = words::plain(&source.path().to_string_lossy());
     if end - begin > SHOWN {
         let first = places.first().map_or(begin, |(place, _)| place.span.start);
         let (line, column) = source.line_column(first);
@@ -163,59 +162,5 @@ fn cut(text: &str) -> String {
     match text.char_indices().nth(CELL) {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),
-    }
-}
-
-/// A time as people read it.
-pub(crate) fn duration(nanoseconds: u64) -> String {
-    let float = nanoseconds as f64;
-    match nanoseconds {
-        0..1_000 => format!("{nanoseconds} ns"),
-        1_000..1_000_000 => format!("{:.1} µs", float / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} ms", float / 1e6),
-        _ => format!("{:.1} s", float / 1e9),
-    }
-}
-
-/// `1 access`, `2 accesses`.
-pub(crate) fn counted(count: u64, one: &str, more: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { more })
-}
-
-/// A text of others in one line of a table, shown and not acted on. What goes to a [`stream`] needs it only where it is to be
-/// one line.
-pub(crate) fn plain(text: &str) -> String {
-    stream::shown(text, "").into_owned()
-}
-
-/// The path of a file as a shell's word.
-pub(crate) fn quoted(path: &Path) -> String {
-    let name = path.display().to_string();
-    // An option begins with `-`.
-    let name = match name.starts_with('-') {
-        true => format!("./{name}"),
-        false => name,
-    };
-    let bare = |c: char| c.is_ascii_alphanumeric() || "_./+,:@%-".contains(c);
-    match !name.is_empty() && name.chars().all(bare) {
-        true => name,
-        false => format!("'{}'", name.replace('\'', r"'\''")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_in_a_hint_is_one_word_of_a_shell() {
-        let words = ["a/b-1.jsonl", "-n", "a; b", "it's", "", "$(x)"].map(|path| quoted(Path::new(path)));
-        assert_eq!(words, ["a/b-1.jsonl", "./-n", "'a; b'", r"'it'\''s'", "''", "'$(x)'"]);
-    }
-
-    #[test]
-    fn a_time_is_told_in_the_unit_that_suits_it() {
-        let told = [999, 1_500, 999_949, 2_000_000, 90_000_000_000].map(duration);
-        assert_eq!(told, ["999 ns", "1.5 µs", "999.9 µs", "2.0 ms", "90.0 s"]);
     }
 }

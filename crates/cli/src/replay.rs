@@ -3,65 +3,35 @@
 //! The same accesses run three times in step: twice without the policy, since what differs between these two differs
 //! by itself (clocks, counters), and once under it.
 
+pub(crate) use crate::exit::with_source;
+
 mod compare;
 mod engine;
 pub(crate) mod kvm;
 mod log;
+mod machine;
 mod print;
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, BufReader, IsTerminal, Write};
-use std::path::Path;
+use std::io::Write;
 use std::sync::Arc;
 
-use indicatif::{ProgressBar, ProgressBarIter, ProgressStyle};
-use msrgate_core::{Answer, Event, Outcome};
+use msrgate_core::Event;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
-use msrgate_trace::{Lines, Record, TraceError};
+use msrgate_trace::{Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::stream;
+use crate::{cpuid, handler, input, load, stream, trace};
 use compare::Comparison;
+use machine::{Backend, Machine};
 
 /// How many accesses run between two looks at what they got.
 const BATCH: usize = 4096;
 
 /// How many vCPUs, of all VMs together, one trace may name.
 const MOST_VCPUS: usize = 64;
-
-/// What an access got in one of the runs.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Got {
-    pub(crate) outcome: Outcome,
-    /// What user space answered; `None` where the access did not leave the kernel.
-    pub(crate) answer: Option<Answer>,
-}
-
-/// Where a replay runs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Backend {
-    Kvm,
-    Engine,
-}
-
-impl Backend {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Backend::Kvm => "kvm",
-            Backend::Engine => "engine",
-        }
-    }
-}
-
-/// One vCPU of one of the runs.
-pub(crate) trait Machine {
-    /// Lets the guest make the accesses of these events in order.
-    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure>;
-}
 
 /// The three runs of one vCPU.
 struct Trio {
@@ -72,8 +42,8 @@ struct Trio {
 }
 
 pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
-    let given = load::cpuid(&args.cpuid)?;
-    let profile = load::profile(&args.profile)?;
+    let given = cpuid::given(&args.cpuid)?;
+    let profile = trace::profile(&args.profile)?;
     let (backend, fallback) = choose(args.backend)?;
     if let Some(why) = &fallback
         && !args.json
@@ -84,11 +54,11 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     let mut comparison: Option<Comparison> = None;
     let mut broken: Option<(String, TraceError)> = None;
     for path in &args.traces {
-        let name = load::shown(path);
-        let mut lines = match open(path) {
+        let name = input::shown(path);
+        let mut lines = match trace::open(path) {
             Ok(lines) => lines,
-            Err(Opened::Unreadable(line)) => return Err(Failure::input(line)),
-            Err(Opened::Malformed(error)) => {
+            Err(trace::Opened::Unreadable(line)) => return Err(Failure::input(line)),
+            Err(trace::Opened::Malformed(error)) => {
                 broken = Some((name, error));
                 break;
             }
@@ -109,7 +79,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
         };
         let plan = Arc::new(loaded.plan);
         if comparison.is_none() {
-            tell_of_handlers(&plan)?;
+            handler::tell_of_handlers(&plan)?;
         }
         let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
         seen.next_trace(loaded.map, plan.presets());
@@ -151,19 +121,6 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     })
 }
 
-/// Says which handlers a policy names, since nothing here is one.
-pub(crate) fn tell_of_handlers(plan: &Plan) -> io::Result<()> {
-    let handlers: Vec<&str> = plan.table().handlers().collect();
-    if handlers.is_empty() {
-        return Ok(());
-    }
-    let names = handlers.join(", ");
-    writeln!(
-        stream::err(),
-        "msrgate: no code answers for the handlers {names} here, so what they decide faults"
-    )
-}
-
 /// The backend, and why it is not KVM where that would have been taken.
 fn choose(asked: BackendArg) -> Result<(Backend, Option<String>), Failure> {
     let usable = || -> Result<(), String> {
@@ -185,51 +142,6 @@ fn choose(asked: BackendArg) -> Result<(Backend, Option<String>), Failure> {
             Err(why) => (Backend::Engine, Some(why)),
         }),
     }
-}
-
-/// An error with what caused it.
-pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
-}
-
-/// Why a trace gives no events.
-pub(crate) enum Opened {
-    Unreadable(String),
-    Malformed(TraceError),
-}
-
-/// A trace as it is read, line by line.
-pub(crate) type Reader = BufReader<ProgressBarIter<File>>;
-
-type Trace = Lines<Reader>;
-
-/// The trace of this path, `-` for standard input, with its header read.
-pub(crate) fn open(path: &Path) -> Result<Trace, Opened> {
-    let unreadable = |error| Opened::Unreadable(format!("cannot read `{}`: {error}", load::shown(path)));
-    Lines::new(reader(path).map_err(unreadable)?).map_err(Opened::Malformed)
-}
-
-/// The trace or summary of this path, `-` for standard input.
-pub(crate) fn reader(path: &Path) -> io::Result<Reader> {
-    let file = load::open(path)?;
-    let length = file.metadata()?.len();
-    Ok(BufReader::with_capacity(1 << 16, progress(length).wrap_read(file)))
-}
-
-/// A bar for a file that takes a while, on a terminal.
-pub(crate) fn progress(length: u64) -> ProgressBar {
-    const LONG: u64 = 4 << 20;
-    if length < LONG || !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(length);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {eta}") {
-        bar.set_style(style);
-    }
-    bar
 }
 
 /// Makes the three runs of a vCPU.
@@ -257,7 +169,7 @@ impl Maker<'_> {
 
 /// Replays one trace; the inner error is the trace's, and what came before it has been compared.
 fn replay(
-    lines: &mut Trace,
+    lines: &mut trace::Trace,
     maker: &Maker<'_>,
     seen: &mut Comparison,
     quiet: bool,

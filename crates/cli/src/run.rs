@@ -5,22 +5,24 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use msrgate_core::{Log, Msr};
+use msrgate_core::Msr;
 use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
-use crate::load;
 use crate::run::keeper::Keeper;
 use crate::run::resolve::Resolved;
 use crate::run::trace::Trace;
 use crate::run::writer::Writer;
+use crate::{load, words};
 
 mod child;
+mod end;
 mod keeper;
 mod killed;
 mod program;
 mod resolve;
+mod signals;
 mod summary;
 mod trace;
 mod writer;
@@ -54,7 +56,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         resolved.options = resolved.options.holding(held.collect());
     }
     let plan = resolve::plan(&resolved.map, &resolved.options)?;
-    let known = resolved.resolve.is_none().then(|| load::hex(&plan.hash()));
+    let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
     let inputs = [
         args.policy.as_deref(),
         args.cpuid.cpuid.as_deref(),
@@ -97,13 +99,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let status = child::run(vmm, supervisor, marks, writer.every(tells), &lines, &mut keeper)?;
     match status {
-        Some(status) => child::end(status),
+        Some(status) => end::end(status),
         // The front has ended long ago.
         None => Ok(Exit::Yes),
     }
-}
-
-/// Whether something is to be told of such accesses.
-fn is_told(log: Log) -> bool {
-    log != Log::None
 }

@@ -7,29 +7,20 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use msrgate_core::MsrRange;
-use msrgate_guest::scan::{Difference, ScanError, Scanner, WINDOWS, Writes};
+use msrgate_guest::scan::{ScanError, Scanner, WINDOWS, Writes};
 use msrgate_kvm::ProbeError;
 use msrgate_policy::Pattern;
 
 use crate::args::{ScanArgs, WriteArg};
-use crate::exit::{Exit, Failure};
-use crate::load;
-use crate::replay::kvm::{nobody, to_kvm};
-use crate::replay::{tell_of_handlers, with_source};
-use crate::stream;
-use crate::verify::progress;
-use record::{Facts, Ruled};
-
-/// What was found, and what it is compared with.
-pub(crate) struct Found {
-    scan: msrgate_guest::scan::Scan,
-    facts: Facts,
-    against: Option<(Facts, Vec<Difference>)>,
-}
+use crate::cpuid::{self, to_kvm};
+use crate::exit::{Exit, Failure, with_source};
+use crate::handler::{nobody, tell_of_handlers};
+use crate::{load, progress, stream, words};
+use record::{Facts, Found, Ruled};
 
 pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let ranges = ranges(args)?;
-    let cpuid = load::cpuid(&args.cpuid)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
     let before = args.against.as_deref().map(record::read).transpose()?;
     let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
     let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
@@ -59,13 +50,13 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         let loaded = load::policy_for_host(path, cpuid.as_ref(), &[])?;
         facts.policy = Some(Ruled {
             name: loaded.policy.name.clone(),
-            hash: load::hex(&loaded.plan.hash()),
+            hash: words::hex(&loaded.plan.hash()),
         });
         tell_of_handlers(&loaded.plan)?;
         let handlers = nobody(&loaded.plan);
         scanner = scanner.under(probed, Arc::new(loaded.plan), handlers);
     }
-    let bar = progress(0);
+    let bar = progress::steps(0);
     let scan = scanner.scan(&ranges, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);

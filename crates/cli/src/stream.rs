@@ -21,6 +21,11 @@ pub(crate) fn err() -> Stream<StderrLock<'static>> {
     Stream(io::stderr().lock())
 }
 
+/// Prints on standard error for people. Where it cannot be printed there is nobody to tell.
+pub(crate) fn tell(text: &str) {
+    let _ = err().write_all(text.as_bytes());
+}
+
 impl<W: Write> Stream<W> {
     /// Writes text that has colour: an escape character is one of ours, since all that others wrote went through [`shown`].
     pub(crate) fn coloured(&mut self, text: &str) -> io::Result<()> {

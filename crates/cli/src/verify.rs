@@ -11,10 +11,10 @@ use msrgate_guest::Mode;
 use msrgate_verify::{Kernel, Machine, Reach, Report, VerifyError};
 
 use crate::args::{ModeArg, VerifyArgs};
-use crate::exit::{Exit, Failure};
+use crate::cpuid::to_kvm;
+use crate::exit::{Exit, Failure, with_source};
 use crate::load;
-use crate::replay::kvm::to_kvm;
-use crate::replay::with_source;
+
 use crate::stream;
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {

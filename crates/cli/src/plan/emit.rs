@@ -7,8 +7,8 @@ use msrgate_plan::Plan;
 use msrgate_policy::foreign::{Format, export};
 
 use crate::exit::{Exit, Failure};
-use crate::load::{self, Loaded};
-use crate::stream;
+use crate::load::Loaded;
+use crate::{stream, words};
 
 /// A C header: one bitmap a range, and a function that fills `struct kvm_msr_filter`.
 pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
@@ -20,7 +20,7 @@ pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "/* The MSR filter of the policy `{}`, made by msrgate.",
         comment(&loaded.policy.name)
     )?;
-    writeln!(out, " * Policy hash {}.", load::hex(&plan.hash()))?;
+    writeln!(out, " * Policy hash {}.", words::hex(&plan.hash()))?;
     writeln!(out, " *")?;
     writeln!(
         out,
@@ -80,7 +80,7 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "// The MSR filter of the policy `{}`, made by msrgate.",
         comment(&loaded.policy.name)
     )?;
-    writeln!(out, "// Policy hash {}.", load::hex(&plan.hash()))?;
+    writeln!(out, "// Policy hash {}.", words::hex(&plan.hash()))?;
     writeln!(out, "//")?;
     writeln!(
         out,

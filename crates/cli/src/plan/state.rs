@@ -7,8 +7,8 @@ use msrgate_msrs::Entry;
 use msrgate_policy::state::{Emulated, Kept, Kind, State};
 use serde_json::{Value, json};
 
-use crate::load::{self, Loaded};
-use crate::render;
+use crate::load::Loaded;
+use crate::{render, words};
 
 pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
     let save = state.save.iter().map(|kept| {
@@ -37,12 +37,12 @@ pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
         })
     });
     json!({
-        "policy": { "name": loaded.policy.name, "hash": load::hex(&loaded.plan.hash()) },
+        "policy": { "name": loaded.policy.name, "hash": words::hex(&loaded.plan.hash()) },
         "save": save.collect::<Vec<_>>(),
         "drop": drop.collect::<Vec<_>>(),
         "emulated": emulated.collect::<Vec<_>>(),
         "fallback": state.fallback,
-        "presets": super::presets(&loaded.plan),
+        "presets": words::presets(loaded.plan.presets()),
     })
 }
 
@@ -58,7 +58,7 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
         out,
         "policy   {}, hash {}\n",
         loaded.policy.name,
-        load::hex(&loaded.plan.hash())
+        words::hex(&loaded.plan.hash())
     )?;
     if state.emulated.is_empty() && !state.fallback {
         writeln!(out, "the gates of vCPUs remember nothing\n")?;
@@ -159,5 +159,5 @@ fn grouped<const N: usize>(
         }
     }
     let named = groups.into_iter();
-    named.map(|(range, cells)| (range, super::names(range), cells))
+    named.map(|(range, cells)| (range, words::names(range), cells))
 }

@@ -6,7 +6,7 @@ use msrgate_core::{Did, Event, Gap, Msr, Op, Outcome, ReadAction};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
 
-use super::{Backend, Got};
+use super::machine::{Backend, Got};
 
 /// How many different answers are kept for one MSR and direction.
 const KEPT: usize = 4;

@@ -7,7 +7,7 @@ use msrgate_core::{Access, Backing, Event, Msr, Op, Reason, VcpuState, Why};
 use msrgate_engine::{Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
-use super::{Got, Machine};
+use super::machine::{Got, Machine};
 use crate::exit::{Exit, Failure};
 
 /// One vCPU of the engine.

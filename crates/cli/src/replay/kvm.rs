@@ -2,16 +2,17 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Event, Msr, Op, Outcome};
+use msrgate_core::{Access, Event, Op, Outcome};
 use msrgate_guest::{GuestError, Mode, Options};
-use msrgate_kvm::{Fault, Gate, Handler, Handlers, VcpuGate};
+use msrgate_kvm::{Gate, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
-use super::{Got, Machine, with_source};
-use crate::exit::{Exit, Failure};
+use super::machine::{Got, Machine};
+pub(crate) use crate::cpuid::to_kvm;
+use crate::exit::{Exit, Failure, with_source};
+use crate::handler::nobody;
 
 /// One vCPU in a VM of its own.
 pub(crate) struct Guest {
@@ -96,44 +97,4 @@ impl Machine for Guest {
         }
         Ok(())
     }
-}
-
-/// What answers for the handlers of a plan, which this command has no code for: #GP.
-pub(crate) fn nobody(plan: &Plan) -> Handlers {
-    let names = plan.table().handlers();
-    names.fold(Handlers::new(), |handlers, name| handlers.with(name, Nobody))
-}
-
-/// Stands for the handlers that a policy names and this command has no code for.
-struct Nobody;
-
-impl Handler for Nobody {
-    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
-        Err(Fault)
-    }
-
-    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
-        Err(Fault)
-    }
-}
-
-/// A CPUID as KVM_SET_CPUID2 takes it.
-pub(crate) fn to_kvm(cpuid: &Cpuid) -> Result<CpuId, Failure> {
-    /// The subleaf counts.
-    const SIGNIFICANT_INDEX: u32 = 1;
-    let several = |leaf: u32| cpuid.entries().filter(|(other, ..)| *other == leaf).count() > 1;
-    let entries: Vec<kvm_cpuid_entry2> = cpuid
-        .entries()
-        .map(|(function, index, [eax, ebx, ecx, edx])| kvm_cpuid_entry2 {
-            function,
-            index,
-            flags: if several(function) { SIGNIFICANT_INDEX } else { 0 },
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        })
-        .collect();
-    CpuId::from_entries(&entries).map_err(|_| Failure::input("the CPUID has more leaves than KVM takes"))
 }

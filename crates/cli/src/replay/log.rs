@@ -4,11 +4,10 @@ use std::io::Write;
 
 use msrgate_core::{Event, LogLimiter, Op};
 
-use super::Got;
 use super::compare::Comparison;
+use super::machine::Got;
 use crate::exit::Failure;
-use crate::explain;
-use crate::stream;
+use crate::{stream, words};
 
 /// Which accesses have been logged, so that `first` and `per_second` can be kept.
 pub(crate) struct Logged {
@@ -34,7 +33,7 @@ impl Logged {
         if self.quiet || !self.limiter.admits(&Event { rule, ..*event }, answer.log) {
             return Ok(());
         }
-        let name = explain::name(event.msr)
+        let name = words::name(event.msr)
             .map(|name| format!(" {name}"))
             .unwrap_or_default();
         let value = match event.op {

@@ -5,16 +5,15 @@ use std::io::{self, Write};
 use msrgate_trace::TraceError;
 use serde_json::{Value, json};
 
-use super::Backend;
 use super::compare::{Comparison, Row};
-use crate::explain;
-use crate::render;
+use super::machine::Backend;
+use crate::{render, words};
 
 pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
     let rows = seen.rows().map(|(msr, op, row)| {
         json!({
             "msr": msr.to_string(),
-            "name": explain::name(msr),
+            "name": words::name(msr),
             "op": op.name(),
             "count": row.count,
             "action": row.action,
@@ -30,10 +29,7 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
         "changed": seen.changed(),
         "faults": seen.faults(),
         "lost": seen.lost(),
-        "presets": seen.presets().map(|preset| json!({
-            "msr": preset.msr.to_string(),
-            "value": format!("{:#x}", preset.value),
-        })).collect::<Vec<_>>(),
+        "presets": words::presets(seen.presets()),
         "by_msr": rows.collect::<Vec<_>>(),
     });
     if let Some(why) = fallback {
@@ -50,7 +46,7 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     for (msr, op, row) in seen.rows() {
         table.add_row([
             msr.to_string(),
-            explain::name(msr).unwrap_or_default().to_owned(),
+            words::name(msr).unwrap_or_default().to_owned(),
             op.to_string(),
             row.count.to_string(),
             row.action.to_owned(),
@@ -89,7 +85,7 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
         writeln!(
             out,
             "note: {} missing from the traces, and were not made: what the policy gives them is not known here",
-            render::counted(seen.lost(), "access is", "accesses are")
+            words::counted(seen.lost(), "access is", "accesses are")
         )?;
     }
     match seen.changed() {

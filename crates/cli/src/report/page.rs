@@ -1,18 +1,21 @@
 //! The report as one HTML page: it asks nothing of any network, and can be read without its script.
 
 mod map;
+mod number;
 mod rows;
+mod sign;
 mod timeline;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use msrgate_trace::report::{Kind, Trace};
+use msrgate_trace::report::Trace;
 use sha2::{Digest, Sha256};
 
-use super::Told;
-use crate::load::{self, Loaded};
-use crate::plan;
-use crate::render::{self, plain};
+use super::told::Told;
+use crate::load::Loaded;
+use crate::words::{self, plain};
+use number::{counted, number};
+use sign::{kinds, patterns, sign};
 
 const STYLE: &str = include_str!("page/page.css");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -95,79 +98,11 @@ fn short(text: &str) -> String {
     plain(&shown)
 }
 
-/// A number with its thousands apart.
-fn number(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-fn counted(count: u64, one: &str, more: &str) -> String {
-    format!("{} {}", number(count), if count == 1 { one } else { more })
-}
-
 fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 {
         return 0.0;
     }
     part as f64 * 100.0 / whole as f64
-}
-
-/// Each with its place in `[u64; 3]`.
-fn kinds(counts: [u64; 3]) -> impl Iterator<Item = (Kind, u64)> {
-    Kind::ALL.into_iter().zip(counts)
-}
-
-/// The sign of a kind, the same wherever it is drawn: a square, a diamond, a cross.
-fn sign(kind: Kind) -> Markup {
-    html! {
-        svg.sign.(kind.name()) viewBox="0 0 10 10" aria-hidden="true" {
-            path d=(outline(kind, 0, 0)) {}
-        }
-    }
-}
-
-/// The sign within a square of 10 at a place.
-fn outline(kind: Kind, x: u32, y: u32) -> String {
-    match kind {
-        Kind::Allowed => format!("M{} {}h8v8h-8z", x + 1, y + 1),
-        Kind::Emulated => format!("M{} {}l5 5l-5 5l-5 -5z", x + 5, y),
-        Kind::Faulted => format!(
-            "M{} {}l3.5 3.5l3.5 -3.5l1.5 1.5l-3.5 3.5l3.5 3.5l-1.5 1.5l-3.5 -3.5l-3.5 3.5l-1.5 -1.5l3.5 -3.5l-3.5 -3.5z",
-            f64::from(x) + 1.5,
-            y
-        ),
-    }
-}
-
-/// What areas are filled with, so that no kind is told by its colour alone.
-fn patterns() -> Markup {
-    html! {
-        svg.patterns width="0" height="0" aria-hidden="true" {
-            defs {
-                pattern #hatch-emulated width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)" {
-                    rect.emulated width="6" height="6" {}
-                    rect.gap width="1.5" height="6" {}
-                }
-                pattern #hatch-faulted width="5" height="5" patternUnits="userSpaceOnUse" {
-                    rect.faulted width="5" height="5" {}
-                    rect.gap width="1.5" height="1.5" {}
-                }
-                pattern #tint-emulated width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)" {
-                    rect.emulated width="1.2" height="4" {}
-                }
-                pattern #tint-faulted width="5" height="5" patternUnits="userSpaceOnUse" {
-                    rect.dot width="1" height="1" {}
-                }
-            }
-        }
-    }
 }
 
 fn description(trace: &Trace) -> String {
@@ -201,7 +136,7 @@ fn summary(told: &Told) -> Markup {
                 div { dt { "Accesses" } dd { (number(all)) } }
                 div { dt { "MSRs" } dd { (number(msrs.len() as u64)) } }
                 div { dt { "vCPUs" } dd { (number(report.vcpus().len() as u64)) } }
-                div { dt { "Over" } dd { (render::duration(longest.unwrap_or(0))) } }
+                div { dt { "Over" } dd { (words::duration(longest.unwrap_or(0))) } }
                 div {
                     dt { "Left the kernel" }
                     dd { (number(report.exits())) small { (format!(" {:.0} %", percent(report.exits(), all))) } }
@@ -210,8 +145,8 @@ fn summary(told: &Told) -> Markup {
                     dt { "Time in user space" }
                     @match cost.mean() {
                         Some(mean) => dd {
-                            (render::duration(cost.sum))
-                            small { " " (render::duration(mean)) " each" }
+                            (words::duration(cost.sum))
+                            small { " " (words::duration(mean)) " each" }
                         },
                         None => dd.untold { "not in the " (if report.traces().len() > 1 { "traces" } else { "trace" }) },
                     }
@@ -241,7 +176,7 @@ fn summary(told: &Told) -> Markup {
             @if let Some(Loaded { policy, plan, .. }) = &told.policy {
                 p {
                     "Held against the policy " b { (plain(&policy.name)) } " "
-                    code.hash { (load::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
+                    code.hash { (words::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
                     @let broken = told.broken();
                     @if broken > 0 {
                         ", which denies " b { (counted(broken, "access", "accesses")) } " that the guest was served with."
@@ -308,7 +243,7 @@ fn rules(told: &Told) -> Markup {
     html! {
         section aria-labelledby="rules" {
             h2 #rules { "Rules of the policy" }
-            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (plan::word(policy.default)) } "." }
+            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (words::word(policy.default)) } "." }
             div.scroll role="region" aria-labelledby="rules" tabindex="0" {
                 table {
                     thead {
@@ -333,7 +268,7 @@ fn rules(told: &Told) -> Markup {
                                         }
                                     }
                                 }
-                                td.n { (self::number(count)) }
+                                td.n { (number::number(count)) }
                             }
                         }
                     }

@@ -6,9 +6,9 @@ use msrgate_core::Reason;
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
-use super::Told;
-use crate::load::{self, Loaded};
-use crate::{explain, render};
+use super::told::Told;
+use crate::load::Loaded;
+use crate::{render, words};
 
 /// How many different values, and how many different callers, a line for people names.
 const FEW: usize = 3;
@@ -46,7 +46,7 @@ pub(super) fn json(told: &Told) -> Value {
         let explained = told.explain(row.msr, row.op);
         json!({
             "msr": row.msr.to_string(),
-            "name": explain::name(row.msr),
+            "name": words::name(row.msr),
             "op": row.op.name(),
             "count": row.count,
             "allowed": of(row.kinds, Kind::Allowed),
@@ -82,7 +82,7 @@ pub(super) fn json(told: &Told) -> Value {
         "traces": traces.collect::<Vec<_>>(),
         "policy": told.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
             "name": policy.name,
-            "hash": load::hex(&plan.hash()),
+            "hash": words::hex(&plan.hash()),
         })),
         "accesses": report.accesses(),
         "allowed": of(report.kinds(), Kind::Allowed),
@@ -173,12 +173,12 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         writeln!(
             out,
             "{number}{}: {}",
-            render::plain(name),
-            render::plain(&parts.join("; "))
+            words::plain(name),
+            words::plain(&parts.join("; "))
         )?;
     }
     for note in told.gaps() {
-        writeln!(out, "note: {}", render::plain(&note))?;
+        writeln!(out, "note: {}", words::plain(&note))?;
     }
     let has_rules = report
         .rows()
@@ -196,7 +196,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
     for row in report.rows() {
         let mut cells = vec![
             row.msr.to_string(),
-            explain::name(row.msr).unwrap_or_default().to_owned(),
+            words::name(row.msr).unwrap_or_default().to_owned(),
             row.op.to_string(),
             row.count.to_string(),
             time(report.first(row), several),
@@ -204,14 +204,14 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             got(row),
             few(&row.values, |value| format!("{value:#x}")),
         ];
-        cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, render::duration)));
+        cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
         cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(told, *place))));
         cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
         cells.extend(has_rules.then(|| rules_of(row)));
         cells.extend(told.explain(row.msr, row.op).map(|explained| match explained.rule {
             Some((number, rule)) => {
                 let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
-                render::plain(&format!("{}, rule {number}{why}", explained.action))
+                words::plain(&format!("{}, rule {number}{why}", explained.action))
             }
             None => format!("{}, by default", explained.action),
         }));
@@ -224,11 +224,11 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
     writeln!(
         out,
         "{} by {}: {allowed} allowed, {emulated} emulated, {faulted} faulted{}",
-        render::counted(report.accesses(), "access", "accesses"),
-        render::counted(report.vcpus().len() as u64, "vCPU", "vCPUs"),
+        words::counted(report.accesses(), "access", "accesses"),
+        words::counted(report.vcpus().len() as u64, "vCPU", "vCPUs"),
         match report.lost() {
             0 => String::new(),
-            lost => format!("; {} missing", render::counted(lost, "more is", "more are")),
+            lost => format!("; {} missing", words::counted(lost, "more is", "more are")),
         }
     )?;
     writeln!(
@@ -238,20 +238,20 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
         match (report.exits(), report.cost()) {
             (0, _) => String::new(),
             (_, Cost { count: 0, .. }) => "; the traces do not tell how long that took".to_owned(),
-            (exits, cost) if exits == cost.count => format!(", where it took {}", render::duration(cost.sum)),
-            (_, cost) => format!(", where {} of them took {}", cost.count, render::duration(cost.sum)),
+            (exits, cost) if exits == cost.count => format!(", where it took {}", words::duration(cost.sum)),
+            (_, cost) => format!(", where {} of them took {}", cost.count, words::duration(cost.sum)),
         }
     )?;
     if let Some(loaded) = &told.policy {
         writeln!(
             out,
             "`{}` denies {} of the accesses that the guest was served with",
-            render::plain(&loaded.policy.name),
+            words::plain(&loaded.policy.name),
             told.broken()
         )?;
     }
     for note in told.notes() {
-        writeln!(out, "note: {}", render::plain(&note))?;
+        writeln!(out, "note: {}", words::plain(&note))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The VMM as a child that nobody notices: its signals, its stops and its end are this process's own.
 
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
@@ -11,78 +11,16 @@ use std::time::SystemTime;
 use msrgate_supervise::{Marks, Supervisor};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{self, SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
+use crate::run::end::{changed, others};
 use crate::run::keeper::Keeper;
 use crate::run::killed;
+use crate::run::signals::{Signals, number};
 use crate::run::writer::{Lines, Told, Writer};
-
-/// What is caught, and sent on. SIGSTOP and SIGKILL cannot be caught: the first leaves the VMM running, the second takes
-/// it along.
-const CAUGHT: [Signal; 10] = [
-    Signal::SIGHUP,
-    Signal::SIGINT,
-    Signal::SIGQUIT,
-    Signal::SIGTERM,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGALRM,
-    Signal::SIGWINCH,
-    Signal::SIGTSTP,
-    Signal::SIGCONT,
-];
-
-/// `si_code` of a signal that the kernel sent, such as a terminal's.
-const SI_KERNEL: i32 = 0x80;
-
-/// Signals as they arrive.
-#[derive(Debug)]
-pub(crate) struct Signals(SignalFd);
-
-impl Signals {
-    /// From here on they do nothing else.
-    pub(crate) fn block() -> Result<Signals, Errno> {
-        let mut signals: SigSet = CAUGHT.into_iter().collect();
-        signals.add(Signal::SIGCHLD);
-        let mut blocked = signals;
-        // A trace that grows beyond the limit on a file's size cannot be written; that is no reason to end.
-        blocked.add(Signal::SIGXFSZ);
-        blocked.thread_block()?;
-        SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map(Signals)
-    }
-
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-
-    pub(crate) fn read(&self) -> Result<Option<siginfo>, Errno> {
-        self.0.read_signal()
-    }
-
-    /// Sends it to a child that has not got it by itself.
-    pub(crate) fn pass_on(&self, signal: &siginfo, child: Pid) {
-        if let Some(which) = number(signal)
-            && which != Signal::SIGCHLD
-            && is_for(signal, child)
-        {
-            // It may have ended meanwhile, which SIGCHLD tells.
-            let _ = signal::kill(child, which);
-        }
-    }
-}
-
-fn number(signal: &siginfo) -> Option<Signal> {
-    Signal::try_from(i32::try_from(signal.ssi_signo).ok()?).ok()
-}
-
-/// Whether the child has not got the signal by itself: what a terminal sends goes to both, as they are one group.
-fn is_for(signal: &siginfo, child: Pid) -> bool {
-    signal.ssi_code != SI_KERNEL && signal.ssi_pid.cast_signed() != child.as_raw()
-}
 
 /// What is started.
 pub(crate) struct Vmm<'a> {
@@ -302,53 +240,4 @@ impl Watch<'_> {
             }
         }
     }
-}
-
-/// What the child's change of state means; its status if that was its end.
-pub(crate) fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
-    loop {
-        match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
-            Ok(WaitStatus::Stopped(..)) => {
-                // The shell watches this process: it stops too, and whoever lets it go on lets the child go on.
-                let _ = signal::raise(Signal::SIGSTOP);
-                let _ = signal::kill(child, Signal::SIGCONT);
-            }
-            Ok(status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..))) => return Ok(Some(status)),
-            Ok(_) | Err(Errno::ECHILD) => return Ok(None),
-            Err(Errno::EINTR) => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Lets go of processes that have ended, and says whether there are more. The child may be among them.
-fn others(child: Pid, status: &mut Option<WaitStatus>) -> Result<bool, Errno> {
-    loop {
-        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) => return Ok(true),
-            Ok(ended) if ended.pid() == Some(child) => *status = Some(ended),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(Errno::ECHILD) => return Ok(false),
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Ends this process as the child ended.
-pub(crate) fn end(status: WaitStatus) -> ! {
-    let code = match status {
-        WaitStatus::Signaled(_, signal, _) => {
-            // A second core would only hide the first.
-            let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
-            let _ = SigSet::from(signal).thread_unblock();
-            // Twice: the first of some is caught by the runtime, which then takes its handler away.
-            let _ = signal::raise(signal);
-            let _ = signal::raise(signal);
-            128 + signal as i32
-        }
-        WaitStatus::Exited(_, code) => code,
-        // No other state is an end.
-        _ => Exit::Guest as i32,
-    };
-    std::process::exit(code)
 }

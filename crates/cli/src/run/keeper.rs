@@ -14,7 +14,8 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getppid, setsid};
 
 use crate::exit::{Exit, Failure};
-use crate::run::child::{Signals, changed, end};
+use crate::run::end::{changed, end};
+use crate::run::signals::Signals;
 
 /// The keeper's way to its front.
 #[derive(Debug)]

@@ -1,15 +1,14 @@
 //! What the policy is for a guest: said at the start, or resolved by the CPUID that its VMM sets.
 
-use msrgate_core::{ReadAction, WriteAction};
+use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{CompileOptions, DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
 use msrgate_supervise::{Leaf, Resolve};
 
-use super::is_told;
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
-use crate::load;
+use crate::{cpuid, load, trace};
 
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
@@ -27,7 +26,7 @@ pub(crate) struct Resolved {
 impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
-        let profile = load::profile(&args.profile)?;
+        let profile = trace::profile(&args.profile)?;
         let known = |map: DecisionMap, options, rules| Resolved {
             logs: map.reads().iter().any(|(_, decision)| is_told(decision.log))
                 || map.writes().iter().any(|(_, decision)| is_told(decision.log)),
@@ -39,7 +38,7 @@ impl Resolved {
         let Some(path) = &args.policy else {
             return Ok(known(DecisionMap::allow_all(), CompileOptions::default(), 0));
         };
-        let cpuid = load::cpuid(&args.cpuid)?;
+        let cpuid = cpuid::given(&args.cpuid)?;
         let policy = load::unresolved(path)?;
         let rules = policy.rules.len();
         if cpuid.is_some() || !policy.asks_cpuid() {
@@ -94,4 +93,9 @@ fn answer(
     let options = policy.options().with_profile(profile.to_vec());
     plan(&map, &options).map_err(|failure| failure.to_string())?;
     Ok((map, options))
+}
+
+/// Whether something is to be told of such accesses.
+fn is_told(log: Log) -> bool {
+    log != Log::None
 }

@@ -8,8 +8,7 @@ use msrgate_supervise::{Mode, Reader, Tally};
 use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
-use crate::run::writer::print;
-use crate::{explain, render};
+use crate::{render, stream, words};
 
 /// What there is to say besides the counts.
 pub(crate) struct Summary {
@@ -37,7 +36,7 @@ impl Summary {
     /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
     pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
         let tallies = reader.tallies();
-        print(&match self.json {
+        stream::tell(&match self.json {
             true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_deref())),
             false => self.text(reader, trace, &tallies, killed.as_deref()),
         });
@@ -53,7 +52,7 @@ impl Summary {
         let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
                 "msr": msr.to_string(),
-                "name": explain::name(*msr),
+                "name": words::name(*msr),
                 "op": op.name(),
                 "count": tally.count,
                 "cost_ns": tally.cost.0,
@@ -70,10 +69,7 @@ impl Summary {
             "background": self.background,
             "killed": killed,
             "cost_ns": cost(tallies),
-            "presets": self.presets.iter().map(|preset| json!({
-                "msr": preset.msr.to_string(),
-                "value": format!("{:#x}", preset.value),
-            })).collect::<Vec<_>>(),
+            "presets": words::presets(&self.presets),
             "by_msr": rows.collect::<Vec<_>>(),
             "lost": {
                 "events": reader.lost(),
@@ -101,10 +97,10 @@ impl Summary {
             };
             table.add_row([
                 msr.to_string(),
-                explain::name(*msr).unwrap_or_default().to_owned(),
+                words::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                render::duration(tally.cost.0 / tally.count.max(1)),
+                words::duration(tally.cost.0 / tally.count.max(1)),
                 got,
                 format!("{:#x}", tally.value),
             ]);
@@ -112,7 +108,7 @@ impl Summary {
         // Each is one access, and the table has not room for all.
         let touched = accesses.saturating_add(reader.uncounted());
         let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
-        let took = render::duration(cost(tallies));
+        let took = words::duration(cost(tallies));
         let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
         match reader.ledger().refusals() {
             0 => {}

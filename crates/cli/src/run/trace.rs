@@ -11,7 +11,7 @@ use msrgate_trace::{Header, write_event, write_gap};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
-use crate::{explain, load, render, stream};
+use crate::{input, stream, words};
 
 /// What `--learn=all` does, for its reader and its trace.
 pub(crate) const PASSED_ON: &str = "every access is denied to the guest and passed on with KVM_GET_MSRS and \
@@ -191,7 +191,7 @@ impl Lines {
             .clone();
         let file = options.open(path).map_err(failed)?;
         let this = file.metadata().map_err(failed)?;
-        load::refuse_overwrite(path, inputs.iter().flatten().copied())?;
+        input::refuse_overwrite(path, inputs.iter().flatten().copied())?;
         if this.is_file() && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             let line = format!(
                 "another `msrgate run` writes to `{}`: give the trace another name",
@@ -240,7 +240,7 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     } = event;
     let seconds = t.0 as f64 / 1e9;
     write!(to, "{seconds:.6} vm {vm} vcpu {vcpu} {op}({msr}")?;
-    if let Some(name) = explain::name(*msr) {
+    if let Some(name) = words::name(*msr) {
         write!(to, " {name}")?;
     }
     match (op, event.did.is_fault()) {
@@ -260,7 +260,7 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
         write!(to, " rip {rip:#x}")?;
     }
     if let Some(cost) = event.cost {
-        write!(to, " <{}>", render::duration(cost.0))?;
+        write!(to, " <{}>", words::duration(cost.0))?;
     }
     writeln!(to)
 }

@@ -131,18 +131,13 @@ impl Writer {
         let count = self.kinds.entry(kind).or_insert(0);
         *count += 1;
         if *count <= LINES {
-            print(&format!("msrgate: {}\n", line));
+            stream::tell(&format!("msrgate: {}\n", line));
         }
     }
 
     fn more_lines(&self) {
         for (kind, count) in self.kinds.iter().filter(|(_, count)| **count > LINES) {
-            print(&format!("msrgate: {} times more: {}\n", count - LINES, kind));
+            stream::tell(&format!("msrgate: {} times more: {}\n", count - LINES, kind));
         }
     }
-}
-
-/// Where it cannot be printed the VMM's end still counts.
-pub(crate) fn print(text: &str) {
-    let _ = stream::err().write_all(text.as_bytes());
 }

@@ -5,9 +5,8 @@ use std::io::{self, Write};
 use msrgate_core::{Access, Msr, MsrRange};
 use msrgate_guest::scan::{Change, Difference, Scan};
 
-use super::Found;
-use super::record::{Facts, contain};
-use crate::{explain, render};
+use super::record::{Facts, Found, contain};
+use crate::{render, words};
 
 pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {
     match &found.against {
@@ -79,12 +78,12 @@ fn table<const N: usize>(
 ) -> io::Result<()> {
     let mut table = render::table(&[&["MSR", "name"], header.as_slice()].concat());
     let mut add = |range: MsrRange, cells: [String; N]| {
-        let name = explain::name(range.first()).unwrap_or_default().to_owned();
+        let name = words::name(range.first()).unwrap_or_default().to_owned();
         table.add_row([range.to_string(), name].into_iter().chain(cells));
     };
     let mut last: Option<(MsrRange, [String; N])> = None;
     for (msr, cells) in rows {
-        let nameless = |msr| explain::name(msr).is_none();
+        let nameless = |msr| words::name(msr).is_none();
         last = Some(match last {
             Some((range, before))
                 if before == cells
@@ -170,7 +169,7 @@ fn became(before: Option<u64>, after: Option<u64>) -> String {
 }
 
 fn named(msr: Msr) -> String {
-    match explain::name(msr) {
+    match words::name(msr) {
         Some(name) => format!("{msr} ({name})"),
         None => msr.to_string(),
     }

@@ -13,9 +13,15 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::Found;
 use crate::exit::Failure;
-use crate::{explain, load, machine};
+use crate::{input, machine, words};
+
+/// What was found, and what it is compared with.
+pub(crate) struct Found {
+    pub(super) scan: Scan,
+    pub(super) facts: Facts,
+    pub(super) against: Option<(Facts, Vec<Difference>)>,
+}
 
 /// Where and under what a scan was made.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -102,7 +108,7 @@ impl<I: Iterator<Item = Value>> Serialize for Rows<I> {
 
 /// An MSR, and more about it.
 fn named<const N: usize>(msr: Msr, more: [(&str, Value); N]) -> Value {
-    let mut object = json!({ "msr": msr.to_string(), "name": explain::name(msr) });
+    let mut object = json!({ "msr": msr.to_string(), "name": words::name(msr) });
     for (key, value) in more {
         object[key] = value;
     }
@@ -161,8 +167,8 @@ fn difference(found: &Difference) -> Value {
 pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
     /// More than the largest scan takes.
     const MOST_BYTES: u64 = 512 << 20;
-    let name = load::shown(path);
-    let file = load::open(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
+    let name = input::shown(path);
+    let file = input::open(path).map_err(|error| Failure::input(format!("cannot read `{name}`: {error}")))?;
     let mut text = BufReader::with_capacity(1 << 16, file.take(MOST_BYTES));
     let record: Result<Record, _> = serde_json::from_reader(&mut text);
     let record = record.map_err(|error| {

@@ -7,9 +7,11 @@ use msrgate_core::{Did, Msr, MsrRange, Op};
 use msrgate_plan::Intervals;
 use msrgate_trace::report::{Kind, Row};
 
-use super::super::Told;
-use super::{counted, kinds, number, outline, rows, sign};
-use crate::{explain, plan};
+use super::super::told::Told;
+use super::number::{counted, number};
+use super::rows;
+use super::sign::{kinds, outline, sign};
+use crate::words;
 
 /// How many squares of 256 MSRs are drawn.
 const MOST_DRAWN: usize = 48;
@@ -178,7 +180,7 @@ fn windows(told: &Told, decided: Option<&Decided>, touched: &Touched<'_>) -> Mar
                             td.n { (number(outside.0)) }
                             td.n { (number(outside.1)) }
                             @if let Some(loaded) = &told.policy {
-                                td colspan="2" { span.muted { "what no rule names: " (plan::word(loaded.policy.default)) } }
+                                td colspan="2" { span.muted { "what no rule names: " (words::word(loaded.policy.default)) } }
                             }
                         }
                     }
@@ -324,9 +326,7 @@ fn worst(row: &Row) -> Kind {
 }
 
 fn title(row: &Row) -> String {
-    let name = explain::name(row.msr)
-        .map(|name| format!(" {name}"))
-        .unwrap_or_default();
+    let name = words::name(row.msr).map(|name| format!(" {name}")).unwrap_or_default();
     let got: Vec<String> = kinds(row.kinds)
         .filter(|(_, count)| *count > 0)
         .map(|(kind, count)| format!("{} {}", number(count), kind.name()))

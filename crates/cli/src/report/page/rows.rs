@@ -4,11 +4,11 @@ use maud::{Markup, html};
 use msrgate_core::Op;
 use msrgate_trace::report::{Counts, Kind, Moment, Row, Timeline};
 
-use super::super::Told;
 use super::super::print::{rules_of, time, vcpu, word};
-use super::{number, sign};
-use crate::explain;
-use crate::render::{self, plain};
+use super::super::told::Told;
+use super::number::number;
+use super::sign::{kinds, sign};
+use crate::words::{self, plain};
 
 /// How many rows the page has: a browser sorts and filters these at once.
 const MOST_LISTED: usize = 4096;
@@ -145,7 +145,7 @@ fn tools(columns: &Columns) -> Markup {
 
 fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
     let entry = msrgate_msrs::by_msr(row.msr);
-    let got: Vec<&str> = super::kinds(row.kinds)
+    let got: Vec<&str> = kinds(row.kinds)
         .filter(|(_, count)| *count > 0)
         .map(|(kind, _)| kind.name())
         .collect();
@@ -155,7 +155,7 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
         tr id=(id(row)) data-op=(row.op) data-got=(got.join(" ")) data-count=(row.count) data-broken[broken] {
             td data-n=(row.msr.0) { code { (row.msr) } }
             th scope="row" {
-                (explain::name(row.msr).unwrap_or("unknown"))
+                (words::name(row.msr).unwrap_or("unknown"))
                 @if let Some(entry) = entry {
                     @let classes: Vec<&str> = entry.classes().iter().map(|class| class.name()).collect();
                     div.muted { (classes.join(" ")) }
@@ -174,9 +174,9 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
             @if columns.cost {
                 @match row.cost.mean() {
                     Some(mean) => td.n data-n=(mean) {
-                        (render::duration(mean))
+                        (words::duration(mean))
                         @if row.cost.most > mean {
-                            div.muted { "at most " (render::duration(row.cost.most)) }
+                            div.muted { "at most " (words::duration(row.cost.most)) }
                         }
                     },
                     None => td.n data-n="-1" {},

@@ -3,9 +3,10 @@
 use maud::{Markup, html};
 use msrgate_trace::report::Vcpu;
 
-use super::super::Told;
-use super::{counted, kinds, number, sign};
-use crate::render;
+use super::super::told::Told;
+use super::number::{counted, number};
+use super::sign::{kinds, sign};
+use crate::words;
 
 /// How high a lane is.
 const HEIGHT: f64 = 40.0;
@@ -36,7 +37,7 @@ pub(super) fn section(told: &Told) -> Markup {
         section aria-labelledby="timeline" {
             h2 #timeline { "Timeline" }
             p.muted {
-                "Each column is " (render::duration(timeline.width()))
+                "Each column is " (words::duration(timeline.width()))
                 @if report.traces().len() > 1 { "; the traces are laid over each other from their first accesses on" }
                 ". Each lane has its own height."
             }

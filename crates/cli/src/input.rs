@@ -1,0 +1,95 @@
+//! Files and standard input, as the command line names them.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::exit::Failure;
+
+/// The most bytes that are read of an input that is held in memory as a whole. Traces are read line by line.
+const MOST: u64 = 16 << 20;
+
+/// What standard input is called.
+pub(crate) const STDIN: &str = "standard input";
+
+/// An input as it is named in messages.
+pub(crate) fn shown(path: &Path) -> String {
+    match path == Path::new("-") {
+        true => STDIN.to_owned(),
+        false => path.display().to_string(),
+    }
+}
+
+/// Opens an input; `-` is standard input, which can be read once.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    static STDIN_OPENED: AtomicBool = AtomicBool::new(false);
+    if path != Path::new("-") {
+        return File::open(path);
+    }
+    match STDIN_OPENED.swap(true, Ordering::Relaxed) {
+        true => Err(io::Error::other("it is named twice, and it can be read once")),
+        false => stdin(),
+    }
+}
+
+fn stdin() -> io::Result<File> {
+    Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+}
+
+/// All of an input, or in words why not.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
+    whole(open(path).map_err(|error| error.to_string())?)
+}
+
+/// All of an input that is open, or in words why not.
+pub(crate) fn whole(from: impl Read) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    from.take(MOST + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    match bytes.len() as u64 > MOST {
+        true => Err(format!(
+            "it has more than {} MiB, and only a trace or a scan may: name the file that is meant",
+            MOST >> 20
+        )),
+        false => Ok(bytes),
+    }
+}
+
+/// The text of an input, or in words why it is none.
+pub(crate) fn text(bytes: Vec<u8>) -> Result<String, String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        format!("it is not UTF-8 text: byte {at} does not belong to any character")
+    })
+}
+
+/// All of an input.
+pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
+    read(path).map_err(|error| Failure::input(format!("cannot read `{}`: {error}", shown(path))))
+}
+
+/// Refuses an output that would overwrite an input, under whatever name.
+pub(crate) fn refuse_overwrite<'a>(output: &Path, inputs: impl IntoIterator<Item = &'a Path>) -> Result<(), Failure> {
+    let same = |a: &fs::Metadata, b: &fs::Metadata| a.is_file() && (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let Ok(written) = fs::metadata(output) else {
+        return Ok(());
+    };
+    for input in inputs {
+        let read = match input == Path::new("-") {
+            true => stdin().and_then(|stdin| stdin.metadata()),
+            false => fs::metadata(input),
+        };
+        if read.is_ok_and(|read| same(&written, &read)) {
+            return Err(Failure::input(format!(
+                "`{}` is the file of the input `{}`, and would be overwritten: name another output",
+                output.display(),
+                shown(input)
+            )));
+        }
+    }
+    Ok(())
+}

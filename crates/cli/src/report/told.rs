@@ -1,0 +1,142 @@
+//! What a report says, in whatever form.
+
+use msrgate_core::{Did, Msr, Op, Verdict};
+use msrgate_policy::{Explanation, explain};
+use msrgate_trace::TraceError;
+use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
+
+use crate::load::Loaded;
+use crate::words;
+
+/// How many vCPUs a note on gaps names.
+const FEW_LOST: usize = 3;
+
+/// The traces added up, and the policy that they are held against.
+pub(super) struct Told {
+    pub(super) report: Report,
+    /// For each trace its name, and what ended it early.
+    pub(super) files: Vec<(String, Option<TraceError>)>,
+    pub(super) policy: Option<Loaded>,
+}
+
+impl Told {
+    /// What the policy says of an access, where there is a policy.
+    pub(super) fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
+        let Loaded {
+            policy,
+            map,
+            options,
+            plan,
+            ..
+        } = self.policy.as_ref()?;
+        Some(explain(policy, map, options, plan, (msr, op)))
+    }
+
+    /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.
+    pub(super) fn decides(&self, row: &Row) -> Kind {
+        match self.explain(row.msr, row.op) {
+            Some(explained) if explained.verdict == Verdict::Deny => {
+                Did::from_name(explained.action).map_or(Kind::Faulted, Kind::of)
+            }
+            _ => Kind::Allowed,
+        }
+    }
+
+    /// Whether the policy denies what the guest was served with.
+    pub(super) fn breaks(&self, row: &Row) -> bool {
+        self.decides(row) == Kind::Faulted && row.served() > 0
+    }
+
+    /// How many accesses the policy denies that the guest was served with.
+    pub(super) fn broken(&self) -> u64 {
+        let broken = self.report.rows().filter(|row| self.breaks(row));
+        broken.map(Row::served).sum()
+    }
+
+    /// How many accesses each rule of the policy decides, by its number.
+    pub(super) fn decided(&self) -> Vec<u64> {
+        let rules = self.policy.as_ref().map_or(0, |loaded| loaded.policy.rules.len());
+        let mut counts = vec![0; rules];
+        for row in self.report.rows() {
+            let rule = self.explain(row.msr, row.op).and_then(|explained| explained.rule);
+            let place = rule.and_then(|(number, _)| usize::try_from(number).ok());
+            if let Some(count) = place.and_then(|place| counts.get_mut(place)) {
+                *count += row.count;
+            }
+        }
+        counts
+    }
+
+    /// How many accesses are missing from each trace that says so, whose, and when they were lost.
+    pub(super) fn gaps(&self) -> Vec<String> {
+        let traces = (0..).zip(&self.files).zip(self.report.traces());
+        let gaps = traces.filter(|(_, trace)| trace.lost > 0);
+        gaps.map(|((number, (name, _)), trace)| self.gap(number, name, trace.lost))
+            .collect()
+    }
+
+    fn gap(&self, trace: u32, name: &str, all: u64) -> String {
+        let lost = self.report.lost_by_vcpu().filter(|lost| lost.trace == trace);
+        let mut lost: Vec<Lost> = lost.collect();
+        lost.sort_by_key(|lost| std::cmp::Reverse(lost.events));
+        lost.truncate(FEW_LOST);
+        let named = lost.iter().fold(0, |sum: u64, lost| sum.saturating_add(lost.events));
+        let whose = lost.iter().map(|lost| {
+            let seconds = |t: u64| format!("{:.6} s", t as f64 / 1e9);
+            let (first, last) = (seconds(lost.first), seconds(lost.last));
+            let until = if first == last {
+                String::new()
+            } else {
+                format!(" to {last}")
+            };
+            format!("{} of VM {} vCPU {} at {first}{until}", lost.events, lost.vm, lost.vcpu)
+        });
+        format!(
+            "{} missing from {name}, so this is not all that the guests did: {}{}",
+            words::counted(all, "access is", "accesses are"),
+            whose.collect::<Vec<_>>().join(", "),
+            if named < all { ", and of more vCPUs" } else { "" }
+        )
+    }
+
+    /// What a reader of the report has to know of it.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let traces = self.report.traces();
+        for ((name, error), trace) in self.files.iter().zip(traces) {
+            if let Some(error) = error {
+                notes.push(format!("{name}: {error}; what came before it is in the report"));
+            }
+            if let (Some(loaded), Some(hash)) = (&self.policy, &trace.header.policy)
+                && *hash != words::hex(&loaded.plan.hash())
+            {
+                notes.push(format!(
+                    "{name} was made under another policy: its numbers of rules are not those of `{}`",
+                    loaded.policy.name
+                ));
+            }
+        }
+        let cpuids = || traces.iter().filter_map(|trace| trace.header.cpuid.as_deref());
+        if self.policy.as_ref().is_some_and(|loaded| loaded.policy.asks_cpuid())
+            && cpuids().any(|cpuid| cpuids().next() != Some(cpuid))
+        {
+            notes.push(
+                "the traces' guests have different CPUIDs, and the policy depends on it: what it decides is told for one"
+                    .to_owned(),
+            );
+        }
+        if self.report.unlisted() > 0 {
+            notes.push(format!(
+                "{} accesses are of MSRs that are not listed, since there is room for {MOST_ROWS}",
+                self.report.unlisted()
+            ));
+        }
+        if self.report.vcpus().len() == MOST_VCPUS {
+            notes.push(format!("no more than {MOST_VCPUS} vCPUs are told apart"));
+        }
+        if self.report.accesses() > 1 && traces.iter().all(|trace| trace.duration() == 0) {
+            notes.push("the traces do not tell when".to_owned());
+        }
+        notes
+    }
+}
