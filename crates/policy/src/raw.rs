@@ -158,7 +158,8 @@ pub struct RawRange {
     pub nmsrs: u32,
     /// The first one.
     pub base: u32,
-    /// What is known to lie where the pointer leads; the kernel looks at as many whole words of 8 bytes as it needs.
+    /// What is known to lie where the pointer leads, at least a bit for each MSR. The kernel copies whole words of 8 bytes,
+    /// and the bits behind the last MSR decide nothing.
     pub bitmap: Vec<u8>,
 }
 
@@ -199,6 +200,14 @@ impl RawFilter {
         let default = self.default();
         for (slot, range) in (0..).zip(&self.ranges) {
             let Ok(checked) = range.range(slot) else { continue };
+            let copied = checked.bitmap().len() * 8;
+            if range.bitmap.len() < copied {
+                remarks.push(format!(
+                    "range {slot}: its bitmap has {} bytes, and the kernel copies {copied}, whole words of 8: the bytes behind \
+                     it decide nothing, but must be readable",
+                    range.bitmap.len()
+                ));
+            }
             match checked.span() {
                 None => remarks.push(format!(
                     "range {slot} ends behind 0xffffffff: its end wraps to zero, and the kernel matches no MSR with it"
@@ -258,19 +267,23 @@ impl RawRange {
             );
             return Err(RawError::new(message).errno("EINVAL"));
         }
-        let words = self.nmsrs.div_ceil(64) as usize;
-        let (whole, _) = self.bitmap.as_chunks::<8>();
-        let bitmap: Vec<u64> = whole.iter().take(words).map(|word| u64::from_le_bytes(*word)).collect();
-        if bitmap.len() < words {
+        let needed = self.nmsrs.div_ceil(8) as usize;
+        if self.bitmap.len() < needed {
             let message = format!(
-                "range {slot}: its bitmap has {} bytes, and the kernel copies {}, whole words of 8, for {} MSRs: \
-                 what lies behind the bitmap decides, or nothing does",
+                "range {slot}: its bitmap has {} bytes, and {} MSRs need {needed}: what lies behind the bitmap decides, or \
+                 nothing does",
                 self.bitmap.len(),
-                words * 8,
                 self.nmsrs
             );
             return Err(RawError::new(message).errno("EFAULT"));
         }
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            u64::from_le_bytes(word)
+        };
+        let words = self.nmsrs.div_ceil(64) as usize;
+        let bitmap: Vec<u64> = self.bitmap.chunks(8).take(words).map(word).collect();
         FilterRange::new(self.base, self.nmsrs, ops, bitmap)
             .map_err(|error| RawError::new(format!("range {slot}: {error}")).errno("EINVAL"))
     }

@@ -62,12 +62,12 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
         ),
         (
             filter("0", &[range("0", "65", "1", &word)]),
-            "has 8 bytes, and the kernel copies 16",
+            "has 8 bytes, and 65 MSRs need 9",
             Some("EFAULT"),
         ),
         (
-            filter("0", &[range("0", "1", "1", "00")]),
-            "has 1 bytes, and the kernel copies 8",
+            filter("0", &[range("0", "9", "1", "00")]),
+            "has 1 bytes, and 9 MSRs need 2",
             Some("EFAULT"),
         ),
         (filter("0", &vec![good.clone(); 17]), "17 ranges", None),
@@ -77,6 +77,25 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
         assert_eq!(error.kernel_errno(), errno, "{text}: {error}");
     }
     assert!(read(filter("0", &vec![good; 16]).as_bytes()).is_ok());
+}
+
+#[test]
+fn a_bitmap_with_a_bit_for_each_msr_will_do_and_its_end_within_a_word_is_remarked() {
+    for (nmsrs, bitmap, copied) in [
+        (1, "fe", 8),
+        (8, "fe", 8),
+        (9, "fe00", 8),
+        (65, "feffffffffffffff00", 16),
+    ] {
+        let text = format!(r#"{{"flags":0,"ranges":[{{"base":16,"nmsrs":{nmsrs},"flags":3,"bitmap":"{bitmap}"}}]}}"#);
+        let given = read(text.as_bytes()).expect(&text);
+        let [remark] = given.remarks.as_slice() else {
+            panic!("{:?}", given.remarks)
+        };
+        assert!(remark.contains(&format!("the kernel copies {copied}")), "{remark}");
+        assert_eq!(verdict(&given.filter, 0x10, Op::Read), Verdict::Deny);
+        assert_eq!(given.filter.ranges()[0].bitmap().len() * 8, copied);
+    }
 }
 
 #[test]
@@ -276,7 +295,7 @@ fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
     let range = "{ .flags = 3, .nmsrs = 9, .base = 0, .bitmap = b }";
     for (text, what) in [
         (
-            format!("uint8_t b[2];\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
+            format!("uint8_t b[1];\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
             "EFAULT",
         ),
         (
