@@ -1,4 +1,4 @@
-//! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as C, as bytes or a dump of them, and
+//! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as an initialiser in C, as bytes or a dump of them, and
 //! what `msrgate plan --json` prints.
 //!
 //! ```
@@ -34,7 +34,7 @@ pub enum Form {
     Policy,
     /// What `plan --json` prints, or a raw filter in JSON.
     Json,
-    /// `struct kvm_msr_filter` in C, its bitmaps with it.
+    /// A literal initialiser of `struct kvm_msr_filter` in C, or what gdb prints of one.
     C,
     /// The bytes of the structure and its bitmaps.
     Bytes,
@@ -45,7 +45,7 @@ pub enum Form {
 }
 
 /// What is said of Rust.
-const RUST: &str = "this is Rust, which is not read: write the filter in JSON or in C, or have its bytes written out by the \
+const RUST: &str = "this is Rust, which is not read: write the filter in JSON, print it in gdb, or have its bytes written out by the \
     program (docs/formats.md)";
 
 /// What is said of a system call in strace's words.
@@ -65,6 +65,10 @@ impl Form {
                 Some(_) => Form::C,
             };
         }
+        // gdb's.
+        if text.starts_with('$') {
+            return Form::C;
+        }
         if let Some(what) = other(text) {
             return Form::Other(what);
         }
@@ -78,7 +82,7 @@ impl Form {
         if !c_names && bytes::looks_like_dump(first) {
             return Form::Dump;
         }
-        let c = ["/*", "//", ".", "static ", "const ", "unsigned char ", "uint8_t "]
+        let c = ["/*", "//", "static ", "const ", "unsigned char ", "uint8_t "]
             .iter()
             .any(|start| first.starts_with(start))
             || first.ends_with(';');
