@@ -63,7 +63,7 @@ const CIRCLES: &[(&str, &str)] = &[
     ("policy", "parse parse::rule policy"),
     (
         "policy",
-        "raw raw::bytes raw::c raw::c::cursor raw::c::fields raw::c::token raw::c::value raw::json",
+        "raw raw::bytes raw::c raw::c::initialiser raw::c::token raw::json",
     ),
     ("trace", "learn::observe learn::summary"),
     ("trace", "learn::since learn::text"),
