@@ -153,10 +153,7 @@ fn plan() -> Result<Plan, String> {
         };
         (MsrRange::single(Msr(0x4000_0000 + 2 * rule)), decision)
     });
-    let map = DecisionMap {
-        reads: Intervals::first_match(Decision::of(ReadAction::Allow), reads),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), reads));
     Plan::compile(&map).map_err(|error| error.to_string())
 }
 

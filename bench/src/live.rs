@@ -7,7 +7,7 @@ use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlag
 use msrgate_core::{Access, Msr, Verdict};
 use msrgate_guest::{Guest, Mode, Options, held};
 use msrgate_kvm::{Handlers, Probed, VcpuGate, probe};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan};
 use msrgate_policy::Policy;
 
 use crate::figure::{Aim, Figure};
@@ -51,7 +51,10 @@ pub(crate) fn constant_read(effort: Effort) -> Measured {
     let preset = preset.as_mut().map_err(|error| error.clone())?;
     let exiting = exiting.as_mut().map_err(|error| error.clone())?;
     let free = free.as_mut().map_err(|error| error.clone())?;
-    let _held = preset.gate(&kvm, Plan::compile(&map.clone().holding(held)).map_err(text)?)?;
+    let _held = preset.gate(
+        &kvm,
+        Plan::compile_for(&map, &CompileOptions::default().holding(held)).map_err(text)?,
+    )?;
     let gate = exiting.gate(&kvm, Plan::compile(&map).map_err(text)?)?;
     let [ours, exit, allowed] = rounds(
         effort.of(60, 2),

@@ -3,7 +3,7 @@
 use msrgate_core::{Candidate, Filter, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
 
 use crate::filter::Held;
-use crate::{AccessStep, Call, Case, Gives, Implementation, Process, Seen, Stop, Subject, perform};
+use crate::{AccessStep, Call, CallResult, Case, Implementation, Process, Seen, Stop, Subject, perform};
 
 /// A VMX bitmap.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +88,7 @@ impl Subject for Derived {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         self.derived = None;
         self.held.set(call)
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::{AccessStep, Call, Case, Gives, Process, Seen, Step};
+use crate::{AccessStep, Call, CallResult, Case, Process, Seen, Step};
 
 /// Something that says what MSR accesses get.
 pub trait Implementation {
@@ -19,7 +19,7 @@ pub trait Subject {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop>;
 
     /// What the call gives; `None` where it means nothing here and changes nothing that could be said.
-    fn call(&mut self, _: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, _: &Call) -> Result<Option<CallResult>, Stop> {
         Err(Stop::skip("it takes no calls"))
     }
 
@@ -103,7 +103,7 @@ fn checks(case: &Case, process: Process, implementation: &dyn Implementation) ->
                     Stop::Fail(how) => at(how),
                     skip => skip,
                 })?;
-                compared += access.expect.compare(&seen).map_err(at)?;
+                compared += compare(&access.expect, &seen).map_err(at)?;
             }
             Step::Call(call) => {
                 let gives = subject.call(call)?;
@@ -122,28 +122,26 @@ fn checks(case: &Case, process: Process, implementation: &dyn Implementation) ->
 }
 
 /// Makes a call in the midst of another step and compares what it gives.
-pub fn perform(call: &Call, make: impl FnOnce(&Call) -> Result<Option<Gives>, Stop>) -> Result<(), Stop> {
+pub fn perform(call: &Call, make: impl FnOnce(&Call) -> Result<Option<CallResult>, Stop>) -> Result<(), Stop> {
     match (call.gives, make(call)?) {
         (Some(expected), Some(gives)) if expected != gives => Err(Stop::fail(format!("{{ {call} }} gives {gives}"))),
         _ => Ok(()),
     }
 }
 
-impl Seen {
-    /// How many of the expectations were compared, or the first that is not met.
-    fn compare(&self, seen: &Seen) -> Result<usize, String> {
-        fn one<T: PartialEq + fmt::Debug>(what: &str, expected: &Option<T>, seen: &Option<T>) -> Result<usize, String> {
-            match (expected, seen) {
-                (Some(expected), Some(seen)) if expected != seen => Err(format!("{what} is {seen:?}")),
-                (Some(_), Some(_)) => Ok(1),
-                _ => Ok(0),
-            }
+/// How many of the expectations were compared, or the first that is not met.
+fn compare(expected: &Seen, seen: &Seen) -> Result<usize, String> {
+    fn one<T: PartialEq + fmt::Debug>(what: &str, expected: &Option<T>, seen: &Option<T>) -> Result<usize, String> {
+        match (expected, seen) {
+            (Some(expected), Some(seen)) if expected != seen => Err(format!("{what} is {seen:?}")),
+            (Some(_), Some(_)) => Ok(1),
+            _ => Ok(0),
         }
-        Ok(one("action", &self.action, &seen.action)?
-            + one("verdict", &self.verdict, &seen.verdict)?
-            + one("exit", &self.exit, &seen.exit)?
-            + one("sees", &self.sees, &seen.sees)?)
     }
+    Ok(one("action", &expected.action, &seen.action)?
+        + one("verdict", &expected.verdict, &seen.verdict)?
+        + one("exit", &expected.exit, &seen.exit)?
+        + one("sees", &expected.sees, &seen.sees)?)
 }
 
 /// What came of all cases.

@@ -35,6 +35,7 @@ pub(crate) fn compile(text: &str, cpuid: Option<&Cpuid>) -> Result<Compiled, Sto
         Stop::fail(format!("the policy is refused: {}", messages.join("; ")))
     })?;
     let map = policy.decision_map(cpuid).map_err(Stop::fail)?;
-    let plan = Plan::compile(&map).map_err(|error| Stop::fail(format!("the plan is refused: {error}")))?;
+    let plan = Plan::compile_for(&map, &policy.options())
+        .map_err(|error| Stop::fail(format!("the plan is refused: {error}")))?;
     Ok(Compiled { policy, map, plan })
 }

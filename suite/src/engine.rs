@@ -6,16 +6,17 @@ use msrgate_core::{
     Access, Candidate, Exit, Msr, MsrRange, Op, Ops, Outcome, Reason, SvmPermissionMap, VcpuState, VmxBitmap,
 };
 use msrgate_engine::{
-    Advance, Caller, Completion, Instruction, Intercepts, KvmRunMsr, Path, Step, UnknownMsrs, Vcpu, Vm, Written,
+    Advance, Completion, Instruction, Intercepts, KvmRunMsr, Path, Step, UnknownMsrs, Vcpu, Vm, Written,
 };
+use msrgate_guest::raw::Arena;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
+use msrgate_verify::case::PAGES;
 
 use crate::compiled::{compile, cpuid};
-use crate::memory::Memory;
 use crate::plan::action;
 use crate::{
-    AccessStep, Call, Case, Descriptor, Gives, Implementation, Machine, Process, Seen, Stop, Subject, Target, perform,
+    AccessStep, Call, CallResult, Case, Implementation, Machine, Process, Seen, Stop, Subject, Target, perform,
 };
 
 /// The engine, its accesses coming by one of KVM's two ways.
@@ -114,11 +115,7 @@ impl Subject for Guest {
                     }
                     None => step.answer,
                 };
-                let completion = match outcome {
-                    Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
-                    Outcome::Done => self.vcpu.answer_write(Ok(())),
-                    Outcome::Fault => self.vcpu.complete(1, 0),
-                };
+                let completion = self.vcpu.answer(outcome);
                 (
                     Some(exit.reason),
                     completion.ok_or(Stop::fail("nothing is pending after an exit"))?,
@@ -135,7 +132,7 @@ impl Subject for Guest {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         make(&self.vm, self.process, call)
     }
 
@@ -225,37 +222,22 @@ fn instruction(access: Access) -> Instruction {
     }
 }
 
-fn make(vm: &Vm, process: Process, call: &Call) -> Result<Option<Gives>, Stop> {
-    let descriptor = match call.on {
-        Descriptor::Vm => msrgate_engine::Descriptor::Vm,
-        Descriptor::Vcpu => msrgate_engine::Descriptor::Vcpu,
-        Descriptor::System => msrgate_engine::Descriptor::System,
-        Descriptor::AnotherProcess => return Err(Stop::skip("it does not know which process made a VM")),
-    };
-    let caller = Caller {
-        process: match process {
-            Process::Native => msrgate_engine::Process::Native,
-            Process::Compat => msrgate_engine::Process::Compat,
-        },
-        descriptor,
-    };
-    let mut memory = Memory::default();
-    let ranges = match &call.target {
-        Target::SetMsrFilter(filter) => filter.ranges.as_slice(),
-        Target::EnableCap { .. } => &[],
-    };
-    let bitmaps: Vec<u64> = ranges
-        .iter()
-        .map(|range| memory.place(&range.bitmap, range.at))
-        .collect();
-    let argument = call.argument(call.layout(process).layout(), &bitmaps);
-    let argp = memory.place(&argument, call.argp);
-    let result = vm.ioctl(call.request(process), argp, &memory, caller);
+fn make(vm: &Vm, process: Process, call: &Call) -> Result<Option<CallResult>, Stop> {
+    let mut arena = Arena::new(PAGES).map_err(Stop::fail)?;
+    let placed = call.place(process, &mut arena);
+    let gives = call.on_engine(vm, process, placed, &arena);
+    edit(call, &mut arena);
+    gives
+        .map(Some)
+        .ok_or(Stop::skip("it does not know which process made a VM"))
+}
+
+/// What the caller does to its bitmaps after the call, where the case says so.
+pub(crate) fn edit(call: &Call, arena: &mut Arena) {
     if matches!(&call.target, Target::SetMsrFilter(filter) if filter.edited) {
-        memory.invert();
+        for page in 1..PAGES {
+            let bytes = arena.page(page).into_iter().flatten();
+            bytes.for_each(|byte| *byte = !*byte);
+        }
     }
-    Ok(Some(match result {
-        Ok(_) => Gives::OK,
-        Err(errno) => Gives(errno as i32),
-    }))
 }

@@ -1,8 +1,6 @@
 //! The case files, compiled in.
 
-use serde::Deserialize;
-
-use crate::Case;
+use crate::{Case, parse};
 
 macro_rules! files {
     ($($name:literal),* $(,)?) => {
@@ -21,17 +19,6 @@ pub(crate) const FILES: [(&str, &str); 8] = files![
     "policy-actions.toml",
     "policy-conditions.toml",
 ];
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CaseFile {
-    case: Vec<Case>,
-}
-
-/// The cases of one file's text.
-pub(crate) fn parse(text: &str) -> Result<Vec<Case>, toml::de::Error> {
-    toml::from_str(text).map(|file: CaseFile| file.case)
-}
 
 /// All cases. Panics where a file is not one of cases, since it is part of the program.
 pub fn cases() -> Vec<Case> {

@@ -4,8 +4,8 @@ use msrgate_core::{Filter, FilterRange, Lookup, Ops, Verdict};
 
 use crate::compiled::compile;
 use crate::{
-    AccessStep, Call, Case, Descriptor, Gives, Implementation, Place, Process, RawFilter, RawRange, Seen, Step, Stop,
-    Subject, Target, perform,
+    AccessStep, Call, CallResult, Case, Descriptor, Implementation, Place, Process, RawFilter, RawRange, Seen, Step,
+    Stop, Subject, Target, perform,
 };
 
 /// What a plan's filter says, or one that is built from a raw one's numbers. Has no memory and no errno: a call that
@@ -49,7 +49,7 @@ impl Subject for Flattened {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         self.0.set(call)
     }
 
@@ -77,7 +77,7 @@ impl Held {
         Ok(Held { filter, cpuid })
     }
 
-    pub(crate) fn set(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    pub(crate) fn set(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         let Target::SetMsrFilter(raw) = &call.target else {
             // Exit reasons change no verdict.
             return Ok(None);
@@ -85,9 +85,9 @@ impl Held {
         match build(call, raw)? {
             Some(filter) => {
                 self.filter = filter;
-                Ok(Some(Gives::OK))
+                Ok(Some(CallResult::OK))
             }
-            None => Ok(Some(Gives::EINVAL)),
+            None => Ok(Some(CallResult::EINVAL)),
         }
     }
 
@@ -109,7 +109,7 @@ impl Subject for Held {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         self.set(call)
     }
 

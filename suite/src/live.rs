@@ -1,25 +1,25 @@
-//! The live kernel: plans through `msrgate-kvm`, raw calls by `ioctl` itself, accesses by a guest of `msrgate-guest`.
+//! The live kernel: plans through `msrgate-kvm`, raw calls as they lie in memory, accesses by a guest of `msrgate-guest`.
 
-#![expect(unsafe_code, reason = "system calls, and memory that they may not read")]
+#![expect(unsafe_code, reason = "the system calls that make a process")]
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::ptr;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
+use msrgate_guest::raw::{Arena, Caller, Request};
 use msrgate_guest::{Guest, Mode, Options, Pending};
 use msrgate_kvm::{Fault, Gate, Handler, Handlers, InstallError, Probed, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
+use msrgate_verify::case::PAGES;
 
 use crate::compiled::{compile, cpuid};
-use crate::memory::{NON_CANONICAL, PAGE, offset};
+use crate::engine::edit;
 use crate::plan::action;
 use crate::{
-    AccessStep, Call, Case, Descriptor, Gives, Implementation, Machine, Place, Process, RawFilter, Seen, Stop, Subject,
-    Target, perform,
+    AccessStep, Call, CallResult, Case, Descriptor, Implementation, Machine, Process, Seen, Stop, Subject, Target,
+    perform,
 };
 
 /// Whether the kernel hides MSRs that it does not know.
@@ -70,9 +70,9 @@ impl Implementation for Live {
         }
         let mut guest = Guest::new(&self.kvm, self.mode, &Options::default()).map_err(Stop::fail)?;
         let calls = Calls {
-            system: self.kvm.as_raw_fd(),
-            vm: guest.vm().as_raw_fd(),
-            vcpu: guest.vcpu(0).map_err(Stop::fail)?.fd().as_raw_fd(),
+            system: Caller::of(&self.kvm).map_err(Stop::fail)?,
+            vm: Caller::of(guest.vm()).map_err(Stop::fail)?,
+            vcpu: Caller::of(guest.vcpu(0).map_err(Stop::fail)?.fd()).map_err(Stop::fail)?,
         };
         let mut running = Running {
             probed: self.probed,
@@ -175,9 +175,9 @@ impl Subject for Running {
         })
     }
 
-    fn call(&mut self, call: &Call) -> Result<Option<Gives>, Stop> {
+    fn call(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
         let gives = self.calls.make(call)?;
-        if let (Target::EnableCap { args: [mask, ..], .. }, Gives::OK) = (&call.target, gives) {
+        if let (Target::EnableCap { args: [mask, ..], .. }, CallResult::OK) = (&call.target, gives) {
             self.reasons = Reasons::from_bits(*mask).unwrap_or(Reasons::NONE);
         }
         Ok(Some(gives))
@@ -209,62 +209,35 @@ impl Subject for Running {
 }
 
 /// The descriptors that calls are made on.
-#[derive(Clone, Copy)]
 struct Calls {
-    system: RawFd,
-    vm: RawFd,
-    vcpu: RawFd,
+    system: Caller,
+    vm: Caller,
+    vcpu: Caller,
 }
 
 impl Calls {
-    fn make(&self, call: &Call) -> Result<Gives, Stop> {
-        let fd = match call.on {
-            Descriptor::Vm | Descriptor::AnotherProcess => self.vm,
-            Descriptor::Vcpu => self.vcpu,
-            Descriptor::System => self.system,
-        };
-        let mut bitmaps = Vec::new();
-        if let Target::SetMsrFilter(RawFilter { ranges, .. }) = &call.target {
-            for range in ranges {
-                bitmaps.push(Pages::place(&range.bitmap, range.at).map_err(Stop::fail)?);
-            }
-        }
-        let addresses: Vec<u64> = bitmaps.iter().map(|(_, address)| *address).collect();
-        let layout = call.layout(Process::Native).layout();
-        let (_argument, argp) = Pages::place(&call.argument(layout, &addresses), call.argp).map_err(Stop::fail)?;
-        let request = call.request(Process::Native);
+    fn make(&self, call: &Call) -> Result<CallResult, Stop> {
+        let mut arena = Arena::new(PAGES).map_err(Stop::fail)?;
+        let (request, argp) = call.place(Process::Native, &mut arena);
         let gives = match call.on {
-            Descriptor::AnotherProcess => ioctl_of_child(fd, request, argp).map_err(Stop::fail)?,
-            _ => ioctl(fd, request, argp),
+            Descriptor::Vm => self.vm.call(request, argp).into(),
+            Descriptor::Vcpu => self.vcpu.call(request, argp).into(),
+            Descriptor::System => self.system.call(request, argp).into(),
+            Descriptor::AnotherProcess => call_of_child(&self.vm, request, argp).map_err(Stop::fail)?,
         };
-        if matches!(&call.target, Target::SetMsrFilter(filter) if filter.edited) {
-            for (pages, _) in &mut bitmaps {
-                pages.bytes().iter_mut().for_each(|byte| *byte = !*byte);
-            }
-        }
+        edit(call, &mut arena);
         Ok(gives)
     }
 }
 
-fn ioctl(fd: RawFd, request: u32, argp: u64) -> Gives {
-    // SAFETY: KVM_X86_SET_MSR_FILTER and KVM_ENABLE_CAP, in either layout, only read from `argp` and, for the first,
-    // from the bitmaps that it names; the kernel checks each such address and gives EFAULT. None of this memory is
-    // written meanwhile, since the mappings belong to the caller.
-    let result = unsafe { libc::ioctl(fd, libc::c_ulong::from(request), argp as libc::c_ulong) };
-    match result {
-        0 => Gives::OK,
-        _ => Gives(io::Error::last_os_error().raw_os_error().unwrap_or(-1)),
-    }
-}
-
 /// The call from a process with another address space, where the same bytes lie at the same addresses.
-fn ioctl_of_child(fd: RawFd, request: u32, argp: u64) -> io::Result<Gives> {
+fn call_of_child(vm: &Caller, request: Request, argp: u64) -> io::Result<CallResult> {
     // SAFETY: the child makes two system calls and ends, without allocating, taking a lock or unwinding, so it does not
     // matter what other threads held when it was made.
     let child = unsafe { libc::fork() };
     match child {
         0 => {
-            let Gives(number) = ioctl(fd, request, argp);
+            let CallResult(number) = vm.call(request, argp).into();
             // SAFETY: ends the child at once, without what the parent registered to be run at exit.
             unsafe { libc::_exit(number) }
         }
@@ -277,58 +250,8 @@ fn ioctl_of_child(fd: RawFd, request: u32, argp: u64) -> io::Result<Gives> {
             if !libc::WIFEXITED(status) {
                 return Err(io::Error::other("the child was killed"));
             }
-            Ok(Gives(libc::WEXITSTATUS(status)))
+            Ok(CallResult(libc::WEXITSTATUS(status)))
         }
         _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// A page that can be read and written, and one behind it that can be neither.
-///
-/// The second stays mapped, without a right to it: a hole could be filled by another thread's mapping.
-struct Pages(*mut u8);
-
-impl Pages {
-    /// Puts bytes at a place, and says at which address that is.
-    fn place(bytes: &[u8], place: Place) -> io::Result<(Pages, u64)> {
-        let mut pages = Pages::new()?;
-        let Some(offset) = offset(place, bytes.len()) else {
-            let address = if place == Place::Null { 0 } else { NON_CANONICAL };
-            return Ok((pages, address));
-        };
-        for (byte, value) in pages.bytes().iter_mut().skip(offset).zip(bytes) {
-            *byte = *value;
-        }
-        let address = pages.0 as u64 + offset as u64;
-        Ok((pages, address))
-    }
-
-    fn new() -> io::Result<Pages> {
-        let (rights, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping where the kernel likes; it replaces none.
-        let start = unsafe { libc::mmap(ptr::null_mut(), 2 * PAGE, rights, flags, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let pages = Pages(start.cast());
-        // SAFETY: the first page of the mapping that was just made.
-        if unsafe { libc::mprotect(start, PAGE, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(pages)
-    }
-
-    /// The page that can be used.
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: `new` made the page readable and writable, it is zeroed by the kernel, it is unmapped only by `drop`,
-        // and the borrow of `self` keeps any second reference away.
-        unsafe { std::slice::from_raw_parts_mut(self.0, PAGE) }
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: the two pages that `new` mapped; no reference to them outlives `self`.
-        unsafe { libc::munmap(self.0.cast(), 2 * PAGE) };
     }
 }

@@ -24,8 +24,8 @@ impl Subject for DecisionMap {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
         let msr = step.msr();
         let action = match step.op() {
-            Op::Read => self.reads.get(msr).action.to_string(),
-            Op::Write => self.writes.get(msr).action.to_string(),
+            Op::Read => self.reads().get(msr).action.to_string(),
+            Op::Write => self.writes().get(msr).action.to_string(),
         };
         let verdict = if self.allows(msr, step.op()) {
             Verdict::Allow

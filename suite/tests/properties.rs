@@ -14,7 +14,7 @@ use std::sync::Arc;
 use msrgate_core::{Access, Candidate, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 use msrgate_suite::{
-    Call, Case, CoreFilter, Engine, Flat, Gives, Implementation, Map, Oracle, Place, Planned, Process, RawFilter,
+    Call, CallResult, Case, CoreFilter, Engine, Flat, Implementation, Map, Oracle, Place, Planned, Process, RawFilter,
     RawRange, Seen, Step, Stop, run,
 };
 use proptest::prelude::*;
@@ -107,13 +107,13 @@ fn accesses(filter: &RawFilter, others: &[u32]) -> Vec<Access> {
 }
 
 /// A raw filter in force, every reason handed over, then the accesses.
-fn case(filter: RawFilter, gives: Gives, accesses: &[Access]) -> Case {
+fn case(filter: RawFilter, gives: CallResult, accesses: &[Access]) -> Case {
     let mut call = Call::set_msr_filter(filter);
     call.gives = Some(gives);
     let mut steps = vec![Step::Call(Call::enable_cap(7)), Step::Call(call)];
     for step in &mut steps {
         if let Step::Call(call) = step {
-            call.gives = call.gives.or(Some(Gives::OK));
+            call.gives = call.gives.or(Some(CallResult::OK));
         }
     }
     steps.extend(accesses.iter().copied().map(Step::from));
@@ -128,28 +128,28 @@ fn case(filter: RawFilter, gives: Gives, accesses: &[Access]) -> Case {
 }
 
 /// What KVM_X86_SET_MSR_FILTER gives, read off the specification once more.
-fn plain_errno(filter: &RawFilter) -> Gives {
+fn plain_errno(filter: &RawFilter) -> CallResult {
     if filter.flags > 1 {
-        return Gives::EINVAL;
+        return CallResult::EINVAL;
     }
     if filter.flags == 1 && filter.ranges.iter().all(|range| range.nmsrs == 0) {
-        return Gives::EINVAL;
+        return CallResult::EINVAL;
     }
     for range in &filter.ranges {
         if range.nmsrs == 0 {
             continue;
         }
         if range.flags == 0 || range.flags > 3 {
-            return Gives::EINVAL;
+            return CallResult::EINVAL;
         }
         if u64::from(range.nmsrs).div_ceil(64) * 8 > 0x600 {
-            return Gives::EINVAL;
+            return CallResult::EINVAL;
         }
         if range.at == Place::Unmapped {
-            return Gives::EFAULT;
+            return CallResult::EFAULT;
         }
     }
-    Gives::OK
+    CallResult::OK
 }
 
 /// What a filter that was accepted says, read off the specification once more.
@@ -219,7 +219,7 @@ proptest! {
     fn a_raw_filter_means_the_same_to_all(mut filter in raw_filter(), others in proptest::collection::vec(msr(), 8)) {
         acceptable(&mut filter);
         let accesses = accesses(&filter, &others);
-        let case = case(filter.clone(), Gives::OK, &accesses);
+        let case = case(filter.clone(), CallResult::OK, &accesses);
         let expected: Vec<Verdict> =
             accesses.iter().map(|access| plain_verdict(&filter, access.msr().0, access.op())).collect();
         let mut all: Vec<(&dyn Implementation, Process)> = vec![(&CoreFilter, Process::Native), (&Flat, Process::Native)];
@@ -331,7 +331,7 @@ fn acceptable(filter: &mut RawFilter) {
         };
         range.nmsrs = range.nmsrs.min(12288);
     }
-    if plain_errno(filter) != Gives::OK {
+    if plain_errno(filter) != CallResult::OK {
         filter.flags = 0;
     }
 }

@@ -3,9 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use msrgate_core::Op;
+use msrgate_verify::Kernel;
 
 const AFTER: &str = "\
 Exit codes: 0 yes or done; 1 no: findings, a difference, a guest that would break; 2 wrong usage or unreadable input;
@@ -301,9 +303,10 @@ pub(crate) struct VerifyArgs {
     /// Accesses under each random filter that is accepted
     #[arg(long, value_name = "K", conflicts_with_all = ["policies", "interception", "swap"], default_value_t = 24)]
     pub(crate) accesses: usize,
-    /// The kernel that the engine takes after; that of this machine's version where it is left out
-    #[arg(long, value_enum)]
-    pub(crate) profile: Option<ProfileArg>,
+    /// The kernel that the engine takes after; that of this machine's version where it is left out. `newest` is without
+    /// that kernel's known gap at IA32_TSC_DEADLINE
+    #[arg(long, value_parser = PossibleValuesParser::new(Kernel::profiles()))]
+    pub(crate) profile: Option<String>,
     /// What the guest runs in
     #[arg(long, value_enum, default_value_t = ModeArg::Real)]
     pub(crate) mode: ModeArg,
@@ -314,30 +317,6 @@ pub(crate) struct VerifyArgs {
     pub(crate) json: bool,
 }
 
-/// A kernel whose behaviour the engine has.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ProfileArg {
-    #[value(name = "5.10")]
-    V5_10,
-    #[value(name = "5.12")]
-    V5_12,
-    #[value(name = "5.13")]
-    V5_13,
-    #[value(name = "5.18")]
-    V5_18,
-    #[value(name = "5.19")]
-    V5_19,
-    #[value(name = "6.1")]
-    V6_1,
-    #[value(name = "6.12")]
-    V6_12,
-    #[value(name = "6.18")]
-    V6_18,
-    /// The newest, without its known gap at IA32_TSC_DEADLINE
-    Newest,
-}
-
-/// What a guest runs in.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ModeArg {
     /// Real mode

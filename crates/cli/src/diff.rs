@@ -20,7 +20,14 @@ pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
         (By::Actions, By::Actions) => By::Actions,
         _ => By::Verdicts,
     };
-    let found = a.map.differences(&b.map, by);
+    let found = match by {
+        By::Actions => a.map.differences(&b.map, by),
+        // A filter leaves to the kernel what the kernel holds.
+        By::Verdicts => {
+            let [a, b] = [a, b].map(|said| said.map.with_presets(&said.presets));
+            a.differences(&b, by)
+        }
+    };
     let mut out = stream::out();
     match args.json {
         true => writeln!(out, "{:#}", json(&found, by))?,

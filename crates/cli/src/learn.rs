@@ -171,7 +171,7 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
     if changes.len() > TOLD {
         text.push_str(&format!("\n  and {} more, which --json has", changes.len() - TOLD));
     }
-    if (&older.map.unknown, &older.map.invalid) != (&map.unknown, &map.invalid) {
+    if (older.map.unknown(), older.map.invalid()) != (map.unknown(), map.invalid()) {
         text.push_str(
             "\n  what the kernel does not know or refuses, which the older one answers, is left to the kernel",
         );

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use msrgate_core::MsrRange;
 use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::{By, DecisionMap, Plan, PlanError, Touched};
+use msrgate_plan::{By, CompileOptions, DecisionMap, Plan, PlanError, Preset, Touched};
 use msrgate_policy::raw::{self, Form, Given};
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
 
@@ -52,6 +52,7 @@ impl Files for Disk<'_> {
 pub(crate) struct Loaded {
     pub(crate) policy: Policy,
     pub(crate) map: DecisionMap,
+    pub(crate) options: CompileOptions,
     pub(crate) plan: Plan,
     /// Fixed answers that are no presets on this machine; empty where it was not asked.
     pub(crate) no_presets: Vec<(MsrRange, NoPreset)>,
@@ -74,7 +75,8 @@ pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) ->
 /// Resolves and compiles a policy that is read already.
 pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
     let (policy, map) = resolved(policy, cpuid)?;
-    compiled(policy, map.with_profile(profile.to_vec()), cpuid)
+    let options = policy.options().with_profile(profile.to_vec());
+    compiled(policy, map, options, cpuid)
 }
 
 /// The same for subcommands that only go on with a plan: what is wrong is printed.
@@ -95,28 +97,30 @@ pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[Tou
 /// The same of a policy that is read already.
 pub(crate) fn planned_for_host(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
     let (policy, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
-    let map = held(map, cpuid)?.with_profile(profile.to_vec());
-    let loaded = compiled(policy, map, cpuid).map_err(|refused| refused.report())?;
+    let options = policy.options().with_profile(profile.to_vec());
+    let options = options.holding(held(&map, cpuid)?);
+    let loaded = compiled(policy, map, options, cpuid).map_err(|refused| refused.report())?;
     Ok(Loaded {
-        no_presets: no_presets(&loaded.map, &loaded.plan),
+        no_presets: no_presets(&loaded.map, loaded.options.held(), &loaded.plan),
         ..loaded
     })
 }
 
-/// The map with what this machine's kernel holds of its fixed answers.
-pub(crate) fn held(map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Failure> {
+/// What this machine's kernel holds of the map's fixed answers.
+pub(crate) fn held(map: &DecisionMap, cpuid: Option<&Cpuid>) -> Result<Vec<Preset>, Failure> {
     let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
     let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
     msrgate_kvm::probe(&device).map_err(|error| machine(&error))?;
     let kvm = kvm_ioctls::Kvm::new().map_err(|error| machine(&error))?;
     let cpuid = cpuid.map(cpuid::to_kvm).transpose()?;
-    let held = msrgate_guest::held(&kvm, &map, cpuid.as_ref()).map_err(|error| machine(&error))?;
-    Ok(map.holding(held))
+    msrgate_guest::held(&kvm, map, cpuid.as_ref()).map_err(|error| machine(&error))
 }
 
 /// What a policy, a plan or a raw filter says.
 pub(crate) struct Said {
     pub(crate) map: DecisionMap,
+    /// The presets of a plan.
+    pub(crate) presets: Vec<Preset>,
     /// How much it says: whether an access is left to the kernel, or also what it gets if not.
     pub(crate) by: By,
 }
@@ -126,16 +130,20 @@ pub(crate) fn said(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result
     if Form::of(&bytes) == Form::Policy {
         let policy = unresolved_in(path, bytes)?;
         let (_, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
-        return Ok(Said { map, by: By::Actions });
+        return Ok(Said {
+            map,
+            presets: Vec::new(),
+            by: By::Actions,
+        });
     }
-    let Given { filter, plan, .. } = filter(path, &bytes)?;
-    Ok(match plan {
-        Some(map) => Said { map, by: By::Actions },
-        None => Said {
-            map: DecisionMap::of_filter(&filter),
-            by: By::Verdicts,
-        },
-    })
+    let Given {
+        filter, plan, presets, ..
+    } = filter(path, &bytes)?;
+    let (map, by) = match plan {
+        Some(map) => (map, By::Actions),
+        None => (DecisionMap::of_filter(&filter), By::Verdicts),
+    };
+    Ok(Said { map, presets, by })
 }
 
 /// A plan or a raw filter. What the kernel takes for something else than it looks like is told on standard error.
@@ -187,12 +195,18 @@ fn accepted(read: Result<Policy, Rejected>) -> Result<Policy, Box<Refused>> {
     })
 }
 
-fn compiled(policy: Policy, map: DecisionMap, cpuid: Option<&Cpuid>) -> Result<Loaded, Box<Refused>> {
-    let error = match Plan::compile(&map) {
+fn compiled(
+    policy: Policy,
+    map: DecisionMap,
+    options: CompileOptions,
+    cpuid: Option<&Cpuid>,
+) -> Result<Loaded, Box<Refused>> {
+    let error = match Plan::compile_for(&map, &options) {
         Ok(plan) => {
             return Ok(Loaded {
                 policy,
                 map,
+                options,
                 plan,
                 no_presets: Vec::new(),
             });

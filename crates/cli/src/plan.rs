@@ -52,8 +52,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
 }
 
 fn json(loaded: &Loaded) -> Value {
-    let (plan, map) = (&loaded.plan, &loaded.map);
-    let visits = plan.visits(&map.profile);
+    let (plan, options) = (&loaded.plan, &loaded.options);
+    let visits = plan.visits(options.profile());
     let ranges = plan.filter().ranges().iter().zip(visits).map(|(range, visits)| {
         json!({
             "base": format!("{:#x}", range.base()),
@@ -61,7 +61,7 @@ fn json(loaded: &Loaded) -> Value {
             "read": range.ops().contains(Op::Read),
             "write": range.ops().contains(Op::Write),
             "bitmap": words::hex(&range.bitmap_bytes()),
-            "visits": (!map.profile.is_empty()).then_some(visits),
+            "visits": (!options.profile().is_empty()).then_some(visits),
         })
     });
     let mut actions: Vec<(u32, Op, Value)> = Vec::new();
@@ -109,7 +109,7 @@ fn json(loaded: &Loaded) -> Value {
             "first": range.first().to_string(),
             "last": range.last().to_string(),
             "op": op.name(),
-            "exits": (!map.profile.is_empty()).then(|| map.touches(range, op)),
+            "exits": options.touches(range, op),
         })).collect::<Vec<_>>(),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
@@ -224,10 +224,10 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     writeln!(out, "reasons  {reasons}\n")?;
     if !filter.ranges().is_empty() {
         let mut header = vec!["slot", "first", "last", "for", "allows", "denies", "bytes"];
-        let profiled = !loaded.map.profile.is_empty();
+        let profiled = !loaded.options.profile().is_empty();
         header.extend(profiled.then_some("visits"));
         let mut table = render::table(&header);
-        let visits = plan.visits(&loaded.map.profile);
+        let visits = plan.visits(loaded.options.profile());
         for ((slot, range), visits) in filter.ranges().iter().enumerate().zip(visits) {
             let mut row = range_row(slot, range).to_vec();
             row.extend(profiled.then(|| visits.to_string()));
@@ -282,9 +282,9 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     }
     let mut table = render::table(&["first", "last", "op", "exits"]);
     for (range, op) in plan.spilled() {
-        let exits = match loaded.map.profile.is_empty() {
-            true => "one each time".to_owned(),
-            false => format!("{} in the profile", loaded.map.touches(range, op)),
+        let exits = match loaded.options.touches(range, op) {
+            None => "one each time".to_owned(),
+            Some(exits) => format!("{exits} in the profile"),
         };
         table.add_row([
             range.first().to_string(),

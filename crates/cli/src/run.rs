@@ -49,13 +49,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     // VMM may not need it.
     if mode == Mode::Enforce
         && args.trace.is_none()
-        && let Ok(held) = load::held(resolved.map.clone(), None)
+        && let Ok(held) = load::held(&resolved.map, None)
     {
-        resolved.map = held;
         // A VMM may take it from its guests (KVM_CAP_MSR_PLATFORM_INFO), whatever the register holds.
-        resolved.map.held.retain(|preset| preset.msr != PLATFORM_INFO);
+        let held = held.into_iter().filter(|preset| preset.msr != PLATFORM_INFO);
+        resolved.options = resolved.options.holding(held.collect());
     }
-    let plan = resolve::plan(&resolved.map)?;
+    let plan = resolve::plan(&resolved.map, &resolved.options)?;
     let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
     let inputs = [
         args.policy.as_deref(),
@@ -80,6 +80,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     }
     let setup = Setup {
         map: resolved.map,
+        options: resolved.options,
         mode,
         events,
         rip: args.rip,

@@ -1,37 +1,21 @@
 //! `msrgate verify`: does this machine's kernel do what the engine does?
-//!
-//! The same calls and accesses go to a live VM and to the engine, whose own MSRs are those of a second live VM without a
-//! filter. What a policy, a random filter or a raw argument comes to is compared access by access.
 
-mod call;
-mod engine;
-mod host;
-mod interception;
-mod live;
-mod pair;
-mod policy;
-mod random;
 mod report;
-mod rng;
-mod shrink;
-mod swap;
-mod twin;
-mod wild;
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use msrgate_guest::{GuestError, Mode};
+use msrgate_guest::Mode;
+use msrgate_verify::{Kernel, Machine, Reach, Report, VerifyError};
 
 use crate::args::{ModeArg, VerifyArgs};
-use crate::exit::{Exit, Failure};
+use crate::cpuid::to_kvm;
+use crate::exit::{Exit, Failure, with_source};
 use crate::load;
-use crate::replay::with_source;
+
 use crate::stream;
-use host::Host;
-use live::Machine;
-use report::Report;
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
     let cpuid = load::cpuid(&args.cpuid)?;
@@ -39,33 +23,45 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         ModeArg::Real => Mode::Real,
         ModeArg::Long => Mode::Long,
     };
-    let machine = Machine::open(mode, cpuid.as_ref())?;
-    let host = Host::look(args.profile);
-    let mut report = Report::new(&host, args.mode);
-    if let Some(candidates) = args.random {
-        let seed = args.seed.unwrap_or_else(seed_of_now);
-        report.seed = Some(seed);
+    let mut kernel = Kernel::running();
+    if let Some(name) = &args.profile {
+        let unknown = || Failure::input(format!("no profile is called `{name}`"));
+        kernel = kernel.with_profile(name).ok_or_else(unknown)?;
+    }
+    let machine = Machine::open(mode, cpuid.as_ref().map(to_kvm).transpose()?, kernel).map_err(failed)?;
+    let bar = progress(0);
+    let progress = |done, of| {
+        bar.set_length(of);
+        bar.set_position(done);
+    };
+    let mut seed = None;
+    let report = if let Some(candidates) = args.random {
+        let given = args.seed.unwrap_or_else(seed_of_now);
+        seed = Some(given);
         if args.seed.is_none() {
             // Before anything can go wrong that it is needed for.
-            writeln!(stream::err(), "msrgate: seed {seed}")?;
+            writeln!(stream::err(), "msrgate: seed {given}")?;
         }
-        random::run(&machine, &host, &mut report, seed, candidates, args.accesses)?;
+        machine.random(given, candidates, args.accesses, &progress)
     } else if let Some(seconds) = args.swap {
-        swap::run(&machine, &mut report, Duration::from_secs(seconds))?;
+        machine.swap(Duration::from_secs(seconds), &progress)
     } else if args.interception {
-        interception::run(&machine, &host, &mut report)?;
+        machine.interception()
     } else {
-        let reach = if args.full {
-            policy::Reach::Full
-        } else {
-            policy::Reach::Boundaries
-        };
+        let reach = if args.full { Reach::Full } else { Reach::Boundaries };
+        let mut report = Ok(Report::default());
         for path in &args.policies {
             let loaded = load::policy_or_report(path, cpuid.as_ref(), &[])?;
-            policy::run(&machine, &host, &mut report, path, loaded, reach)?;
+            let name = path.display().to_string();
+            report = report.and_then(|mut report| {
+                report.add(machine.policy(&name, &loaded.map, Arc::new(loaded.plan), reach, &progress)?);
+                Ok(report)
+            });
         }
-    }
-    report.print(args.json)
+        report
+    };
+    bar.finish_and_clear();
+    report::print(&report.map_err(failed)?, machine.kernel(), args, seed)
 }
 
 /// A seed that is not the last one's.
@@ -86,7 +82,10 @@ pub(crate) fn progress(length: u64) -> ProgressBar {
     bar
 }
 
-/// The guest or KVM failed in a way that is no difference between kernel and engine.
-fn guest_failed(error: &GuestError) -> Failure {
-    Failure::Line(Exit::Guest, with_source(error))
+fn failed(error: VerifyError) -> Failure {
+    let exit = match error {
+        VerifyError::Guest(_) | VerifyError::Panicked => Exit::Guest,
+        _ => Exit::Machine,
+    };
+    Failure::Line(exit, with_source(&error))
 }

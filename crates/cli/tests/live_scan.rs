@@ -17,7 +17,7 @@ use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers};
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::{Decision, DecisionMap, Plan};
+use msrgate_plan::{CompileOptions, Decision, DecisionMap, Plan};
 use msrgate_policy::{Files, Pattern, Policy};
 use serde_json::Value;
 
@@ -477,12 +477,12 @@ fn given(action: &ReadAction) -> Option<u64> {
 /// What a read gets by the policy, `None` for #GP.
 fn expected_read(map: &DecisionMap, msr: Msr, kernel: &Kernel) -> Option<u64> {
     let plain = read_of(&kernel.plain, msr);
-    match &map.reads.get(msr).action {
+    match &map.reads().get(msr).action {
         // The kernel answers before it asks the filter.
         _ if MsrRange::X2APIC.contains(msr) => plain,
         ReadAction::Allow => plain.or_else(|| match read_of(&kernel.reasons, msr) {
-            Some(UNKNOWN) => given(&map.unknown.0),
-            Some(INVALID) => given(&map.invalid.0),
+            Some(UNKNOWN) => given(&map.unknown().0),
+            Some(INVALID) => given(&map.invalid().0),
             _ => None,
         }),
         ReadAction::Mask { keep, set } => plain.map(|value| value & keep | set),
@@ -495,12 +495,12 @@ fn expected_read(map: &DecisionMap, msr: Msr, kernel: &Kernel) -> Option<u64> {
 fn expected_write(map: &DecisionMap, msr: Msr, value: u64, kernel: &Kernel) -> Option<bool> {
     let same = read_of(&kernel.plain, msr) == Some(value);
     let plain = wrote(&kernel.plain, msr).filter(|_| same);
-    match &map.writes.get(msr).action {
+    match &map.writes().get(msr).action {
         _ if MsrRange::X2APIC.contains(msr) => plain,
         // Some kernels carry this write out before they ask the filter.
         _ if msr == Msr::TSC_DEADLINE => None,
         // Where the kernel fails, the fallbacks may do it.
-        WriteAction::Allow if map.unknown.1 != WriteAction::Deny || map.invalid.1 != WriteAction::Deny => {
+        WriteAction::Allow if map.unknown().1 != WriteAction::Deny || map.invalid().1 != WriteAction::Deny => {
             plain.filter(|done| *done)
         }
         WriteAction::Allow => plain,
@@ -523,8 +523,8 @@ fn of_interest(map: &DecisionMap) -> Vec<MsrRange> {
         .iter()
         .map(|known| MsrRange::single(known.msr))
         .collect();
-    let intervals = map.reads.iter().map(|(range, _)| range);
-    for range in intervals.chain(map.writes.iter().map(|(range, _)| range)) {
+    let intervals = map.reads().iter().map(|(range, _)| range);
+    for range in intervals.chain(map.writes().iter().map(|(range, _)| range)) {
         if range.len() <= long {
             ranges.push(range);
             continue;
@@ -547,49 +547,47 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
     let cpuid = supported(&kvm);
     folder.write("policies/others.toml", OTHERS);
     let names = POLICIES.iter().map(|(name, _)| *name).chain(["others.toml"]);
-    let maps: Vec<(&str, DecisionMap)> = names
+    let maps: Vec<(&str, DecisionMap, CompileOptions)> = names
         .map(|name| {
             let path = folder.path().join("policies").join(name);
             let policy = Policy::load(&path, &Disk).expect("a policy");
             let map = policy.decision_map(Some(&cpuid)).expect("has a CPUID");
-            let reads = map.reads.map(|decision| match decision.action {
+            let reads = map.reads().map(|decision| match decision.action {
                 ReadAction::Host => Decision {
                     action: ReadAction::Value(HOST),
                     ..decision.clone()
                 },
                 _ => decision.clone(),
             });
-            let map = DecisionMap { reads, ..map };
+            let map = map.with_reads(reads);
             let held = msrgate_guest::held(&kvm, &map, None).expect("a guest");
-            (name, map.holding(held))
+            (name, map, policy.options().holding(held))
         })
         .collect();
 
     let scanned = |scanner: Scanner<'_>, ranges: &[MsrRange]| scanner.scan(ranges, &mut |_, _| {}).expect("a scan");
-    let under = |map: &DecisionMap| {
-        let plan = Arc::new(Plan::compile(map).expect("a plan"));
+    let under = |map: &DecisionMap, options: &CompileOptions| {
+        let plan = Arc::new(Plan::compile_for(map, options).expect("a plan"));
         let names: Vec<&str> = plan.table().handlers().collect();
         let handlers = names
             .iter()
             .fold(Handlers::new(), |handlers, name| handlers.with(name, Answers));
         Scanner::new(&kvm).under(&probed, Arc::clone(&plan), handlers)
     };
-    let reasons = DecisionMap {
-        unknown: (ReadAction::Value(UNKNOWN), WriteAction::Deny),
-        invalid: (ReadAction::Value(INVALID), WriteAction::Deny),
-        ..DecisionMap::allow_all()
-    };
-    let all: Vec<MsrRange> = maps.iter().flat_map(|(_, map)| of_interest(map)).collect();
+    let reasons = DecisionMap::allow_all()
+        .with_unknown((ReadAction::Value(UNKNOWN), WriteAction::Deny))
+        .with_invalid((ReadAction::Value(INVALID), WriteAction::Deny));
+    let all: Vec<MsrRange> = maps.iter().flat_map(|(_, map, _)| of_interest(map)).collect();
     let kernel = Kernel {
         plain: scanned(Scanner::new(&kvm), &all),
-        reasons: scanned(under(&reasons).writes(Writes::None), &all),
+        reasons: scanned(under(&reasons, &CompileOptions::default()).writes(Writes::None), &all),
     };
     let mut answered: BTreeSet<&str> = BTreeSet::new();
-    for (name, map) in &maps {
-        let ruled = scanned(under(map), &of_interest(map));
+    for (name, map, options) in &maps {
+        let ruled = scanned(under(map, options), &of_interest(map));
         assert!(ruled.broken.is_empty(), "{name}: {:?}", ruled.broken);
         for msr in ruled.ranges.iter().flat_map(|range| range.iter()) {
-            let (read, write) = (&map.reads.get(msr).action, &map.writes.get(msr).action);
+            let (read, write) = (&map.reads().get(msr).action, &map.writes().get(msr).action);
             let (got, expected) = (read_of(&ruled, msr), expected_read(map, msr, &kernel));
             let clock = moves(&kernel.plain, msr) && *read == ReadAction::Allow;
             assert!(
@@ -648,10 +646,10 @@ fn what_breaks_the_guest_is_told_and_a_new_one_goes_on() {
         (MsrRange::single(RESET), one),
         (MsrRange::single(Msr(0x4000_0100)), last),
     ];
-    let map = DecisionMap {
-        reads: msrgate_plan::Intervals::first_match(Decision::of(ReadAction::Allow), reads),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::allow_all().with_reads(msrgate_plan::Intervals::first_match(
+        Decision::of(ReadAction::Allow),
+        reads,
+    ));
     let plan = Arc::new(Plan::compile(&map).expect("a plan"));
     let scanner = Scanner::new(&kvm).cpuid(cpuid).under(&probed, plan, Handlers::new());
     let ranges = [SYSENTER, MsrRange::single(RESET), MsrRange::single(Msr(0x4000_0100))];

@@ -68,18 +68,16 @@ fn each_access_that_a_plan_denies_has_an_action_and_no_other_has() {
     }
 }
 
-/// Prints what the emitted function puts into a `struct kvm_msr_filter`, as JSON has it.
+/// Prints the emitted `struct kvm_msr_filter`, as JSON has it.
 const MAIN: &str = r#"
 #include <stdio.h>
 int main(void)
 {
-	static struct kvm_msr_filter filter;
 	unsigned i, byte;
 
-	POLICY_filter(&filter);
-	printf("%u %llu\n", filter.flags, (unsigned long long)REASONS);
+	printf("%u %llu\n", POLICY_filter.flags, (unsigned long long)REASONS);
 	for (i = 0; i < KVM_MSR_FILTER_MAX_RANGES; i++) {
-		struct kvm_msr_filter_range *range = &filter.ranges[i];
+		const struct kvm_msr_filter_range *range = &POLICY_filter.ranges[i];
 		if (!range->nmsrs)
 			break;
 		printf("%u %#x %u ", range->flags, range->base, range->nmsrs);
@@ -92,7 +90,7 @@ int main(void)
 "#;
 
 #[test]
-fn the_c_that_plan_prints_builds_without_a_warning_and_fills_in_the_plans_filter() {
+fn the_c_that_plan_prints_builds_without_a_warning_and_is_the_plans_filter() {
     let Some(cc) = find("cc") else {
         println!("skipped: there is no C compiler");
         return;
@@ -111,14 +109,21 @@ fn the_c_that_plan_prints_builds_without_a_warning_and_fills_in_the_plans_filter
     for path in &paths {
         let header = folder.run(&["plan", "--emit", "c", path]).code(0).out;
         folder.write("filter.h", &header);
-        let function = header.split("static inline void ").nth(1).expect("a function");
-        let name = function.split("_filter(").next().expect("its name");
+        let filter = header
+            .split("static const struct kvm_msr_filter ")
+            .nth(1)
+            .expect("a filter");
+        let name = filter.split("_filter = {").next().expect("its name");
         let main = MAIN
             .replace("POLICY", name)
             .replace("REASONS", &format!("{}_REASONS", name.to_uppercase()));
         folder.write("main.c", format!("#include \"filter.h\"\n{main}"));
-        let flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o", "main", "main.c"];
-        Ran::of(Command::new(&cc).args(flags).current_dir(folder.path())).code(0);
+        // The last is what runs.
+        let languages = [["-xc++", "-std=c++20"], ["-xc", "-std=gnu11"]];
+        for language in languages.iter().skip(usize::from(find("c++").is_none())) {
+            let flags = ["-Wall", "-Wextra", "-Werror", "-o", "main", "main.c"];
+            Ran::of(Command::new(&cc).args(language).args(flags).current_dir(folder.path())).code(0);
+        }
         let printed = Ran::of(Command::new("./main").current_dir(folder.path())).code(0).out;
 
         let plan = folder.run(&["plan", "--json", path]).code(0).json();

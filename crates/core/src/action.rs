@@ -5,6 +5,37 @@ use core::fmt;
 
 use crate::Did;
 
+/// What an action is given, beside its word ([`ReadAction::arguments`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Argument<'a> {
+    /// 64 bits.
+    Number(u64),
+    /// Several of them.
+    Numbers(&'a [u64]),
+    /// The name of a handler.
+    Name(&'a str),
+    /// One of two words.
+    Otherwise(Otherwise),
+}
+
+/// Where the arguments of an action are read from ([`ReadAction::of`]): in the order of [`ReadAction::arguments`], by
+/// their keys.
+pub trait Arguments {
+    /// Why one cannot be read.
+    type Error;
+    /// [`Argument::Number`].
+    fn number(&mut self, key: &'static str) -> Result<u64, Self::Error>;
+    /// [`Argument::Numbers`].
+    fn numbers(&mut self, key: &'static str) -> Result<Arc<[u64]>, Self::Error>;
+    /// [`Argument::Name`].
+    fn name(&mut self, key: &'static str) -> Result<Arc<str>, Self::Error>;
+    /// [`Argument::Otherwise`].
+    fn otherwise(&mut self, key: &'static str) -> Result<Otherwise, Self::Error>;
+}
+
+/// At most two arguments.
+type Pair<'a> = [Option<(&'static str, Argument<'a>)>; 2];
+
 /// What a read gets.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum ReadAction {
@@ -65,7 +96,51 @@ pub enum Otherwise {
     Drop,
 }
 
+impl Otherwise {
+    /// Both.
+    pub const ALL: [Otherwise; 2] = [Otherwise::Deny, Otherwise::Drop];
+
+    /// The word in a policy and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Otherwise::Deny => "deny",
+            Otherwise::Drop => "drop",
+        }
+    }
+}
+
 impl ReadAction {
+    /// What the action is given, each under its key in JSON. Nothing but [`ReadAction::did`] and these tells two actions
+    /// apart.
+    pub fn arguments(&self) -> impl Iterator<Item = (&'static str, Argument<'_>)> {
+        let number = |key, value: &u64| Some((key, Argument::Number(*value)));
+        let pair: Pair<'_> = match self {
+            ReadAction::Allow | ReadAction::Deny | ReadAction::Host => [None, None],
+            ReadAction::Value(value) => [number("value", value), None],
+            ReadAction::Shadow(initial) => [number("initial", initial), None],
+            ReadAction::Mask { keep, set } => [number("keep", keep), number("set", set)],
+            ReadAction::Handler(name) => [Some(("handler", Argument::Name(name))), None],
+        };
+        pair.into_iter().flatten()
+    }
+
+    /// The action that says `did` and has these arguments; `None` where no read says so.
+    pub fn of<A: Arguments>(did: Did, given: &mut A) -> Result<Option<ReadAction>, A::Error> {
+        Ok(Some(match did {
+            Did::Allow => ReadAction::Allow,
+            Did::Deny => ReadAction::Deny,
+            Did::Zero | Did::Value => ReadAction::Value(given.number("value")?),
+            Did::Shadow => ReadAction::Shadow(given.number("initial")?),
+            Did::Mask => ReadAction::Mask {
+                keep: given.number("keep")?,
+                set: given.number("set")?,
+            },
+            Did::Host => ReadAction::Host,
+            Did::Handler => ReadAction::Handler(given.name("handler")?),
+            _ => return Ok(None),
+        }))
+    }
+
     /// The action's word in a policy.
     pub const fn name(&self) -> &'static str {
         self.did().name()
@@ -92,6 +167,41 @@ impl ReadAction {
 }
 
 impl WriteAction {
+    /// What the action is given, each under its key in JSON. Nothing but [`WriteAction::did`] and these tells two actions
+    /// apart.
+    pub fn arguments(&self) -> impl Iterator<Item = (&'static str, Argument<'_>)> {
+        let pair: Pair<'_> = match self {
+            WriteAction::Allow | WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow | WriteAction::Once => {
+                [None, None]
+            }
+            WriteAction::Mask { may_change, otherwise } => [
+                Some(("may_change", Argument::Number(*may_change))),
+                Some(("otherwise", Argument::Otherwise(*otherwise))),
+            ],
+            WriteAction::Only(values) => [Some(("values", Argument::Numbers(values))), None],
+            WriteAction::Handler(name) => [Some(("handler", Argument::Name(name))), None],
+        };
+        pair.into_iter().flatten()
+    }
+
+    /// The action that says `did` and has these arguments; `None` where no write says so.
+    pub fn of<A: Arguments>(did: Did, given: &mut A) -> Result<Option<WriteAction>, A::Error> {
+        Ok(Some(match did {
+            Did::Allow => WriteAction::Allow,
+            Did::Deny => WriteAction::Deny,
+            Did::Ignore => WriteAction::Ignore,
+            Did::Shadow => WriteAction::Shadow,
+            Did::Mask => WriteAction::Mask {
+                may_change: given.number("may_change")?,
+                otherwise: given.otherwise("otherwise")?,
+            },
+            Did::Only => WriteAction::Only(given.numbers("values")?),
+            Did::Once => WriteAction::Once,
+            Did::Handler => WriteAction::Handler(given.name("handler")?),
+            _ => return Ok(None),
+        }))
+    }
+
     /// The action's word in a policy.
     pub const fn name(&self) -> &'static str {
         self.did().name()
@@ -135,11 +245,7 @@ impl fmt::Display for WriteAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             WriteAction::Mask { may_change, otherwise } => {
-                let otherwise = match otherwise {
-                    Otherwise::Deny => "deny",
-                    Otherwise::Drop => "drop",
-                };
-                write!(f, "mask may change {may_change:#x}, else {otherwise}")
+                write!(f, "mask may change {may_change:#x}, else {}", otherwise.name())
             }
             WriteAction::Only(values) => {
                 f.write_str("only")?;

@@ -18,6 +18,8 @@ pub enum Log {
 }
 
 /// What was done with an access: an action, or what came of it.
+///
+/// The numbers stand in saved plans and in the hashes of policies: a new one goes to the end.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
 pub enum Did {
@@ -89,6 +91,11 @@ impl Did {
     /// From the word; `None` for another.
     pub fn from_name(name: &str) -> Option<Did> {
         Did::ALL.into_iter().find(|did| did.name() == name)
+    }
+
+    /// From the number; `None` for another.
+    pub fn from_number(number: u8) -> Option<Did> {
+        Did::ALL.get(usize::from(number)).copied()
     }
 
     /// Whether the guest got #GP.

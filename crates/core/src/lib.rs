@@ -43,7 +43,7 @@ mod limiter;
 pub mod abi;
 
 pub use access::{Access, Op, Ops};
-pub use action::{Otherwise, ReadAction, WriteAction};
+pub use action::{Argument, Arguments, Otherwise, ReadAction, WriteAction};
 pub use bitmap::{Candidate, SvmPermissionMap, VmxBitmap};
 pub use event::{Did, Event, Gap, Log, Nanos};
 pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};

@@ -1,6 +1,6 @@
 //! The instruction that a guest executes, and what becomes of it.
 
-use msrgate_core::{Access, Exit, Msr};
+use msrgate_core::{Access, Exit, Msr, Outcome};
 
 use crate::{Errno, Vendor};
 
@@ -37,6 +37,20 @@ pub enum Instruction {
         /// All 64 bits of the source register.
         value: u64,
     },
+}
+
+/// RDMSR or WRMSR, with nothing in the upper halves of its registers.
+impl From<Access> for Instruction {
+    fn from(access: Access) -> Instruction {
+        match access {
+            Access::Read { msr } => Instruction::Rdmsr { rcx: msr.0.into() },
+            Access::Write { msr, value } => Instruction::Wrmsr {
+                rcx: msr.0.into(),
+                rax: value & 0xffff_ffff,
+                rdx: value >> 32,
+            },
+        }
+    }
 }
 
 impl Instruction {
@@ -117,6 +131,20 @@ pub enum Completion {
     /// #GP(0), RIP and the other registers as before. A confidential guest hears of it through its GHCB, or as status
     /// 0x8000000000000000 of its TDVMCALL.
     Fault,
+}
+
+impl Completion {
+    /// What the access got.
+    pub const fn outcome(self) -> Outcome {
+        match self {
+            Completion::Fault => Outcome::Fault,
+            Completion::Done { written, .. } => match written {
+                Written::Nothing => Outcome::Done,
+                Written::RaxRdx { rax, rdx } => Outcome::Value(rdx << 32 | rax),
+                Written::Register { value, .. } => Outcome::Value(value),
+            },
+        }
+    }
 }
 
 /// Which of the guest's registers change.

@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::{fmt, mem};
 
 use msrgate_core::{
-    Access, ActionTable, Candidate, Exit, Filter, Msr, Op, ReadOutcome, Reason, Verdict, WriteOutcome, abi,
+    Access, ActionTable, Candidate, Exit, Filter, Msr, Op, Outcome, ReadOutcome, Reason, Verdict, WriteOutcome, abi,
 };
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
@@ -243,6 +243,15 @@ impl Vcpu {
         match self.pending?.exit.access {
             Access::Read { .. } => None,
             Access::Write { .. } => self.complete(outcome.is_err().into(), 0),
+        }
+    }
+
+    /// Ends the pending access; one that is given the other direction's outcome faults. `None` where none is pending.
+    pub fn answer(&mut self, outcome: Outcome) -> Option<Completion> {
+        match (self.pending?.exit.access, outcome) {
+            (Access::Read { .. }, Outcome::Value(value)) => self.complete(0, value),
+            (Access::Write { .. }, Outcome::Done) => self.complete(0, 0),
+            _ => self.complete(1, 0),
         }
     }
 

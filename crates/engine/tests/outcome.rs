@@ -6,7 +6,7 @@ mod machine;
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Exit, Fault, Filter, FilterRange, Msr, Op, Ops, Reason, Reasons, Verdict};
+use msrgate_core::{Access, Exit, Fault, Filter, FilterRange, Msr, Op, Ops, Outcome, Reason, Reasons, Verdict};
 use msrgate_engine::{
     Advance, Completion, Drained, Errno, Instruction, Intercepts, Interruption, KvmRunMsr, Path, Step, StillPending,
     UnknownMsrs, Vcpu, Vm, Written,
@@ -381,6 +381,34 @@ fn an_answer_to_the_other_direction_ends_nothing() {
     assert_eq!(fault.map(Step::Complete), Some(FAULT));
     let fault = pending(wrmsr(DENIED), Path::VmExit).answer_write(Err(Fault));
     assert_eq!(fault.map(Step::Complete), Some(FAULT));
+}
+
+#[test]
+fn an_outcome_that_fits_is_what_the_access_got_and_any_other_faults() {
+    let (read, write) = (
+        Access::Read { msr: Msr(DENIED) },
+        Access::Write {
+            msr: Msr(DENIED),
+            value: VALUE,
+        },
+    );
+    for access in [read, write] {
+        for outcome in [Outcome::Value(VALUE), Outcome::Done, Outcome::Fault] {
+            let fits = matches!(
+                (access, outcome),
+                (Access::Read { .. }, Outcome::Value(_)) | (Access::Write { .. }, Outcome::Done)
+            );
+            let mut vcpu = pending(access.into(), Path::VmExit);
+            assert_eq!(vcpu.pending().map(|exit| exit.access), Some(access));
+            let got = vcpu.answer(outcome).map(|completion| completion.outcome());
+            assert_eq!(
+                got,
+                Some(if fits { outcome } else { Outcome::Fault }),
+                "{access:?}, {outcome:?}"
+            );
+            assert_eq!(vcpu.answer(outcome), None, "it is complete");
+        }
+    }
 }
 
 #[test]

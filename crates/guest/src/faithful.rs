@@ -159,10 +159,9 @@ fn handing_over(op: Op, msrs: &[Msr]) -> DecisionMap {
         let msrs = msrs.iter().map(|msr| (MsrRange::single(*msr), handed.clone()));
         Intervals::first_match(Decision::of(allow), msrs)
     }
-    let mut map = DecisionMap::allow_all();
+    let map = DecisionMap::allow_all();
     match op {
-        Op::Read => map.reads = handed(ReadAction::Allow, ReadAction::Deny, msrs),
-        Op::Write => map.writes = handed(WriteAction::Allow, WriteAction::Deny, msrs),
+        Op::Read => map.with_reads(handed(ReadAction::Allow, ReadAction::Deny, msrs)),
+        Op::Write => map.with_writes(handed(WriteAction::Allow, WriteAction::Deny, msrs)),
     }
-    map
 }

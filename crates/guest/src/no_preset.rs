@@ -4,7 +4,7 @@ use std::fmt;
 
 use msrgate_core::{Log, MsrRange, ReadAction};
 use msrgate_msrs::Kept;
-use msrgate_plan::{DecisionMap, Intervals, Plan};
+use msrgate_plan::{DecisionMap, Intervals, Plan, Preset};
 
 /// Why the kernel does not give a fixed answer by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -50,22 +50,22 @@ impl fmt::Display for NoPreset {
 
 /// The fixed answers of `plan` that are no presets, and why, in order of MSR.
 ///
-/// `plan` is that of `map`, after a kernel was asked what it holds ([`crate::held()`], [`DecisionMap::holding`]).
-pub fn no_presets(map: &DecisionMap, plan: &Plan) -> Vec<(MsrRange, NoPreset)> {
+/// `plan` is that of `map`, compiled for a kernel that holds `held` ([`crate::held()`]).
+pub fn no_presets(map: &DecisionMap, held: &[Preset], plan: &Plan) -> Vec<(MsrRange, NoPreset)> {
     let kept = msrgate_msrs::all().iter().filter(|entry| entry.kept != Kept::Not);
     let tried = kept.filter_map(|entry| {
         let msr = entry.msr;
         let preset = map.preset(msr)?;
         let why = if plan.presets().contains(&preset) {
             None
-        } else if map.held.contains(&preset) {
+        } else if held.contains(&preset) {
             Some(NoPreset::NoRoom)
         } else {
             Some(NoPreset::Unheld)
         };
         Some((MsrRange::single(msr), why))
     });
-    let rest = map.reads.zip(&map.writes, |read, write| match read.action {
+    let rest = map.reads().zip(map.writes(), |read, write| match read.action {
         ReadAction::Value(_) if read.log != Log::None => Some(NoPreset::Logged),
         ReadAction::Value(_) if DecisionMap::keeps_register(write) => Some(NoPreset::Unkept),
         ReadAction::Value(_) => Some(NoPreset::Written),
@@ -83,7 +83,7 @@ pub fn no_presets(map: &DecisionMap, plan: &Plan) -> Vec<(MsrRange, NoPreset)> {
 #[cfg(test)]
 mod tests {
     use msrgate_core::{Msr, WriteAction};
-    use msrgate_plan::Decision;
+    use msrgate_plan::{CompileOptions, Decision};
 
     use super::*;
 
@@ -94,8 +94,8 @@ mod tests {
             ..Decision::of(ReadAction::Value(0))
         };
         let range = |first, last| MsrRange::new(Msr(first), Msr(last)).unwrap();
-        let map = DecisionMap {
-            reads: Intervals::first_match(
+        let map = DecisionMap::new(
+            Intervals::first_match(
                 Decision::of(ReadAction::Allow),
                 [
                     (range(0x8b, 0x8c), zero(Log::None)),
@@ -105,16 +105,15 @@ mod tests {
                     (range(0x7f0, 0x80f), zero(Log::None)),
                 ],
             ),
-            writes: Intervals::first_match(
+            Intervals::first_match(
                 Decision::of(WriteAction::Allow),
                 [(0x8b, 0x8c), (0x17, 0x17), (0x606, 0x606), (0x7f0, 0x80f)]
                     .map(|(first, last)| (range(first, last), Decision::of(WriteAction::Ignore))),
             ),
-            ..DecisionMap::allow_all()
-        };
+        );
         let held = vec![map.preset(Msr(0x8b)).unwrap()];
-        let map = map.holding(held);
-        let plan = Plan::compile(&map).unwrap();
+        let options = CompileOptions::default().holding(held.clone());
+        let plan = Plan::compile_for(&map, &options).unwrap();
         let expected = [
             (range(0x17, 0x17), NoPreset::Logged),
             (range(0x8c, 0x8c), NoPreset::Unkept),
@@ -123,6 +122,6 @@ mod tests {
             (range(0x611, 0x611), NoPreset::Written),
             (range(0x7f0, 0x7ff), NoPreset::Unkept),
         ];
-        assert_eq!(no_presets(&map, &plan), expected);
+        assert_eq!(no_presets(&map, &held, &plan), expected);
     }
 }

@@ -26,7 +26,8 @@ use msrgate_core::abi;
 
 /// Pages that can be used, and behind each one a page that nobody can read.
 ///
-/// The gaps stay mapped, without a right to them, so that no other mapping of the process fills them.
+/// The gaps stay mapped, without a right to them, so that no other mapping of the process fills them. All of it lies where
+/// a pointer of 32 bits reaches.
 #[derive(Debug)]
 pub struct Arena {
     start: NonNull<u8>,
@@ -45,7 +46,10 @@ impl Arena {
     /// So many pages of zeros, each with a gap behind it.
     pub fn new(pages: usize) -> io::Result<Arena> {
         let len = pages.checked_mul(2 * Self::PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
-        let (rights, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (rights, flags) = (
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT,
+        );
         // SAFETY: a new mapping where the kernel likes; it replaces none.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), len, rights, flags, -1, 0) };
         if start == libc::MAP_FAILED {

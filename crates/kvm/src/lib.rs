@@ -24,10 +24,8 @@
 //! #     return Ok(());
 //! # };
 //! # let microcode = Decision { action: ReadAction::Value(0x1234), rule: Some(0), log: Log::None };
-//! # let plan = Arc::new(Plan::compile(&DecisionMap {
-//! #     reads: Intervals::first_match(Decision::of(ReadAction::Allow), [(MsrRange::single(Msr(0x8b)), microcode)]),
-//! #     ..DecisionMap::allow_all()
-//! # })?);
+//! # let reads = Intervals::first_match(Decision::of(ReadAction::Allow), [(MsrRange::single(Msr(0x8b)), microcode)]);
+//! # let plan = Arc::new(Plan::compile(&DecisionMap::allow_all().with_reads(reads))?);
 //! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
 //! # // It keeps its list, so the loop below runs it once more.
 //! # guest.run(0, &[Access::Read { msr: Msr(0x8b) }], &mut |_| {})?;
@@ -83,11 +81,10 @@
 //! #     let decision = Decision { action, rule: Some(0), log: Log::None };
 //! #     Intervals::first_match(Decision::of(allow), [(MsrRange::single(msr), decision)])
 //! # }
-//! # let plan = Arc::new(Plan::compile(&DecisionMap {
-//! #     reads: shadow(msr, ReadAction::Allow, ReadAction::Shadow(0)),
-//! #     writes: shadow(msr, WriteAction::Allow, WriteAction::Shadow),
-//! #     ..DecisionMap::allow_all()
-//! # })?);
+//! # let plan = Arc::new(Plan::compile(&DecisionMap::new(
+//! #     shadow(msr, ReadAction::Allow, ReadAction::Shadow(0)),
+//! #     shadow(msr, WriteAction::Allow, WriteAction::Shadow),
+//! # ))?);
 //! # let probed = msrgate_kvm::probe(&kvm)?;
 //! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
 //! # let gate = probed.install(guest.vm(), Arc::clone(&plan), Handlers::new())?;

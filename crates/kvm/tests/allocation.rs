@@ -86,10 +86,7 @@ fn a_gate_takes_no_more_for_a_larger_plan() {
             let value = Decision::of(ReadAction::Value(rule.into()));
             (MsrRange::single(Msr(0x4000_0000 + rule)), value)
         });
-        let map = DecisionMap {
-            reads: Intervals::first_match(Decision::of(ReadAction::Allow), reads),
-            ..DecisionMap::allow_all()
-        };
+        let map = DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), reads));
         let plan = Arc::new(Plan::compile(&map).unwrap());
         let before = BYTES.get();
         let gate = probed.install(guest.vm(), Arc::clone(&plan), Handlers::new()).unwrap();
@@ -127,12 +124,8 @@ fn no_action_allocates_when_it_answers() {
         WriteAction::Ignore,
         WriteAction::Deny,
     ];
-    let map = DecisionMap {
-        reads: rules(ReadAction::Allow, &reads),
-        writes: rules(WriteAction::Allow, &writes),
-        unknown: (ReadAction::Shadow(0), WriteAction::Shadow),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::new(rules(ReadAction::Allow, &reads), rules(WriteAction::Allow, &writes))
+        .with_unknown((ReadAction::Shadow(0), WriteAction::Shadow));
     let plan = Arc::new(Plan::compile(&map).unwrap());
     let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
     let handlers = Handlers::new().with("zero", Zero);

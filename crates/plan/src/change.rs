@@ -73,15 +73,13 @@ impl DecisionMap {
                 log: Log::None,
             }
         }
-        DecisionMap {
-            reads: self.reads.zip(&of(Op::Read), |decision, to| {
+        self.clone()
+            .with_reads(self.reads().zip(&of(Op::Read), |decision, to| {
                 decided(decision, *to, ReadAction::Allow, ReadAction::Deny)
-            }),
-            writes: self.writes.zip(&of(Op::Write), |decision, to| {
+            }))
+            .with_writes(self.writes().zip(&of(Op::Write), |decision, to| {
                 decided(decision, *to, WriteAction::Allow, WriteAction::Deny)
-            }),
-            ..self.clone()
-        }
+            }))
     }
 
     fn parts(&self, found: &Shortfall) -> Vec<ChangedPart> {
@@ -102,12 +100,12 @@ impl DecisionMap {
         for (range, op) in &found.wrong {
             match op {
                 Op::Read => {
-                    for (part, decision) in self.reads.within(*range) {
+                    for (part, decision) in self.reads().within(*range) {
                         add(part, *op, decision.action == ReadAction::Allow, decision.rule);
                     }
                 }
                 Op::Write => {
-                    for (part, decision) in self.writes.within(*range) {
+                    for (part, decision) in self.writes().within(*range) {
                         add(part, *op, decision.action == WriteAction::Allow, decision.rule);
                     }
                 }
@@ -139,10 +137,7 @@ mod tests {
             };
             (*range, decision)
         });
-        DecisionMap {
-            reads: Intervals::first_match(Decision::of(ReadAction::Allow), decisions),
-            ..DecisionMap::allow_all()
-        }
+        DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), decisions))
     }
 
     #[test]
@@ -182,19 +177,18 @@ mod tests {
         let by_rule = |(range, rule): (MsrRange, u32)| (range, Some(rule));
         let reads = Intervals::first_match(None, islands(0).map(by_rule));
         let writes = Intervals::first_match(None, islands(1).map(by_rule));
-        let map = DecisionMap {
-            reads: reads.map(|rule| Decision {
+        let map = DecisionMap::new(
+            reads.map(|rule| Decision {
                 action: rule.map_or(ReadAction::Deny, |_| ReadAction::Allow),
                 rule: *rule,
                 log: Log::None,
             }),
-            writes: writes.map(|rule| Decision {
+            writes.map(|rule| Decision {
                 action: rule.map_or(WriteAction::Deny, |_| WriteAction::Allow),
                 rule: *rule,
                 log: Log::None,
             }),
-            ..DecisionMap::allow_all()
-        };
+        );
         assert!(Plan::compile(&map).is_err());
         let change = map.smallest_change().unwrap();
         assert_eq!((change.accesses, change.proved), (3, true));

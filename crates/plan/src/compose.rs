@@ -48,35 +48,33 @@ impl DecisionMap {
     #[must_use]
     pub fn restricted_by(&self, other: &Filter) -> DecisionMap {
         let deny = |verdict: &Verdict, allows: bool| *verdict == Verdict::Deny && allows;
-        DecisionMap {
-            reads: self.reads.zip(&Intervals::of_filter(other, Op::Read), |ours, theirs| {
-                match deny(theirs, ours.action == ReadAction::Allow) {
-                    true => Decision {
-                        action: ReadAction::Deny,
-                        rule: None,
-                        log: Log::None,
-                    },
-                    false => ours.clone(),
-                }
-            }),
-            writes: self
-                .writes
-                .zip(&Intervals::of_filter(other, Op::Write), |ours, theirs| {
-                    match deny(theirs, ours.action == WriteAction::Allow) {
-                        true => Decision {
-                            action: WriteAction::Deny,
-                            rule: None,
-                            log: Log::None,
-                        },
-                        false => ours.clone(),
-                    }
-                }),
-            unknown: self.unknown.clone(),
-            invalid: self.invalid.clone(),
-            held: self.held.clone(),
-            spill: self.spill.clone(),
-            profile: self.profile.clone(),
-        }
+        self.clone()
+            .with_reads(
+                self.reads()
+                    .zip(&Intervals::of_filter(other, Op::Read), |ours, theirs| {
+                        match deny(theirs, ours.action == ReadAction::Allow) {
+                            true => Decision {
+                                action: ReadAction::Deny,
+                                rule: None,
+                                log: Log::None,
+                            },
+                            false => ours.clone(),
+                        }
+                    }),
+            )
+            .with_writes(
+                self.writes()
+                    .zip(&Intervals::of_filter(other, Op::Write), |ours, theirs| {
+                        match deny(theirs, ours.action == WriteAction::Allow) {
+                            true => Decision {
+                                action: WriteAction::Deny,
+                                rule: None,
+                                log: Log::None,
+                            },
+                            false => ours.clone(),
+                        }
+                    }),
+            )
     }
 }
 
@@ -122,14 +120,13 @@ mod tests {
             log: Log::None,
         };
         let range = |first, last| MsrRange::new(Msr(first), Msr(last)).unwrap();
-        let policy = DecisionMap {
-            reads: Intervals::first_match(Decision::of(ReadAction::Allow), [(range(0x34, 0x3a), value)]),
-            writes: Intervals::first_match(
+        let policy = DecisionMap::new(
+            Intervals::first_match(Decision::of(ReadAction::Allow), [(range(0x34, 0x3a), value)]),
+            Intervals::first_match(
                 Decision::of(WriteAction::Allow),
                 [(range(0x20, 0x33), Decision::of(WriteAction::Deny))],
             ),
-            ..DecisionMap::allow_all()
-        };
+        );
         let composed = policy.restricted_by(&vmm());
         let plan = Plan::compile(&composed).unwrap();
         for op in Op::ALL {
@@ -143,6 +140,6 @@ mod tests {
             }
         }
         // What the policy decides keeps its action under the VMM's denial.
-        assert_eq!(composed.reads.get(Msr(0x35)).action, ReadAction::Value(1));
+        assert_eq!(composed.reads().get(Msr(0x35)).action, ReadAction::Value(1));
     }
 }

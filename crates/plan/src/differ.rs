@@ -58,36 +58,32 @@ impl DecisionMap {
             Verdict::Allow => Decision::of(WriteAction::Allow),
             Verdict::Deny => Decision::of(WriteAction::Deny),
         });
-        DecisionMap {
-            reads,
-            writes,
-            ..DecisionMap::allow_all()
-        }
+        DecisionMap::new(reads, writes)
     }
 
     /// All accesses that `other` treats differently, over the whole space.
     pub fn differences(&self, other: &DecisionMap, by: By) -> Differences {
         let reads = self
-            .reads
+            .reads()
             .map(|decision| decision.action.clone())
-            .zip(&other.reads.map(|decision| decision.action.clone()), |a, b| {
+            .zip(&other.reads().map(|decision| decision.action.clone()), |a, b| {
                 (a.clone(), b.clone())
             });
         let writes = self
-            .writes
+            .writes()
             .map(|decision| decision.action.clone())
-            .zip(&other.writes.map(|decision| decision.action.clone()), |a, b| {
+            .zip(&other.writes().map(|decision| decision.action.clone()), |a, b| {
                 (a.clone(), b.clone())
             });
         match by {
             By::Actions => Differences {
                 reads: unequal(&reads),
                 writes: unequal(&writes),
-                unknown: fallback(&self.unknown, &other.unknown),
-                invalid: fallback(&self.invalid, &other.invalid),
+                unknown: fallback(self.unknown(), other.unknown()),
+                invalid: fallback(self.invalid(), other.invalid()),
             },
             By::Verdicts => {
-                let (ours, theirs) = (self.verdicts(), other.verdicts());
+                let (ours, theirs) = (self.allowed(), other.allowed());
                 let unfiltered = Intervals::first_match(false, [(MsrRange::X2APIC, true)]);
                 let differ = ours.zip(&theirs, |a, b| (a.0 != b.0, a.1 != b.1));
                 let differ = differ.zip(&unfiltered, |differ, unfiltered| match unfiltered {
@@ -101,11 +97,6 @@ impl DecisionMap {
                 }
             }
         }
-    }
-
-    /// Whether the filter leaves reads and writes to the kernel, once what the kernel holds is in its registers.
-    fn verdicts(&self) -> Intervals<(bool, bool)> {
-        self.with_presets(&self.held).allowed()
     }
 }
 
@@ -144,15 +135,12 @@ mod tests {
         let ranges = ranges
             .iter()
             .map(|(range, action)| (*range, Decision::of(action.clone())));
-        DecisionMap {
-            reads: Intervals::first_match(Decision::of(ReadAction::Allow), ranges),
-            ..DecisionMap::allow_all()
-        }
+        DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), ranges))
     }
 
     #[test]
     fn what_differs_is_told_as_the_longest_ranges_whatever_rule_says_it() {
-        let mut a = reads(&[
+        let a = reads(&[
             (range(0x10, 0x1f), ReadAction::Deny),
             (range(0x30, 0x30), ReadAction::Value(1)),
         ]);
@@ -160,14 +148,16 @@ mod tests {
             (range(0x18, 0x2f), ReadAction::Deny),
             (range(0x30, 0x30), ReadAction::Value(2)),
         ]);
-        a.writes = Intervals::first_match(
+        let writes = Intervals::first_match(
             Decision {
                 rule: Some(7),
                 ..Decision::of(WriteAction::Allow)
             },
             [(range(0, 3), Decision::of(WriteAction::Allow))],
         );
-        a.unknown.0 = ReadAction::Value(0);
+        let a = a
+            .with_writes(writes)
+            .with_unknown((ReadAction::Value(0), WriteAction::Deny));
         let found = a.differences(&b, By::Actions);
         let wanted = [
             (range(0x10, 0x17), ReadAction::Deny, ReadAction::Allow),
@@ -189,24 +179,24 @@ mod tests {
         )
         .unwrap();
         let raw = DecisionMap::of_filter(&filter);
-        let mut policy = reads(&[
+        let policy = reads(&[
             (range(0x8b, 0x8b), ReadAction::Value(1)),
             (MsrRange::X2APIC, ReadAction::Deny),
         ]);
-        policy.invalid.1 = WriteAction::Ignore;
+        let policy = policy.with_invalid((ReadAction::Deny, WriteAction::Ignore));
         assert!(policy.differences(&raw, By::Verdicts).is_empty());
         assert!(raw.differences(&policy, By::Verdicts).is_empty());
         assert!(!policy.differences(&raw, By::Actions).is_empty());
         let found = reads(&[]).differences(&raw, By::Verdicts);
         assert_eq!(found.reads, [(range(0x8b, 0x8b), ReadAction::Allow, ReadAction::Deny)]);
         // What the kernel holds it is left to answer.
-        let held = policy.clone().holding(vec![Preset {
+        let held = policy.with_presets(&[Preset {
             msr: Msr(0x8b),
             value: 1,
         }]);
         assert_eq!(
             held.differences(&raw, By::Verdicts).reads,
-            [(range(0x8b, 0x8b), ReadAction::Value(1), ReadAction::Deny)]
+            [(range(0x8b, 0x8b), ReadAction::Allow, ReadAction::Deny)]
         );
     }
 }

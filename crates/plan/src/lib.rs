@@ -11,11 +11,10 @@
 //!
 //! let by_default = Decision::of(ReadAction::Allow);
 //! let microcode = Decision { action: ReadAction::Value(1 << 32), rule: Some(0), log: Log::None };
-//! let map = DecisionMap {
-//!     reads: Intervals::first_match(by_default, [(MsrRange::single(Msr(0x8b)), microcode)]),
-//!     writes: Intervals::uniform(Decision::of(WriteAction::Allow)),
-//!     ..DecisionMap::allow_all()
-//! };
+//! let map = DecisionMap::new(
+//!     Intervals::first_match(by_default, [(MsrRange::single(Msr(0x8b)), microcode)]),
+//!     Intervals::uniform(Decision::of(WriteAction::Allow)),
+//! );
 //! let plan = Plan::compile(&map)?;
 //! assert_eq!(plan.filter().ranges().len(), 1);
 //! assert_eq!(plan.filter().verdict(Msr(0x8b), Op::Read), Verdict::Deny);
@@ -34,6 +33,7 @@ extern crate alloc;
 
 mod intervals;
 mod map;
+mod options;
 mod cover;
 mod pack;
 mod shortfall;
@@ -46,15 +46,16 @@ mod order;
 mod note;
 mod compose;
 mod differ;
-mod encode;
+mod form;
 
 pub use change::{Change, ChangedPart};
 pub use cover::{Covering, Direction};
 pub use differ::{By, Differences, Fallback};
-pub use encode::DecodeError;
+pub use form::{DecodeError, LoadError};
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
 pub use note::{Note, NoteCode};
+pub use options::CompileOptions;
 pub use plan::{Group, Minimum, Plan, PlanError};
 pub use preset::Preset;
 pub use spill::{SpillError, Spillable, Touched};

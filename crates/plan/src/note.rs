@@ -7,7 +7,7 @@ use core::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 
-use crate::{DecisionMap, Preset};
+use crate::{CompileOptions, DecisionMap, Preset};
 
 /// A stable name for a kind of note.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -79,7 +79,12 @@ pub struct Note {
 }
 
 /// What is to be said of a map, and of the presets and the spilled accesses that its plan has.
-pub(crate) fn notes(map: &DecisionMap, presets: &[Preset], spilled: &[(MsrRange, Op)]) -> Vec<Note> {
+pub(crate) fn notes(
+    map: &DecisionMap,
+    options: &CompileOptions,
+    presets: &[Preset],
+    spilled: &[(MsrRange, Op)],
+) -> Vec<Note> {
     let mut notes = Vec::new();
     let mut note = |code, message: &str| {
         notes.push(Note {
@@ -130,10 +135,10 @@ pub(crate) fn notes(map: &DecisionMap, presets: &[Preset], spilled: &[(MsrRange,
         );
     }
     let read = map
-        .reads
+        .reads()
         .iter()
         .any(|(_, decision)| matches!(decision.action, ReadAction::Mask { .. }));
-    let write = map.writes.iter().any(|(_, decision)| {
+    let write = map.writes().iter().any(|(_, decision)| {
         matches!(
             decision.action,
             WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
@@ -155,12 +160,11 @@ pub(crate) fn notes(map: &DecisionMap, presets: &[Preset], spilled: &[(MsrRange,
     }
     if !spilled.is_empty() {
         let accesses: u64 = spilled.iter().map(|(range, _)| range.len()).sum();
-        let exits = spilled
-            .iter()
-            .fold(0u64, |sum, (range, op)| sum.saturating_add(map.touches(*range, *op)));
-        let cost = match map.profile.is_empty() {
-            true => "how often the guest makes them, a profile would tell".to_string(),
-            false => format!("that is {exits} exits in the profile"),
+        let mut exits = spilled.iter().map(|(range, op)| options.touches(*range, *op));
+        let exits: Option<u64> = exits.try_fold(0u64, |sum, exits| Some(sum.saturating_add(exits?)));
+        let cost = match exits {
+            None => "how often the guest makes them, a profile would tell".to_string(),
+            Some(exits) => format!("that is {exits} exits in the profile"),
         };
         note(
             NoteCode::Spilled,

@@ -13,7 +13,8 @@ use msrgate_core::{
 use crate::cover::{Covering, TooMany, cover};
 use crate::order::by_visits;
 use crate::{
-    Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, Touched, note, preset, proof, spill,
+    CompileOptions, Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, Touched, note, preset,
+    proof, spill,
 };
 
 /// How many ranges the map needs.
@@ -43,26 +44,39 @@ pub struct Plan {
     notes: Vec<Note>,
     minimum: Minimum,
     hash: [u8; 32],
+    map: DecisionMap,
+}
+
+/// What a plan is made of beside its map.
+pub(crate) struct Parts {
+    pub(crate) filter: Filter,
+    pub(crate) reasons: Reasons,
+    pub(crate) presets: Vec<Preset>,
+    pub(crate) spilled: Vec<(MsrRange, Op)>,
+    pub(crate) minimum: Minimum,
 }
 
 impl Plan {
     /// The fewest ranges that do exactly what `map` says.
     ///
-    /// What the map says that the kernel holds ([`DecisionMap::held`]) becomes a preset where the filter has room.
-    ///
-    /// Where 16 ranges do not suffice, what the map allows to be spilled ([`DecisionMap::spill`]) is passed through from
-    /// user space, as little of it as does.
-    ///
     /// Fails where 16 ranges do not suffice, or where more MSRs are to keep a state than a filter covers.
     pub fn compile(map: &DecisionMap) -> Result<Plan, PlanError> {
-        let mut presets = preset::chosen(map);
+        Plan::compile_for(map, &CompileOptions::default())
+    }
+
+    /// [`Plan::compile`] for a kernel and a guest of which more is known, which changes nothing of what the plan means.
+    ///
+    /// What the kernel holds ([`CompileOptions::holding`]) becomes a preset where the filter has room. Where 16 ranges do not
+    /// suffice, what may be spilled ([`CompileOptions::spilling`]) is passed through from user space, as little of it as does.
+    pub fn compile_for(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, PlanError> {
+        let mut presets = preset::chosen(map, options.held());
         let mut realised = map.with_presets(&presets);
         let mut allowed = realised.allowed();
         let mut spilled = Vec::new();
         let (default, covering) = match fitting(&realised, &allowed) {
             Ok(fits) => fits,
             Err(error) => {
-                spilled = map.chosen_to_spill(error)?;
+                spilled = map.chosen_to_spill(options, error)?;
                 presets.clear();
                 realised = map.clone();
                 allowed = DecisionMap::without_spilled(&map.allowed(), &spilled);
@@ -70,7 +84,7 @@ impl Plan {
             }
         };
         let realised = &realised;
-        let ranges = by_visits(covering.ranges.clone(), &map.profile)
+        let ranges = by_visits(covering.ranges.clone(), options.profile())
             .iter()
             .map(|(direction, range)| filter_range(*direction, *range, &covering, &allowed, default))
             .collect::<Result<Vec<FilterRange>, FilterError>>()?;
@@ -84,32 +98,50 @@ impl Plan {
             Verdict::Deny if ranges.is_empty() => deny_all()?,
             _ => Filter::new(default, ranges)?,
         };
-        let table = ActionTable::new(
-            entries(
-                &realised.reads,
-                |action| *action == ReadAction::Allow,
-                &spilled,
-                Op::Read,
-            ),
-            entries(
-                &realised.writes,
-                |action| *action == WriteAction::Allow,
-                &spilled,
-                Op::Write,
-            ),
-            map.unknown.clone(),
-            map.invalid.clone(),
-        )?;
-        let plan = Plan {
-            reasons: reasons(realised, &spilled),
-            notes: note::notes(map, &presets, &spilled),
+        let reasons = reasons(realised, &spilled);
+        let parts = Parts {
             filter,
-            table,
+            reasons,
+            presets,
+            spilled,
+            minimum,
+        };
+        Plan::proven(map, options, parts)
+    }
+
+    /// The plan of these parts, if it does what the map says.
+    pub(crate) fn proven(map: &DecisionMap, options: &CompileOptions, parts: Parts) -> Result<Plan, PlanError> {
+        let Parts {
+            filter,
+            reasons,
+            presets,
+            spilled,
+            minimum,
+        } = parts;
+        let realised = map.with_presets(&presets);
+        let reads = entries(
+            realised.reads(),
+            |action| *action == ReadAction::Allow,
+            &spilled,
+            Op::Read,
+        );
+        let writes = entries(
+            realised.writes(),
+            |action| *action == WriteAction::Allow,
+            &spilled,
+            Op::Write,
+        );
+        let plan = Plan {
+            table: ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())?,
+            notes: note::notes(map, options, &presets, &spilled),
+            filter,
+            reasons,
             presets,
             minimum,
             hash: map.hash(),
+            map: map.clone(),
         };
-        match proof::first_difference(map, &plan) {
+        match proof::first_difference(map, options, &plan) {
             None => Ok(plan),
             Some((msr, op)) => Err(PlanError::NotProven { msr, op }),
         }
@@ -122,6 +154,11 @@ impl Plan {
             reasons: self.reasons.union(reasons),
             ..self
         }
+    }
+
+    /// What the plan means.
+    pub fn map(&self) -> &DecisionMap {
+        &self.map
     }
 
     /// What the kernel gets.
@@ -349,15 +386,15 @@ fn reasons(map: &DecisionMap, spilled: &[(MsrRange, Op)]) -> Reasons {
     };
     let kernels = (ReadAction::Deny, WriteAction::Deny);
     let mut reasons = Reasons::NONE;
-    let answered =
-        map.reads.iter().any(|(_, decision)| read(decision)) || map.writes.iter().any(|(_, decision)| write(decision));
+    let answered = map.reads().iter().any(|(_, decision)| read(decision))
+        || map.writes().iter().any(|(_, decision)| write(decision));
     if answered || !spilled.is_empty() {
         reasons = reasons.union(Reasons::of(Reason::Filter));
     }
-    if map.unknown != kernels {
+    if *map.unknown() != kernels {
         reasons = reasons.union(Reasons::of(Reason::Unknown));
     }
-    if map.invalid != kernels {
+    if *map.invalid() != kernels {
         reasons = reasons.union(Reasons::of(Reason::Invalid));
     }
     reasons
@@ -388,12 +425,12 @@ impl Group {
             }
         };
         if direction != Direction::Write {
-            for (part, decision) in map.reads.within(range) {
+            for (part, decision) in map.reads().within(range) {
                 count(part, decision.action == ReadAction::Allow, decision.rule);
             }
         }
         if direction != Direction::Read {
-            for (part, decision) in map.writes.within(range) {
+            for (part, decision) in map.writes().within(range) {
                 count(part, decision.action == WriteAction::Allow, decision.rule);
             }
         }

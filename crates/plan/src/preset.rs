@@ -21,8 +21,8 @@ impl DecisionMap {
     /// The preset that would do what the map says of reads of `msr`, if the kernel holds it: reads get one value and
     /// are not logged, and no write reaches the kernel's register, which would then hold another.
     pub fn preset(&self, msr: Msr) -> Option<Preset> {
-        let read = self.reads.get(msr);
-        let untouched = DecisionMap::keeps_register(self.writes.get(msr));
+        let read = self.reads().get(msr);
+        let untouched = DecisionMap::keeps_register(self.writes().get(msr));
         let decided = !MsrRange::X2APIC.contains(msr) && msr != Msr::MAX;
         match read.action {
             ReadAction::Value(value) if read.log == Log::None && untouched && decided => Some(Preset { msr, value }),
@@ -38,27 +38,17 @@ impl DecisionMap {
         )
     }
 
-    /// The map for a kernel that was found to hold `held` ([`DecisionMap::held`]).
-    #[must_use]
-    pub fn holding(self, mut held: Vec<Preset>) -> DecisionMap {
-        held.sort_unstable();
-        held.dedup_by_key(|preset| preset.msr);
-        DecisionMap { held, ..self }
-    }
-
-    /// The map of what is left to the kernel and what is not once `presets` are in its registers.
-    pub(crate) fn with_presets(&self, presets: &[Preset]) -> DecisionMap {
+    /// The map with reads left to the kernel where `presets` answer them, once `presets` are in its registers.
+    pub fn with_presets(&self, presets: &[Preset]) -> DecisionMap {
         let preset = Intervals::first_match(false, presets.iter().map(|preset| (MsrRange::single(preset.msr), true)));
-        DecisionMap {
-            reads: self.reads.zip(&preset, |decision, preset| match preset {
+        self.clone()
+            .with_reads(self.reads().zip(&preset, |decision, preset| match preset {
                 true => Decision {
                     action: ReadAction::Allow,
                     ..decision.clone()
                 },
                 false => decision.clone(),
-            }),
-            ..self.clone()
-        }
+            }))
     }
 }
 
@@ -67,9 +57,8 @@ impl DecisionMap {
 /// A register that is read from the kernel and not written to it may take a range more, which costs nothing that can be
 /// measured, where an exit costs microseconds. So all of them are taken if that fits; else one after the other, each
 /// that still fits, or that takes no range more. What fits without presets fits with those that are chosen.
-pub(crate) fn chosen(map: &DecisionMap) -> Vec<Preset> {
-    let wanted: Vec<Preset> = map
-        .held
+pub(crate) fn chosen(map: &DecisionMap, held: &[Preset]) -> Vec<Preset> {
+    let wanted: Vec<Preset> = held
         .iter()
         .filter(|held| map.preset(held.msr) == Some(**held))
         .copied()

@@ -2,14 +2,14 @@
 
 use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
 
-use crate::{DecisionMap, Intervals, Plan};
+use crate::{CompileOptions, DecisionMap, Intervals, Plan};
 
 /// The first access that the plan treats otherwise than the map; `None` proves that there is none.
 ///
 /// Walks intervals on which neither the filter nor the map nor the table changes, so it leaves no access out. What no
 /// filter decides is excepted: x2APIC's registers, and MSR 0xffffffff, which gets the filter's default. Of a preset it
 /// proves that the map wants this value and that no write gets to it; that the kernel holds it, who installs proves.
-pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, Op)> {
+pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan: &Plan) -> Option<(Msr, Op)> {
     let deflects = plan.reasons().contains(Reason::Filter);
     let table = plan.table();
     let reads = Intervals::first_match(
@@ -36,7 +36,7 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     );
     let answered = reads.zip(&presets, |entry, preset| (*entry, *preset));
 
-    let read_right = map.reads.zip(&answered, |decision, answered| match answered {
+    let read_right = map.reads().zip(&answered, |decision, answered| match answered {
         (None, None) => (decision.action == ReadAction::Allow).then_some(Verdict::Allow),
         (None, Some(value)) => {
             let same = decision.action == ReadAction::Value(*value) && decision.log == Log::None;
@@ -59,9 +59,9 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     let overwritten = plan
         .presets()
         .iter()
-        .find(|preset| !kept(&map.writes.get(preset.msr).action));
+        .find(|preset| !kept(&map.writes().get(preset.msr).action));
     let overwritten = overwritten.map(|preset| (preset.msr, Op::Write));
-    let write_right = map.writes.zip(&writes, |decision, entry| match entry {
+    let write_right = map.writes().zip(&writes, |decision, entry| match entry {
         None => (decision.action == WriteAction::Allow).then_some(Verdict::Allow),
         Some((WriteAction::Allow, rule, log)) => {
             let same = decision.action == WriteAction::Allow && *rule == decision.rule && *log == decision.log;
@@ -75,24 +75,28 @@ pub(crate) fn first_difference(map: &DecisionMap, plan: &Plan) -> Option<(Msr, O
     });
     let read = differs(&read_right, &read_verdicts).map(|msr| (msr, Op::Read));
     let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
-    let fallbacks = table.unknown() == &map.unknown && table.invalid() == &map.invalid;
+    let fallbacks = table.unknown() == map.unknown() && table.invalid() == map.invalid();
+    let kernels = (ReadAction::Deny, WriteAction::Deny);
+    let handed_over = |reason, pair: &_| *pair == kernels || plan.reasons().contains(reason);
+    let fallbacks =
+        fallbacks && handed_over(Reason::Unknown, map.unknown()) && handed_over(Reason::Invalid, map.invalid());
     let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
     read.or(write)
         .or(overwritten)
         .or(fallback)
-        .or_else(|| not_to_be_passed(map, plan))
+        .or_else(|| not_to_be_passed(map, options, plan))
 }
 
-/// The first access that is passed on and may not be: the map has to name it, and what the kernel refuses has to get the
+/// The first access that is passed on and may not be: the options have to name it, and what the kernel refuses has to get the
 /// same for whichever reason, since user space is not told it.
-fn not_to_be_passed(map: &DecisionMap, plan: &Plan) -> Option<(Msr, Op)> {
-    let spillable = map.spill.as_deref().unwrap_or_default();
+fn not_to_be_passed(map: &DecisionMap, options: &CompileOptions, plan: &Plan) -> Option<(Msr, Op)> {
+    let spillable = options.spillable().unwrap_or_default();
     plan.spilled().find_map(|(range, op)| {
         let of = spillable.iter().filter(|spillable| spillable.op == op);
         let named = Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)));
         let (part, _) = named
             .within(range)
-            .find(|(_, named)| !**named || map.unknown != map.invalid)?;
+            .find(|(_, named)| !**named || map.unknown() != map.invalid())?;
         Some((part.first(), op))
     })
 }

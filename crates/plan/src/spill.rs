@@ -2,7 +2,7 @@
 //!
 //! An access that a map leaves to the kernel may be denied in the filter all the same, if user space then asks the kernel
 //! for the guest. It costs an exit, and is only right for registers of which it is known that the host gets what the guest
-//! would. So it is done where the map asks for it ([`DecisionMap::spill`]), for the accesses that it names, at the least
+//! would. So it is done where the map asks for it ([`CompileOptions::spilling`]), for the accesses that it names, at the least
 //! cost.
 
 use alloc::vec::Vec;
@@ -11,7 +11,7 @@ use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Msr, MsrRange, Op};
 
 use crate::shortfall::{NEVER, shortfall};
-use crate::{DecisionMap, Intervals, PlanError};
+use crate::{CompileOptions, DecisionMap, Intervals, PlanError};
 
 /// An access that may be passed through.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -50,22 +50,6 @@ pub enum SpillError {
 const NOT_FAITHFUL: u64 = 1 << 42;
 
 impl DecisionMap {
-    /// The map for a guest that touches registers so often: what is spilled, and the order of ranges, follow from it.
-    #[must_use]
-    pub fn with_profile(self, mut profile: Vec<Touched>) -> DecisionMap {
-        profile.sort_unstable();
-        DecisionMap { profile, ..self }
-    }
-
-    /// How often the profile has one of these accesses.
-    pub fn touches(&self, range: MsrRange, op: Op) -> u64 {
-        let touched = self
-            .profile
-            .iter()
-            .filter(|touched| touched.op == op && range.contains(touched.msr));
-        touched.fold(0, |sum, touched| sum.saturating_add(touched.count))
-    }
-
     /// With what is spilled no longer left to the kernel.
     pub(crate) fn without_spilled(
         allowed: &Intervals<(bool, bool)>,
@@ -78,14 +62,18 @@ impl DecisionMap {
 
     /// The accesses that cost the fewest exits, of those that may be spilled, with which the rest fits; `error` is why
     /// all of it does not.
-    pub(crate) fn chosen_to_spill(&self, error: PlanError) -> Result<Vec<(MsrRange, Op)>, PlanError> {
-        let Some(spillable) = &self.spill else {
+    pub(crate) fn chosen_to_spill(
+        &self,
+        options: &CompileOptions,
+        error: PlanError,
+    ) -> Result<Vec<(MsrRange, Op)>, PlanError> {
+        let Some(spillable) = options.spillable() else {
             return Err(error);
         };
         let PlanError::TooManyRanges { needed, .. } = error else {
             return Err(error);
         };
-        if self.unknown != self.invalid {
+        if self.unknown() != self.invalid() {
             return Err(PlanError::Spill {
                 needed,
                 why: SpillError::Fallbacks,
@@ -94,7 +82,7 @@ impl DecisionMap {
         let allowed = self.allowed();
         let price = |op| {
             let prices = spillable.iter().filter(move |spillable| spillable.op == op);
-            let prices = prices.map(|spillable| (MsrRange::single(spillable.msr), Some(self.price(spillable))));
+            let prices = prices.map(|spillable| (MsrRange::single(spillable.msr), Some(price_of(options, spillable))));
             Intervals::first_match(None, prices)
         };
         let of = |allowed: bool, price: Option<u64>| match allowed {
@@ -130,13 +118,13 @@ impl DecisionMap {
             why: SpillError::NotFaithful(unfaithful),
         })
     }
+}
 
-    /// What it costs to pass an access through: exits first.
-    fn price(&self, spillable: &Spillable) -> u64 {
-        let exits = self.touches(MsrRange::single(spillable.msr), spillable.op);
-        let exits = exits.min(NOT_FAITHFUL >> 24 >> 1);
-        exits << 12 | u64::from(spillable.weight.min(0xfff))
-    }
+/// What it costs to pass an access through: exits first.
+fn price_of(options: &CompileOptions, spillable: &Spillable) -> u64 {
+    let exits = options.touches(MsrRange::single(spillable.msr), spillable.op);
+    let exits = exits.unwrap_or(0).min(NOT_FAITHFUL >> 24 >> 1);
+    exits << 12 | u64::from(spillable.weight.min(0xfff))
 }
 
 /// Where accesses of one direction are spilled.

@@ -112,9 +112,9 @@ impl Shadows {
     fn of(map: &DecisionMap) -> Shadows {
         Shadows {
             reads: map
-                .reads
+                .reads()
                 .map(|decision| matches!(decision.action, ReadAction::Shadow(_))),
-            writes: map.writes.map(|decision| decision.action == WriteAction::Shadow),
+            writes: map.writes().map(|decision| decision.action == WriteAction::Shadow),
         }
     }
 

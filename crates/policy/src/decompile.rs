@@ -65,8 +65,8 @@ pub fn decompile(given: &Given) -> Decompiled {
     let default = given.filter.default_verdict();
     let said = |rules| Decompiled {
         default,
-        unknown: map.unknown.clone(),
-        invalid: map.invalid.clone(),
+        unknown: map.unknown().clone(),
+        invalid: map.invalid().clone(),
         rules,
         comments: Vec::new(),
     };

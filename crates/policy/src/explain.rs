@@ -1,7 +1,7 @@
 //! From one access back to the rule that decides it.
 
 use msrgate_core::{Decider, Msr, MsrRange, Op, Reason, Verdict};
-use msrgate_plan::{DecisionMap, Plan};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan};
 
 use crate::{Policy, Rule};
 
@@ -30,16 +30,22 @@ pub struct Explanation<'a> {
     pub touches: Option<u64>,
 }
 
-/// Explains one access under a policy, its decision map and its plan.
-pub fn explain<'a>(policy: &'a Policy, map: &DecisionMap, plan: &Plan, msr: Msr, op: Op) -> Explanation<'a> {
+/// Explains one access under a policy, its decision map and the plan that it was compiled to so.
+pub fn explain<'a>(
+    policy: &'a Policy,
+    map: &DecisionMap,
+    options: &CompileOptions,
+    plan: &Plan,
+    (msr, op): (Msr, Op),
+) -> Explanation<'a> {
     let (verdict, decider) = plan.filter().decide(msr, op);
     let (action, action_text, rule) = match op {
         Op::Read => {
-            let decision = map.reads.get(msr);
+            let decision = map.reads().get(msr);
             (decision.action.name(), decision.action.to_string(), decision.rule)
         }
         Op::Write => {
-            let decision = map.writes.get(msr);
+            let decision = map.writes().get(msr);
             (decision.action.name(), decision.action.to_string(), decision.rule)
         }
     };
@@ -58,7 +64,7 @@ pub fn explain<'a>(policy: &'a Policy, map: &DecisionMap, plan: &Plan, msr: Msr,
         verdict,
         decider,
         exits,
-        touches: (!map.profile.is_empty()).then(|| map.touches(MsrRange::single(msr), op)),
+        touches: options.touches(MsrRange::single(msr), op),
     }
 }
 

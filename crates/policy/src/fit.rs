@@ -56,7 +56,7 @@ impl Without {
             Plan::compile(&map).ok().map(|_| map)
         };
         let mut changed = fitting(&rules).filter(|_| !rules.is_empty())?;
-        let intervals = map.reads.len() + map.writes.len();
+        let intervals = map.reads().len() + map.writes().len();
         if rules.len() <= MOST_RULES.min(EFFORT / intervals) {
             for rule in rules.clone() {
                 rules.remove(&rule);
@@ -68,8 +68,8 @@ impl Without {
         }
         Some(Without {
             rules: rules.into_iter().collect(),
-            accesses: differing(&map.reads, &changed.reads, |decision| &decision.action)
-                + differing(&map.writes, &changed.writes, |decision| &decision.action),
+            accesses: differing(map.reads(), changed.reads(), |decision| &decision.action)
+                + differing(map.writes(), changed.writes(), |decision| &decision.action),
         })
     }
 }

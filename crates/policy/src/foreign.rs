@@ -49,7 +49,7 @@ pub fn export(format: Format, map: &DecisionMap) -> Result<String, Vec<Unsayable
             (String::new(), vec![all])
         }
     };
-    for (when, (read, write)) in [("unknown", &map.unknown), ("invalid", &map.invalid)] {
+    for (when, (read, write)) in [("unknown", map.unknown()), ("invalid", map.invalid())] {
         let of = |op, action: String| Unsayable {
             range: MsrRange::ALL,
             op,

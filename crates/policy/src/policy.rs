@@ -5,7 +5,7 @@ use std::path::Path;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
-use msrgate_plan::{Decision, DecisionMap, Intervals, Spillable};
+use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
 use crate::parse::{self, Rejected};
 use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source};
@@ -173,21 +173,22 @@ impl Policy {
                     rule.log_of(rule.write == Some(WriteAction::Allow)),
                 )
             }));
-        Ok(DecisionMap {
-            reads: Intervals::first_match(Decision::of(default_read), reads),
-            writes: Intervals::first_match(Decision::of(default_write), writes),
-            unknown: self.unknown.clone(),
-            invalid: self.invalid.clone(),
-            held: Vec::new(),
-            spill: self.spillable(),
-            profile: Vec::new(),
-        })
+        Ok(DecisionMap::new(
+            Intervals::first_match(Decision::of(default_read), reads),
+            Intervals::first_match(Decision::of(default_write), writes),
+        )
+        .with_unknown(self.unknown.clone())
+        .with_invalid(self.invalid.clone()))
     }
 
-    /// What may be passed through, if the policy has that.
-    fn spillable(&self) -> Option<Vec<Spillable>> {
+    /// What the policy says of how its decision map is compiled: what may be passed through, if anything.
+    pub fn options(&self) -> CompileOptions {
+        let options = CompileOptions::default();
         let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable { msr, op, weight });
-        (self.spill == Spill::UserSpace).then(|| spillable.collect())
+        match self.spill {
+            Spill::UserSpace => options.spilling(spillable.collect()),
+            Spill::Refuse => options,
+        }
     }
 
     /// What a read and a write get that no rule decides.

@@ -1,4 +1,4 @@
-//! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as C, as bytes or a dump of them, and
+//! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as an initialiser in C, as bytes or a dump of them, and
 //! what `msrgate plan --json` prints.
 //!
 //! ```
@@ -24,7 +24,7 @@ use std::fmt;
 
 use msrgate_core::abi::{FILTER_DEFAULT_DENY, MAX_BITMAP_BYTES, MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Filter, FilterRange, MsrRange, Ops, Verdict};
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{DecisionMap, Preset};
 
 /// In what form a file tells what a guest's accesses get.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,7 +34,7 @@ pub enum Form {
     Policy,
     /// What `plan --json` prints, or a raw filter in JSON.
     Json,
-    /// `struct kvm_msr_filter` in C, its bitmaps with it.
+    /// A literal initialiser of `struct kvm_msr_filter` in C, or what gdb prints of one.
     C,
     /// The bytes of the structure and its bitmaps.
     Bytes,
@@ -45,7 +45,7 @@ pub enum Form {
 }
 
 /// What is said of Rust.
-const RUST: &str = "this is Rust, which is not read: write the filter in JSON or in C, or have its bytes written out by the \
+const RUST: &str = "this is Rust, which is not read: write the filter in JSON, print it in gdb, or have its bytes written out by the \
     program (docs/formats.md)";
 
 /// What is said of a system call in strace's words.
@@ -65,6 +65,10 @@ impl Form {
                 Some(_) => Form::C,
             };
         }
+        // gdb's.
+        if text.starts_with('$') {
+            return Form::C;
+        }
         if let Some(what) = other(text) {
             return Form::Other(what);
         }
@@ -78,7 +82,7 @@ impl Form {
         if !c_names && bytes::looks_like_dump(first) {
             return Form::Dump;
         }
-        let c = ["/*", "//", ".", "static ", "const ", "unsigned char ", "uint8_t "]
+        let c = ["/*", "//", "static ", "const ", "unsigned char ", "uint8_t "]
             .iter()
             .any(|start| first.starts_with(start))
             || first.ends_with(';');
@@ -123,6 +127,8 @@ pub struct Given {
     pub filter: Filter,
     /// What a plan says beside that of user space's answers; `None` for a raw filter, which says nothing of them.
     pub plan: Option<DecisionMap>,
+    /// The presets of a plan, which the filter leaves to the kernel.
+    pub presets: Vec<Preset>,
     /// What the kernel takes for something else than it looks like, in sentences.
     pub remarks: Vec<String>,
 }
@@ -158,7 +164,8 @@ pub struct RawRange {
     pub nmsrs: u32,
     /// The first one.
     pub base: u32,
-    /// What is known to lie where the pointer leads; the kernel looks at as many whole words of 8 bytes as it needs.
+    /// What is known to lie where the pointer leads, at least a bit for each MSR. The kernel copies whole words of 8 bytes,
+    /// and the bits behind the last MSR decide nothing.
     pub bitmap: Vec<u8>,
 }
 
@@ -199,6 +206,14 @@ impl RawFilter {
         let default = self.default();
         for (slot, range) in (0..).zip(&self.ranges) {
             let Ok(checked) = range.range(slot) else { continue };
+            let copied = checked.bitmap().len() * 8;
+            if range.bitmap.len() < copied {
+                remarks.push(format!(
+                    "range {slot}: its bitmap has {} bytes, and the kernel copies {copied}, whole words of 8: the bytes behind \
+                     it decide nothing, but must be readable",
+                    range.bitmap.len()
+                ));
+            }
             match checked.span() {
                 None => remarks.push(format!(
                     "range {slot} ends behind 0xffffffff: its end wraps to zero, and the kernel matches no MSR with it"
@@ -225,6 +240,7 @@ impl RawFilter {
         Ok(Given {
             filter: self.filter()?,
             plan: None,
+            presets: Vec::new(),
             remarks: self.remarks(),
         })
     }
@@ -258,19 +274,23 @@ impl RawRange {
             );
             return Err(RawError::new(message).errno("EINVAL"));
         }
-        let words = self.nmsrs.div_ceil(64) as usize;
-        let (whole, _) = self.bitmap.as_chunks::<8>();
-        let bitmap: Vec<u64> = whole.iter().take(words).map(|word| u64::from_le_bytes(*word)).collect();
-        if bitmap.len() < words {
+        let needed = self.nmsrs.div_ceil(8) as usize;
+        if self.bitmap.len() < needed {
             let message = format!(
-                "range {slot}: its bitmap has {} bytes, and the kernel copies {}, whole words of 8, for {} MSRs: \
-                 what lies behind the bitmap decides, or nothing does",
+                "range {slot}: its bitmap has {} bytes, and {} MSRs need {needed}: what lies behind the bitmap decides, or \
+                 nothing does",
                 self.bitmap.len(),
-                words * 8,
                 self.nmsrs
             );
             return Err(RawError::new(message).errno("EFAULT"));
         }
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            u64::from_le_bytes(word)
+        };
+        let words = self.nmsrs.div_ceil(64) as usize;
+        let bitmap: Vec<u64> = self.bitmap.chunks(8).take(words).map(word).collect();
         FilterRange::new(self.base, self.nmsrs, ops, bitmap)
             .map_err(|error| RawError::new(format!("range {slot}: {error}")).errno("EINVAL"))
     }

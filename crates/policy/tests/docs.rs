@@ -113,15 +113,15 @@ fn findings(name: &Path, wanted: Option<&str>, files: &Examples) -> Vec<String> 
         Err(found) => return vec![found.diagnostic().code.to_string()],
     };
     // As on a kernel that holds the example's answer.
-    let map = match wanted {
-        Some("N008") => map.clone().holding(map.preset(Msr(0x8b)).into_iter().collect()),
-        _ => map,
+    let options = match wanted {
+        Some("N008") => policy.options().holding(map.preset(Msr(0x8b)).into_iter().collect()),
+        _ => policy.options(),
     };
     let warnings = check(&policy, &map, cpuid.as_ref())
         .into_iter()
         .filter(|found| found.accepted.is_none());
     let warnings = warnings.map(|found| found.code.to_string());
-    match Plan::compile(&map) {
+    match Plan::compile_for(&map, &options) {
         Ok(plan) => warnings
             .chain(plan.notes().iter().map(|note| note.code.to_string()))
             .collect(),

@@ -104,6 +104,7 @@ fn each_policys_plan_decompiles_to_a_policy_that_is_equal_to_it_and_has_no_findi
             let given = Given {
                 filter: plan.filter().clone(),
                 plan: said,
+                presets: Vec::new(),
                 remarks: Vec::new(),
             };
             let text = decompile(&given).to_string();
@@ -150,9 +151,9 @@ fn each_fragment_works_by_itself_under_a_policy_that_extends_it() {
             .unwrap_or_else(|rejected| panic!("{}: {:#?}", path.display(), rejected.diagnostics));
         let map = map(&policy);
         let all: BTreeSet<u32> = (0..).take(policy.rules.len()).collect();
-        let deciding = map.reads.iter().filter_map(|(_, decision)| decision.rule);
+        let deciding = map.reads().iter().filter_map(|(_, decision)| decision.rule);
         let deciding: BTreeSet<u32> = deciding
-            .chain(map.writes.iter().filter_map(|(_, decision)| decision.rule))
+            .chain(map.writes().iter().filter_map(|(_, decision)| decision.rule))
             .collect();
         assert_eq!(all, deciding, "{}: rules that never count", path.display());
         assert_eq!(open(&policy, &map), [""; 0], "{}", path.display());
@@ -187,7 +188,7 @@ fn linux_gets_nothing_that_tells_of_the_host_or_changes_it() {
         "VM_CR",
     ] {
         let msr = msrgate_msrs::by_name(name).expect(name).msr;
-        assert_eq!(map.reads.get(msr).action, ReadAction::Deny, "{name}");
-        assert_eq!(map.writes.get(msr).action, WriteAction::Deny, "{name}");
+        assert_eq!(map.reads().get(msr).action, ReadAction::Deny, "{name}");
+        assert_eq!(map.writes().get(msr).action, WriteAction::Deny, "{name}");
     }
 }

@@ -242,8 +242,8 @@ fn cpuid() -> impl Strategy<Value = Cpuid> {
 #[expect(clippy::type_complexity, reason = "two maps of the same shape")]
 fn meaning(map: &DecisionMap) -> (Intervals<(ReadAction, Log)>, Intervals<(WriteAction, Log)>) {
     (
-        map.reads.map(|decision| (decision.action.clone(), decision.log)),
-        map.writes.map(|decision| (decision.action.clone(), decision.log)),
+        map.reads().map(|decision| (decision.action.clone(), decision.log)),
+        map.writes().map(|decision| (decision.action.clone(), decision.log)),
     )
 }
 
@@ -395,7 +395,7 @@ proptest! {
     fn a_plan_and_its_filter_decompile_to_policies_that_are_equal_to_them(policy in policy(), cpuid in cpuid()) {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID");
         if let Ok(plan) = Plan::compile(&map) {
-            let given = Given { filter: plan.filter().clone(), plan: Some(map.clone()), remarks: Vec::new() };
+            let given = Given { filter: plan.filter().clone(), plan: Some(map.clone()), presets: Vec::new(), remarks: Vec::new() };
             prop_assert_eq!(decompiled(&given).differences(&map, By::Actions), Default::default());
 
             let given = raw::read(filter_in_json(plan.filter()).as_bytes()).expect("what the kernel takes");
@@ -416,7 +416,7 @@ proptest! {
     #[test]
     fn a_map_is_what_the_rules_say_and_a_plan_is_what_the_map_says(policy in policy(), cpuid in cpuid()) {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
-        let plan = match Plan::compile(&map) {
+        let plan = match Plan::compile_for(&map, &policy.options()) {
             Ok(plan) => Some(plan),
             Err(PlanError::TooManyRanges { .. } | PlanError::Spill { .. } | PlanError::Table(_)) => None,
             Err(error) => panic!("{error}"),
@@ -436,8 +436,8 @@ proptest! {
     #[test]
     fn a_map_made_from_a_map_is_that_map(policy in policy(), cpuid in cpuid()) {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID is there");
-        prop_assert_eq!(&normalised(&map.reads), &map.reads);
-        prop_assert_eq!(&normalised(&map.writes), &map.writes);
+        prop_assert_eq!(&normalised(map.reads()), map.reads());
+        prop_assert_eq!(&normalised(map.writes()), map.writes());
     }
 
     #[test]
@@ -451,8 +451,8 @@ proptest! {
         prop_assert_eq!(meaning(&map), meaning(&without));
         // And those that stay do count.
         let counting = |map: &DecisionMap| {
-            let reads = map.reads.iter().filter_map(|(_, decision)| decision.rule);
-            reads.chain(map.writes.iter().filter_map(|(_, decision)| decision.rule)).collect::<HashSet<u32>>()
+            let reads = map.reads().iter().filter_map(|(_, decision)| decision.rule);
+            reads.chain(map.writes().iter().filter_map(|(_, decision)| decision.rule)).collect::<HashSet<u32>>()
         };
         let holding = policy.rules.iter().filter(|rule| rule.when.holds(&cpuid)).count();
         prop_assert_eq!(counting(&without).len(), holding);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use msrgate_core::{
     Access, Did, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
 };
-use msrgate_plan::{Decision, DecisionMap, Intervals, Plan, PlanError, Preset};
+use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Plan, PlanError, Preset};
 
 /// What becomes of what the policy decides.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -28,16 +28,18 @@ pub enum Mode {
 #[derive(PartialEq, Eq, Debug)]
 pub(crate) struct Policy {
     map: DecisionMap,
+    options: CompileOptions,
     plan: Plan,
     mode: Mode,
 }
 
 impl Policy {
-    pub(crate) fn new(map: DecisionMap, mode: Mode) -> Result<Policy, PlanError> {
-        let plan = Plan::compile(&map)?;
+    pub(crate) fn new(map: DecisionMap, options: CompileOptions, mode: Mode) -> Result<Policy, PlanError> {
+        let plan = Plan::compile_for(&map, &options)?;
         Ok(Policy {
+            map,
             // A vCPU cannot be given a preset later, so that other plans of this policy have none but these.
-            map: map.holding(plan.presets().to_vec()),
+            options: options.holding(plan.presets().to_vec()),
             plan,
             mode,
         })
@@ -55,9 +57,9 @@ impl Policy {
         &self.plan
     }
 
-    /// Whether it is this map's.
-    pub(crate) fn is(&self, map: &DecisionMap) -> bool {
-        self.map == *map
+    /// Whether it is this map's, compiled so.
+    pub(crate) fn is(&self, map: &DecisionMap, options: &CompileOptions) -> bool {
+        self.map == *map && self.options == *options
     }
 
     /// The plan that holds for the policy and for a VMM with this filter and mask, where this was touched; `None` stands
@@ -69,17 +71,18 @@ impl Policy {
         mask: Reasons,
     ) -> Result<Plan, PlanError> {
         let watched;
-        let map = match self.mode {
-            Mode::Enforce => &self.map,
+        let unplanned = CompileOptions::default();
+        let (map, options) = match self.mode {
+            Mode::Enforce => (&self.map, &self.options),
             Mode::Audit | Mode::Learn | Mode::LearnAll => {
                 watched = open.map_or_else(DecisionMap::allow_all, |open| self.watched(open));
-                &watched
+                (&watched, &unplanned)
             }
         };
         let plan = match (filter, self.mode) {
             (None, Mode::Enforce) => self.plan.clone(),
-            (None, _) => Plan::compile(map)?,
-            (Some(filter), _) => Plan::compile(&map.restricted_by(filter))?,
+            (None, _) => Plan::compile_for(map, options)?,
+            (Some(filter), _) => Plan::compile_for(&map.restricted_by(filter), options)?,
         };
         Ok(plan.handing_over(mask))
     }
@@ -94,7 +97,7 @@ impl Policy {
 
     /// Whether what does not fit is passed on from user space.
     pub(crate) fn spills(&self) -> bool {
-        self.map.spill.is_some()
+        self.options.spillable().is_some()
     }
 
     /// Whether vCPUs remember something.
@@ -146,11 +149,10 @@ impl Policy {
 
     /// All that is watched is handed over, but for what was touched before.
     fn watched(&self, open: &BTreeSet<(Msr, Op)>) -> DecisionMap {
-        DecisionMap {
-            reads: self.watched_of(open, Op::Read, ReadAction::Allow, ReadAction::Deny),
-            writes: self.watched_of(open, Op::Write, WriteAction::Allow, WriteAction::Deny),
-            ..DecisionMap::allow_all()
-        }
+        DecisionMap::new(
+            self.watched_of(open, Op::Read, ReadAction::Allow, ReadAction::Deny),
+            self.watched_of(open, Op::Write, WriteAction::Allow, WriteAction::Deny),
+        )
     }
 
     fn watched_of<A: Clone + Eq>(
@@ -186,11 +188,11 @@ impl Policy {
     pub(crate) fn would(&self, msr: Msr, op: Op) -> (Did, Option<u32>) {
         let (did, rule) = match op {
             Op::Read => {
-                let decision = self.map.reads.get(msr);
+                let decision = self.map.reads().get(msr);
                 (decision.action.did(), decision.rule)
             }
             Op::Write => {
-                let decision = self.map.writes.get(msr);
+                let decision = self.map.writes().get(msr);
                 (decision.action.did(), decision.rule)
             }
         };

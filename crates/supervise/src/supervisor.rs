@@ -14,7 +14,7 @@ use msrgate_answer::layout::slot;
 use msrgate_core::abi::{self, EnableCap, Layout, RawFilter};
 use msrgate_core::{Filter, Reasons, VcpuState, Verdict};
 use msrgate_kvm::{HostMsrs, InstallError};
-use msrgate_plan::{DecisionMap, Plan, PlanError, Preset};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan, PlanError, Preset};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
@@ -37,7 +37,7 @@ mod run;
 pub type Leaf = (u32, u32, [u32; 4]);
 
 /// Says what a policy is for a guest with these leaves; an error is one line for people.
-pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<DecisionMap, String> + Send>;
+pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(DecisionMap, CompileOptions), String> + Send>;
 
 /// How long a call waits for a vCPU that another thread runs: the VMM's thread would wait for it in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -53,6 +53,8 @@ const MANY: usize = 64;
 pub struct Setup {
     /// The policy; where it depends on the guest's CPUID, what is in force until that is known.
     pub map: DecisionMap,
+    /// How it is compiled.
+    pub options: CompileOptions,
     /// What becomes of what it decides.
     pub mode: Mode,
     /// Every access that the policy decides makes an event, whatever its rule says of logging.
@@ -158,7 +160,7 @@ impl Supervisor {
         ledger: Arc<Ledger>,
         say: Box<dyn Fn(String) + Send>,
     ) -> Result<Supervisor, PlanError> {
-        let policy = Policy::new(setup.map.clone(), setup.mode)?;
+        let policy = Policy::new(setup.map.clone(), setup.options.clone(), setup.mode)?;
         let this = std::process::id().cast_signed();
         let stopper = Stopper {
             marks,

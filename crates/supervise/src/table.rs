@@ -71,7 +71,7 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
         }
         // Beside the VMM's filter a preset may not fit, and then it is an exit.
         for preset in policy.plan().presets() {
-            let decision = map.reads.get(preset.msr);
+            let decision = map.reads().get(preset.msr);
             let did = decision.action.did() as u64;
             let range = MsrRange::single(preset.msr);
             reads.push(entry(
@@ -179,7 +179,7 @@ pub(crate) fn log_word(log: Log) -> u64 {
 #[cfg(test)]
 mod tests {
     use msrgate_core::{Access, Answer, Backing, Did, Exit, Msr, Op, Outcome, Reason, VcpuState};
-    use msrgate_plan::{Decision, DecisionMap, Intervals};
+    use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals};
     use proptest::prelude::*;
 
     use super::*;
@@ -272,21 +272,16 @@ mod tests {
         ) {
             let range = |first: u32, count: u32| MsrRange::new(Msr(first), Msr(first + count)).unwrap();
             let log = |action, rule| Decision { action, rule: Some(rule), log: Log::None };
-            let map = DecisionMap {
-                reads: Intervals::first_match(
+            let map = DecisionMap::new(Intervals::first_match(
                     Decision::of(ReadAction::Allow),
                     parts.iter().zip(0..).map(|((first, count, read, _), rule)| (range(*first, *count), log(read.clone(), rule))),
-                ),
-                writes: Intervals::first_match(
+                ), Intervals::first_match(
                     Decision::of(WriteAction::Allow),
                     parts.iter().zip(0..).map(|((first, count, _, write), rule)| {
                         (range(*first, *count), Decision { action: write.clone(), rule: Some(rule), log: Log::None })
                     }),
-                ),
-                unknown,
-                ..DecisionMap::allow_all()
-            };
-            let policy = Policy::new(map, Mode::Enforce).unwrap();
+                )).with_unknown(unknown);
+            let policy = Policy::new(map, CompileOptions::default(), Mode::Enforce).unwrap();
             let (cells, words) = words(&policy);
             let mut cells = vec![0; cells];
             let table = policy.plan().table();

@@ -138,8 +138,8 @@ proptest! {
             .map(|event| (event.msr, event.op))
             .collect();
         let denies = |map: &DecisionMap, (msr, op): (Msr, Op)| match op {
-            Op::Read => map.reads.get(msr).action == ReadAction::Deny,
-            Op::Write => map.writes.get(msr).action == WriteAction::Deny,
+            Op::Read => map.reads().get(msr).action == ReadAction::Deny,
+            Op::Write => map.writes().get(msr).action == WriteAction::Deny,
         };
         for event in &events {
             let key = (event.msr, event.op);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use msrgate_core::{Msr, MsrRange, Op, Verdict};
-use msrgate_plan::{DecisionMap, Plan, PlanError};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan, PlanError};
 
 /// The MSRs at and beside the ends of these ranges, and of those where every filter behaves in its own way.
 pub(crate) fn around(ranges: impl IntoIterator<Item = MsrRange>) -> BTreeSet<Msr> {
@@ -16,15 +16,15 @@ pub(crate) fn around(ranges: impl IntoIterator<Item = MsrRange>) -> BTreeSet<Msr
 }
 
 /// Compiles the map and holds the plan against it. A map that fits no filter has no plan.
-pub(crate) fn plan_is_map(map: &DecisionMap) {
-    let plan = match Plan::compile(map) {
+pub(crate) fn plan_is_map(map: &DecisionMap, options: &CompileOptions) {
+    let plan = match Plan::compile_for(map, options) {
         Ok(plan) => plan,
         Err(PlanError::TooManyRanges { .. } | PlanError::Spill { .. } | PlanError::Table(_)) => return,
         Err(error) => panic!("{error}"),
     };
     assert_eq!(plan.hash(), map.hash());
-    let reads = map.reads.iter().map(|(range, _)| range);
-    let writes = map.writes.iter().map(|(range, _)| range);
+    let reads = map.reads().iter().map(|(range, _)| range);
+    let writes = map.writes().iter().map(|(range, _)| range);
     let slots = plan.filter().ranges().iter().filter_map(|range| range.span());
     for msr in around(reads.chain(writes).chain(slots)) {
         for op in Op::ALL {

@@ -1,6 +1,6 @@
 //! The bytes of decision maps.
 
-use msrgate_plan::DecisionMap;
+use msrgate_plan::{CompileOptions, DecisionMap};
 
 use crate::agreement::plan_is_map;
 
@@ -11,5 +11,5 @@ pub(crate) fn check(bytes: &[u8]) {
     let again = DecisionMap::from_bytes(&map.to_bytes()).expect("a map that was written");
     assert_eq!(again, map);
     assert_eq!(again.hash(), map.hash());
-    plan_is_map(&map);
+    plan_is_map(&map, &CompileOptions::default());
 }

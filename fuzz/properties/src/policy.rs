@@ -48,11 +48,11 @@ fn means_the_same_in_every_form(policy: &Policy) {
             "{printed}"
         );
         map_is_oracle(policy, &map, cpuid);
-        plan_is_map(&map);
+        plan_is_map(&map, &policy.options());
         let _ = findings(policy, &map, cpuid);
-        if let Ok(plan) = Plan::compile(&map) {
+        if let Ok(plan) = Plan::compile_for(&map, &policy.options()) {
             for op in msrgate_core::Op::ALL {
-                let _ = explain(policy, &map, &plan, msrgate_core::Msr(0x8b), op);
+                let _ = explain(policy, &map, &policy.options(), &plan, (msrgate_core::Msr(0x8b), op));
             }
         }
         if cpuid.is_none() {
@@ -64,10 +64,10 @@ fn means_the_same_in_every_form(policy: &Policy) {
 /// A map gives each access what a loop over the rules gives it.
 fn map_is_oracle(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) {
     let rules = policy.rules.iter().flat_map(|rule| rule.ranges());
-    let reads = map.reads.iter().map(|(range, _)| range);
-    let writes = map.writes.iter().map(|(range, _)| range);
+    let reads = map.reads().iter().map(|(range, _)| range);
+    let writes = map.writes().iter().map(|(range, _)| range);
     for msr in around(rules.chain(reads).chain(writes)) {
-        let (read, write) = (map.reads.get(msr), map.writes.get(msr));
+        let (read, write) = (map.reads().get(msr), map.writes().get(msr));
         let said = policy.read(msr, cpuid).expect("a CPUID is there where one is needed");
         assert_eq!(said, (read.action.clone(), read.rule), "rdmsr {msr}");
         let said = policy.write(msr, cpuid).expect("a CPUID is there where one is needed");

@@ -62,8 +62,8 @@ fn filter(input: &mut Input<'_>) -> RawFilter {
     }
 }
 
-/// The same structure in a process's memory, which ends where each bitmap does, is refused by the engine with the same
-/// error number.
+/// The same structure in a process's memory, which ends with the word that a bitmap with all its bits ends in, and else
+/// where the bitmap does, is refused by the engine with the same error number.
 fn is_refused_as_the_engine_refuses(filter: &RawFilter) {
     const AT: u64 = 0x1000;
     let layout = Layout::NATIVE;
@@ -77,13 +77,18 @@ fn is_refused_as_the_engine_refuses(filter: &RawFilter) {
         put(at + 8, &range.base.to_le_bytes());
         put(at + layout.bitmap, &(AT * (slot as u64 + 2)).to_le_bytes());
     }
+    let bitmaps = filter.ranges.iter().map(|range| {
+        let mut bytes = range.bitmap.clone();
+        if bytes.len() >= range.nmsrs.div_ceil(8) as usize {
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+        }
+        bytes
+    });
+    let bitmaps: Vec<Vec<u8>> = bitmaps.collect();
     let memory = |address: u64, buffer: &mut [u8]| {
         let region = match (address / AT).checked_sub(1) {
             Some(0) => Some(structure.as_slice()),
-            Some(slot) => filter
-                .ranges
-                .get(slot as usize - 1)
-                .map(|range| range.bitmap.as_slice()),
+            Some(slot) => bitmaps.get(slot as usize - 1).map(Vec::as_slice),
             None => None,
         };
         let bytes = region.and_then(|region| region.get((address % AT) as usize..)?.get(..buffer.len()));

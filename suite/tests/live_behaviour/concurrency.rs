@@ -13,7 +13,7 @@ use crate::hypervisor::{
 };
 use crate::kernel::Kernel;
 use crate::live::Live;
-use crate::raw_filter::{self, Range};
+use crate::raw_filter::{placed, setting};
 
 /// Denied by both filters, in one by a range of its own and in the other by a bit of a long one.
 const ALWAYS_DENIED: Msr = Msr(0x1000_0100);
@@ -104,10 +104,7 @@ impl Load {
 
     /// Replaces the filter `swaps` times.
     fn swap(&self, calls: &dyn Calls, swaps: u64) {
-        let arguments: [(Arena, u64); 2] = filters().map(|filter| {
-            let (flags, ranges) = Range::all_of(&filter);
-            raw_filter::filter(flags, &ranges)
-        });
+        let arguments: [(Arena, u64); 2] = filters().map(|filter| placed(&setting(&filter)));
         for number in 1..=swaps {
             let (arena, argp) = &arguments[(number % 2) as usize];
             self.started.store(number, Ordering::SeqCst);
@@ -285,8 +282,7 @@ fn of_writers_at_once_one_is_last_and_its_filter_is_whole() {
                 for pair in &pairs {
                     let calls = &*calls;
                     scope.spawn(move || {
-                        let (flags, ranges) = Range::all_of(&denying(Ops::BOTH, pair));
-                        let (arena, argp) = raw_filter::filter(flags, &ranges);
+                        let (arena, argp) = placed(&setting(&denying(Ops::BOTH, pair)));
                         for _ in 0..5 {
                             calls.call(Descriptor::Vm, Request::SetMsrFilter, argp, &arena).unwrap();
                         }

@@ -52,12 +52,7 @@ fn exactly_256_msrs_of_x2apic_are_allowed_whatever_the_filter_says() {
     everywhere(|vm| {
         vm.mask(7).unwrap();
         let bitmap = vec![0; 0x180 / 8];
-        let range = crate::raw_filter::Range {
-            flags: 3,
-            nmsrs: 0x180,
-            base: 0x7c0,
-            bitmap,
-        };
+        let range = crate::raw_filter::range(3, 0x180, 0x7c0, bitmap);
         vm.set_filter(1, &[range]).unwrap();
         let accesses: Vec<Access> = (0x7c0..0x940)
             .flat_map(|msr| {

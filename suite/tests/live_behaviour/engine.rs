@@ -9,6 +9,7 @@ use msrgate_engine::{
 };
 use msrgate_guest::raw::{Arena, Request};
 use msrgate_suite::Machine;
+use msrgate_verify::case::memory;
 
 use crate::hypervisor::{Batch, Calls, Descriptor, EXIT_IO, Hypervisor, Registers, RunMsr};
 use crate::kernel::Kernel;
@@ -111,15 +112,11 @@ struct EngineCalls(Arc<Vm>);
 
 impl Calls for EngineCalls {
     fn call(&self, on: Descriptor, request: Request, argp: u64, arena: &Arena) -> Result<(), i32> {
-        let memory = |address: u64, to: &mut [u8]| match arena.read(address, to) {
-            true => Ok(()),
-            false => Err(Fault),
-        };
         let caller = Caller {
             process: Process::Native,
             descriptor: on,
         };
-        let result = self.0.ioctl(request.number(), argp, &memory, caller);
+        let result = self.0.ioctl(request.number(), argp, &memory(arena), caller);
         result.map(|_| ()).map_err(|errno| errno as i32)
     }
 }
@@ -243,35 +240,19 @@ impl Hypervisor for Engine {
     fn batch(&mut self, accesses: &[Access], answer: &mut dyn FnMut(Access) -> Outcome) -> Batch {
         let mut seen = Batch::new();
         for access in accesses {
-            let instruction = match *access {
-                Access::Read { msr } => Instruction::Rdmsr { rcx: msr.0.into() },
-                Access::Write { msr, value } => Instruction::Wrmsr {
-                    rcx: msr.0.into(),
-                    rax: value & 0xffff_ffff,
-                    rdx: value >> 32,
-                },
-            };
-            let (completion, reason) = match self.vcpu.execute(instruction, self.path, &mut self.machine).unwrap() {
+            let (completion, reason) = match self
+                .vcpu
+                .execute((*access).into(), self.path, &mut self.machine)
+                .unwrap()
+            {
                 Step::Complete(completion) => (completion, 0),
                 Step::Exit(exit) => {
-                    let completion = match answer(exit.access) {
-                        Outcome::Value(value) => self.vcpu.answer_read(Ok(value)),
-                        Outcome::Done => self.vcpu.answer_write(Ok(())),
-                        Outcome::Fault => self.vcpu.complete(1, 0),
-                    };
+                    let completion = self.vcpu.answer(answer(exit.access));
                     (completion.unwrap(), exit.reason as u32)
                 }
                 Step::Failed(errno) | Step::EmulationFailed(errno) => panic!("{errno}"),
             };
-            let outcome = match completion {
-                Completion::Fault => Outcome::Fault,
-                Completion::Done {
-                    written: Written::RaxRdx { rax, rdx },
-                    ..
-                } => Outcome::Value(rdx << 32 | rax),
-                Completion::Done { .. } => Outcome::Done,
-            };
-            seen.push((outcome, reason));
+            seen.push((completion.outcome(), reason));
         }
         seen
     }

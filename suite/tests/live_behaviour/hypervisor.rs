@@ -2,13 +2,14 @@
 
 use msrgate_core::{Access, Filter, FilterRange, Msr, Op, Ops, Outcome, Verdict, abi};
 use msrgate_guest::raw::{Arena, Request};
+use msrgate_suite::{Call, RawRange};
 
 pub(crate) use msrgate_engine::Descriptor;
 
 use crate::engine::Engine;
 use crate::kernel::Kernel;
 use crate::live::Live;
-use crate::raw_filter::{Range, capability, filter, placed};
+use crate::raw_filter::{placed, set_filter, setting};
 
 /// No processor has it.
 pub(crate) const UNKNOWN: Msr = Msr(0xdead_beef);
@@ -168,14 +169,18 @@ impl dyn Hypervisor + '_ {
 
     /// KVM_ENABLE_CAP of the mask of exit reasons.
     pub(crate) fn mask(&mut self, mask: u64) -> Result<(), i32> {
-        let (arena, argp) = placed(&capability(abi::CAP_X86_USER_SPACE_MSR, 0, mask), &[]);
-        self.calls().call(Descriptor::Vm, Request::EnableCap, argp, &arena)
+        self.make(Request::EnableCap, &Call::enable_cap(mask))
     }
 
     /// KVM_X86_SET_MSR_FILTER.
-    pub(crate) fn set_filter(&mut self, flags: u32, ranges: &[Range]) -> Result<(), i32> {
-        let (arena, argp) = filter(flags, ranges);
-        self.calls().call(Descriptor::Vm, Request::SetMsrFilter, argp, &arena)
+    pub(crate) fn set_filter(&mut self, flags: u32, ranges: &[RawRange]) -> Result<(), i32> {
+        self.make(Request::SetMsrFilter, &set_filter(flags, ranges.iter().cloned()))
+    }
+
+    /// A call on the VM.
+    pub(crate) fn make(&mut self, request: Request, call: &Call) -> Result<(), i32> {
+        let (arena, argp) = placed(call);
+        self.calls().call(Descriptor::Vm, request, argp, &arena)
     }
 
     /// Denies these and allows the rest.
@@ -184,8 +189,7 @@ impl dyn Hypervisor + '_ {
     }
 
     pub(crate) fn install(&mut self, filter: &Filter) {
-        let (flags, ranges) = Range::all_of(filter);
-        self.set_filter(flags, &ranges).unwrap();
+        self.make(Request::SetMsrFilter, &setting(filter)).unwrap();
     }
 
     /// One KVM_RUN with a read before it.

@@ -14,6 +14,7 @@ pub(crate) struct Kernel {
     pub(crate) version: (u32, u32),
     /// The vendor module.
     pub(crate) module: Module,
+    running: msrgate_verify::Kernel,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,47 +48,26 @@ impl Kernel {
     }
 
     fn detected() -> Kernel {
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-        let mut numbers = release.split(['.', '-', '\n']).map_while(|number| number.parse().ok());
-        let module = if loaded("kvm_intel") {
-            Module::Intel
-        } else if loaded("kvm_amd") {
-            Module::Amd
-        } else {
-            Module::Software
-        };
+        let running = msrgate_verify::Kernel::running();
         Kernel {
-            version: (numbers.next().unwrap(), numbers.next().unwrap()),
-            module,
+            version: running.version(),
+            module: match running.vendor() {
+                Some(Vendor::Intel) => Module::Intel,
+                Some(Vendor::Amd) => Module::Amd,
+                None => Module::Software,
+            },
+            running,
         }
     }
 
     /// The engine's profile of it.
     pub(crate) fn profile(&self) -> Profile {
-        let since = [
-            ((6, 18), Profile::V6_18),
-            ((6, 12), Profile::V6_12),
-            ((6, 1), Profile::V6_1),
-            ((5, 19), Profile::V5_19),
-            ((5, 18), Profile::V5_18),
-            ((5, 13), Profile::V5_13),
-            ((5, 12), Profile::V5_12),
-        ];
-        let found = since.into_iter().find(|(first, _)| self.version >= *first);
-        found.map_or(Profile::V5_10, |(_, profile)| profile)
+        self.running.profile()
     }
 
     pub(crate) fn vendor(&self) -> Option<Vendor> {
-        match self.module {
-            Module::Intel => Some(Vendor::Intel),
-            Module::Amd => Some(Vendor::Amd),
-            Module::Software => None,
-        }
+        self.running.vendor()
     }
-}
-
-fn loaded(module: &str) -> bool {
-    Path::new("/sys/module").join(module).join("parameters").is_dir()
 }
 
 /// A parameter of `kvm` that is on until this is dropped.

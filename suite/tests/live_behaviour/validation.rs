@@ -2,20 +2,16 @@
 
 use kvm_ioctls::Kvm;
 use msrgate_core::{Ops, abi};
-use msrgate_guest::raw::{Caller, Request};
+use msrgate_guest::raw::{Arena, Caller, Request};
+use msrgate_suite::{Call, RawRange, Target};
 
 use crate::hypervisor::{
     Came, Descriptor, EFAULT, EINVAL, FILTER, SYSENTER_CS, UNKNOWN, UNKNOWN_MSR, everywhere, on_the_kernel,
 };
-use crate::raw_filter::{Range, capability, filter, placed};
+use crate::raw_filter::{self, placed, set_filter};
 
-fn range(flags: u32, nmsrs: u32, base: u32) -> Range {
-    Range {
-        flags,
-        nmsrs,
-        base,
-        bitmap: vec![0; 16],
-    }
+fn range(flags: u32, nmsrs: u32, base: u32) -> RawRange {
+    raw_filter::range(flags, nmsrs, base, vec![0; 16])
 }
 
 #[test]
@@ -32,10 +28,11 @@ fn of_the_bits_of_the_mask_only_the_lowest_three_are_taken() {
 fn of_the_bits_of_the_capabilitys_flags_none_is_taken() {
     everywhere(|vm| {
         for bit in 0..32 {
-            let (arena, argp) = placed(&capability(abi::CAP_X86_USER_SPACE_MSR, 1 << bit, FILTER), &[]);
-            let calls = vm.calls();
-            let result = calls.call(Descriptor::Vm, Request::EnableCap, argp, &arena);
-            assert_eq!(result, Err(EINVAL), "bit {bit}");
+            let mut call = Call::enable_cap(FILTER);
+            if let Target::EnableCap { flags, .. } = &mut call.target {
+                *flags = 1 << bit;
+            }
+            assert_eq!(vm.make(Request::EnableCap, &call), Err(EINVAL), "bit {bit}");
         }
     });
 }
@@ -70,7 +67,7 @@ fn every_slot_is_checked_and_the_first_at_fault_decides() {
             ranges[slot].nmsrs = 12289;
             assert_eq!(vm.set_filter(0, &ranges), Err(EINVAL), "slot {slot}");
             // And with a slot behind it that has another error.
-            let (mut arena, argp) = filter(0, &ranges);
+            let (mut arena, argp) = placed(&set_filter(0, ranges));
             if let Some(pointer) = (slot + 1 < abi::MAX_RANGES).then_some(8 + 24 * (slot + 1) + 16) {
                 arena.page(0).unwrap()[pointer..pointer + 8].fill(0);
                 let calls = vm.calls();
@@ -89,8 +86,8 @@ fn every_structure_that_lacks_a_readable_byte_is_efault() {
     everywhere(|vm| {
         // Its last bytes are on the page's last ones; then each start behind that lacks some.
         for (request, len) in [(Request::SetMsrFilter, 392), (Request::EnableCap, 104)] {
-            let (arena, start) = placed(&[], &[]);
-            let end = start + 0x1000;
+            let arena = Arena::new(1).unwrap();
+            let end = arena.address(0).unwrap() + 0x1000;
             let calls = vm.calls();
             for missing in [1, 2, 8, len / 2, len - 1, len] {
                 let result = calls.call(Descriptor::Vm, request, end - len + missing, &arena);
@@ -120,7 +117,7 @@ fn a_filter_is_taken_before_a_vcpu_exists_and_after() {
     on_the_kernel(|_| {
         let vm = Kvm::new().unwrap().create_vm().unwrap();
         let caller = Caller::of(&vm).unwrap();
-        let (_arena, argp) = filter(0, &[range(3, 1, 0)]);
+        let (_arena, argp) = placed(&set_filter(0, [range(3, 1, 0)]));
         caller.call(Request::SetMsrFilter, argp).unwrap();
     });
 }

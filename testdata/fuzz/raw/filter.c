@@ -1,5 +1,5 @@
 #define BASE 0x10
-static __u64 map[1] = { [0] = 1ULL << 3 | 1 };
+static const __u64 map[1] = { [0] = 8 | 1 };
 struct kvm_msr_filter f = {
 	.flags = KVM_MSR_FILTER_DEFAULT_DENY, /* all else */
 	.ranges = {
@@ -7,3 +7,4 @@ struct kvm_msr_filter f = {
 		{ 3, 2, MSR_EFER, (__u8[8]){ 0xff } },
 	},
 };
+int main(void) { return ioctl(vm, KVM_X86_SET_MSR_FILTER, &f); }

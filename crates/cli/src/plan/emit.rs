@@ -10,7 +10,7 @@ use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
 use crate::{stream, words};
 
-/// A C header: one bitmap a range, and a function that fills `struct kvm_msr_filter`.
+/// A C header: one bitmap a range, and `struct kvm_msr_filter` as a constant.
 pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
     let plan = &loaded.plan;
     let name = identifier(&loaded.policy.name);
@@ -33,7 +33,7 @@ pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
     )?;
     spilled(out, plan, " *")?;
     writeln!(out, " */")?;
-    writeln!(out, "#include <linux/kvm.h>\n#include <string.h>\n")?;
+    writeln!(out, "#include <linux/kvm.h>\n")?;
     writeln!(
         out,
         "#define {}_REASONS {:#x}\n",
@@ -43,31 +43,34 @@ pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
     for (slot, range) in filter.ranges().iter().enumerate() {
         // The kernel copies whole longs, so the arrays are of longs.
         writeln!(out, "/* {} */", describe(range))?;
-        writeln!(out, "static __u64 {name}_bitmap_{slot}[{}] = {{", range.bitmap().len())?;
+        writeln!(
+            out,
+            "static const __u64 {name}_bitmap_{slot}[{}] = {{",
+            range.bitmap().len()
+        )?;
         words(out, range, "ULL")?;
         writeln!(out, "}};\n")?;
     }
-    writeln!(
-        out,
-        "static inline void {name}_filter(struct kvm_msr_filter *filter)\n{{"
-    )?;
-    writeln!(out, "\tmemset(filter, 0, sizeof(*filter));")?;
     let default = match filter.default_verdict() {
         Verdict::Allow => "KVM_MSR_FILTER_DEFAULT_ALLOW",
         Verdict::Deny => "KVM_MSR_FILTER_DEFAULT_DENY",
     };
-    writeln!(out, "\tfilter->flags = {default};")?;
+    writeln!(
+        out,
+        "static const struct kvm_msr_filter {name}_filter = {{\n\t.flags = {default},"
+    )?;
+    writeln!(out, "\t.ranges = {{")?;
     for (slot, range) in filter.ranges().iter().enumerate() {
         writeln!(
             out,
-            "\tfilter->ranges[{slot}].flags = {};",
-            flags(range, "KVM_MSR_FILTER_READ", "KVM_MSR_FILTER_WRITE")
+            "\t\t{{\n\t\t\t.flags = {},\n\t\t\t.nmsrs = {},\n\t\t\t.base = {:#x},",
+            flags(range, "KVM_MSR_FILTER_READ", "KVM_MSR_FILTER_WRITE"),
+            range.nmsrs(),
+            range.base()
         )?;
-        writeln!(out, "\tfilter->ranges[{slot}].base = {:#x};", range.base())?;
-        writeln!(out, "\tfilter->ranges[{slot}].nmsrs = {};", range.nmsrs())?;
-        writeln!(out, "\tfilter->ranges[{slot}].bitmap = (__u8 *){name}_bitmap_{slot};")?;
+        writeln!(out, "\t\t\t.bitmap = (__u8 *){name}_bitmap_{slot},\n\t\t}},")?;
     }
-    writeln!(out, "}}")
+    writeln!(out, "\t}},\n}};")
 }
 
 /// Rust for the `kvm-ioctls` crate: one bitmap a range, and the ranges.

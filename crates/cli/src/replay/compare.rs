@@ -104,7 +104,7 @@ impl Comparison {
     pub(crate) fn add(&mut self, event: &Event, plain: [Outcome; 2], ruled: &Got) {
         let (action, live) = match event.op {
             Op::Read => {
-                let action = &self.map.reads.get(event.msr).action;
+                let action = &self.map.reads().get(event.msr).action;
                 // Answers that follow the register itself, and so change as it does.
                 let live = matches!(
                     action,
@@ -112,7 +112,7 @@ impl Comparison {
                 );
                 (action.name(), live)
             }
-            Op::Write => (self.map.writes.get(event.msr).action.name(), false),
+            Op::Write => (self.map.writes().get(event.msr).action.name(), false),
         };
         let row = self.rows.entry((event.msr, event.op)).or_default();
         row.action = action;

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use msrgate_core::{Access, Backing, Event, Msr, Op, Outcome, Reason, VcpuState, Why};
-use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm, Written};
+use msrgate_core::{Access, Backing, Event, Msr, Op, Reason, VcpuState, Why};
+use msrgate_engine::{Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
 use super::machine::{Got, Machine};
@@ -33,19 +33,17 @@ impl Guest {
 
     fn access(&mut self, event: &Event) -> Result<Got, Failure> {
         self.kernel.now = Some(*event);
-        let rcx = u64::from(event.msr.0);
-        let instruction = match event.op {
-            Op::Read => Instruction::Rdmsr { rcx },
-            Op::Write => Instruction::Wrmsr {
-                rcx,
-                rax: event.value & 0xffff_ffff,
-                rdx: event.value >> 32,
+        let access = match event.op {
+            Op::Read => Access::Read { msr: event.msr },
+            Op::Write => Access::Write {
+                msr: event.msr,
+                value: event.value,
             },
         };
         let impossible = |what: &str| Failure::Line(Exit::Guest, format!("the engine's guest is stuck: {what}"));
         let step = self
             .vcpu
-            .execute(instruction, Path::VmExit, &mut self.kernel)
+            .execute(access.into(), Path::VmExit, &mut self.kernel)
             .map_err(|pending| impossible(&pending.to_string()))?;
         let (completion, answer) = match step {
             Step::Complete(completion) => (completion, None),
@@ -70,22 +68,10 @@ impl Guest {
             }
             Step::Failed(errno) | Step::EmulationFailed(errno) => return Err(impossible(&format!("{errno:?}"))),
         };
-        let outcome = match completion {
-            Completion::Fault => Outcome::Fault,
-            Completion::Done {
-                written: Written::RaxRdx { rax, rdx },
-                ..
-            } => Outcome::Value(rdx << 32 | rax),
-            Completion::Done {
-                written: Written::Register { value, .. },
-                ..
-            } => Outcome::Value(value),
-            Completion::Done {
-                written: Written::Nothing,
-                ..
-            } => Outcome::Done,
-        };
-        Ok(Got { outcome, answer })
+        Ok(Got {
+            outcome: completion.outcome(),
+            answer,
+        })
     }
 }
 
@@ -162,7 +148,7 @@ impl Backing for Recorded {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::{Did, Nanos};
+    use msrgate_core::{Did, Nanos, Outcome};
     use msrgate_policy::Policy;
 
     use super::*;

@@ -22,8 +22,14 @@ pub(super) struct Told {
 impl Told {
     /// What the policy says of an access, where there is a policy.
     pub(super) fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
-        let Loaded { policy, map, plan, .. } = self.policy.as_ref()?;
-        Some(explain(policy, map, plan, msr, op))
+        let Loaded {
+            policy,
+            map,
+            options,
+            plan,
+            ..
+        } = self.policy.as_ref()?;
+        Some(explain(policy, map, options, plan, (msr, op)))
     }
 
     /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.

@@ -2,7 +2,7 @@
 
 use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::{DecisionMap, Plan, Touched};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan, Touched};
 use msrgate_policy::Policy;
 use msrgate_supervise::{Leaf, Resolve};
 
@@ -13,6 +13,8 @@ use crate::{cpuid, load, trace};
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
     pub(crate) map: DecisionMap,
+    /// How it is compiled.
+    pub(crate) options: CompileOptions,
     /// Where the policy depends on a CPUID that the VMM will set: until then nothing is allowed.
     pub(crate) resolve: Option<Resolve>,
     /// Whether some rule wants its accesses told.
@@ -25,30 +27,30 @@ impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
         let profile = trace::profile(&args.profile)?;
-        let known = |map: DecisionMap, rules| Resolved {
-            logs: map.reads.iter().any(|(_, decision)| is_told(decision.log))
-                || map.writes.iter().any(|(_, decision)| is_told(decision.log)),
+        let known = |map: DecisionMap, options, rules| Resolved {
+            logs: map.reads().iter().any(|(_, decision)| is_told(decision.log))
+                || map.writes().iter().any(|(_, decision)| is_told(decision.log)),
             map: completed(map, ignore_unknown),
+            options,
             resolve: None,
             rules,
         };
         let Some(path) = &args.policy else {
-            return Ok(known(DecisionMap::allow_all(), 0));
+            return Ok(known(DecisionMap::allow_all(), CompileOptions::default(), 0));
         };
         let cpuid = cpuid::given(&args.cpuid)?;
         let policy = load::unresolved(path)?;
         let rules = policy.rules.len();
         if cpuid.is_some() || !policy.asks_cpuid() {
-            return Ok(known(
-                load::planned_or_report(policy, cpuid.as_ref(), &profile)?.map,
-                rules,
-            ));
+            let loaded = load::planned_or_report(policy, cpuid.as_ref(), &profile)?;
+            return Ok(known(loaded.map, loaded.options, rules));
         }
         if let Some(name) = policy.handlers().next() {
             return Err(needs_handler(name));
         }
         Ok(Resolved {
             map: DecisionMap::deny_all(),
+            options: CompileOptions::default(),
             rules,
             logs: policy.rules.iter().any(|rule| is_told(rule.log)),
             resolve: Some(Box::new(move |leaves| {
@@ -59,8 +61,8 @@ impl Resolved {
 }
 
 /// The plan, if `run` can carry it out. Whether there is KVM is not asked: the VMM may not need it.
-pub(crate) fn plan(map: &DecisionMap) -> Result<Plan, Failure> {
-    let plan = Plan::compile(map).map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
+pub(crate) fn plan(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, Failure> {
+    let plan = Plan::compile_for(map, options).map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
     let refused = plan.table().handlers().next().map(needs_handler);
     refused.map_or(Ok(plan), Err)
 }
@@ -72,11 +74,11 @@ fn needs_handler(name: &str) -> Failure {
     ))
 }
 
-fn completed(mut map: DecisionMap, ignore_unknown: bool) -> DecisionMap {
-    if ignore_unknown {
-        map.unknown = (ReadAction::Value(0), WriteAction::Ignore);
+fn completed(map: DecisionMap, ignore_unknown: bool) -> DecisionMap {
+    match ignore_unknown {
+        true => map.with_unknown((ReadAction::Value(0), WriteAction::Ignore)),
+        false => map,
     }
-    map
 }
 
 /// What the policy is for a guest with these leaves; an error is one line for people.
@@ -85,12 +87,12 @@ fn answer(
     ignore_unknown: bool,
     profile: &[Touched],
     leaves: Vec<Leaf>,
-) -> Result<DecisionMap, String> {
+) -> Result<(DecisionMap, CompileOptions), String> {
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));
     let map = completed(map.map_err(|needed| needed.diagnostic().message)?, ignore_unknown);
-    let map = map.with_profile(profile.to_vec());
-    plan(&map).map_err(|failure| failure.to_string())?;
-    Ok(map)
+    let options = policy.options().with_profile(profile.to_vec());
+    plan(&map, &options).map_err(|failure| failure.to_string())?;
+    Ok((map, options))
 }
 
 /// Whether something is to be told of such accesses.

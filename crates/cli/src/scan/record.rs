@@ -7,6 +7,7 @@ use std::path::Path;
 use msrgate_core::{Access, Msr, MsrRange};
 use msrgate_guest::scan::{Broken, Change, Difference, Readable, Scan};
 use msrgate_msrs::number;
+use msrgate_verify::Kernel;
 use serde::de::Error;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -50,7 +51,7 @@ impl Facts {
         Facts {
             host,
             microcode,
-            kernel: Some(format!("{} {}", machine::release(), machine::module())),
+            kernel: Some(Kernel::running().to_string()),
             cpuid: None,
             x2apic: false,
             policy: None,

@@ -1,97 +1,102 @@
-//! What was run, and what was found.
+//! The report of `verify`, as text and in JSON.
 
 use std::io::{self, Write};
 
+use msrgate_verify::{Kernel, Report};
 use serde_json::{Value, json};
 
-use super::host::Host;
-use crate::args::ModeArg;
+use crate::args::{ModeArg, VerifyArgs};
 use crate::exit::{Exit, Failure};
 use crate::render;
 use crate::stream;
 
-/// A difference between the live kernel and the engine.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Disagreement {
-    /// At what.
-    pub(super) what: String,
-    pub(super) live: String,
-    pub(super) engine: String,
-    /// Which of the random calls, from 0.
-    pub(super) candidate: Option<u64>,
-    /// The smallest case that shows it, in the format of the case files.
-    pub(super) case: Option<String>,
+/// A report, and what it is a report of.
+struct Printed<'a> {
+    report: &'a Report,
+    kernel: &'a Kernel,
+    mode: &'static str,
+    seed: Option<u64>,
+    table: Option<Table>,
 }
 
 /// Rows that one kind of run adds.
-#[derive(Debug)]
-pub(super) struct Table {
+struct Table {
     /// The key in JSON.
-    pub(super) name: &'static str,
-    pub(super) columns: &'static [&'static str],
-    pub(super) rows: Vec<Vec<Value>>,
+    name: &'static str,
+    columns: &'static [&'static str],
+    rows: Vec<Vec<Value>>,
 }
 
-/// What was run, and what was found.
-#[derive(Debug)]
-pub(super) struct Report {
-    /// Release and module.
-    kernel: String,
-    profile: &'static str,
-    mode: &'static str,
-    pub(super) seed: Option<u64>,
-    /// Random calls that were made.
-    pub(super) candidates: u64,
-    /// Filters that were installed.
-    pub(super) filters: u64,
-    pub(super) accesses: u64,
-    /// Calls whose acceptance was compared.
-    pub(super) errnos: u64,
-    /// Writes of TSC_DEADLINE that passed the filter by.
-    pub(super) bypasses: u64,
-    /// What could not be looked at, and why.
-    pub(super) skipped: Vec<String>,
-    pub(super) table: Option<Table>,
-    pub(super) disagreements: Vec<Disagreement>,
+/// Prints a report, and says how the command ends.
+pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: Option<u64>) -> Result<Exit, Failure> {
+    let mode = match args.mode {
+        ModeArg::Real => "real",
+        ModeArg::Long => "long",
+    };
+    let printed = Printed {
+        report,
+        kernel,
+        mode,
+        seed,
+        table: table(report),
+    };
+    let mut out = stream::out();
+    if args.json {
+        writeln!(out, "{:#}", printed.json())?;
+    } else {
+        printed.text(&mut out)?;
+    }
+    Ok(if !report.disagreements.is_empty() {
+        Exit::No
+    } else if !report.skipped.is_empty() {
+        Exit::Machine
+    } else {
+        Exit::Yes
+    })
 }
 
-impl Report {
-    pub(super) fn new(host: &Host, mode: ModeArg) -> Report {
-        Report {
-            kernel: format!("{} {}", host.release, host.module),
-            profile: host.profile_name,
-            mode: match mode {
-                ModeArg::Real => "real",
-                ModeArg::Long => "long",
-            },
-            seed: None,
-            candidates: 0,
-            filters: 0,
-            accesses: 0,
-            errnos: 0,
-            bypasses: 0,
-            skipped: Vec::new(),
-            table: None,
-            disagreements: Vec::new(),
-        }
+fn table(report: &Report) -> Option<Table> {
+    if !report.interception.is_empty() {
+        let word = |intercepted: bool| if intercepted { "intercepted" } else { "passed" };
+        let rows = report.interception.iter().map(|row| {
+            let [before, under, after] = row.exits;
+            vec![
+                row.msr.to_string().into(),
+                row.name.into(),
+                row.op.name().into(),
+                before.into(),
+                under.into(),
+                after.into(),
+                row.asked.into(),
+                row.intercepted.map(word).join(", ").into(),
+            ]
+        });
+        return Some(Table {
+            name: "interception",
+            columns: &["msr", "name", "op", "before", "under", "after", "user", "bitmap"],
+            rows: rows.collect(),
+        });
     }
+    let word = |denied: bool| if denied { "deny" } else { "allow" };
+    let rows = report.swapped.iter().map(|row| {
+        vec![
+            row.msr.to_string().into(),
+            row.denied_by.map(word).join(", ").into(),
+            row.denied.into(),
+            row.allowed.into(),
+            row.neither.into(),
+        ]
+    });
+    (!report.swapped.is_empty()).then(|| Table {
+        name: "swapped",
+        columns: &["msr", "filters", "denied", "allowed", "neither"],
+        rows: rows.collect(),
+    })
+}
 
-    pub(super) fn print(&self, as_json: bool) -> Result<Exit, Failure> {
-        let mut out = stream::out();
-        if as_json {
-            writeln!(out, "{:#}", self.json())?;
-        } else {
-            self.text(&mut out)?;
-        }
-        Ok(if self.disagreements.is_empty() {
-            Exit::Yes
-        } else {
-            Exit::No
-        })
-    }
-
+impl Printed<'_> {
     fn json(&self) -> Value {
-        let disagreements = self.disagreements.iter().map(|one| {
+        let disagreements = self.report.disagreements.iter().map(|one| {
             json!({
                 "what": one.what,
                 "live": one.live,
@@ -100,20 +105,20 @@ impl Report {
                 "case": one.case,
             })
         });
-        let known = (self.bypasses > 0)
-            .then(|| json!({ "kind": "bypass", "msr": "0x6e0", "op": "wrmsr", "count": self.bypasses }));
+        let known = (self.report.bypasses > 0)
+            .then(|| json!({ "kind": "bypass", "msr": "0x6e0", "op": "wrmsr", "count": self.report.bypasses }));
         let mut object = json!({
             "backend": "kvm",
-            "kernel": self.kernel,
-            "profile": self.profile,
+            "kernel": self.kernel.to_string(),
+            "profile": self.kernel.profile_name(),
             "mode": self.mode,
             "seed": self.seed,
-            "candidates": self.candidates,
-            "filters": self.filters,
-            "accesses": self.accesses,
-            "errnos": self.errnos,
+            "candidates": self.report.candidates,
+            "filters": self.report.filters,
+            "accesses": self.report.accesses,
+            "errnos": self.report.calls,
             "known": known.into_iter().collect::<Vec<_>>(),
-            "skipped": self.skipped,
+            "skipped": self.report.skipped,
             "disagreements": disagreements.collect::<Vec<_>>(),
         });
         if let Some(table) = &self.table {
@@ -131,7 +136,7 @@ impl Report {
     }
 
     fn text(&self, out: &mut impl Write) -> io::Result<()> {
-        for one in &self.disagreements {
+        for one in &self.report.disagreements {
             let at = one
                 .candidate
                 .map(|candidate| format!(", candidate {candidate}"))
@@ -143,7 +148,7 @@ impl Report {
                 writeln!(out, "{case}")?;
             }
         }
-        for line in &self.skipped {
+        for line in &self.report.skipped {
             writeln!(out, "skipped: {line}")?;
         }
         if let Some(table) = &self.table {
@@ -156,27 +161,28 @@ impl Report {
             }
             writeln!(out, "{}", render::text(&text))?;
         }
-        if self.bypasses > 0 {
+        if self.report.bypasses > 0 {
             writeln!(
                 out,
                 "known: writes of 0x6e0 (IA32_TSC_DEADLINE) pass the filter by, {} here: this kernel completes them ahead \
                  of it",
-                self.bypasses
+                self.report.bypasses
             )?;
         }
         if let Some(seed) = self.seed {
-            writeln!(out, "seed {seed}, {} random calls", self.candidates)?;
+            writeln!(out, "seed {seed}, {} random calls", self.report.candidates)?;
         }
         writeln!(
             out,
             "Linux {}, profile {}, {} mode: {} filters installed, {} calls and {} accesses compared, {}",
             self.kernel,
-            self.profile,
+            self.kernel.profile_name(),
             self.mode,
-            self.filters,
-            self.errnos,
-            self.accesses,
-            match self.disagreements.len() {
+            self.report.filters,
+            self.report.calls,
+            self.report.accesses,
+            match self.report.disagreements.len() {
+                0 if self.report.calls + self.report.accesses == 0 => "nothing compared".to_owned(),
                 0 => "no disagreement".to_owned(),
                 1 => "1 disagreement".to_owned(),
                 n => format!("{n} disagreements"),

@@ -1,5 +1,5 @@
 // The MSR filter of the policy `emitted`, made by msrgate.
-// Policy hash 1ff777825edf6ae404b932e4e0ab97ce79f316e3afcb2b3845bb722779e3eabf.
+// Policy hash b3fb15299cfa649c1a05de774f6bf49fb0ddd897490466002f5a8300389d7fe6.
 //
 // First enable KVM_CAP_X86_USER_SPACE_MSR with args[0] = EMITTED_REASONS, then call `set_msr_filter`; the other
 // way round a denied access may fault before the mask is set.

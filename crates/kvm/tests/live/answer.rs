@@ -30,11 +30,10 @@ fn a_plan_of_pure_deny_faults_in_the_kernel_without_an_exit() {
 #[test]
 fn a_default_of_deny_leaves_what_a_rule_allows() {
     let Some((kvm, probed)) = kvm() else { return };
-    let map = DecisionMap {
-        reads: by_rule(ReadAction::Deny, &[(APIC_BASE, ReadAction::Allow)]),
-        writes: by_rule(WriteAction::Deny, &[]),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::new(
+        by_rule(ReadAction::Deny, &[(APIC_BASE, ReadAction::Allow)]),
+        by_rule(WriteAction::Deny, &[]),
+    );
     let (mut guest, _gate, vcpu) = gated(&kvm, probed, Mode::Long, plan(&map), Handlers::new());
     let accesses = [read(APIC_BASE), read(SYSENTER_CS), write(SYSENTER_CS, 0)];
     let seen = run(&mut guest, &vcpu, &accesses);
@@ -299,8 +298,8 @@ fn a_reason_that_is_not_one_known_bit_faults() {
 #[test]
 fn unknown_msrs_are_answered_where_the_plan_says_so() {
     let Some((kvm, probed)) = kvm() else { return };
-    let mut map = map(&[], &[]);
-    map.unknown = (ReadAction::Value(0), WriteAction::Ignore);
+    let map = map(&[], &[]);
+    let map = map.with_unknown((ReadAction::Value(0), WriteAction::Ignore));
     let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, plan(&map), Handlers::new());
     let accesses = [read(UNKNOWN), write(UNKNOWN, 1), read(APIC_BASE)];
     let seen = run(&mut guest, &vcpu, &accesses);

@@ -63,11 +63,7 @@ pub(crate) fn by_rule<A: Clone + Eq>(allow: A, rules: &[(Msr, A)]) -> Intervals<
 
 /// Allows all but what `reads` and `writes` name.
 pub(crate) fn map(reads: &[(Msr, ReadAction)], writes: &[(Msr, WriteAction)]) -> DecisionMap {
-    DecisionMap {
-        reads: by_rule(ReadAction::Allow, reads),
-        writes: by_rule(WriteAction::Allow, writes),
-        ..DecisionMap::allow_all()
-    }
+    DecisionMap::new(by_rule(ReadAction::Allow, reads), by_rule(WriteAction::Allow, writes))
 }
 
 pub(crate) fn plan(map: &DecisionMap) -> Arc<Plan> {

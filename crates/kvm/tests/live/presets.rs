@@ -1,10 +1,12 @@
 //! Fixed answers that the kernel holds.
 
+use std::sync::Arc;
+
 use msrgate_core::{Access, Msr, Op, Outcome, ReadAction, Verdict, WriteAction};
 use msrgate_guest::{Guest, Mode, Options, held};
 use msrgate_kvm::{Handlers, InstallError, VcpuGate};
 use msrgate_msrs::Kept;
-use msrgate_plan::{DecisionMap, Preset};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan, Preset};
 
 use crate::{MICROCODE, gated, kvm, map, plan, read, run};
 
@@ -26,6 +28,10 @@ fn sees(guest: &mut Guest, gate: &VcpuGate, accesses: &[Access]) -> Vec<(Outcome
     seen.iter().map(|seen| (seen.outcome, seen.exit.is_some())).collect()
 }
 
+fn holding(map: &DecisionMap, held: Vec<Preset>) -> Arc<Plan> {
+    Arc::new(Plan::compile_for(map, &CompileOptions::default().holding(held)).unwrap())
+}
+
 #[test]
 fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest_writes() {
     let Some((kvm, probed)) = kvm() else { return };
@@ -37,9 +43,9 @@ fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest
         let map = fixed(&[(MICROCODE, value)], write);
         let presets = held(&kvm, &map, None).unwrap();
         assert_eq!(presets, [Preset { msr: MICROCODE, value }]);
-        let map = map.holding(presets);
+        let plan = holding(&map, presets);
         for mode in [Mode::Real, Mode::Long] {
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&map), Handlers::new());
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, Arc::clone(&plan), Handlers::new());
             let accesses = [
                 read(MICROCODE),
                 Access::Write {
@@ -80,7 +86,8 @@ fn a_guest_gets_the_same_with_presets_as_without_and_makes_no_more_exits() {
         let values: Vec<(Msr, u64)> = own.iter().map(|(msr, own)| (*msr, candidate(*own))).collect();
         let without = fixed(&values, WriteAction::Ignore);
         let presets = held(&kvm, &without, None).unwrap();
-        let with = without.clone().holding(presets.clone());
+        let with = holding(&without, presets.clone());
+        let without = plan(&without);
         for (msr, value) in &values {
             let preset = presets.iter().any(|preset| preset.msr == *msr);
             println!("{msr} = {value:#x}: {}", if preset { "held" } else { "not held" });
@@ -93,9 +100,9 @@ fn a_guest_gets_the_same_with_presets_as_without_and_makes_no_more_exits() {
                 let value = 0xffff_ffff_ffff_ffff;
                 accesses.extend([Access::Write { msr: *msr, value }, read(*msr)]);
             }
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&with), Handlers::new());
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, Arc::clone(&with), Handlers::new());
             let got = sees(&mut guest, &vcpu, &accesses);
-            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, plan(&without), Handlers::new());
+            let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, Arc::clone(&without), Handlers::new());
             let expected = sees(&mut guest, &vcpu, &accesses);
             for ((access, got), expected) in accesses.iter().zip(&got).zip(&expected) {
                 assert_eq!(got.0, expected.0, "{mode:?} {access:x?}");
@@ -120,9 +127,10 @@ fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
     let Some((kvm, probed)) = kvm() else { return };
     for msr in [TSC, Msr(0xdead_beef)] {
         let preset = Preset { msr, value: 5 };
-        let map = fixed(&[(msr, 5)], WriteAction::Deny).holding(vec![preset]);
+        let map = fixed(&[(msr, 5)], WriteAction::Deny);
         let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
-        let gate = probed.install(guest.vm(), plan(&map), Handlers::new()).unwrap();
+        let plan = holding(&map, vec![preset]);
+        let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
         let error = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap_err();
         assert!(
             matches!(error, InstallError::PresetNotHeld { preset: of, .. } if of == preset),
@@ -139,17 +147,18 @@ fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one(
         value: 7,
     };
     let without = fixed(&[(MICROCODE, 7)], WriteAction::Deny);
-    let with = without.clone().holding(vec![preset]);
+    let with = holding(&without, vec![preset]);
+    let without = plan(&without);
 
-    let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, plan(&without), Handlers::new());
-    let late = gate.replace(plan(&with)).unwrap_err();
+    let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, Arc::clone(&without), Handlers::new());
+    let late = gate.replace(Arc::clone(&with)).unwrap_err();
     assert!(matches!(late, InstallError::PresetTooLate { msr: MICROCODE }), "{late}");
 
-    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, plan(&with), Handlers::new());
+    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, Arc::clone(&with), Handlers::new());
     let left = gate.replace(plan(&DecisionMap::allow_all())).unwrap_err();
     assert!(matches!(left, InstallError::PresetLeft { msr: MICROCODE }), "{left}");
-    for (map, exits) in [(&without, true), (&with, false)] {
-        gate.replace(plan(map)).unwrap();
+    for (plan, exits) in [(&without, true), (&with, false)] {
+        gate.replace(Arc::clone(plan)).unwrap();
         let verdict = gate.plan().filter().verdict(MICROCODE, Op::Read);
         assert_eq!(verdict == Verdict::Deny, exits);
         let seen = sees(&mut guest, &vcpu, &[read(MICROCODE)]);

@@ -1,16 +1,18 @@
 //! What a plan passes on to the kernel from user space.
 
+use std::sync::Arc;
+
 use msrgate_core::{Access, Did, Msr, Op, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::Handlers;
-use msrgate_plan::{DecisionMap, Spillable};
+use msrgate_plan::{CompileOptions, DecisionMap, Plan, Spillable};
 
-use crate::{by_rule, gated, kvm, outcomes, plan, run};
+use crate::{by_rule, gated, kvm, outcomes, run};
 
 const PAT: Msr = Msr(0x277);
 
 /// PAT and sixteen MSRs far from each other are the kernel's, all else is denied.
-fn seventeen() -> DecisionMap {
+fn seventeen() -> Plan {
     let msrs: Vec<Msr> = (1..=16).map(|i| Msr(i * 0x10000)).chain([PAT]).collect();
     let reads: Vec<_> = msrs.iter().map(|msr| (*msr, ReadAction::Allow)).collect();
     let writes: Vec<_> = msrs.iter().map(|msr| (*msr, WriteAction::Allow)).collect();
@@ -19,12 +21,9 @@ fn seventeen() -> DecisionMap {
         op,
         weight: 1,
     };
-    DecisionMap {
-        reads: by_rule(ReadAction::Deny, &reads),
-        writes: by_rule(WriteAction::Deny, &writes),
-        spill: Some(Op::ALL.map(spillable).to_vec()),
-        ..DecisionMap::allow_all()
-    }
+    let map = DecisionMap::new(by_rule(ReadAction::Deny, &reads), by_rule(WriteAction::Deny, &writes));
+    let options = CompileOptions::default().spilling(Op::ALL.map(spillable).to_vec());
+    Plan::compile_for(&map, &options).unwrap()
 }
 
 #[test]
@@ -46,7 +45,7 @@ fn what_is_spilled_gets_the_guest_what_the_kernel_would_have_given() {
     let plainly = outcomes(alone.run(0, &accesses, &mut |_| {}).unwrap());
     assert_eq!(plainly[2], Outcome::Value(0x0701_0600_0701_0106));
 
-    let plan = plan(&seventeen());
+    let plan = Arc::new(seventeen());
     assert_eq!(plan.spilled().count(), 2);
     let (mut guest, _gate, vcpu) = gated(&kvm, probed, Mode::Real, plan, Handlers::new());
     assert!(vcpu.passes(read) && vcpu.passes(write(0)) && !vcpu.passes(Access::Read { msr: Msr(0x10) }));

@@ -20,9 +20,9 @@ const CSTAR: Msr = Msr(0xc000_0083);
 /// Two shadow registers, two MSRs with one write each, and shadows of what the kernel does not know.
 fn remembering(initial: u64) -> DecisionMap {
     let shadow = ReadAction::Shadow(initial);
-    DecisionMap {
-        reads: by_rule(ReadAction::Allow, &[(SHADOWED, shadow.clone()), (UNTOUCHED, shadow)]),
-        writes: by_rule(
+    DecisionMap::new(
+        by_rule(ReadAction::Allow, &[(SHADOWED, shadow.clone()), (UNTOUCHED, shadow)]),
+        by_rule(
             WriteAction::Allow,
             &[
                 (SHADOWED, WriteAction::Shadow),
@@ -31,9 +31,8 @@ fn remembering(initial: u64) -> DecisionMap {
                 (CSTAR, WriteAction::Once),
             ],
         ),
-        unknown: (ReadAction::Shadow(0), WriteAction::Shadow),
-        ..DecisionMap::allow_all()
-    }
+    )
+    .with_unknown((ReadAction::Shadow(0), WriteAction::Shadow))
 }
 
 /// A guest in a VM of its own, under the plan.
@@ -226,13 +225,10 @@ impl Handler for Restoring {
 #[test]
 fn a_handler_cannot_restore_the_vcpu_that_waits_for_it() {
     let Some((kvm, probed)) = kvm() else { return };
-    let map = DecisionMap {
-        reads: by_rule(
-            ReadAction::Allow,
-            &[(SHADOWED, ReadAction::Handler("restoring".into()))],
-        ),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::allow_all().with_reads(by_rule(
+        ReadAction::Allow,
+        &[(SHADOWED, ReadAction::Handler("restoring".into()))],
+    ));
     let machine = Machine::new(&kvm, probed, &map, Handlers::new().with("restoring", Restoring));
     let Machine { mut guest, vcpu, .. } = machine;
     let gate = Rc::new(vcpu);

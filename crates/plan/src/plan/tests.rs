@@ -33,11 +33,10 @@ fn map(default: Verdict, rules: &[Rule]) -> DecisionMap {
             },
         ))
     });
-    DecisionMap {
-        reads: Intervals::first_match(Decision::of(read), reads),
-        writes: Intervals::first_match(Decision::of(write), writes),
-        ..DecisionMap::allow_all()
-    }
+    DecisionMap::new(
+        Intervals::first_match(Decision::of(read), reads),
+        Intervals::first_match(Decision::of(write), writes),
+    )
 }
 
 fn allow(first: u32, last: u32) -> Rule {
@@ -65,12 +64,13 @@ fn denying_everything_takes_the_range_that_the_kernel_insists_on() {
 
 #[test]
 fn pure_allow_and_deny_never_leave_the_kernel_unless_a_denial_is_logged() {
-    let mut map = map(Verdict::Allow, &[deny(0x10, 0x10)]);
+    let map = map(Verdict::Allow, &[deny(0x10, 0x10)]);
     assert_eq!(Plan::compile(&map).unwrap().reasons(), Reasons::NONE);
-    map.reads = map.reads.map(|decision| Decision {
+    let logged = map.reads().map(|decision| Decision {
         log: Log::All,
         ..decision.clone()
     });
+    let map = map.with_reads(logged);
     assert_eq!(Plan::compile(&map).unwrap().reasons(), Reasons::of(Reason::Filter));
 }
 
@@ -81,15 +81,9 @@ fn only_what_needs_user_space_is_deflected() {
         Plan::compile(&map(Verdict::Allow, &[value])).unwrap().reasons(),
         Reasons::of(Reason::Filter)
     );
-    let unknown = DecisionMap {
-        unknown: (ReadAction::Value(0), WriteAction::Ignore),
-        ..DecisionMap::allow_all()
-    };
+    let unknown = DecisionMap::allow_all().with_unknown((ReadAction::Value(0), WriteAction::Ignore));
     assert_eq!(Plan::compile(&unknown).unwrap().reasons(), Reasons::of(Reason::Unknown));
-    let invalid = DecisionMap {
-        invalid: (ReadAction::Value(0), WriteAction::Deny),
-        ..DecisionMap::allow_all()
-    };
+    let invalid = DecisionMap::allow_all().with_invalid((ReadAction::Value(0), WriteAction::Deny));
     assert_eq!(Plan::compile(&invalid).unwrap().reasons(), Reasons::of(Reason::Invalid));
 }
 

@@ -3,6 +3,7 @@ use alloc::vec;
 use msrgate_core::{Op, Reason, Reasons};
 
 use super::*;
+use crate::CompileOptions;
 use crate::Plan;
 
 fn range(first: u32, last: u32) -> MsrRange {
@@ -24,21 +25,24 @@ fn microcode(write: WriteAction, log: Log) -> DecisionMap {
         log,
         ..decision(ReadAction::Value(7))
     };
-    DecisionMap {
-        reads: Intervals::first_match(Decision::of(ReadAction::Allow), [(msr, read)]),
-        writes: Intervals::first_match(Decision::of(WriteAction::Allow), [(msr, decision(write))]),
-        ..DecisionMap::allow_all()
-    }
+    DecisionMap::new(
+        Intervals::first_match(Decision::of(ReadAction::Allow), [(msr, read)]),
+        Intervals::first_match(Decision::of(WriteAction::Allow), [(msr, decision(write))]),
+    )
 }
 
 fn preset(msr: u32, value: u64) -> Preset {
     Preset { msr: Msr(msr), value }
 }
 
+fn holding(held: Vec<Preset>) -> CompileOptions {
+    CompileOptions::default().holding(held)
+}
+
 #[test]
 fn a_fixed_answer_that_the_kernel_holds_makes_no_exit() {
-    let map = microcode(WriteAction::Deny, Log::None).holding(vec![preset(0x8b, 7)]);
-    let plan = Plan::compile(&map).unwrap();
+    let map = microcode(WriteAction::Deny, Log::None);
+    let plan = Plan::compile_for(&map, &holding(vec![preset(0x8b, 7)])).unwrap();
     assert_eq!(plan.presets(), [preset(0x8b, 7)]);
     assert_eq!(plan.reasons(), Reasons::NONE);
     assert_eq!(plan.filter().verdict(Msr(0x8b), Op::Read), Verdict::Allow);
@@ -50,8 +54,8 @@ fn a_fixed_answer_that_the_kernel_holds_makes_no_exit() {
 
 #[test]
 fn an_ignored_write_still_exits_and_the_read_does_not() {
-    let map = microcode(WriteAction::Ignore, Log::None).holding(vec![preset(0x8b, 7)]);
-    let plan = Plan::compile(&map).unwrap();
+    let map = microcode(WriteAction::Ignore, Log::None);
+    let plan = Plan::compile_for(&map, &holding(vec![preset(0x8b, 7)])).unwrap();
     assert_eq!(plan.presets(), [preset(0x8b, 7)]);
     assert_eq!(plan.reasons(), Reasons::of(Reason::Filter));
     assert!(plan.table().decides(Msr(0x8b), Op::Write));
@@ -60,18 +64,24 @@ fn an_ignored_write_still_exits_and_the_read_does_not() {
 #[test]
 fn nothing_is_preset_that_a_guest_could_change_or_that_is_logged_or_held_otherwise() {
     let held = vec![preset(0x8b, 7)];
-    let no = |map: DecisionMap| assert_eq!(Plan::compile(&map).unwrap().presets(), []);
+    let no = |map: DecisionMap, held| {
+        let plan = Plan::compile_for(&map, &holding(held)).unwrap();
+        assert_eq!(plan.presets(), []);
+    };
     for write in [
         WriteAction::Allow,
         WriteAction::Once,
         WriteAction::Only([1].into()),
         WriteAction::Handler("h".into()),
     ] {
-        no(microcode(write, Log::None).holding(held.clone()));
+        no(microcode(write, Log::None), held.clone());
     }
-    no(microcode(WriteAction::Deny, Log::First).holding(held));
-    no(microcode(WriteAction::Deny, Log::None).holding(vec![preset(0x8b, 8), preset(0x17, 7)]));
-    no(microcode(WriteAction::Deny, Log::None));
+    no(microcode(WriteAction::Deny, Log::First), held);
+    no(
+        microcode(WriteAction::Deny, Log::None),
+        vec![preset(0x8b, 8), preset(0x17, 7)],
+    );
+    no(microcode(WriteAction::Deny, Log::None), vec![]);
 }
 
 #[test]
@@ -80,13 +90,12 @@ fn a_map_that_fits_without_presets_fits_with_as_many_as_there_is_room_for() {
     let far = |i: u32| MsrRange::single(Msr(i * 0x4000));
     let allowed = (1..=15).map(|i| (far(i), decision(ReadAction::Allow)));
     let fixed = (16..=18).map(|i| (far(i), decision(ReadAction::Value(7))));
-    let map = DecisionMap {
-        reads: Intervals::first_match(Decision::of(ReadAction::Deny), allowed.chain(fixed)),
-        writes: Intervals::uniform(Decision::of(WriteAction::Deny)),
-        ..DecisionMap::allow_all()
-    };
+    let map = DecisionMap::new(
+        Intervals::first_match(Decision::of(ReadAction::Deny), allowed.chain(fixed)),
+        Intervals::uniform(Decision::of(WriteAction::Deny)),
+    );
     let held = (16..=18).map(|i| preset(i * 0x4000, 7)).collect();
-    let plan = Plan::compile(&map.clone().holding(held)).unwrap();
+    let plan = Plan::compile_for(&map, &holding(held)).unwrap();
     assert_eq!(plan.presets(), [preset(16 * 0x4000, 7)]);
     assert_eq!(plan.filter().ranges().len(), 16);
     assert_eq!(Plan::compile(&map).unwrap().filter().ranges().len(), 15);
@@ -97,20 +106,19 @@ fn presets_can_make_a_map_fit_that_does_not_without() {
     // Nine pairs far apart: writes of both are denied, and reads of the second get a value, which takes a range for
     // reads beside the one for writes.
     let pair = |i: u32| range(i * 0x4000, i * 0x4000 + 1);
-    let map = DecisionMap {
-        reads: Intervals::first_match(
+    let map = DecisionMap::new(
+        Intervals::first_match(
             Decision::of(ReadAction::Allow),
             (1..=9).map(|i| (MsrRange::single(pair(i).last()), decision(ReadAction::Value(0)))),
         ),
-        writes: Intervals::first_match(
+        Intervals::first_match(
             Decision::of(WriteAction::Allow),
             (1..=9).map(|i| (pair(i), decision(WriteAction::Deny))),
         ),
-        ..DecisionMap::allow_all()
-    };
+    );
     assert!(Plan::compile(&map).is_err());
     let held = (1..=9).map(|i| preset(pair(i).last().0, 0)).collect();
-    let plan = Plan::compile(&map.holding(held)).unwrap();
+    let plan = Plan::compile_for(&map, &holding(held)).unwrap();
     assert_eq!((plan.presets().len(), plan.filter().ranges().len()), (9, 9));
 }
 
@@ -135,15 +143,14 @@ fn with_presets_every_access_of_every_small_map_gets_what_the_map_says() {
                 Verdict::Allow => (ReadAction::Allow, WriteAction::Allow),
                 Verdict::Deny => (ReadAction::Deny, WriteAction::Deny),
             };
-            let map = DecisionMap {
-                reads: Intervals::first_match(Decision::of(read), (0..3).map(|i| (single(i), decision(ruled(i).0)))),
-                writes: Intervals::first_match(Decision::of(write), (0..3).map(|i| (single(i), decision(ruled(i).1)))),
-                ..DecisionMap::allow_all()
-            };
+            let map = DecisionMap::new(
+                Intervals::first_match(Decision::of(read), (0..3).map(|i| (single(i), decision(ruled(i).0)))),
+                Intervals::first_match(Decision::of(write), (0..3).map(|i| (single(i), decision(ruled(i).1)))),
+            );
             for held in 1..8 {
                 let held = (0..3).filter(|i| held >> i & 1 == 1).map(|i| preset(msrs[i], 0));
                 let held: Vec<Preset> = held.collect();
-                let plan = Plan::compile(&map.clone().holding(held.clone())).unwrap();
+                let plan = Plan::compile_for(&map, &holding(held.clone())).unwrap();
                 assert_eq!(
                     plan.presets().len(),
                     held.iter().filter(|held| map.preset(held.msr) == Some(**held)).count()
@@ -159,9 +166,9 @@ fn with_presets_every_access_of_every_small_map_gets_what_the_map_says() {
                         (Verdict::Deny, None, Some(entry)) => entry.action.clone(),
                         odd => panic!("{odd:?}"),
                     };
-                    assert_eq!(got, map.reads.get(msr).action, "{msr} of {map:?}");
+                    assert_eq!(got, map.reads().get(msr).action, "{msr} of {map:?}");
                     let written = plan.filter().verdict(msr, Op::Write) == Verdict::Allow;
-                    assert_eq!(written, map.writes.get(msr).action == WriteAction::Allow);
+                    assert_eq!(written, map.writes().get(msr).action == WriteAction::Allow);
                     assert!(!(written && preset.is_some()));
                 }
             }

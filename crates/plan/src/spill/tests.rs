@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 use msrgate_core::{Log, ReadAction, Reason, Reasons, Verdict, WriteAction};
 
 use super::*;
+use crate::CompileOptions;
 use crate::{Decision, NoteCode, Plan};
 
 fn range(first: u32, last: u32) -> MsrRange {
@@ -23,19 +24,18 @@ fn islands(count: u32) -> DecisionMap {
         });
         Intervals::first_match(Decision::of(deny), rules)
     }
-    DecisionMap {
-        reads: of(count, ReadAction::Allow, ReadAction::Deny),
-        writes: of(count, WriteAction::Allow, WriteAction::Deny),
-        ..DecisionMap::allow_all()
-    }
+    DecisionMap::new(
+        of(count, ReadAction::Allow, ReadAction::Deny),
+        of(count, WriteAction::Allow, WriteAction::Deny),
+    )
 }
 
 /// All accesses of these islands may be spilled.
-fn spillable(islands: &[u32]) -> Option<Vec<Spillable>> {
+fn spillable(islands: &[u32]) -> CompileOptions {
     let msrs = islands
         .iter()
         .flat_map(|island| range(island * 0x10000, island * 0x10000 + 3).iter());
-    Some(
+    CompileOptions::default().spilling(
         msrs.flat_map(|msr| Op::ALL.map(|op| Spillable { msr, op, weight: 1 }))
             .collect(),
     )
@@ -56,11 +56,7 @@ fn note(plan: &Plan) -> &str {
 
 #[test]
 fn a_map_that_fits_spills_nothing() {
-    let map = DecisionMap {
-        spill: spillable(&[0, 1, 2]),
-        ..islands(16)
-    };
-    let plan = Plan::compile(&map).unwrap();
+    let plan = Plan::compile_for(&islands(16), &spillable(&[0, 1, 2])).unwrap();
     assert_eq!((plan.spilled().count(), plan.reasons()), (0, Reasons::NONE));
 }
 
@@ -68,11 +64,7 @@ fn a_map_that_fits_spills_nothing() {
 fn what_does_not_fit_is_passed_on_where_the_map_asks_for_it_and_names_it() {
     let refused = islands(17);
     assert!(matches!(Plan::compile(&refused), Err(PlanError::TooManyRanges { .. })));
-    let map = DecisionMap {
-        spill: spillable(&[5]),
-        ..refused
-    };
-    let plan = Plan::compile(&map).unwrap();
+    let plan = Plan::compile_for(&refused, &spillable(&[5])).unwrap();
     let island = range(0x50000, 0x50003);
     let spilled: Vec<_> = plan.spilled().collect();
     assert_eq!(spilled, [(island, Op::Read), (island, Op::Write)]);
@@ -93,13 +85,9 @@ fn what_does_not_fit_is_passed_on_where_the_map_asks_for_it_and_names_it() {
 
 #[test]
 fn what_is_touched_least_is_spilled() {
-    let map = DecisionMap {
-        spill: spillable(&[2, 7, 9]),
-        ..islands(17)
-    };
     let profile = [(0x20001, 9), (0x70000, 3), (0x70003, 4), (0x90000, 8), (0x50000, 1)];
     let profile = profile.map(|(msr, count)| touched(msr, count)).to_vec();
-    let plan = Plan::compile(&map.with_profile(profile)).unwrap();
+    let plan = Plan::compile_for(&islands(17), &spillable(&[2, 7, 9]).with_profile(profile)).unwrap();
     let (spilled, _) = plan.spilled().next().unwrap();
     assert_eq!(spilled, range(0x70000, 0x70003));
     assert!(
@@ -111,52 +99,43 @@ fn what_is_touched_least_is_spilled() {
 
 #[test]
 fn what_is_not_faithful_is_refused_by_name() {
-    let mut map = DecisionMap {
-        spill: spillable(&[5]),
-        ..islands(17)
-    };
-    if let Some(spill) = &mut map.spill {
-        spill.retain(|spillable| spillable.msr != Msr(0x50002) || spillable.op == Op::Read);
-    }
+    let mut spill = spillable(&[5]).spillable().unwrap().to_vec();
+    spill.retain(|spillable| spillable.msr != Msr(0x50002) || spillable.op == Op::Read);
+    let options = CompileOptions::default().spilling(spill);
     let refused = Err(PlanError::Spill {
         needed: 17,
         why: SpillError::NotFaithful(vec![(range(0x50002, 0x50002), Op::Write)]),
     });
-    assert_eq!(Plan::compile(&map), refused);
+    assert_eq!(Plan::compile_for(&islands(17), &options), refused);
 }
 
 #[test]
 fn two_answers_for_what_the_kernel_refuses_cannot_be_told_apart_and_are_refused() {
     let ignore = (ReadAction::Value(0), WriteAction::Ignore);
-    let map = DecisionMap {
-        spill: spillable(&[5]),
-        unknown: ignore.clone(),
-        ..islands(17)
-    };
+    let options = spillable(&[5]);
+    let map = islands(17).with_unknown(ignore.clone());
     let refused = Err(PlanError::Spill {
         needed: 17,
         why: SpillError::Fallbacks,
     });
-    assert_eq!(Plan::compile(&map), refused);
-    let map = DecisionMap { invalid: ignore, ..map };
-    assert!(Plan::compile(&map).is_ok());
+    assert_eq!(Plan::compile_for(&map, &options), refused);
+    let map = map.with_invalid(ignore);
+    assert!(Plan::compile_for(&map, &options).is_ok());
 }
 
 #[test]
 fn what_is_denied_is_not_opened_by_spilling() {
     // Islands of denial in what is allowed: only all between them could make room.
     let map = islands(17);
-    let turned = DecisionMap {
-        reads: map.reads.map(|decision| Decision {
+    let turned = map
+        .clone()
+        .with_reads(map.reads().map(|decision| Decision {
             action: match decision.action {
                 ReadAction::Allow => ReadAction::Deny,
                 _ => ReadAction::Allow,
             },
             ..decision.clone()
-        }),
-        writes: Intervals::uniform(Decision::of(WriteAction::Allow)),
-        spill: spillable(&[0, 1, 2, 3]),
-        ..map
-    };
-    assert!(Plan::compile(&turned).is_err());
+        }))
+        .with_writes(Intervals::uniform(Decision::of(WriteAction::Allow)));
+    assert!(Plan::compile_for(&turned, &spillable(&[0, 1, 2, 3])).is_err());
 }

@@ -49,15 +49,15 @@ fn applies(need: &Need, cpuid: Option<&Cpuid>) -> bool {
 
 fn denies(map: &DecisionMap, need: &Need) -> bool {
     match need.op {
-        Op::Read => map.reads.get(need.msr).action == ReadAction::Deny,
-        Op::Write => map.writes.get(need.msr).action == WriteAction::Deny,
+        Op::Read => map.reads().get(need.msr).action == ReadAction::Deny,
+        Op::Write => map.writes().get(need.msr).action == WriteAction::Deny,
     }
 }
 
 fn decider(map: &DecisionMap, need: &Need) -> Option<u32> {
     match need.op {
-        Op::Read => map.reads.get(need.msr).rule,
-        Op::Write => map.writes.get(need.msr).rule,
+        Op::Read => map.reads().get(need.msr).rule,
+        Op::Write => map.writes().get(need.msr).rule,
     }
 }
 

@@ -17,13 +17,13 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic
 fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
     let written: Vec<&Entry> = named_by(rule, Entry::is_essential)
         .filter(|entry| {
-            let decision = map.writes.get(entry.msr);
+            let decision = map.writes().get(entry.msr);
             decision.rule == Some(index) && matches!(decision.action, WriteAction::Ignore | WriteAction::Shadow)
         })
         .collect();
     let read: Vec<&Entry> = named_by(rule, Entry::is_changed_in_place)
         .filter(|entry| {
-            let decision = map.reads.get(entry.msr);
+            let decision = map.reads().get(entry.msr);
             decision.rule == Some(index) && matches!(decision.action, ReadAction::Value(_) | ReadAction::Shadow(_))
         })
         .collect();

@@ -34,8 +34,8 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) ->
 fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> Option<Diagnostic> {
     let absent = |entry: &&Entry| {
         let features = entry.exists().features();
-        let reads = map.reads.get(entry.msr);
-        let writes = map.writes.get(entry.msr);
+        let reads = map.reads().get(entry.msr);
+        let writes = map.writes().get(entry.msr);
         let allowed = reads.rule == Some(index) && reads.action == ReadAction::Allow
             || writes.rule == Some(index) && writes.action == WriteAction::Allow;
         allowed && !features.is_empty() && features.iter().all(|feature| cpuid.has(feature) == Some(false))
@@ -117,16 +117,16 @@ fn shown(cpuid: &Cpuid) -> impl Iterator<Item = &'static Entry> + use<'_> {
 /// Whether each access that the manual has of the MSR is #GP.
 fn denies(map: &DecisionMap, entry: &Entry) -> bool {
     entry.access.ops().iter().all(|op| match op {
-        Op::Read => map.reads.get(entry.msr).action == ReadAction::Deny,
-        Op::Write => map.writes.get(entry.msr).action == WriteAction::Deny,
+        Op::Read => map.reads().get(entry.msr).action == ReadAction::Deny,
+        Op::Write => map.writes().get(entry.msr).action == WriteAction::Deny,
     })
 }
 
 /// The rule that decides the first of them; `None` for the default.
 fn decider(map: &DecisionMap, entry: &Entry) -> Option<u32> {
     match entry.access.ops().first() {
-        Some(Op::Write) => map.writes.get(entry.msr).rule,
-        _ => map.reads.get(entry.msr).rule,
+        Some(Op::Write) => map.writes().get(entry.msr).rule,
+        _ => map.reads().get(entry.msr).rule,
     }
 }
 

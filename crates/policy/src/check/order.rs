@@ -16,8 +16,8 @@ const EFFORT: usize = 4_000_000;
 /// Findings about the policy's own rules. Those of policies that it extends are there to be overridden.
 pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
     let mut deciding: HashSet<u32> = HashSet::new();
-    deciding.extend(map.reads.iter().filter_map(|(_, decision)| decision.rule));
-    deciding.extend(map.writes.iter().filter_map(|(_, decision)| decision.rule));
+    deciding.extend(map.reads().iter().filter_map(|(_, decision)| decision.rule));
+    deciding.extend(map.writes().iter().filter_map(|(_, decision)| decision.rule));
     let (default_read, default_write) = policy.default_actions();
     // One of the policy's own that never counts is reported itself, and is to go.
     let stays = |(index, rule): &&(u32, &Rule)| deciding.contains(index) || rule.place.source != 0;
@@ -81,10 +81,10 @@ impl<'a> Search<'a> {
         let mut hidden = Vec::new();
         for pattern in &rule.msrs {
             if let Some(action) = &rule.read {
-                hidden.extend(self.part(&self.map.reads, (rule, index), pattern, Op::Read, action));
+                hidden.extend(self.part(self.map.reads(), (rule, index), pattern, Op::Read, action));
             }
             if let Some(action) = &rule.write {
-                hidden.extend(self.part(&self.map.writes, (rule, index), pattern, Op::Write, action));
+                hidden.extend(self.part(self.map.writes(), (rule, index), pattern, Op::Write, action));
             }
         }
         hidden
@@ -155,8 +155,8 @@ fn width(ranges: &[MsrRange]) -> u64 {
 fn never_counts(policy: &Policy, map: &DecisionMap, rule: &Rule, hidden: &[Hidden<'_>]) -> Diagnostic {
     let ranges = rule.ranges();
     let decides = |msr: Msr| match rule.read {
-        Some(_) => map.reads.get(msr).rule,
-        None => map.writes.get(msr).rule,
+        Some(_) => map.reads().get(msr).rule,
+        None => map.writes().get(msr).rule,
     };
     let number = ranges.iter().find_map(|range| decides(range.first()));
     let Some(earlier) = number.and_then(|number| policy.rules.get(usize::try_from(number).ok()?)) else {

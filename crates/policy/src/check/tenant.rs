@@ -11,7 +11,7 @@ use crate::{Code, Diagnostic, Pattern, Rule};
 /// Rules by which a guest reads what tells of the host and its other guests.
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
     let secret: Vec<&Entry> = msrgate_msrs::all().iter().filter(|entry| entry.is_secret()).collect();
-    let secret = by_rule(&secret, |entry| map.reads.get(entry.msr).rule);
+    let secret = by_rule(&secret, |entry| map.reads().get(entry.msr).rule);
     let decided = |(index, rule): &(u32, &Rule)| tells_of_host(rule, secret.get(&Some(*index))?);
     rules.iter().filter_map(decided).collect()
 }
@@ -56,7 +56,7 @@ fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
 
 fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
     let reaches_kernel = |entry: &&Entry| {
-        let decision = map.writes.get(entry.msr);
+        let decision = map.writes().get(entry.msr);
         let stored = matches!(
             decision.action,
             WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
@@ -78,7 +78,7 @@ fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
 }
 
 fn kept(map: &DecisionMap) -> Option<Diagnostic> {
-    let keeps = map.reads.zip(&map.writes, |read, write| {
+    let keeps = map.reads().zip(map.writes(), |read, write| {
         matches!(read.action, ReadAction::Shadow(_)) || matches!(write.action, WriteAction::Shadow | WriteAction::Once)
     });
     let kept = keeps.iter().filter(|(_, keeps)| **keeps);

@@ -471,6 +471,6 @@ fn a_policy_that_asks_the_cpu_needs_its_cpuid() {
     assert!(!map.allows(Msr(0x3a), msrgate_core::Op::Write) || msrgate_msrs::by_msr(Msr(0x3a)).is_none());
     for msr in [0x8b, 0x2ff, 0x400, 0x1b, 0xc001_0015].map(Msr) {
         let read = policy.read(msr, Some(&amd)).unwrap().0;
-        assert_eq!(read, map.reads.get(msr).action, "{msr}");
+        assert_eq!(read, map.reads().get(msr).action, "{msr}");
     }
 }

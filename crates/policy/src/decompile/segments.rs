@@ -46,8 +46,8 @@ impl Segments {
             false => Intervals::first_match(false, [(MsrRange::X2APIC, true)]),
         };
         let actions = map
-            .reads
-            .zip(&map.writes, |read, write| (read.action.clone(), write.action.clone()));
+            .reads()
+            .zip(map.writes(), |read, write| (read.action.clone(), write.action.clone()));
         let all = actions.zip(&free, |(read, write), free| (read.clone(), write.clone(), *free));
         let parts: Vec<Part> = all
             .iter()

@@ -11,6 +11,7 @@ fn through_a_filter(policy: &str) -> String {
     let given = Given {
         filter: plan.filter().clone(),
         plan: None,
+        presets: Vec::new(),
         remarks: Vec::new(),
     };
     let text = decompile(&given).to_string();

@@ -136,7 +136,7 @@ fn one(value: &str, seen: &mut HashSet<Msr>, to: &mut Imported) -> Result<(), St
 /// Reads from the host and writes that go nowhere are what crosvm can do just so; each MSR in one direction.
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut flags: BTreeMap<Msr, &str> = BTreeMap::new();
-    let mut unsaid = unsayable(Op::Read, &map.reads, |range, action| match action {
+    let mut unsaid = unsayable(Op::Read, map.reads(), |range, action| match action {
         ReadAction::Allow => Ok(()),
         ReadAction::Host => {
             flags.extend(each(range)?.map(|msr| (msr, "type=r,action=pass")));
@@ -145,7 +145,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         ReadAction::Deny => Err("crosvm answers what it takes from KVM, and denies nothing"),
         _ => Err("crosvm answers reads with the host's value, and with no other"),
     });
-    unsaid.extend(unsayable(Op::Write, &map.writes, |range, action| match action {
+    unsaid.extend(unsayable(Op::Write, map.writes(), |range, action| match action {
         WriteAction::Allow => Ok(()),
         WriteAction::Ignore => match each(range)?.any(|msr| flags.insert(msr, "type=w,action=emu").is_some()) {
             true => Err("crosvm has one action for an MSR, and its reads have another"),

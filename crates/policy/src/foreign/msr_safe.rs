@@ -78,7 +78,7 @@ fn number(word: &str) -> Option<u64> {
 
 pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
     let mut listed: BTreeMap<Msr, u64> = BTreeMap::new();
-    let mut unsaid = unsayable(Op::Read, &map.reads, |range, action| match action {
+    let mut unsaid = unsayable(Op::Read, map.reads(), |range, action| match action {
         ReadAction::Deny => Ok(()),
         ReadAction::Allow => {
             listed.extend(each(range)?.map(|msr| (msr, 0)));
@@ -86,7 +86,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
         }
         _ => Err("msr-safe opens reads or does not"),
     });
-    unsaid.extend(unsayable(Op::Write, &map.writes, |range, action| {
+    unsaid.extend(unsayable(Op::Write, map.writes(), |range, action| {
         let mask = match action {
             WriteAction::Deny => return Ok(()),
             WriteAction::Allow => u64::MAX,

@@ -11,8 +11,8 @@ fn map(text: &str) -> DecisionMap {
 
 fn actions(map: &DecisionMap, msr: u32) -> (String, String) {
     (
-        map.reads.get(Msr(msr)).action.to_string(),
-        map.writes.get(Msr(msr)).action.to_string(),
+        map.reads().get(Msr(msr)).action.to_string(),
+        map.writes().get(Msr(msr)).action.to_string(),
     )
 }
 

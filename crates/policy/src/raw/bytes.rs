@@ -2,7 +2,6 @@
 
 use msrgate_core::abi::{self, Layout, MAX_RANGE_MSRS};
 
-use super::c::string;
 use super::{Given, RawError, RawFilter, RawRange, hex};
 
 /// Reads the structure, with the bitmaps behind it.
@@ -171,4 +170,51 @@ fn row(line: &str) -> Result<Option<Vec<u8>>, &'static str> {
         }
     }
     Ok(Some(bytes))
+}
+
+/// The bytes of a string literal behind its quote, and what follows the closing one. Escapes are C's, with at most two
+/// digits after `\x`, as dumps write them.
+pub(super) fn string(mut rest: &str) -> Option<(Vec<u8>, &str)> {
+    let mut bytes = Vec::new();
+    loop {
+        let c = rest.chars().next()?;
+        rest = rest.get(c.len_utf8()..)?;
+        match c {
+            '"' => return Some((bytes, rest)),
+            '\\' => {
+                let escape = rest.chars().next()?;
+                rest = rest.get(escape.len_utf8()..)?;
+                let digits = |rest: &str, radix, most| {
+                    let digits = rest
+                        .bytes()
+                        .take(most)
+                        .take_while(|byte| (*byte as char).is_digit(radix))
+                        .count();
+                    rest.split_at_checked(digits).map(|(digits, _)| digits.to_owned())
+                };
+                match escape {
+                    'x' => {
+                        let hex = digits(rest, 16, 2)?;
+                        rest = rest.get(hex.len()..)?;
+                        bytes.push(u8::from_str_radix(&hex, 16).ok()?);
+                    }
+                    '0'..='7' => {
+                        let octal = format!("{escape}{}", digits(rest, 8, 2)?);
+                        rest = rest.get(octal.len() - 1..)?;
+                        bytes.push(u8::try_from(u32::from_str_radix(&octal, 8).ok()?).ok()?);
+                    }
+                    'n' => bytes.push(b'\n'),
+                    't' => bytes.push(b'\t'),
+                    'r' => bytes.push(b'\r'),
+                    'a' => bytes.push(7),
+                    'b' => bytes.push(8),
+                    'v' => bytes.push(11),
+                    'f' => bytes.push(12),
+                    'e' => bytes.push(27),
+                    other => bytes.extend(other.to_string().bytes()),
+                }
+            }
+            other => bytes.extend(other.to_string().bytes()),
+        }
+    }
 }

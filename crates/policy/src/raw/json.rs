@@ -30,8 +30,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
     if !plan {
         return Ok(given);
     }
-    let map = map(object)?;
-    let filtered = with_passed_denied(&map, object)?;
+    let (map, presets) = map(object)?;
+    let filtered = with_passed_denied(&map, object)?.with_presets(&presets);
     let found = filtered.differences(&DecisionMap::of_filter(&given.filter), By::Verdicts);
     // No range covers the last MSR, so what the plan says of it the filter may not.
     let last = MsrRange::single(Msr::MAX);
@@ -44,6 +44,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
     }
     Ok(Given {
         plan: Some(map),
+        presets,
         ..given
     })
 }
@@ -128,17 +129,16 @@ fn with_passed_denied(map: &DecisionMap, object: &Object) -> Result<DecisionMap,
         }
     }
     let [reads, writes] = passed.map(|of| Intervals::first_match(false, of));
-    Ok(DecisionMap {
-        reads: map.reads.zip(&reads, |said, passed| match passed {
+    Ok(map
+        .clone()
+        .with_reads(map.reads().zip(&reads, |said, passed| match passed {
             true => Decision::of(ReadAction::Deny),
             false => said.clone(),
-        }),
-        writes: map.writes.zip(&writes, |said, passed| match passed {
+        }))
+        .with_writes(map.writes().zip(&writes, |said, passed| match passed {
             true => Decision::of(WriteAction::Deny),
             false => said.clone(),
-        }),
-        ..map.clone()
-    })
+        })))
 }
 
 fn range_of(action: &Object, at: &str) -> Result<MsrRange, RawError> {
@@ -150,8 +150,8 @@ fn range_of(action: &Object, at: &str) -> Result<MsrRange, RawError> {
     MsrRange::new(msr("first")?, msr("last")?).ok_or_else(|| RawError::new(format!("`{at}` ends before it begins")))
 }
 
-/// What a plan says of each access: its actions and presets, and `allow` for the rest.
-fn map(object: &Object) -> Result<DecisionMap, RawError> {
+/// What a plan says of each access: its actions and presets, and `allow` for the rest; and the presets.
+fn map(object: &Object) -> Result<(DecisionMap, Vec<Preset>), RawError> {
     let mut reads: Vec<(MsrRange, Decision<ReadAction>)> = Vec::new();
     let mut writes: Vec<(MsrRange, Decision<WriteAction>)> = Vec::new();
     let mut held = Vec::new();
@@ -187,15 +187,15 @@ fn map(object: &Object) -> Result<DecisionMap, RawError> {
     disjoint(&reads, Op::Read)?;
     disjoint(&writes, Op::Write)?;
     held.sort_unstable();
-    Ok(DecisionMap {
-        reads: Intervals::first_match(Decision::of(ReadAction::Allow), reads),
-        writes: Intervals::first_match(Decision::of(WriteAction::Allow), writes),
-        unknown: fallback(object, "unknown")?,
-        invalid: fallback(object, "invalid")?,
+    Ok((
+        DecisionMap::new(
+            Intervals::first_match(Decision::of(ReadAction::Allow), reads),
+            Intervals::first_match(Decision::of(WriteAction::Allow), writes),
+        )
+        .with_unknown(fallback(object, "unknown")?)
+        .with_invalid(fallback(object, "invalid")?),
         held,
-        spill: None,
-        profile: Vec::new(),
-    })
+    ))
 }
 
 fn decision<A>(action: A, rule: Option<u32>) -> Decision<A> {

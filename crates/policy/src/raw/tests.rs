@@ -62,12 +62,12 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
         ),
         (
             filter("0", &[range("0", "65", "1", &word)]),
-            "has 8 bytes, and the kernel copies 16",
+            "has 8 bytes, and 65 MSRs need 9",
             Some("EFAULT"),
         ),
         (
-            filter("0", &[range("0", "1", "1", "00")]),
-            "has 1 bytes, and the kernel copies 8",
+            filter("0", &[range("0", "9", "1", "00")]),
+            "has 1 bytes, and 9 MSRs need 2",
             Some("EFAULT"),
         ),
         (filter("0", &vec![good.clone(); 17]), "17 ranges", None),
@@ -77,6 +77,25 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
         assert_eq!(error.kernel_errno(), errno, "{text}: {error}");
     }
     assert!(read(filter("0", &vec![good; 16]).as_bytes()).is_ok());
+}
+
+#[test]
+fn a_bitmap_with_a_bit_for_each_msr_will_do_and_its_end_within_a_word_is_remarked() {
+    for (nmsrs, bitmap, copied) in [
+        (1, "fe", 8),
+        (8, "fe", 8),
+        (9, "fe00", 8),
+        (65, "feffffffffffffff00", 16),
+    ] {
+        let text = format!(r#"{{"flags":0,"ranges":[{{"base":16,"nmsrs":{nmsrs},"flags":3,"bitmap":"{bitmap}"}}]}}"#);
+        let given = read(text.as_bytes()).expect(&text);
+        let [remark] = given.remarks.as_slice() else {
+            panic!("{:?}", given.remarks)
+        };
+        assert!(remark.contains(&format!("the kernel copies {copied}")), "{remark}");
+        assert_eq!(verdict(&given.filter, 0x10, Op::Read), Verdict::Deny);
+        assert_eq!(given.filter.ranges()[0].bitmap().len() * 8, copied);
+    }
 }
 
 #[test]
@@ -187,6 +206,14 @@ struct kvm_msr_filter filter_allow = {
 };
 "#;
 
+/// Which MSRs below 0x200 a filter lets be read.
+fn open(text: &str) -> Vec<u32> {
+    assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+    let given = read(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
+    let open = |msr: &u32| verdict(&given.filter, *msr, Op::Read) == Verdict::Allow;
+    (0..0x200).filter(open).collect()
+}
+
 #[test]
 fn a_filter_in_c_is_read_as_people_write_it() {
     let filter = read(SELFTEST.as_bytes()).expect("a filter").filter;
@@ -197,170 +224,367 @@ fn a_filter_in_c_is_read_as_people_write_it() {
     // One filter in many ways: 0x10 and 0x13 may be read, all else may not.
     for text in [
         "{ .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = (__u8[8]){ 0x09 } } } }",
-        ".flags = KVM_MSR_FILTER_DEFAULT_DENY, .ranges[0] = { 1, 4, 16, (__u8 []){ 9, 0, 0, 0, 0, 0, 0, 0 } }",
-        "struct kvm_msr_filter f = { 1, { { 1, 2 + 2, 1 << 4, (uint8_t *)\"\\x09\\0\\0\\0\\0\\0\\0\" } } };",
-        "static const unsigned long long map[1] = { 1ULL << 3 | 1 };\n\
-         const struct kvm_msr_filter f = { .flags = 0x1, .ranges = { [0] = { .base = IA32_TIME_STAMP_COUNTER, \
-         .nmsrs = 4U, .flags = KVM_MSR_FILTER_READ, .bitmap = (void *)map } } };",
-        "uint8_t maps[2][8];\nvoid f(int vm) {\n struct kvm_msr_filter filter;\n memset(&filter, 0, sizeof(filter));\n\
-         maps[1][0] = 8;\n maps[1][0] |= 1;\n filter.flags = 1;\n filter.ranges[0].flags = 1;\n\
-         filter.ranges[0].nmsrs = 4;\n filter.ranges[0].base = 0x10;\n filter.ranges[0].bitmap = maps[1];\n\
-         ioctl(vm, KVM_X86_SET_MSR_FILTER, &filter);\n return;\n}",
-        "__u8 map[KVM_MSR_FILTER_MAX_BITMAP_SIZE] = { [0] = ~0xf6, [1 ... 7] = 0xff };\n\
-         struct kvm_msr_filter f = { .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = map } } };",
+        "{ KVM_MSR_FILTER_DEFAULT_DENY, { { 1, 4, 16, (const uint8_t []){ 8 | 1, 0 } }, { 0 }, } };",
+        "static const unsigned long long map[1] = { (0x8ULL | 1) };\n\
+         const struct kvm_msr_filter f = { .flags = 0x1, .ranges = { [3] = { .nmsrs = 4U, .base = IA32_TIME_STAMP_COUNTER, \
+         .bitmap = (void *)map } } };",
+        "#ifndef F_H\n#define F_H\n#define BASE (0x10)\nuint64_t one = 9;\nvoid f(int vm) {\n struct kvm_msr_filter filter = { 1,\n\
+         { { 1, 4, BASE, (__u8 *)(void *)&one } } };\n ioctl(vm, KVM_X86_SET_MSR_FILTER, &filter);\n return;\n}\n#endif",
+        "__u8 map[KVM_MSR_FILTER_MAX_BITMAP_SIZE] = { [0] = 011, [7] = 0b11111111 };\n\
+         kvm_msr_filter f{ .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = map } } };",
     ] {
-        let filter = read(text.as_bytes())
-            .unwrap_or_else(|error| panic!("{text}: {error}"))
-            .filter;
-        let open: Vec<u32> = (0..0x40)
-            .filter(|msr| verdict(&filter, *msr, Op::Read) == Verdict::Allow)
-            .collect();
-        assert_eq!(open, [0x10, 0x13], "{text}");
-        assert_eq!(verdict(&filter, 0x10, Op::Write), Verdict::Deny, "{text}");
+        let text = text.replace("{ .nmsrs = 4U", "{ .flags = 1, .nmsrs = 4U");
+        assert_eq!(open(&text), [0x10, 0x13], "{text}");
     }
 }
 
 #[test]
-fn c_beside_the_filter_does_not_matter() {
-    let text = r#"
+fn c_that_names_nothing_of_the_filter_does_not_matter() {
+    let text = r##"
         #include <stdio.h>
-        #define COUNT(x) (sizeof(x) * BITS_PER_BYTE)
-        enum { UNUSED };
-        static const unsigned char runs[] = { [0 ... 7] = 0xff, [8] = 017, [9 ... 15] = 'A' };
-        static uint64_t one[2] = { BIT_ULL(3) | GENMASK(1, 0), ~0ULL }, two = 1;
-        static const __u32 first = 0x174;
-        static const char *bits = "\x02\0\0\0\0\0\0";
-        static char *text = "a", letter = '\'';
-        static int helper(struct kvm_vm *vm, uint64_t *sum)
+        #define LOG(format, ...) fprintf(stderr, format, ##__VA_ARGS__) /* it's "#" */
+        #define EACH(i, n) \
+            for (i = 0; i < (n); i++) \
+                puts("{")
+        #ifdef DEBUG
+        int verbose = '"';
+        #else
+        double hz = 1.5e9, tau = .5e-3;
+        #endif
+        static uint64_t deny;
+        static int helper(struct kvm_msr_filter *given, struct kvm_vm *vm)
         {
-            int i, j = vm->count;
-            for (i = 0; i < j; i++)
-                *sum += i;
-            if (!sum) { return -1; } else printf("none\n");
-            i++;
-            switch (j) { case 5: break; default: i = 7; }
-            return sum ? 0 : helper(vm, &two2);
+            while (vm->flags) { given->flags = 1; }
+            return sizeof(struct kvm_msr_filter) ? 0 : helper(given, "\"}");
         }
-        struct kvm_msr_filter f __attribute__((unused)) = {
-            .ranges[2] = { .bitmap = (void *)(uintptr_t)&two, .base = 0x1a0, .nmsrs = sizeof(two) * 8, .flags = 0x3 },
-            .ranges[0] = { .nmsrs = 100, .bitmap = (__u8 *)runs, .flags = KVM_MSR_FILTER_READ, .base = (__u32)0x10 },
-            .ranges[1] = { 1, DIV_ROUND_UP(5, 2), first, "\x05\0\0\0" "\0\0\0" },
-            .ranges[3] = { 2, ARRAY_SIZE(one) * CHAR_BIT * sizeof(uint64_t), 0300, (__u8 *)one },
-            .ranges[4] = { 1, 2, 0x8a, (uint8_t *)bits },
-            .flags = KVM_MSR_FILTER_DEFAULT_DENY,
-        };
-    "#;
-    let filter = read(text.as_bytes()).expect("a filter").filter;
-    for (msr, op, allowed) in [
-        (0x10, Op::Read, true),
-        (0x53, Op::Read, true),
-        (0x54, Op::Read, false),
-        (0x58, Op::Read, true),
-        (0x174, Op::Read, true),
-        (0x175, Op::Read, false),
-        (0x176, Op::Read, true),
-        (0x1a0, Op::Write, true),
-        (0x1a1, Op::Write, false),
-        (0x8a, Op::Read, false),
-        (0x8b, Op::Read, true),
-        (0xc0 + 3, Op::Write, true),
-        (0xc0 + 4, Op::Write, false),
-        (0xc0 + 64, Op::Write, true),
+        static const struct kvm_msr_filter wanted = { .ranges = { { 1, 1, 0x10, (__u8 *)&deny } } };
+        int main(void) { int ret; if (ioctl(vm->fd, KVM_X86_SET_MSR_FILTER, &wanted) < 0) return 1;
+            ret = vm_ioctl(vm, KVM_X86_SET_MSR_FILTER, &wanted); return ret; }
+    "##;
+    let all_but_one: Vec<u32> = (0..0x200).filter(|msr| *msr != 0x10).collect();
+    assert_eq!(open(text), all_but_one);
+}
+
+/// What the C interpreter before this reader was silently wrong on, or refused without need.
+#[test]
+fn c_whose_filter_is_not_what_its_initialiser_says_is_refused_with_the_line() {
+    let filter = "struct kvm_msr_filter f = { .ranges = { { 3, 1, 0x10, bits } } };";
+    let with = |before: &str, after: &str| format!("static __u8 bits[8] = {{ 1 }};\n{before}\n{filter}\n{after}");
+    for (text, line) in [
+        // A macro changes a bitmap, or the filter.
+        (
+            with(
+                "#define ALLOW(n) bits[(n) / 8] |= 1 << ((n) % 8)",
+                "int main(void) { ALLOW(4); }",
+            ),
+            2,
+        ),
+        (
+            with("#define DENY(i) f.ranges[i].nmsrs = 1", "int main(void) { DENY(0); }"),
+            2,
+        ),
+        (
+            with("#define OF(a, b) a##b[0]", "int main(void) { OF(bi, ts) = 0; }"),
+            2,
+        ),
+        (with("#define KVM_MSR bits", "int main(void) { KVM_MSR[0] = 0; }"), 2),
+        (
+            with(
+                "#define SET(x) ioctl(vm, KVM_X86_SET_MSR_FILTER, x)",
+                "int main(void) { SET(g()); }",
+            ),
+            2,
+        ),
+        (
+            with("#define FILTER(x) struct kvm_msr_filter x = { 1 }", "FILTER(g);"),
+            2,
+        ),
+        // Names are their function's.
+        (with("", "void dirty_log(int fd) { __u8 bits[8] = { 0xff }; }"), 4),
+        (with("", "void g(struct poll *f) { while (f) f = f->next; }"), 4),
+        (
+            "void intel(int vm) { struct kvm_msr_filter filter; filter.flags = 0; }\n\
+             void amd(int vm) { struct kvm_msr_filter filter; filter.flags = 0; }"
+                .to_owned(),
+            2,
+        ),
+        (
+            with(
+                "",
+                "void clear(int vm) { struct kvm_msr_filter g; memset(&g, 0, sizeof(g)); }",
+            ),
+            4,
+        ),
+        (with("", "struct kvm_msr_filter g = { 1 };"), 4),
+        (with("", "void g(void) { set(&(struct kvm_msr_filter){ 1 }); }"), 4),
+        (
+            with(
+                "",
+                "void g(struct kvm_msr_filter *g) { ioctl(vm, KVM_X86_SET_MSR_FILTER, g); }",
+            ),
+            4,
+        ),
+        (with("", "void g(void) { prepare(vm, KVM_X86_SET_MSR_FILTER, &f); }"), 4),
+        (
+            with(
+                "int ioctl(int vm, int call, struct kvm_msr_filter *filter) { filter->flags = 1; }",
+                "",
+            ),
+            2,
+        ),
+        // Assignments after C++'s braces.
+        (
+            "uint64_t bits = 1;\nkvm_msr_filter f{ .flags = 0 };\nf.ranges[0].nmsrs = 1;".to_owned(),
+            3,
+        ),
+        (with("", "void g(void) { bits[0] = 0xff; }"), 4),
+        (with("", "void g(void) { fill(&f); }"), 4),
+        // What is not in the text, and what may not hold.
+        (
+            format!("static __u8 bits[8] = {{\n#include \"bits.inc\"\n}};\n{filter}"),
+            2,
+        ),
+        (
+            "struct kvm_msr_filter f = { .ranges = {\n#ifndef NESTED\n { 3, 1, 1, 0 },\n#endif\n} };".to_owned(),
+            2,
+        ),
+        (format!("static __u8 bits[8];\n#if X\n{filter}\n#endif"), 3),
+        (
+            format!("#ifndef X\nstatic __u8 bits[8];\n#else\nstatic __u8 other[8] = {{ 1 }};\n#endif\n{filter}"),
+            2,
+        ),
+        (
+            format!("#ifndef X\n#define X\n#endif\n#if 0\nstatic __u8 bits[8];\n{filter}\n#endif"),
+            5,
+        ),
+        (
+            format!("#ifndef X\n#define X\n#else\nstatic __u8 bits[8];\n{filter}\n#endif"),
+            4,
+        ),
+        (
+            "#ifdef X\n#define N 1\n#endif\nstruct kvm_msr_filter f = { .flags = N };".to_owned(),
+            4,
+        ),
+        (
+            "#define N 1\n#undef N\nstruct kvm_msr_filter f = { .flags = N };".to_owned(),
+            2,
+        ),
+        (
+            "#define N 1\n#define N 0\nstruct kvm_msr_filter f = { .flags = N };".to_owned(),
+            3,
+        ),
+        (
+            "#define N 0 | M\nstruct kvm_msr_filter f = { .flags = N };".to_owned(),
+            2,
+        ),
+        (
+            "enum { MSR_EFER = 1 };\nstruct kvm_msr_filter f = { .ranges = { { 3, 1, MSR_EFER, 0 } } };".to_owned(),
+            1,
+        ),
+        (with("typedef unsigned char __u8;", ""), 2),
+        (format!("#define __u8 short\nstatic __u8 bits[8];\n{filter}"), 2),
+        (
+            format!("static __u8 bits[8];\n#define kvm_msr_filter other\n{filter}"),
+            2,
+        ),
+        (
+            "#define flags other\nstruct kvm_msr_filter f = { .flags = 1 };".to_owned(),
+            2,
+        ),
+        // What is unknown, and not what stands before it.
+        (
+            "void wait_for(int fd) { struct poll p; while (poll_it(fd)) { p.flags = 0; } }\n__u64 deny = 0;\n\
+             struct kvm_msr_filter f = { .flags = 0, .ranges = { { .flags = KVM_MSR_FILTER_READ,\n\
+             .nmsrs = 1, .base = MSR_OURS, .bitmap = (__u8 *)&deny } } };"
+                .to_owned(),
+            4,
+        ),
+        // Linux and the manual mean different MSRs.
+        (
+            "struct kvm_msr_filter f = { .ranges = {\n{ 3, 1, MSR_IA32_PMC0, 0 } } };".to_owned(),
+            2,
+        ),
+        // What a compiler takes for something else.
+        (with("// ask \\", ""), 2),
+        (with("const char *text = R\"(\";)\";", ""), 2),
+        (with("%:define bits other", ""), 2),
+        (with("/* what *\\\n/ bits[0] = 0; /* */", ""), 2),
+        (with("int b\\\nits;", ""), 2),
     ] {
-        assert_eq!(verdict(&filter, msr, op) == Verdict::Allow, allowed, "{msr:#x} {op}");
+        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        let error = read(text.as_bytes()).expect_err(&text);
+        assert_eq!(error.line(), Some(line), "{text}: {error}");
+        assert!(
+            error.to_string().contains("print any other filter in gdb"),
+            "{text}: {error}"
+        );
     }
 }
 
 #[test]
-fn c_that_is_not_understood_or_that_the_kernel_refuses_is_told_with_its_line() {
+fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_line() {
     let range = "{ .flags = 3, .nmsrs = 9, .base = 0, .bitmap = b }";
+    let with =
+        |bitmap: &str, range: &str| format!("{bitmap};\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};");
+    let flags = |flags: &str| format!("struct kvm_msr_filter f = {{\n .flags = {flags} }};");
     for (text, what) in [
+        (with("uint8_t b[1] = { 0 }", range), "has 1 bytes, and 9 MSRs need 2"),
+        (with("", "{ 1, 1, 1, NULL }"), "EFAULT"),
+        (flags("4"), "flags 0x4"),
         (
-            format!("uint8_t b[2];\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
-            "EFAULT",
+            with("static u64 b[1]", &format!("[16] = {range}")),
+            "line 2: this list has room for 16",
         ),
         (
-            format!("uint8_t b = 0;\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};"),
-            "has 1 bytes",
+            with("static u64 b[1]", &format!("[1] = {range}, [0] = {range}")),
+            "line 2: an index leads back",
         ),
-        ("struct kvm_msr_filter f = { .flags = 4 };".to_owned(), "flags 0x4"),
+        (with("static u64 b", range), "`b` is no array"),
+        (with("static u64 *b = x", range), "`b` is no array"),
+        (with("u64 b[2]", range), "`b` has no initialiser"),
+        (with("static u64 b[2], c", range), "`;` is missing"),
+        (with("static u64 b[2][2]", range), "`;` is missing"),
+        (with("static bool b[2] = { 1 }", range), "`bool` is not known"),
+        (with("u8 b[1] = { 1, 2 }", range), "line 1: this list has room for 1"),
         (
-            format!("u64 b;\nstruct kvm_msr_filter f = {{ .ranges = {{ [16] = {range} }} }};"),
-            "17 ranges",
+            with("u8 b[2] = { 0x100 }", range),
+            "line 1: `0x100` is not known as a number of at most 0xff",
         ),
+        (with("u8 b[2] = { 1 << 3 }", range), "line 1: `}` is missing"),
+        (with("u8 b[2] = { ~1 }", range), "line 1: `~` is not known"),
+        (with("u8 b[2] = \"\\x01\"", range), "line 1: `{` is missing"),
+        (
+            with("u8 b[0xffffffff] = { 1 }", range),
+            "line 1: `0xffffffff` is not known as a number of at most",
+        ),
+        (with("", "{ 1, 1, 1, p }"), "line 2: `p` is no array"),
+        (with("u8 b[8] = { 1 }", "{ 1, 1, 1, b + 1 }"), "line 2: `}` is missing"),
+        (with("", "{ 1, 1, 1, 0, 0 }"), "a range has four fields"),
+        (
+            with("", "{ .nmsrs = 1, .flags = 1 }"),
+            "`flags` is no field that may stand here",
+        ),
+        (
+            with("", "{ .nmsrs = 1, .nmsrs = 1 }"),
+            "`nmsrs` is no field that may stand here",
+        ),
+        (with("", "{ flags: 1 }"), "`flags` is not known as a number"),
         (
             "struct kvm_msr_filter f = {\n .flag = 1 };".to_owned(),
-            "line 2: a filter has no field `flag`",
+            "line 2: `flag` is no field",
         ),
-        (
-            "struct kvm_msr_filter f = {\n .flags = MSR_NOBODY };".to_owned(),
-            "line 2: `MSR_NOBODY` is not known",
-        ),
+        (flags("MSR_NOBODY"), "line 2: `MSR_NOBODY` is not known"),
+        (flags("msr_efer"), "line 2: `msr_efer` is not known"),
+        (flags("0x1_0"), "line 2: `0x1_0` is not known"),
+        (flags("08"), "line 2: `08` is not known"),
+        (flags("'a'"), "line 2: `'a'` is not known"),
+        (flags("0x100000000"), "at most 0xffffffff"),
+        (flags(&"(".repeat(5000)), "too deep"),
         ("struct kvm_msr_filter f = { .flags = 1".to_owned(), "`}` is missing"),
         (
             "struct kvm_msr_filter a = { 0 }, b = { 0 };".to_owned(),
-            "one declaration",
+            "`;` is missing",
+        ),
+        (
+            "struct kvm_msr_filter f[2] = { { 0 } };".to_owned(),
+            "line 1: `{` is missing",
+        ),
+        ("struct kvm_msr_filter f = g();".to_owned(), "line 1: `{` is missing"),
+        (
+            "struct kvm_msr_filter f;\nf.flags = 1;".to_owned(),
+            "line 1: `{` is missing",
+        ),
+        (
+            "// kvm_msr_filter\nint x;".to_owned(),
+            "nothing here is a `struct kvm_msr_filter`",
+        ),
+        (
+            "// f\nvoid g(struct kvm_msr_filter *f) { f->flags = 1; }".to_owned(),
+            "line 2: no variable",
         ),
         (
             "struct kvm_msr_filter a = { 0 };\nstruct kvm_msr_filter b = { 0 };".to_owned(),
-            "several filters: a, b",
+            "line 2: here are several filters, `a` in line 1, `b` in line 2",
         ),
-        (
-            format!("u64 b;\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};\nvoid g(void) {{ fill(b); }}"),
-            "line 3: what `fill` does to `b`",
-        ),
-        (
-            "struct kvm_msr_filter f = { 0 };\nstruct kvm_msr_filter *g = &f;\nif (x) g->flags = 1;".to_owned(),
-            "line 3: `if`",
-        ),
-        (
-            "u8 b[1] = { 1, 2 };\nstruct kvm_msr_filter f = { .flags = sizeof(b) };".to_owned(),
-            "line 1: more is put",
-        ),
-        (
-            "int n = 1; if (x) n = 0; struct kvm_msr_filter f = { .flags = n };".to_owned(),
-            "line 1: `if`",
-        ),
-        (
-            "struct kvm_msr_filter f = { 0 };\nif (x) x = 0; else\nf.flags = 1;".to_owned(),
-            "line 2: `else`",
-        ),
-        (
-            "struct kvm_msr_filter f = { 0 };\nout: f.flags = 1;".to_owned(),
-            "line 2",
-        ),
-        (
-            "struct kvm_msr_filter f = { .flags = 3 - };\nstruct kvm_msr_filter g = { 0 };".to_owned(),
-            "a number is missing",
-        ),
-        (
-            "struct kvm_msr_filter f;\nvoid g(void) { for (;;) f.flags = 1; }".to_owned(),
-            "line 2: `for`",
-        ),
-        (
-            "#if X\nstruct kvm_msr_filter f = { 0 };\n#endif".to_owned(),
-            "line 1: `#if`",
-        ),
-        ("// kvm_msr_filter\nint x;".to_owned(), "nothing here sets"),
-        (
-            "struct kvm_msr_filter f = { .ranges = { { 1, 1, 1, p } } };".to_owned(),
-            "the bitmap `p` is not here",
-        ),
-        (
-            format!("struct kvm_msr_filter f = {{ .flags = {} }};", "(".repeat(5000)),
-            "too deep",
-        ),
-        (
-            "u8 b[0xffffffff]; struct kvm_msr_filter f = { .ranges = { { 1, 1, 1, b } } };".to_owned(),
-            "too large",
-        ),
-        (
-            "#define A A\nstruct kvm_msr_filter f = { .flags = A };".to_owned(),
-            "too deep",
-        ),
+        ("{ .flags = 0 };\nf.flags = 1;".to_owned(), "line 2: the text goes on"),
+        ("/* */ struct kvm_msr_filter f = { 0 }; /*".to_owned(), "does not end"),
     ] {
         assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
         assert!(refused(&text).contains(what), "{text}: {}", refused(&text));
+    }
+}
+
+#[test]
+fn what_gdb_prints_of_a_filter_is_read_as_far_as_it_shows_the_bitmaps() {
+    let print = |nmsrs: u32, bitmap: &str| {
+        format!(
+            "$1 = {{flags = 1, ranges = {{{{flags = 1, nmsrs = {nmsrs}, base = 0x10, bitmap = {bitmap}}}, {{flags = 0, nmsrs = 0, \
+             base = 0, bitmap = 0x0}} <repeats 15 times>}}}}\n"
+        )
+    };
+    for (nmsrs, bitmap, msrs) in [
+        (4, "0x555555558040 <bits> \"\\t\"", &[0x10, 0x13][..]),
+        (16, "0x7ffe00000010 \"\\001\"", &[0x10]),
+        (12, "0x55 <a+8> \"\\t\\b\\377\"...", &[0x10, 0x13, 0x1b]),
+        (
+            24,
+            "0x55 '\\001' <repeats 11 times>, \"\\\"\\002\"...",
+            &[0x10, 0x18, 0x20],
+        ),
+        (8, "0x55 \"\"", &[]),
+    ] {
+        let text = print(nmsrs, bitmap);
+        assert_eq!(open(&text), msrs, "{text}");
+        assert_eq!(
+            open(text.trim_start_matches("$1 = ").replace(", ", ",\n    ").as_str()),
+            msrs,
+            "{text}"
+        );
+    }
+    for (nmsrs, bitmap, what) in [
+        (17, "0x55 <bits> \"\\001\"", "gdb shows 2 of the bitmap's 3 bytes"),
+        (9, "0x55 <bits> \"\\001\"...", "gdb shows 1 of the bitmap's 2 bytes"),
+        (1, "0x55", "gdb shows 0 of"),
+        (
+            1,
+            "0x55 <error: Cannot access memory at address 0x55>",
+            "gdb shows 0 of",
+        ),
+        (8, "0x55 <bits> \"é\"", "set charset ASCII"),
+        (8, "0x55 <bits> <incomplete sequence \\303>", "set charset ASCII"),
+        (
+            8,
+            "0x55 <bits> \"\\001\", <incomplete sequence \\303>",
+            "set charset ASCII",
+        ),
+        (
+            8,
+            "0x55 <bits> \"\\001\"<error: Cannot access memory at address 0x56>",
+            "is missing",
+        ),
+        (
+            8,
+            "0x0}, {flags = 0, nmsrs = 0, base = 0, bitmap = 0x0...",
+            "gdb shows 0 of",
+        ),
+    ] {
+        let error = refused(&print(nmsrs, bitmap));
+        assert!(error.contains("line 1") && error.contains(what), "{bitmap}: {error}");
+    }
+    let empty = print(0, "0x55 <bits> <error: Cannot access memory at address 0x55>");
+    assert!(refused(&empty).contains("EINVAL"), "{}", refused(&empty));
+    for text in [
+        "$1 = (struct kvm_msr_filter *) 0x555555558040 <f>".to_owned(),
+        "$1 = {flags = 0, ranges = {...}}".to_owned(),
+        "$1 = {flags = KVM_MSR_FILTER_READ, ranges = {}}".to_owned(),
+        print(1, "0x55 \"\"") + "$2 = 1",
+    ] {
+        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        assert!(
+            refused(&text).contains("only a literal initialiser is read"),
+            "{text}: {}",
+            refused(&text)
+        );
     }
 }
 

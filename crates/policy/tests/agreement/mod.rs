@@ -10,8 +10,8 @@ use msrgate_policy::Policy;
 /// Every MSR at which a policy, its map or its plan may change its mind, and the MSRs beside it.
 fn boundaries(policy: &Policy, map: &DecisionMap, plan: Option<&Plan>) -> BTreeSet<Msr> {
     let rules = policy.rules.iter().flat_map(|rule| rule.ranges());
-    let reads = map.reads.iter().map(|(range, _)| range);
-    let writes = map.writes.iter().map(|(range, _)| range);
+    let reads = map.reads().iter().map(|(range, _)| range);
+    let writes = map.writes().iter().map(|(range, _)| range);
     let slots = plan.into_iter().flat_map(|plan| plan.filter().ranges());
     let slots = slots.filter_map(|range| range.span());
     let ranges = rules.chain(reads).chain(writes).chain(slots);
@@ -27,7 +27,7 @@ fn boundaries(policy: &Policy, map: &DecisionMap, plan: Option<&Plan>) -> BTreeS
 /// That the map is what the oracle says, and the plan, where there is one, what the map says.
 pub(crate) fn assert_agreement(policy: &Policy, cpuid: Option<&Cpuid>, map: &DecisionMap, plan: Option<&Plan>) {
     for msr in boundaries(policy, map, plan) {
-        let (read, write) = (map.reads.get(msr), map.writes.get(msr));
+        let (read, write) = (map.reads().get(msr), map.writes().get(msr));
         let said = policy.read(msr, cpuid).expect("a CPUID where one is needed");
         assert_eq!(said, (read.action.clone(), read.rule), "rdmsr {msr}");
         let said = policy.write(msr, cpuid).expect("a CPUID where one is needed");

@@ -101,18 +101,18 @@ impl Supervisor {
     fn resolve(&mut self, tag: u64, leaves: Vec<Leaf>) -> Result<Arc<Policy>, Refusal> {
         let resolve = self.setup.resolve.as_ref();
         let resolve = resolve.ok_or_else(|| Refusal::Line("the policy does not depend on it".to_owned()))?;
-        let map = resolve(leaves).map_err(Refusal::Line)?;
+        let (map, options) = resolve(leaves).map_err(Refusal::Line)?;
         // The same policy is one, so that its table is too.
         let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get(&vcpu.vm));
         let known = self.tables.iter().map(|(policy, _)| policy);
         let known = known
             .chain(vm.map(|vm| &vm.state.policy))
-            .find(|policy| policy.is(&map));
+            .find(|policy| policy.is(&map, &options));
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
         // A preset would come too late.
-        let policy = Policy::new(map.holding(Vec::new()), self.setup.mode);
+        let policy = Policy::new(map, options.holding(Vec::new()), self.setup.mode);
         let policy = Arc::new(policy.map_err(|error| Refusal::Line(error.to_string()))?);
         self.open_host_msrs(&policy)?;
         Ok(policy)

@@ -189,8 +189,8 @@ fn seen(summary: &Summary, range: MsrRange, op: Op, otherwise: &str) -> String {
 /// Which rules of a policy decide a range.
 fn rules(policy: &Policy, map: &DecisionMap, range: MsrRange, op: Op) -> String {
     let mut numbers: Vec<Option<u32>> = match op {
-        Op::Read => map.reads.within(range).map(|(_, decision)| decision.rule).collect(),
-        Op::Write => map.writes.within(range).map(|(_, decision)| decision.rule).collect(),
+        Op::Read => map.reads().within(range).map(|(_, decision)| decision.rule).collect(),
+        Op::Write => map.writes().within(range).map(|(_, decision)| decision.rule).collect(),
     };
     numbers.sort_unstable();
     numbers.dedup();

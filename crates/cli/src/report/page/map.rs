@@ -38,8 +38,8 @@ impl Decided {
         let map = &told.policy.as_ref()?.map;
         let kind = |action: &str| Did::from_name(action).map_or(Kind::Faulted, Kind::of);
         Some(Decided {
-            reads: map.reads.map(|decision| kind(decision.action.name())),
-            writes: map.writes.map(|decision| kind(decision.action.name())),
+            reads: map.reads().map(|decision| kind(decision.action.name())),
+            writes: map.writes().map(|decision| kind(decision.action.name())),
         })
     }
 

@@ -89,11 +89,10 @@ fn decisions(map: &Map) -> DecisionMap {
         true => (ReadAction::Allow, WriteAction::Allow),
         false => (ReadAction::Deny, WriteAction::Deny),
     };
-    DecisionMap {
-        reads: map.map(|(read, _)| Decision::of(actions(*read).0)),
-        writes: map.map(|(_, write)| Decision::of(actions(*write).1)),
-        ..DecisionMap::allow_all()
-    }
+    DecisionMap::new(
+        map.map(|(read, _)| Decision::of(actions(*read).0)),
+        map.map(|(_, write)| Decision::of(actions(*write).1)),
+    )
 }
 
 /// A map of stretches that lie near each other, near a range's length from each other, or where the MSRs are.

@@ -1,18 +1,15 @@
 //! A live VM and the engine's, which get the same calls and the same accesses.
 
-use std::fmt;
-use std::io;
-
 use msrgate_core::{Access, Exit, Fault, Msr, MsrRange, Op, Outcome, ReadOutcome, WriteOutcome};
-use msrgate_engine::{Caller as EngineCaller, Descriptor, Fault as Unreadable, Path, Process};
+use msrgate_engine::{Path, Process};
 use msrgate_guest::raw::{Arena, Caller};
 
-use super::call::{Call, PAGES};
-use super::engine::Engine;
-use super::host::Host;
-use super::live::{Got, Live, Machine};
-use super::twin::Twin;
-use crate::exit::{Exit as ExitCode, Failure};
+use crate::VerifyError;
+use crate::case::{Call, CallResult, Descriptor, PAGES};
+use crate::engine::Engine;
+use crate::live::{AccessResult, Live};
+use crate::unfiltered::Unfiltered;
+use crate::{Kernel, Machine};
 
 /// MSRs that the guest does not write where the kernel would carry the write out, and why. All others get back what
 /// they hold.
@@ -35,41 +32,20 @@ const LEFT_ALONE: [(MsrRange, &str); 6] = [
 ];
 
 /// Whether the guest leaves the MSR alone where its write would be carried out.
-pub(super) fn left_alone(msr: Msr) -> bool {
+pub(crate) fn left_alone(msr: Msr) -> bool {
     LEFT_ALONE.iter().any(|(range, _)| range.contains(msr))
-}
-
-/// An error number, 0 for none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Gives(pub(super) i32);
-
-/// As a case file writes it.
-impl fmt::Display for Gives {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.0 {
-            0 => "ok",
-            4 => "EINTR",
-            5 => "EIO",
-            12 => "ENOMEM",
-            14 => "EFAULT",
-            22 => "EINVAL",
-            25 => "ENOTTY",
-            number => return write!(f, "error {number}"),
-        };
-        f.pad(name)
-    }
 }
 
 /// What the live kernel and the engine made of the same thing.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Both<T> {
-    pub(super) live: T,
-    pub(super) engine: T,
+pub(crate) struct Both<T> {
+    pub(crate) live: T,
+    pub(crate) engine: T,
 }
 
 /// How the two relate.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Relation {
+pub(crate) enum Relation {
     Same,
     /// A write of TSC_DEADLINE that the kernel's fast path carries out without asking the filter.
     Bypass,
@@ -78,16 +54,16 @@ pub(super) enum Relation {
 
 /// An access that both made.
 #[derive(Clone, Debug)]
-pub(super) struct Compared {
-    pub(super) access: Access,
-    pub(super) got: Both<Got>,
-    pub(super) relation: Relation,
+pub(crate) struct Compared {
+    pub(crate) access: Access,
+    pub(crate) got: Both<AccessResult>,
+    pub(crate) relation: Relation,
 }
 
 /// Two VMs in step.
-pub(super) struct Pair<'a> {
-    host: &'a Host,
-    twin: &'a mut Twin,
+pub(crate) struct Pair<'a> {
+    kernel: &'a Kernel,
+    unfiltered: &'a mut Unfiltered,
     arena: Arena,
     live: Live,
     engine: Engine,
@@ -97,71 +73,56 @@ pub(super) struct Pair<'a> {
 }
 
 impl<'a> Pair<'a> {
-    pub(super) fn new(machine: &Machine, host: &'a Host, twin: &'a mut Twin) -> Result<Pair<'a>, Failure> {
-        let failed = |error: io::Error| Failure::Line(ExitCode::Machine, format!("setting a VM up failed: {error}"));
+    pub(crate) fn new(machine: &'a Machine, unfiltered: &'a mut Unfiltered) -> Result<Pair<'a>, VerifyError> {
         let mut guest = machine.guest(1)?;
-        let vm = Caller::of(guest.vm()).map_err(failed)?;
-        let vcpu = guest.vcpu(0).map_err(|error| super::guest_failed(&error))?;
+        let vm = Caller::of(guest.vm())?;
+        let vcpu = guest.vcpu(0)?;
         Ok(Pair {
-            host,
-            twin,
-            arena: Arena::new(PAGES).map_err(failed)?,
+            kernel: &machine.kernel,
+            unfiltered,
+            arena: Arena::new(PAGES)?,
             vm,
-            vcpu: Caller::of(vcpu.fd()).map_err(failed)?,
-            system: Caller::of(machine.kvm()).map_err(failed)?,
+            vcpu: Caller::of(vcpu.fd())?,
+            system: Caller::of(machine.kvm())?,
             live: Live::new(guest),
-            engine: Engine::new(host.profile),
+            engine: Engine::new(machine.kernel.profile()),
         })
     }
 
     /// Makes the call on both.
-    pub(super) fn call(&mut self, call: &Call) -> Both<Gives> {
-        let (request, argp) = call.place(&mut self.arena);
+    pub(crate) fn call(&mut self, call: &Call) -> Both<CallResult> {
+        let (request, argp) = call.place(Process::Native, &mut self.arena);
         let caller = match call.on {
-            Descriptor::Vm => &self.vm,
+            Descriptor::Vm | Descriptor::AnotherProcess => &self.vm,
             Descriptor::Vcpu => &self.vcpu,
             Descriptor::System => &self.system,
         };
-        let live = match caller.call(request, argp) {
-            Ok(()) => 0,
-            Err(error) => error.raw_os_error().unwrap_or(-1),
-        };
-        let memory = |address: u64, to: &mut [u8]| match self.arena.read(address, to) {
-            true => Ok(()),
-            false => Err(Unreadable),
-        };
-        let caller = EngineCaller {
-            process: Process::Native,
-            descriptor: call.on,
-        };
-        let engine = match self.engine.vm.ioctl(request.number(), argp, &memory, caller) {
-            Ok(_) => 0,
-            Err(errno) => errno as i32,
-        };
+        let live = CallResult::from(caller.call(request, argp));
+        let engine = call.on_engine(&self.engine.vm, Process::Native, (request, argp), &self.arena);
         Both {
-            live: Gives(live),
-            engine: Gives(engine),
+            live,
+            engine: engine.unwrap_or(live),
         }
     }
 
     /// The value that an access is to have. A write gets what the MSR holds where the engine's filter allows it, `other`
     /// where it does not; `None` where the MSR is to be left alone.
-    pub(super) fn value(&mut self, msr: Msr, op: Op, other: u64) -> Option<u64> {
+    pub(crate) fn value(&mut self, msr: Msr, op: Op, other: u64) -> Option<u64> {
         match (op, self.engine.allows(msr, op)) {
             (Op::Read, _) => Some(0),
             (Op::Write, false) => Some(other),
             (Op::Write, true) if left_alone(msr) => None,
-            (Op::Write, true) => Some(self.twin.value(msr)),
+            (Op::Write, true) => Some(self.unfiltered.value(msr)),
         }
     }
 
     /// Makes the accesses on both; those that neither can be asked for are left out.
-    pub(super) fn accesses(&mut self, accesses: &[Access]) -> Result<Vec<Compared>, Failure> {
+    pub(crate) fn accesses(&mut self, accesses: &[Access]) -> Result<Vec<Compared>, VerifyError> {
         let mut made = Vec::with_capacity(accesses.len());
         let mut expected = Vec::with_capacity(accesses.len());
-        let answer = &mut |exit: Exit, _: &mut Twin| (answer(exit.access), None);
+        let answer = &mut |exit: Exit, _: &mut Unfiltered| (answer(exit.access), None);
         for access in accesses {
-            if let Some(got) = self.engine.access(*access, Path::VmExit, self.twin, answer) {
+            if let Some(got) = self.engine.access(*access, Path::VmExit, self.unfiltered, answer) {
                 made.push(*access);
                 expected.push(got);
             }
@@ -172,9 +133,9 @@ impl<'a> Pair<'a> {
         let mut all = Vec::with_capacity(made.len());
         for ((access, live), engine) in made.into_iter().zip(seen).zip(expected) {
             let got = Both { live, engine };
-            let relation = relation(&got, access, self.twin, |twin| {
-                let vendor = self.host.fastpath(access)?;
-                self.engine.access(access, Path::Fastpath(vendor), twin, answer)
+            let relation = relation(&got, access, self.unfiltered, |unfiltered| {
+                let vendor = self.kernel.fastpath(access)?;
+                self.engine.access(access, Path::Fastpath(vendor), unfiltered, answer)
             });
             all.push(Compared { access, got, relation });
         }
@@ -184,33 +145,33 @@ impl<'a> Pair<'a> {
 
 /// How two results of an access relate. `bypassed` says what the engine makes of it on the kernel's fast path, if there
 /// is one.
-pub(super) fn relation(
-    got: &Both<Got>,
+pub(crate) fn relation(
+    got: &Both<AccessResult>,
     access: Access,
-    twin: &mut Twin,
-    bypassed: impl FnOnce(&mut Twin) -> Option<Got>,
+    unfiltered: &mut Unfiltered,
+    bypassed: impl FnOnce(&mut Unfiltered) -> Option<AccessResult>,
 ) -> Relation {
     let Both { live, engine } = got;
     if live == engine {
         return Relation::Same;
     }
     let values = matches!((live.sees, engine.sees), (Outcome::Value(_), Outcome::Value(_)));
-    let same_but_value = Got {
+    let same_but_value = AccessResult {
         sees: engine.sees,
         ..live.clone()
     } == *engine;
     // Values that the kernel gives; those that user space gives are fixed.
-    if values && same_but_value && live.reason == 0 && twin.moves(access.msr()) {
+    if values && same_but_value && live.reason == 0 && unfiltered.moves(access.msr()) {
         return Relation::Same;
     }
-    match bypassed(twin) {
+    match bypassed(unfiltered) {
         Some(bypassed) if bypassed == *live => Relation::Bypass,
         _ => Relation::Differ,
     }
 }
 
 /// What user space answers where no policy says so: something that each access has for its own.
-pub(super) fn answer(access: Access) -> Outcome {
+pub(crate) fn answer(access: Access) -> Outcome {
     match access {
         Access::Read { msr } => read(msr).into(),
         Access::Write { msr, .. } => write(msr).into(),

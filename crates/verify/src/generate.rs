@@ -2,10 +2,10 @@
 
 use msrgate_core::abi::{CAP_X86_MSR_FILTER, MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Access, Msr, Op};
-use msrgate_engine::Descriptor;
+use msrgate_engine::Process;
 
-use super::call::{Call, Place, RawFilter, RawRange, Target};
-use super::rng::Rng;
+use crate::case::{Call, Descriptor, Place, RawFilter, RawRange, Target};
+use crate::rng::Rng;
 
 /// Where ranges like to start: MSRs that exist, edges of the hardware's bitmaps, of x2APIC, and of all indices.
 const BASES: [u32; 40] = [
@@ -74,19 +74,19 @@ const ODD: [u32; 18] = [
 ];
 
 /// A call: mostly a filter, now and then a mask.
-pub(super) fn call(rng: &mut Rng) -> Call {
+pub(crate) fn call(rng: &mut Rng) -> Call {
     if rng.chance(5) { cap(rng) } else { filter(rng) }
 }
 
 /// A mask that is accepted and hands denials to user space more often than not.
-pub(super) fn mask(rng: &mut Rng) -> Call {
+pub(crate) fn mask(rng: &mut Rng) -> Call {
     let mask = if rng.chance(80) { 4 | rng.below(4) } else { rng.below(8) };
-    Call::mask(mask, Place::Mapped)
+    Call::enable_cap(mask)
 }
 
 fn cap(rng: &mut Rng) -> Call {
     let mut call = mask(rng);
-    if let Target::Cap { cap, flags, args } = &mut call.target {
+    if let Target::EnableCap { cap, flags, args } = &mut call.target {
         let [mask, more @ ..] = args;
         match rng.below(8) {
             0 => *mask |= 1 << rng.below(64),
@@ -107,10 +107,11 @@ fn cap(rng: &mut Rng) -> Call {
 fn filter(rng: &mut Rng) -> Call {
     let mut ranges = good_ranges(rng);
     let mut flags = u32::from(!ranges.is_empty() && rng.chance(50));
-    let mut call = Call::filter(RawFilter {
+    let mut call = Call::set_msr_filter(RawFilter {
         flags: 0,
         pad: if rng.chance(30) { rng.next() as u8 } else { 0 },
-        compat: false,
+        layout: None,
+        edited: false,
         ranges: Vec::new(),
     });
     // Most get something wrong, often in more than one place: which error wins is what is asked.
@@ -131,9 +132,9 @@ fn filter(rng: &mut Rng) -> Call {
     } else if rng.chance(30) {
         call.argp = rng.pick([Place::Unaligned, Place::PageEnd]);
     }
-    let compat = rng.chance(1);
-    if let Target::Filter(filter) = &mut call.target {
-        (filter.flags, filter.compat, filter.ranges) = (flags, compat, ranges);
+    let layout = rng.chance(1).then_some(Process::Compat);
+    if let Target::SetMsrFilter(filter) = &mut call.target {
+        (filter.flags, filter.layout, filter.ranges) = (flags, layout, ranges);
     }
     call
 }
@@ -285,7 +286,7 @@ fn descriptor(rng: &mut Rng) -> Descriptor {
 }
 
 /// Accesses that tell `filter` from others, at most `most` of them: around every boundary, within, and at odd places.
-pub(super) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -> Vec<(Msr, Op)> {
+pub(crate) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -> Vec<(Msr, Op)> {
     let mut msrs: Vec<u32> = Vec::new();
     for range in filter.into_iter().flat_map(RawFilter::used) {
         let end = range.base.wrapping_add(range.nmsrs);
@@ -306,12 +307,12 @@ pub(super) fn accesses(rng: &mut Rng, filter: Option<&RawFilter>, most: usize) -
 }
 
 /// A value that means nothing.
-pub(super) fn value(rng: &mut Rng) -> u64 {
+pub(crate) fn value(rng: &mut Rng) -> u64 {
     rng.next()
 }
 
 /// The access with its value, where it is a write.
-pub(super) fn access((msr, op): (Msr, Op), value: u64) -> Access {
+pub(crate) fn access((msr, op): (Msr, Op), value: u64) -> Access {
     match op {
         Op::Read => Access::Read { msr },
         Op::Write => Access::Write { msr, value },
@@ -326,8 +327,8 @@ mod tests {
         (0..20_000).filter_map(move |item| {
             let call = call(&mut Rng::of(seed, item));
             match call.target.clone() {
-                Target::Filter(filter) => Some((call, filter)),
-                Target::Cap { .. } => None,
+                Target::SetMsrFilter(filter) => Some((call, filter)),
+                Target::EnableCap { .. } => None,
             }
         })
     }
@@ -355,7 +356,7 @@ mod tests {
         });
         has("16 ranges", &|_, filter| filter.used().count() == 16);
         has("padding", &|_, filter| filter.pad != 0);
-        has("the compat number", &|_, filter| filter.compat);
+        has("the compat number", &|_, filter| filter.layout.is_some());
         has("an argument that cannot be read", &|call, _| call.argp == Place::Short);
         has("another descriptor", &|call, _| call.on != Descriptor::Vm);
         range("no direction", &|range| range.flags == 0);

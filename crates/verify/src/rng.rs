@@ -2,15 +2,15 @@
 
 /// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators").
 #[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
     /// The numbers of one item of a seed: they do not depend on what other items took.
-    pub(super) fn of(seed: u64, item: u64) -> Rng {
+    pub(crate) fn of(seed: u64, item: u64) -> Rng {
         Rng(Rng(seed).next() ^ Rng(!item).next())
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -19,29 +19,29 @@ impl Rng {
     }
 
     /// A number less than `end`; 0 where that is 0.
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next().checked_rem(end).unwrap_or(0)
     }
 
     /// A number from `first` to `last`, both included.
-    pub(super) fn within(&mut self, first: u32, last: u32) -> u32 {
+    pub(crate) fn within(&mut self, first: u32, last: u32) -> u32 {
         first.wrapping_add(self.below(u64::from(last.wrapping_sub(first)) + 1) as u32)
     }
 
     /// True in `percent` of a hundred cases.
-    pub(super) fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
     /// One of several.
-    pub(super) fn pick<T: Copy, const N: usize>(&mut self, of: [T; N]) -> T {
+    pub(crate) fn pick<T: Copy, const N: usize>(&mut self, of: [T; N]) -> T {
         const { assert!(N > 0) };
         let index = self.below(N as u64) as usize;
         of[index]
     }
 
     /// All of them, in another order.
-    pub(super) fn shuffle<T>(&mut self, of: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, of: &mut [T]) {
         for last in (1..of.len()).rev() {
             let other = self.below(last as u64 + 1) as usize;
             of.swap(last, other);

@@ -1,72 +1,27 @@
-//! A VM of this machine's kernel, and what its guest's accesses come to.
+//! What the accesses of a live guest come to.
 
 use std::fmt;
 
-use kvm_bindings::CpuId;
-use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Did, Op, Outcome, Reason};
-use msrgate_guest::{Guest, GuestError, Mode, Options, Pending};
-use msrgate_kvm::Probed;
-use msrgate_msrs::cpuid::Cpuid;
+use msrgate_guest::{Guest, GuestError, Pending};
 
-use super::guest_failed;
-use crate::exit::{Exit, Failure};
-use crate::replay::kvm::to_kvm;
-use crate::replay::with_source;
-
-/// KVM, and how guests on it are made.
-pub(super) struct Machine {
-    kvm: Kvm,
-    pub(super) probed: Probed,
-    pub(super) mode: Mode,
-    cpuid: Option<CpuId>,
-}
-
-impl Machine {
-    pub(super) fn open(mode: Mode, cpuid: Option<&Cpuid>) -> Result<Machine, Failure> {
-        let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
-        let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
-        let probed = msrgate_kvm::probe(&device).map_err(|error| machine(&error))?;
-        let kvm = Kvm::new().map_err(|error| machine(&error))?;
-        Ok(Machine {
-            kvm,
-            probed,
-            mode,
-            cpuid: cpuid.map(to_kvm).transpose()?,
-        })
-    }
-
-    /// `/dev/kvm`.
-    pub(super) fn kvm(&self) -> &Kvm {
-        &self.kvm
-    }
-
-    /// A new VM. It has interrupt controllers, without which TSC_DEADLINE does nothing.
-    pub(super) fn guest(&self, vcpus: usize) -> Result<Guest, Failure> {
-        let options = Options {
-            cpuid: self.cpuid.clone(),
-            vcpus,
-            irqchip: true,
-        };
-        Guest::new(&self.kvm, self.mode, &options).map_err(|error| guest_failed(&error))
-    }
-}
+use crate::VerifyError;
 
 /// What an access came to.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Got {
+pub(crate) struct AccessResult {
     /// The reason of its exit as the kernel numbers it; 0 where it made none.
-    pub(super) reason: u32,
+    pub(crate) reason: u32,
     /// What the guest got.
-    pub(super) sees: Outcome,
+    pub(crate) sees: Outcome,
     /// What a plan's table did; `None` where none was asked.
-    pub(super) did: Option<Did>,
+    pub(crate) did: Option<Did>,
     /// What no access should come to: a guest that broke, an exit from another place.
-    pub(super) odd: Option<String>,
+    pub(crate) odd: Option<String>,
 }
 
 /// For people: `exit unknown, guest sees #GP`.
-impl fmt::Display for Got {
+impl fmt::Display for AccessResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(odd) = &self.odd {
             return f.write_str(odd);
@@ -88,32 +43,32 @@ impl fmt::Display for Got {
 }
 
 /// A VM whose accesses are looked at.
-pub(super) struct Live {
+pub(crate) struct Live {
     guest: Guest,
     /// Where the guest's RDMSR and WRMSR are.
     rip: [Option<u64>; 2],
 }
 
 impl Live {
-    pub(super) fn new(guest: Guest) -> Live {
+    pub(crate) fn new(guest: Guest) -> Live {
         Live { guest, rip: [None; 2] }
     }
 
-    pub(super) fn guest(&mut self) -> &mut Guest {
+    pub(crate) fn guest(&mut self) -> &mut Guest {
         &mut self.guest
     }
 
     /// Lets the first vCPU make the accesses; `answer` answers the exits.
-    pub(super) fn run(
+    pub(crate) fn run(
         &mut self,
         accesses: &[Access],
         answer: &mut dyn FnMut(&mut Pending<'_>),
-    ) -> Result<Vec<Got>, Failure> {
+    ) -> Result<Vec<AccessResult>, VerifyError> {
         let mut all = Vec::with_capacity(accesses.len());
         let mut rest = accesses;
         let [rdmsr, wrmsr] = &mut self.rip;
         loop {
-            let vcpu = self.guest.vcpu(0).map_err(|error| guest_failed(&error))?;
+            let vcpu = self.guest.vcpu(0)?;
             let mut odd: Vec<(usize, String)> = Vec::new();
             let mut before = None;
             let ran = vcpu.run(rest, &mut |pending| {
@@ -139,10 +94,10 @@ impl Live {
             let broke = match ran {
                 Ok(_) => None,
                 Err(GuestError::Broke { position, how, .. }) => Some((position, how)),
-                Err(error) => return Err(guest_failed(&error)),
+                Err(error) => return Err(error.into()),
             };
             let first = all.len();
-            all.extend(vcpu.seen().iter().map(|seen| Got {
+            all.extend(vcpu.seen().iter().map(|seen| AccessResult {
                 reason: seen.exit.map_or(0, |exit| exit.reason_bits),
                 sees: seen.outcome,
                 did: seen.exit.and_then(|exit| exit.answer).map(|answer| answer.did),
@@ -156,7 +111,7 @@ impl Live {
             let Some((position, how)) = broke else {
                 return Ok(all);
             };
-            all.push(Got {
+            all.push(AccessResult {
                 reason: 0,
                 sees: Outcome::Fault,
                 did: None,

@@ -6,16 +6,16 @@ use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
 use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
-use msrgate_engine::{Errno, Msrs, Refusal};
+use msrgate_engine::{Errno, Msrs, Process, Refusal};
 use msrgate_guest::Guest;
-use msrgate_guest::raw::{Arena, Caller, Request};
+use msrgate_guest::raw::{Arena, Caller};
 
-use super::call::{Call, Place};
-use super::live::Machine;
-use crate::exit::{Exit, Failure};
+use crate::Machine;
+use crate::VerifyError;
+use crate::case::Call;
 
 /// A live VM without a filter, and with a mask that tells unknown MSRs from refused accesses.
-pub(super) struct Twin {
+pub(crate) struct Unfiltered {
     guest: Guest,
     /// MSRs that were seen to change by themselves.
     moving: HashSet<Msr>,
@@ -23,18 +23,15 @@ pub(super) struct Twin {
     unsayable: bool,
 }
 
-impl Twin {
-    pub(super) fn new(machine: &Machine) -> Result<Twin, Failure> {
+impl Unfiltered {
+    pub(crate) fn new(machine: &Machine) -> Result<Unfiltered, VerifyError> {
         let guest = machine.guest(1)?;
-        let failed = |error: std::io::Error| Failure::Line(Exit::Machine, format!("KVM_ENABLE_CAP failed: {error}"));
-        let mut arena = Arena::new(1).map_err(failed)?;
+        let mut arena = Arena::new(1)?;
         let reasons = Reasons::of(Reason::Unknown).union(Reasons::of(Reason::Invalid));
-        let call = Call::mask(reasons.bits().into(), Place::Mapped);
-        let (_, argp) = call.place(&mut arena);
-        Caller::of(guest.vm())
-            .and_then(|vm| vm.call(Request::EnableCap, argp))
-            .map_err(failed)?;
-        Ok(Twin {
+        let call = Call::enable_cap(reasons.bits().into());
+        let (request, argp) = call.place(Process::Native, &mut arena);
+        Caller::of(guest.vm()).and_then(|vm| vm.call(request, argp))?;
+        Ok(Unfiltered {
             guest,
             moving: HashSet::new(),
             unsayable: false,
@@ -61,12 +58,12 @@ impl Twin {
     }
 
     /// Whether there was an access whose result the engine cannot be told. Starts anew.
-    pub(super) fn take_unsayable(&mut self) -> bool {
+    pub(crate) fn take_unsayable(&mut self) -> bool {
         std::mem::take(&mut self.unsayable)
     }
 
     /// What the MSR holds, to write it back; 0 where it cannot be read.
-    pub(super) fn value(&mut self, msr: Msr) -> u64 {
+    pub(crate) fn value(&mut self, msr: Msr) -> u64 {
         let result = self.access(Access::Read { msr });
         self.unsayable = false;
         match result {
@@ -76,7 +73,7 @@ impl Twin {
     }
 
     /// Whether the MSR changes by itself, as clocks and counters do.
-    pub(super) fn moves(&mut self, msr: Msr) -> bool {
+    pub(crate) fn moves(&mut self, msr: Msr) -> bool {
         if !self.moving.contains(&msr) && self.value(msr) != self.value(msr) {
             self.moving.insert(msr);
         }
@@ -84,7 +81,7 @@ impl Twin {
     }
 }
 
-impl Msrs for Twin {
+impl Msrs for Unfiltered {
     fn read(&mut self, msr: Msr) -> Result<u64, Refusal> {
         match self.access(Access::Read { msr })? {
             Outcome::Value(value) => Ok(value),
@@ -107,7 +104,7 @@ fn list(msr: Msr, data: u64) -> Result<MsrList, Why> {
 }
 
 /// The host's view, for a plan's actions.
-impl Backing for Twin {
+impl Backing for Unfiltered {
     fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
         let mut list = list(msr, 0)?;
         let vcpu = self.guest.vcpu(0).map_err(|_| Why::KernelRefused)?;

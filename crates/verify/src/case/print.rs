@@ -2,16 +2,16 @@
 
 use std::fmt;
 
-use msrgate_core::{Access, Outcome, Verdict};
+use msrgate_core::{Access, Outcome, Verdict, abi};
 
-use crate::{AccessStep, Call, Case, Descriptor, Place, Process, RawFilter, Step, Target};
+use super::{AccessStep, Call, Case, Descriptor, Place, RawFilter, Step, Target, process_name};
 
 /// What a case file can hold; reading it again gives the same case.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "[[case]]\nname = {}", quoted(&self.name))?;
         if let Some(process) = self.process {
-            writeln!(f, "process = {}", quoted(process.name()))?;
+            writeln!(f, "process = {}", quoted(process_name(process)))?;
         }
         if self.ignore_msrs {
             writeln!(f, "ignore_msrs = true")?;
@@ -83,7 +83,7 @@ impl fmt::Display for Call {
             Target::EnableCap { cap, flags, args } => {
                 let [mask, more @ ..] = args;
                 write!(f, "enable_cap = \"{mask:#x}\"")?;
-                if *cap != 188 {
+                if *cap != abi::CAP_X86_USER_SPACE_MSR {
                     write!(f, ", cap = {cap}")?;
                 }
                 if *flags != 0 {
@@ -115,7 +115,7 @@ impl fmt::Display for RawFilter {
             write!(f, ", pad = {:#x}", self.pad)?;
         }
         if let Some(layout) = self.layout {
-            write!(f, ", layout = {}", quoted(layout.name()))?;
+            write!(f, ", layout = {}", quoted(process_name(layout)))?;
         }
         if self.edited {
             f.write_str(", edited = true")?;
@@ -142,17 +142,9 @@ impl fmt::Display for RawFilter {
     }
 }
 
-impl Process {
-    const fn name(self) -> &'static str {
-        match self {
-            Process::Native => "native",
-            Process::Compat => "compat",
-        }
-    }
-}
-
 impl Descriptor {
-    const fn name(self) -> &'static str {
+    /// Its name in a case file.
+    pub const fn name(self) -> &'static str {
         match self {
             Descriptor::Vm => "vm",
             Descriptor::Vcpu => "vcpu",
@@ -163,7 +155,8 @@ impl Descriptor {
 }
 
 impl Place {
-    const fn name(self) -> &'static str {
+    /// Its name in a case file.
+    pub const fn name(self) -> &'static str {
         match self {
             Place::Mapped => "mapped",
             Place::Unaligned => "unaligned",

@@ -4,21 +4,18 @@
 //! same every time; one to the third must come out as one of the two filters says, and as nothing else.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use msrgate_core::{Access, Fault, Msr, Outcome, Reason};
+use msrgate_core::{Access, Fault, Msr, Ops, Outcome, Reason};
+use msrgate_engine::Process;
+use msrgate_guest::Vcpu;
 use msrgate_guest::raw::{Arena, Caller};
-use msrgate_guest::{GuestError, Vcpu};
-use serde_json::Value;
 
-use super::call::{Call, PAGES, Place, RawFilter, RawRange};
-use super::guest_failed;
-use super::live::Machine;
-use super::progress;
-use super::report::{Disagreement, Report, Table};
-use crate::exit::{Exit, Failure};
+use crate::VerifyError;
+use crate::case::{Call, PAGES, RawFilter, RawRange};
+use crate::{Disagreement, Report};
+use crate::{Machine, Progress, Swapped};
 
 /// What both filters say of an MSR: whether the first denies it, and the second.
 type Treatment = (bool, bool);
@@ -57,73 +54,72 @@ struct Tally {
     other: u64,
 }
 
-pub(super) fn run(machine: &Machine, report: &mut Report, time: Duration) -> Result<(), Failure> {
-    let failed = |error: io::Error| Failure::Line(Exit::Machine, format!("setting a VM up failed: {error}"));
-    let mut guest = machine.guest(VCPUS)?;
-    let vm = Caller::of(guest.vm()).map_err(failed)?;
-    let mut arenas = [Arena::new(PAGES).map_err(failed)?, Arena::new(PAGES).map_err(failed)?];
-    let [first, second] = &mut arenas;
-    // Unknown MSRs are handed over too, and tell themselves from denied ones.
-    let mask = Call::mask(7, Place::Mapped);
-    let (request, argp) = mask.place(first);
-    vm.call(request, argp).map_err(failed)?;
-    let calls = [
-        filter(|(denied, _)| denied).place(first),
-        filter(|(_, denied)| denied).place(second),
-    ];
-    // What the kernel itself answers, before there is a filter.
-    let plain = guest.vcpus().iter_mut().map(plain).collect::<Result<Vec<_>, _>>()?;
-    let [(request, argp), _] = calls;
-    vm.call(request, argp).map_err(failed)?;
+impl Machine {
+    /// Replaces a filter under running vCPUs for so long, and 64 times at least, and looks at what they read.
+    pub fn swap(&self, time: Duration, progress: Progress<'_>) -> Result<Report, VerifyError> {
+        let mut guest = self.guest(VCPUS)?;
+        let vm = Caller::of(guest.vm())?;
+        let mut arenas = [Arena::new(PAGES)?, Arena::new(PAGES)?];
+        let [first, second] = &mut arenas;
+        // Unknown MSRs are handed over too, and tell themselves from denied ones.
+        let mask = Call::enable_cap(7);
+        let (request, argp) = mask.place(Process::Native, first);
+        vm.call(request, argp)?;
+        let calls = [
+            filter(|(denied, _)| denied).place(Process::Native, first),
+            filter(|(_, denied)| denied).place(Process::Native, second),
+        ];
+        // What the kernel itself answers, before there is a filter.
+        let plain = guest.vcpus().iter_mut().map(plain).collect::<Result<Vec<_>, _>>()?;
+        let [(request, argp), _] = calls;
+        vm.call(request, argp)?;
 
-    let stop = AtomicBool::new(false);
-    let bar = progress(time.as_secs());
-    let (tallies, swaps) = std::thread::scope(|scope| {
-        let stop = &stop;
-        let threads: Vec<_> = guest
-            .vcpus()
-            .iter_mut()
-            .zip(&plain)
-            .map(|(vcpu, plain)| scope.spawn(move || loop_of(vcpu, plain, stop)))
-            .collect();
-        let start = Instant::now();
-        let mut swaps = 0u64;
-        let mut result = Ok(());
-        while (start.elapsed() < time || swaps < LEAST) && result.is_ok() {
-            for (request, argp) in [calls[1], calls[0]] {
-                result = result.and(vm.call(request, argp));
-                swaps += 1;
-                // Where there is one CPU, each filter gets its share of it.
-                std::thread::sleep(PAUSE);
+        let stop = AtomicBool::new(false);
+        let (tallies, swaps) = std::thread::scope(|scope| {
+            let stop = &stop;
+            let threads: Vec<_> = guest
+                .vcpus()
+                .iter_mut()
+                .zip(&plain)
+                .map(|(vcpu, plain)| scope.spawn(move || loop_of(vcpu, plain, stop)))
+                .collect();
+            let start = Instant::now();
+            let mut swaps = 0u64;
+            let mut result = Ok(());
+            while (start.elapsed() < time || swaps < LEAST) && result.is_ok() {
+                for (request, argp) in [calls[1], calls[0]] {
+                    result = result.and(vm.call(request, argp));
+                    swaps += 1;
+                    // Where there is one CPU, each filter gets its share of it.
+                    std::thread::sleep(PAUSE);
+                }
+                progress(start.elapsed().as_secs(), time.as_secs());
             }
-            bar.set_position(start.elapsed().as_secs());
-        }
-        stop.store(true, Ordering::Relaxed);
-        let joined = threads.into_iter().map(|thread| {
-            let panicked = || Failure::Line(Exit::Guest, "a vCPU's thread panicked".into());
-            thread.join().unwrap_or_else(|_| Err(panicked()))
+            stop.store(true, Ordering::Relaxed);
+            let joined = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or(Err(VerifyError::Panicked)));
+            let tallies = joined.collect::<Result<Vec<_>, VerifyError>>();
+            (tallies, result.map(|()| swaps))
         });
-        let tallies = joined.collect::<Result<Vec<_>, Failure>>();
-        (tallies, result.map(|()| swaps))
-    });
-    bar.finish_and_clear();
-    let swaps = swaps.map_err(failed)?;
-    let mut all: BTreeMap<u32, Tally> = BTreeMap::new();
-    for tally in tallies? {
-        for (msr, one) in tally {
-            let sum = all.entry(msr).or_default();
-            sum.denied += one.denied;
-            sum.allowed += one.allowed;
-            sum.other += one.other;
+        let swaps: u64 = swaps?;
+        let mut all: BTreeMap<u32, Tally> = BTreeMap::new();
+        for tally in tallies? {
+            for (msr, one) in tally {
+                let sum = all.entry(msr).or_default();
+                sum.denied += one.denied;
+                sum.allowed += one.allowed;
+                sum.other += one.other;
+            }
         }
+        let mut report = judge(&all);
+        report.filters += swaps + 1;
+        Ok(report)
     }
-    judge(&all, report);
-    report.filters += swaps + 1;
-    Ok(())
 }
 
-fn judge(all: &BTreeMap<u32, Tally>, report: &mut Report) {
-    let mut rows: Vec<Vec<Value>> = Vec::new();
+fn judge(all: &BTreeMap<u32, Tally>) -> Report {
+    let mut report = Report::default();
     for (msr, treatment) in MSRS {
         let tally = all.get(&msr).copied().unwrap_or_default();
         report.accesses += tally.denied + tally.allowed + tally.other;
@@ -136,34 +132,32 @@ fn judge(all: &BTreeMap<u32, Tally>, report: &mut Report) {
         let word = |denied: bool| if denied { "deny" } else { "allow" };
         let filters = format!("{}, {}", word(treatment.0), word(treatment.1));
         if wrong {
-            report.disagreements.push(Disagreement {
-                what: format!("rdmsr {} while filters change: {filters}", Msr(msr)),
-                live: format!(
+            report.disagreements.push(Disagreement::new(
+                format!("rdmsr {} while filters change: {filters}", Msr(msr)),
+                format!(
                     "denied {}, allowed {}, neither {}",
                     tally.denied, tally.allowed, tally.other
                 ),
-                engine: "what one of the two filters says".into(),
-                candidate: None,
-                case: None,
-            });
+                "what one of the two filters says".into(),
+            ));
         }
-        rows.push(vec![
-            Msr(msr).to_string().into(),
-            filters.into(),
-            tally.denied.into(),
-            tally.allowed.into(),
-            tally.other.into(),
-        ]);
+        report.swapped.push(Swapped {
+            msr: Msr(msr),
+            denied_by: [treatment.0, treatment.1],
+            denied: tally.denied,
+            allowed: tally.allowed,
+            neither: tally.other,
+        });
     }
-    report.table = Some(Table {
-        name: "swapped",
-        columns: &["msr", "filters", "denied", "allowed", "neither"],
-        rows,
-    });
+    report
 }
 
 /// Reads all MSRs, once at least, until it is told to stop.
-fn loop_of(vcpu: &mut Vcpu, plain: &BTreeMap<u32, Plain>, stop: &AtomicBool) -> Result<BTreeMap<u32, Tally>, Failure> {
+fn loop_of(
+    vcpu: &mut Vcpu,
+    plain: &BTreeMap<u32, Plain>,
+    stop: &AtomicBool,
+) -> Result<BTreeMap<u32, Tally>, VerifyError> {
     let round = MSRS.map(|(msr, _)| Access::Read { msr: Msr(msr) });
     let accesses = round.repeat(ROUNDS);
     let mut tallies: BTreeMap<u32, Tally> = BTreeMap::new();
@@ -173,7 +167,7 @@ fn loop_of(vcpu: &mut Vcpu, plain: &BTreeMap<u32, Plain>, stop: &AtomicBool) -> 
                 pending.answer(|_| Ok(ANSWER), |_, _| Err(Fault));
             }
         });
-        let seen = ran.map_err(|error: GuestError| guest_failed(&error))?;
+        let seen = ran?;
         for (access, seen) in accesses.iter().zip(seen) {
             let msr = access.msr().0;
             let got = (seen.exit.map(|exit| exit.reason_bits), seen.outcome);
@@ -196,9 +190,9 @@ fn loop_of(vcpu: &mut Vcpu, plain: &BTreeMap<u32, Plain>, stop: &AtomicBool) -> 
 type Plain = (Option<u32>, Outcome);
 
 /// What each MSR gives on a vCPU that has no filter.
-fn plain(vcpu: &mut Vcpu) -> Result<BTreeMap<u32, Plain>, Failure> {
+fn plain(vcpu: &mut Vcpu) -> Result<BTreeMap<u32, Plain>, VerifyError> {
     let accesses = MSRS.map(|(msr, _)| Access::Read { msr: Msr(msr) });
-    let seen = vcpu.run(&accesses, &mut |_| {}).map_err(|error| guest_failed(&error))?;
+    let seen = vcpu.run(&accesses, &mut |_| {})?;
     let plain = seen
         .iter()
         .map(|seen| (seen.exit.map(|exit| exit.reason_bits), seen.outcome));
@@ -208,20 +202,10 @@ fn plain(vcpu: &mut Vcpu) -> Result<BTreeMap<u32, Plain>, Failure> {
 /// Allows everything but the MSRs for which `denies` holds.
 fn filter(denies: impl Fn(Treatment) -> bool) -> Call {
     let denied = MSRS.into_iter().filter(|(_, treatment)| denies(*treatment));
-    let ranges = denied.zip(0..).map(|((msr, _), slot)| RawRange {
-        slot,
-        flags: 3,
-        nmsrs: 1,
-        base: msr,
-        bitmap: vec![0; 8],
-        at: Place::Mapped,
-    });
-    Call::filter(RawFilter {
-        flags: 0,
-        pad: 0,
-        compat: false,
-        ranges: ranges.collect(),
-    })
+    let ranges = denied
+        .zip(0..)
+        .map(|((msr, _), slot)| RawRange::denying(slot, Msr(msr), Ops::BOTH));
+    Call::set_msr_filter(RawFilter::allowing(ranges.collect()))
 }
 
 #[cfg(test)]
@@ -251,9 +235,7 @@ mod tests {
             })
             .collect();
         change(&mut all);
-        let mut report = Report::new(&super::super::host::Host::look(None), crate::args::ModeArg::Real);
-        judge(&all, &mut report);
-        report.disagreements.len()
+        judge(&all).disagreements.len()
     }
 
     #[test]

@@ -1,0 +1,65 @@
+//! What a plan is compiled for, beside what its map means.
+
+use alloc::vec::Vec;
+
+use msrgate_core::{MsrRange, Op};
+
+use crate::{Preset, Spillable, Touched};
+
+/// What a plan is compiled for: a kernel, a guest's habits, and what may be done where 16 ranges do not hold it all. Without
+/// any of them ([`CompileOptions::default`]) a plan is right everywhere.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct CompileOptions {
+    held: Vec<Preset>,
+    spill: Option<Vec<Spillable>>,
+    profile: Vec<Touched>,
+}
+
+impl CompileOptions {
+    /// What a kernel was found to hold itself once it is put there: fixed answers that then cost no exit.
+    #[must_use]
+    pub fn holding(self, mut held: Vec<Preset>) -> CompileOptions {
+        held.sort_unstable();
+        held.dedup_by_key(|preset| preset.msr);
+        CompileOptions { held, ..self }
+    }
+
+    /// What may be passed through from user space where 16 ranges do not hold it all; such a map is refused otherwise.
+    #[must_use]
+    pub fn spilling(self, spill: Vec<Spillable>) -> CompileOptions {
+        CompileOptions {
+            spill: Some(spill),
+            ..self
+        }
+    }
+
+    /// How often the guest touches what: what is spilled, and the order of ranges, follow from it.
+    #[must_use]
+    pub fn with_profile(self, mut profile: Vec<Touched>) -> CompileOptions {
+        profile.sort_unstable();
+        CompileOptions { profile, ..self }
+    }
+
+    /// [`CompileOptions::holding`], in order of MSR; empty where no kernel was asked.
+    pub fn held(&self) -> &[Preset] {
+        &self.held
+    }
+
+    /// [`CompileOptions::spilling`]; `None` where what does not fit is refused.
+    pub fn spillable(&self) -> Option<&[Spillable]> {
+        self.spill.as_deref()
+    }
+
+    /// [`CompileOptions::with_profile`], in order of MSR; empty where nothing is known.
+    pub fn profile(&self) -> &[Touched] {
+        &self.profile
+    }
+
+    /// How often the profile has one of these accesses; `None` without a profile.
+    pub fn touches(&self, range: MsrRange, op: Op) -> Option<u64> {
+        let touched = self.profile.iter();
+        let touched = touched.filter(|touched| touched.op == op && range.contains(touched.msr));
+        let count = touched.fold(0u64, |sum, touched| sum.saturating_add(touched.count));
+        (!self.profile.is_empty()).then_some(count)
+    }
+}
