@@ -11,7 +11,6 @@ use msrgate_plan::{By, CompileOptions, DecisionMap, Plan, PlanError, Preset, Tou
 use msrgate_policy::raw::{self, Form, Given};
 use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
 
-pub(crate) use crate::cpuid::given as cpuid;
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
 use crate::{cpuid, input, render, stream};

@@ -17,12 +17,12 @@ pub(crate) fn bytes(length: u64) -> ProgressBar {
     bar
 }
 
-/// A bar on a terminal.
-pub(crate) fn steps(length: u64) -> ProgressBar {
+/// A bar on a terminal, whose length is told as the work goes on.
+pub(crate) fn steps() -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(length);
+    let bar = ProgressBar::new(0);
     if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} {eta}") {
         bar.set_style(style);
     }

@@ -3,8 +3,6 @@
 //! The same accesses run three times in step: twice without the policy, since what differs between these two differs
 //! by itself (clocks, counters), and once under it.
 
-pub(crate) use crate::exit::with_source;
-
 mod compare;
 mod engine;
 pub(crate) mod kvm;
@@ -22,7 +20,7 @@ use msrgate_plan::Plan;
 use msrgate_trace::{Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};
-use crate::exit::{Exit, Failure};
+use crate::exit::{Exit, Failure, with_source};
 use crate::{cpuid, handler, input, load, stream, trace};
 use compare::Comparison;
 use machine::{Backend, Machine};

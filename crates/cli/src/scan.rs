@@ -56,7 +56,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         let handlers = nobody(&loaded.plan);
         scanner = scanner.under(probed, Arc::new(loaded.plan), handlers);
     }
-    let bar = progress::steps(0);
+    let bar = progress::steps();
     let scan = scanner.scan(&ranges, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);

@@ -2,23 +2,20 @@
 
 mod report;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use msrgate_guest::Mode;
 use msrgate_verify::{Kernel, Machine, Reach, Report, VerifyError};
 
 use crate::args::{ModeArg, VerifyArgs};
 use crate::cpuid::to_kvm;
 use crate::exit::{Exit, Failure, with_source};
-use crate::load;
-
-use crate::stream;
+use crate::{cpuid, load, progress, stream};
 
 pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
-    let cpuid = load::cpuid(&args.cpuid)?;
+    let cpuid = cpuid::given(&args.cpuid)?;
     let mode = match args.mode {
         ModeArg::Real => Mode::Real,
         ModeArg::Long => Mode::Long,
@@ -29,7 +26,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         kernel = kernel.with_profile(name).ok_or_else(unknown)?;
     }
     let machine = Machine::open(mode, cpuid.as_ref().map(to_kvm).transpose()?, kernel).map_err(failed)?;
-    let bar = progress(0);
+    let bar = progress::steps();
     let progress = |done, of| {
         bar.set_length(of);
         bar.set_position(done);
@@ -68,18 +65,6 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
 fn seed_of_now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     now.as_nanos() as u64 & 0xffff_ffff
-}
-
-/// A bar on a terminal.
-pub(crate) fn progress(length: u64) -> ProgressBar {
-    if !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(length);
-    if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} {eta}") {
-        bar.set_style(style);
-    }
-    bar
 }
 
 fn failed(error: VerifyError) -> Failure {

@@ -10,7 +10,7 @@ use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
 use super::machine::{Got, Machine};
-pub(crate) use crate::cpuid::to_kvm;
+use crate::cpuid::to_kvm;
 use crate::exit::{Exit, Failure, with_source};
 use crate::handler::nobody;
 
