@@ -7,19 +7,9 @@ mod initialiser;
 mod token;
 
 use initialiser::Reader;
-use token::Kind;
+use token::{Kind, error};
 
 use super::{Given, RawError, RawFilter};
-
-fn error(line: usize, message: &str) -> RawError {
-    RawError {
-        line: Some(line),
-        ..RawError::new(format!(
-            "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
-             ioctl is called, or dump its bytes (docs/formats.md)"
-        ))
-    }
-}
 
 pub(super) fn read(text: &str) -> Result<Given, RawError> {
     let tokens = token::tokens(text)?;

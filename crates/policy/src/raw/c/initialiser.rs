@@ -4,10 +4,9 @@ use std::collections::HashMap;
 
 use msrgate_core::abi::{Layout, MAX_BITMAP_BYTES, MAX_RANGES};
 
-use super::token::{Kind, Token};
-use super::{RawError, error};
+use super::token::{Kind, Token, error};
 use crate::raw::bytes::string;
-use crate::raw::{RawFilter, RawRange, kernel_name};
+use crate::raw::{RawError, RawFilter, RawRange, kernel_name};
 
 /// The most bytes of an array: as many as a filter with all its bitmaps has.
 const MOST_BYTES: usize = Layout::NATIVE.filter_size + MAX_RANGES * MAX_BITMAP_BYTES as usize;

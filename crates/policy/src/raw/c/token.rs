@@ -1,6 +1,6 @@
 //! C as tokens.
 
-use super::{RawError, error};
+use crate::raw::RawError;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
@@ -22,6 +22,17 @@ pub(super) struct Token<'a> {
     pub(super) line: usize,
     /// Whether it is part of a directive.
     pub(super) directive: bool,
+}
+
+/// Why a text is refused.
+pub(super) fn error(line: usize, message: &str) -> RawError {
+    RawError {
+        line: Some(line),
+        ..RawError::new(format!(
+            "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
+             ioctl is called, or dump its bytes (docs/formats.md)"
+        ))
+    }
 }
 
 /// The tokens of a text. What would be joined or cut in another way by a compiler is refused.
