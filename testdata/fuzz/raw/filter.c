@@ -7,4 +7,3 @@ struct kvm_msr_filter f = {
 		{ 3, 2, MSR_EFER, (__u8[8]){ 0xff } },
 	},
 };
-int main(void) { return ioctl(vm, KVM_X86_SET_MSR_FILTER, &f); }

@@ -1,22 +1,23 @@
 //! Literal initialisers of a filter and of arrays of integers, and what gdb prints of a filter.
 
-use std::collections::{HashMap, HashSet};
-use std::ops::Range;
+use std::collections::HashMap;
 
 use msrgate_core::abi::{Layout, MAX_BITMAP_BYTES, MAX_RANGES};
 
-use super::token::{Kind, Token};
-use super::{RawError, error};
+use super::token::{Kind, Token, error};
 use crate::raw::bytes::string;
-use crate::raw::{RawFilter, RawRange, kernel_name};
+use crate::raw::{RawError, RawFilter, RawRange, kernel_name};
 
 /// The most bytes of an array: as many as a filter with all its bitmaps has.
 const MOST_BYTES: usize = Layout::NATIVE.filter_size + MAX_RANGES * MAX_BITMAP_BYTES as usize;
 
+/// The most bytes of all variables.
+const MOST_TOTAL: usize = 1 << 22;
+
 /// How deep brackets may go.
 const DEEPEST: u32 = 32;
 
-/// Reads initialisers, and notes what they rest upon.
+/// Reads initialisers.
 pub(super) struct Reader<'a> {
     pub(super) tokens: &'a [Token<'a>],
     pub(super) at: usize,
@@ -24,10 +25,9 @@ pub(super) struct Reader<'a> {
     pub(super) gdb: bool,
     /// What is defined: a number, or something else.
     pub(super) macros: HashMap<&'a str, Option<u64>>,
-    /// The names whose meaning decides what was read.
-    pub(super) names: HashSet<&'a str>,
-    /// Where the tokens that were read are.
-    pub(super) read: Vec<Range<usize>>,
+    /// The bytes of the variables, and whether they are arrays.
+    pub(super) variables: HashMap<&'a str, (Vec<u8>, bool)>,
+    total: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -37,8 +37,8 @@ impl<'a> Reader<'a> {
             at,
             gdb,
             macros: HashMap::new(),
-            names: HashSet::new(),
-            read: Vec::new(),
+            variables: HashMap::new(),
+            total: 0,
         }
     }
 
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
         self.tokens.get(self.at)
     }
 
-    fn is(&self, kind: Kind) -> bool {
+    pub(super) fn is(&self, kind: Kind) -> bool {
         self.peek().is_some_and(|token| token.kind == kind)
     }
 
@@ -67,7 +67,7 @@ impl<'a> Reader<'a> {
     }
 
     /// An error about the token just read.
-    fn error(&self, message: &str) -> RawError {
+    pub(super) fn error(&self, message: &str) -> RawError {
         let last = self.tokens.get(self.at.saturating_sub(1)).or(self.tokens.last());
         error(last.map_or(1, |token| token.line), message)
     }
@@ -85,7 +85,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn words(&mut self) -> Result<Vec<&'a str>, RawError> {
+    pub(super) fn words(&mut self) -> Result<Vec<&'a str>, RawError> {
         let mut words = Vec::new();
         while self.is(Kind::Word) {
             words.push(self.word()?);
@@ -93,11 +93,11 @@ impl<'a> Reader<'a> {
         Ok(words)
     }
 
-    /// A constant of at most so much: numbers with `|` between them.
     fn number(&mut self, most: u64) -> Result<u64, RawError> {
         self.any_of(most, DEEPEST)
     }
 
+    /// A constant of at most so much: numbers with `|` between them.
     fn any_of(&mut self, most: u64, depth: u32) -> Result<u64, RawError> {
         let mut value = self.constant(most, depth)?;
         while self.take("|") {
@@ -117,8 +117,7 @@ impl<'a> Reader<'a> {
         self.at += 1;
         let value = match token {
             Some((Kind::Number, text)) => literal(text),
-            Some((Kind::Word, name)) if !self.gdb => {
-                self.names.insert(name);
+            Some((Kind::Word, name)) if !self.gdb && !self.variables.contains_key(name) => {
                 let known = || kernel_name(name).or_else(|| linux_name(name));
                 self.macros.get(name).copied().unwrap_or_else(known)
             }
@@ -233,53 +232,30 @@ impl<'a> Reader<'a> {
         }
         let address = self.take("&");
         let name = self.word()?;
-        let back = self.at;
-        let bytes = self.variable(name, address)?;
-        self.at = back;
-        Ok(bytes)
+        match self.variables.get(name) {
+            Some((bytes, array)) if *array || address => Ok(bytes.clone()),
+            _ => Err(self.error(&format!(
+                "`{name}` is no array of integers, or no `&` of an integer, defined before"
+            ))),
+        }
     }
 
-    /// The bytes of a variable, which is defined where its name stands first, before the token that is next.
-    pub(super) fn variable(&mut self, name: &'a str, address: bool) -> Result<Vec<u8>, RawError> {
-        let undefined = self.error(&format!(
-            "`{name}` is no array of integers, or no `&` of an integer, defined before"
-        ));
-        let before = self.tokens.get(..self.at.saturating_sub(1)).unwrap_or_default();
-        let first = before
-            .iter()
-            .position(|token| token.kind == Kind::Word && token.text == name);
-        let before = before
-            .get(..first.ok_or_else(|| undefined.clone())?)
-            .unwrap_or_default();
-        let typed = |token: &&Token<'_>| token.kind == Kind::Word && !token.directive;
-        let start = before.len() - before.iter().rev().take_while(typed).count();
-        let statement = |last: &Token<'_>| last.directive || ["{", "}", ";"].contains(&last.text);
-        self.at = start;
-        let mut words = self.words()?;
-        words.pop();
+    /// What follows the name of a variable: its bytes, and whether it is an array.
+    pub(super) fn variable(&mut self, words: &[&str]) -> Result<(Vec<u8>, bool), RawError> {
         let array = self.take("[");
-        if !start
-            .checked_sub(1)
-            .and_then(|last| before.get(last))
-            .is_none_or(statement)
-            || !array && !address
-        {
-            return Err(undefined);
-        }
         let length = if array { self.length()? } else { Some(1) };
+        let (width, most) = self.width(words)?;
         let bytes = match self.take("=") {
-            true if array => self.array(&words, length)?,
-            true => {
-                let (width, most) = self.width(&words)?;
-                self.number(most)?.to_le_bytes().into_iter().take(width).collect()
-            }
-            false if words.contains(&"static") => vec![0; length.unwrap_or(0) * self.width(&words)?.0],
-            false => return Err(self.error(&format!("`{name}` has no initialiser here"))),
+            true if array => self.array(words, length)?,
+            true => self.number(most)?.to_le_bytes().into_iter().take(width).collect(),
+            false if words.contains(&"static") => vec![0; length.unwrap_or(0) * width],
+            false => return Err(self.error("a variable has no initialiser here")),
         };
-        self.want(";")?;
-        self.names.insert(name);
-        self.read.push(start..self.at);
-        Ok(bytes)
+        self.total += bytes.len();
+        match self.total > MOST_TOTAL {
+            true => Err(self.error("the variables come to too much here")),
+            false => Ok((bytes, array)),
+        }
     }
 
     /// `8]` or `]`.
@@ -304,18 +280,15 @@ impl<'a> Reader<'a> {
     }
 
     /// Bytes of an integer type, and the greatest value of as many.
-    pub(super) fn width(&self, words: &[&str]) -> Result<(usize, u64), RawError> {
-        let words: Vec<&str> = words
-            .iter()
-            .filter(|word| !["static", "const"].contains(word))
-            .copied()
-            .collect();
-        match words.as_slice() {
+    fn width(&self, words: &[&str]) -> Result<(usize, u64), RawError> {
+        let mut kind = words.to_vec();
+        kind.retain(|word| !["static", "const"].contains(word));
+        match kind.as_slice() {
             ["unsigned", "char"] | ["uint8_t" | "__u8" | "u8"] => Ok((1, u8::MAX.into())),
             ["unsigned", "int"] | ["uint32_t" | "__u32" | "u32" | "unsigned"] => Ok((4, u32::MAX.into())),
             ["unsigned", "long"] | ["unsigned", "long", "long"] | ["uint64_t" | "__u64" | "u64"] => Ok((8, u64::MAX)),
             _ => Err(self.error(&format!(
-                "`{}` is not known as a type of unsigned integers",
+                "`{}` is no type of unsigned integers and no filter",
                 words.join(" ")
             ))),
         }

@@ -1,6 +1,6 @@
 //! C as tokens.
 
-use super::{RawError, error};
+use crate::raw::RawError;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
@@ -22,8 +22,17 @@ pub(super) struct Token<'a> {
     pub(super) line: usize,
     /// Whether it is part of a directive.
     pub(super) directive: bool,
-    /// Whether an `#if` decides on it, other than one around the whole text.
-    pub(super) conditional: bool,
+}
+
+/// Why a text is refused.
+pub(super) fn error(line: usize, message: &str) -> RawError {
+    RawError {
+        line: Some(line),
+        ..RawError::new(format!(
+            "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
+             ioctl is called, or dump its bytes (docs/formats.md)"
+        ))
+    }
 }
 
 /// The tokens of a text. What would be joined or cut in another way by a compiler is refused.
@@ -37,10 +46,6 @@ pub(super) fn tokens(text: &str) -> Result<Vec<Token<'_>>, RawError> {
         let before = text.get(..text.len() - rest.len()).unwrap_or_default();
         let (length, kind) = match c {
             c if c.is_whitespace() => (Some(c.len_utf8()), None),
-            // The end of a line that goes on in the next.
-            '\\' if before.ends_with([' ', '\t']) && ["\\\n", "\\\r\n"].iter().any(|end| rest.starts_with(end)) => {
-                (rest.find('\n').map(|end| end + 1), None)
-            }
             '/' if rest.starts_with("//") => (rest.find('\n').or(Some(rest.len())), None),
             '/' if rest.starts_with("/*") => (
                 rest.get(2..).and_then(|inner| inner.find("*/")).map(|end| end + 4),
@@ -63,18 +68,15 @@ pub(super) fn tokens(text: &str) -> Result<Vec<Token<'_>>, RawError> {
         let (token, after) = length
             .and_then(|length| rest.split_at_checked(length))
             .unwrap_or(("", rest));
-        let goes_on = kind.is_none()
-            && token.starts_with('/')
-            && (directive && token.contains('\n') || token.trim_end().ends_with('\\') || token.contains("*\\"));
-        // Trigraphs and digraphs are other spellings of `#` and `\`.
-        let respelt =
-            token.contains("??=") || token.contains("??/") || rest.starts_with("??") || rest.starts_with("%:");
-        let ends = || after.split('\n').next().unwrap_or_default().trim().is_empty();
-        if token.is_empty() || goes_on || respelt || token == "\\" && ends() {
-            return Err(error(
-                line,
-                "a literal, a comment or a line does not end in a way that is understood",
-            ));
+        // A compiler joins a line that ends with `\`, or a trigraph for it, to the next.
+        let seen = if c == '\\' {
+            rest.lines().next()
+        } else {
+            Some(token).filter(|_| kind.is_none())
+        };
+        let joined = seen.is_some_and(|seen| seen.lines().any(|line| line.trim_end().ends_with('\\')));
+        if token.is_empty() || joined || token.contains("??/") || rest.starts_with("??") {
+            return Err(error(line, "a literal, a comment or a line does not end here"));
         }
         if let Some(kind) = kind {
             begins = false;
@@ -84,28 +86,12 @@ pub(super) fn tokens(text: &str) -> Result<Vec<Token<'_>>, RawError> {
                 text: token,
                 line,
                 directive,
-                conditional: false,
             });
         } else if token == "\n" {
             (begins, directive) = (true, false);
         }
         line += token.matches('\n').count();
         rest = after;
-    }
-    // A condition around the whole text, so that it is read once.
-    let mut guard = matches!(tokens.as_slice(), [hash, ifndef, of, _, define, name, .., endif] if ifndef.text == "ifndef"
-        && hash.directive && define.text == "define" && of.text == name.text && endif.directive && endif.text == "endif");
-    let mut depth = 0u32;
-    let mut hash = false;
-    for token in &mut tokens {
-        match token.text {
-            "if" | "ifdef" | "ifndef" if hash => depth += 1,
-            "endif" if hash => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        guard &= !(hash && (depth == 0 || depth == 1 && token.text.starts_with("el")));
-        hash = token.kind == Kind::Directive;
-        token.conditional = depth > u32::from(guard);
     }
     Ok(tokens)
 }
