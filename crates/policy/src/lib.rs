@@ -14,7 +14,7 @@
 //! write = "ignore"
 //! "#;
 //! let policy = Policy::parse("microcode.toml", text).expect("a policy");
-//! let plan = Plan::compile(&policy.decision_map(None).expect("no CPUID needed"))?;
+//! let plan = Plan::compile_for(&policy.decision_map(None).expect("no CPUID needed"), &policy.options())?;
 //! assert_eq!(plan.filter().ranges().len(), 1);
 //! # Ok::<(), msrgate_plan::PlanError>(())
 //! ```
