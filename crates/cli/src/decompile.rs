@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use crate::args::DecompileArgs;
 use crate::exit::{Exit, Failure};
-use crate::words::word;
 use crate::{input, load, stream};
 
 pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
@@ -62,7 +61,7 @@ fn json(decompiled: &Decompiled, text: &str, given: &Given) -> Value {
         })
     });
     json!({
-        "default": word(decompiled.default),
+        "default": decompiled.default.name(),
         "rules": rules.collect::<Vec<_>>(),
         "remarks": given.remarks,
         "policy": text,

@@ -84,7 +84,7 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
         "op": explanation.op.name(),
         "action": explanation.action,
         "rule": rule,
-        "verdict": words::word(explanation.verdict),
+        "verdict": explanation.verdict.name(),
         "range": range,
         "sees": explanation.sees,
         "exits": explanation.exits,
@@ -119,7 +119,7 @@ fn print(
         Decider::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),
         Decider::Default => "no range; the filter's default".to_owned(),
     };
-    writeln!(out, "  filter   {}: {decider}", words::word(explanation.verdict))?;
+    writeln!(out, "  filter   {}: {decider}", explanation.verdict.name())?;
     writeln!(out, "  sees     {}", explanation.sees)?;
     let exits = if explanation.exits {
         "leaves the kernel: user space answers, which costs some microseconds"

@@ -5,7 +5,7 @@ mod state;
 
 use std::io::Write;
 
-use msrgate_core::{Did, Entry, FilterRange, Op, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Argument, Did, Entry, FilterRange, Op, ReadAction, WriteAction};
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -73,12 +73,12 @@ fn json(loaded: &Loaded) -> Value {
                 entry,
                 Op::Read,
                 done(entry.action.name()),
-                read_arguments(&entry.action),
+                arguments(entry.action.arguments()),
             ),
         ));
     }
     for entry in plan.table().writes() {
-        let arguments = write_arguments(&entry.action);
+        let arguments = arguments(entry.action.arguments());
         actions.push((
             entry.range.first().0,
             Op::Write,
@@ -89,14 +89,14 @@ fn json(loaded: &Loaded) -> Value {
     let fallback = |(read, write): &(ReadAction, WriteAction)| {
         json!({
             "read": read.name(),
-            "read_arguments": read_arguments(read),
+            "read_arguments": arguments(read.arguments()),
             "write": write.name(),
-            "write_arguments": write_arguments(write),
+            "write_arguments": arguments(write.arguments()),
         })
     };
     let minimum = plan.minimum();
     json!({
-        "default": words::word(plan.filter().default_verdict()),
+        "default": plan.filter().default_verdict().name(),
         "ranges": ranges.collect::<Vec<_>>(),
         "reasons": plan.reasons().iter().map(|reason| reason.name()).collect::<Vec<_>>(),
         "presets": words::presets(plan.presets()),
@@ -148,42 +148,22 @@ fn done(action: &str) -> &str {
 }
 
 /// What an action is given, under the keys of the policy language.
-fn arguments<const N: usize>(entries: [(&str, Value); N]) -> Map<String, Value> {
-    entries
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value))
+fn arguments<'a>(given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Map<String, Value> {
+    given
+        .map(|(key, argument)| {
+            let value = match argument {
+                Argument::Number(value) => number(value),
+                Argument::Numbers(values) => values.iter().map(|value| number(*value)).collect(),
+                Argument::Name(name) => name.into(),
+                Argument::Otherwise(otherwise) => otherwise.name().into(),
+            };
+            (key.to_owned(), value)
+        })
         .collect()
 }
 
 fn number(value: u64) -> Value {
     format!("{value:#x}").into()
-}
-
-fn read_arguments(action: &ReadAction) -> Map<String, Value> {
-    match action {
-        ReadAction::Value(value) => arguments([("value", number(*value))]),
-        ReadAction::Shadow(initial) => arguments([("initial", number(*initial))]),
-        ReadAction::Mask { keep, set } => arguments([("keep", number(*keep)), ("set", number(*set))]),
-        ReadAction::Handler(name) => arguments([("handler", (**name).into())]),
-        ReadAction::Allow | ReadAction::Deny | ReadAction::Host => Map::new(),
-    }
-}
-
-fn write_arguments(action: &WriteAction) -> Map<String, Value> {
-    match action {
-        WriteAction::Mask { may_change, otherwise } => {
-            let otherwise = match otherwise {
-                Otherwise::Deny => "deny",
-                Otherwise::Drop => "drop",
-            };
-            arguments([("may_change", number(*may_change)), ("otherwise", otherwise.into())])
-        }
-        WriteAction::Only(values) => arguments([("values", values.iter().map(|value| number(*value)).collect())]),
-        WriteAction::Handler(name) => arguments([("handler", (**name).into())]),
-        WriteAction::Allow | WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow | WriteAction::Once => {
-            Map::new()
-        }
-    }
 }
 
 fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
@@ -196,7 +176,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         loaded.policy.name,
         words::hex(&plan.hash())
     )?;
-    writeln!(out, "default  {}", words::word(filter.default_verdict()))?;
+    writeln!(out, "default  {}", filter.default_verdict().name())?;
     let minimum = plan.minimum();
     let proved = if minimum.proved {
         "no fewer are possible"

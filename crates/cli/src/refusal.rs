@@ -5,8 +5,6 @@ use msrgate_plan::{Change, PlanError};
 use msrgate_policy::{Fit, Policy};
 use serde_json::{Value, json};
 
-use crate::words::word;
-
 /// A policy that needs too many ranges.
 #[derive(Debug)]
 pub(crate) struct TooMany {
@@ -64,7 +62,7 @@ fn change(policy: &Policy, change: &Change) -> Value {
             "first": part.range.first().to_string(),
             "last": part.range.last().to_string(),
             "op": part.op.name(),
-            "to": word(part.to),
+            "to": part.to.name(),
             "rule": part.rule,
             "place": part.rule.and_then(|rule| policy.rule_place(rule)),
         })

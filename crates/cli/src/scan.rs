@@ -8,13 +8,13 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 use msrgate_core::MsrRange;
 use msrgate_guest::scan::{ScanError, Scanner, WINDOWS, Writes};
-use msrgate_kvm::ProbeError;
+use msrgate_kvm::{Handlers, ProbeError};
 use msrgate_policy::Pattern;
 
 use crate::args::{ScanArgs, WriteArg};
 use crate::cpuid::{self, to_kvm};
 use crate::exit::{Exit, Failure, with_source};
-use crate::handler::{nobody, tell_of_handlers};
+use crate::handler::tell_of_handlers;
 use crate::{load, progress, stream, words};
 use record::{Facts, Found, Ruled};
 
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
             hash: words::hex(&loaded.plan.hash()),
         });
         tell_of_handlers(&loaded.plan)?;
-        let handlers = nobody(&loaded.plan);
+        let handlers = Handlers::faulting(loaded.plan.table().handlers());
         scanner = scanner.under(probed, Arc::new(loaded.plan), handlers);
     }
     let bar = progress::steps();

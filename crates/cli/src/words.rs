@@ -1,8 +1,8 @@
-//! The words for single things: an MSR, a verdict, a hash, a time, a count, a path.
+//! The words for single things: an MSR, a hash, a time, a count, a path.
 
 use std::path::Path;
 
-use msrgate_core::{Msr, MsrRange, Verdict};
+use msrgate_core::{Msr, MsrRange};
 use msrgate_plan::Preset;
 use serde_json::{Value, json};
 
@@ -21,14 +21,6 @@ pub(crate) fn names(range: MsrRange) -> String {
         [one] => one.name().to_owned(),
         [one, two] => format!("{}, {}", one.name(), two.name()),
         [first, .., last] => format!("{} … {} ({})", first.name(), last.name(), known.len()),
-    }
-}
-
-/// The words of the JSON and of people for a verdict.
-pub(crate) fn word(verdict: Verdict) -> &'static str {
-    match verdict {
-        Verdict::Allow => "allow",
-        Verdict::Deny => "deny",
     }
 }
 

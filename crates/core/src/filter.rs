@@ -16,6 +16,16 @@ pub enum Verdict {
     Deny,
 }
 
+impl Verdict {
+    /// The word in a policy and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Verdict::Allow => "allow",
+            Verdict::Deny => "deny",
+        }
+    }
+}
+
 /// One range of a filter: an inclusive allow-list of up to 12288 MSRs for one or both directions.
 ///
 /// Holds what the kernel accepts, no less: at least one direction, 1 to 12288 MSRs, and a bitmap of whole 64-bit words,

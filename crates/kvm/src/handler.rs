@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use msrgate_core::{Msr, ReadOutcome, WriteOutcome};
+use msrgate_core::{Fault, Msr, ReadOutcome, WriteOutcome};
 
 /// Answers the accesses whose action is a handler.
 ///
@@ -36,9 +36,28 @@ impl Handlers {
         self
     }
 
+    /// A handler for each of these names that faults: for programs that have no code for what a policy names.
+    pub fn faulting<'a>(names: impl IntoIterator<Item = &'a str>) -> Handlers {
+        let names = names.into_iter();
+        names.fold(Handlers::new(), |handlers, name| handlers.with(name, Faulting))
+    }
+
     /// The handler of this name.
     pub(crate) fn find(&self, name: &str) -> Option<&dyn Handler> {
         self.by_name.get(name).map(|handler| &**handler)
+    }
+}
+
+/// Answers nothing.
+struct Faulting;
+
+impl Handler for Faulting {
+    fn read(&self, _: u32, _: Msr) -> ReadOutcome {
+        Err(Fault)
+    }
+
+    fn write(&self, _: u32, _: Msr, _: u64) -> WriteOutcome {
+        Err(Fault)
     }
 }
 

@@ -210,11 +210,7 @@ impl fmt::Display for Decompiled {
         }
         writeln!(f, "version = 1")?;
         writeln!(f, "name    = \"decompiled\"")?;
-        let default = match self.default {
-            Verdict::Allow => "allow",
-            Verdict::Deny => "deny",
-        };
-        writeln!(f, "default = \"{default}\"")?;
+        writeln!(f, "default = \"{}\"", self.default.name())?;
         print::fallbacks(f, &self.unknown, &self.invalid)?;
         self.rules
             .iter()

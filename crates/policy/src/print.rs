@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use msrgate_core::{Log, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Argument, Did, Log, ReadAction, WriteAction};
 use toml::Value;
 use toml::map::Map;
 
@@ -17,11 +17,7 @@ impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "version = 1")?;
         writeln!(f, "name = {}", text(&self.name))?;
-        let default = match self.default {
-            Verdict::Allow => "allow",
-            Verdict::Deny => "deny",
-        };
-        writeln!(f, "default = {}", text(default))?;
+        writeln!(f, "default = {}", text(self.default.name()))?;
         if self.valid == Validity::CpuModel {
             writeln!(f, "valid = {}", text("cpu-model"))?;
         }
@@ -174,31 +170,31 @@ fn table(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
 }
 
 pub(crate) fn read_action(action: &ReadAction) -> Value {
-    match action {
-        ReadAction::Value(fixed) if *fixed != 0 => table([("value", value(*fixed))]),
-        ReadAction::Shadow(initial) => table([("shadow", value(*initial))]),
-        ReadAction::Mask { keep, set } => table([("mask", table([("keep", value(*keep)), ("set", value(*set))]))]),
-        ReadAction::Handler(name) => table([("handler", text(name))]),
-        word => text(word.name()),
-    }
+    action_of(action.did(), action.arguments())
 }
 
 pub(crate) fn write_action(action: &WriteAction) -> Value {
-    match action {
-        WriteAction::Mask { may_change, otherwise } => {
-            let otherwise = match otherwise {
-                Otherwise::Deny => "deny",
-                Otherwise::Drop => "drop",
-            };
-            table([(
-                "mask",
-                table([("may_change", value(*may_change)), ("otherwise", text(otherwise))]),
-            )])
-        }
-        WriteAction::Only(values) => table([("only", list(values.iter().map(|allowed| value(*allowed))))]),
-        WriteAction::Once => table([("once", Value::Boolean(true))]),
-        WriteAction::Handler(name) => table([("handler", text(name))]),
-        word => text(word.name()),
+    action_of(action.did(), action.arguments())
+}
+
+/// The word of an action; with what it is given, if it is given anything.
+fn action_of<'a>(did: Did, given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Value {
+    let mut given: Vec<(&str, Value)> = given.map(|(key, argument)| (key, argument_of(argument))).collect();
+    match (did, given.len()) {
+        (Did::Once, _) => table([(did.name(), Value::Boolean(true))]),
+        // The word says the value.
+        (Did::Zero, _) | (_, 0) => text(did.name()),
+        (_, 1) => table(given.pop().map(|(_, only)| (did.name(), only))),
+        _ => table([(did.name(), table(given))]),
+    }
+}
+
+fn argument_of(argument: Argument<'_>) -> Value {
+    match argument {
+        Argument::Number(number) => value(number),
+        Argument::Numbers(numbers) => list(numbers.iter().map(|number| value(*number))),
+        Argument::Name(name) => text(name),
+        Argument::Otherwise(otherwise) => text(otherwise.name()),
     }
 }
 

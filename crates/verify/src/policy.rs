@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use msrgate_core::{Access, Exit as MsrExit, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction, abi::MAX_RANGE_MSRS};
 use msrgate_engine::Path;
-use msrgate_kvm::{Fault, Handler, Handlers, InstallError};
+use msrgate_kvm::{Handlers, InstallError};
 use msrgate_plan::{DecisionMap, Plan};
 
 use crate::VerifyError;
@@ -52,8 +52,7 @@ impl Machine {
         let mut state = plan.table().vcpu_state();
 
         let mut live = Live::new(self.guest(1)?);
-        let handlers = plan.table().handlers();
-        let handlers = handlers.fold(Handlers::new(), |handlers, name| handlers.with(name, Nobody));
+        let handlers = Handlers::faulting(plan.table().handlers());
         let gate = match self.probed.install(live.guest().vm(), Arc::clone(&plan), handlers) {
             // That is the machine's lack and not the policy's: others go on.
             Err(error @ InstallError::HostMsrs { .. }) => {
@@ -222,17 +221,4 @@ fn by_itself(got: &Both<AccessResult>, access: Access, action: &ReadAction, unfi
         _ => false,
     };
     same_but_value && follows && access.op() == Op::Read
-}
-
-/// Stands for the handlers that a policy names and this command has no code for.
-struct Nobody;
-
-impl Handler for Nobody {
-    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
-        Err(Fault)
-    }
-
-    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
-        Err(Fault)
-    }
 }

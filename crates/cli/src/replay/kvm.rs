@@ -5,14 +5,13 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Event, Op, Outcome};
 use msrgate_guest::{GuestError, Mode, Options};
-use msrgate_kvm::{Gate, VcpuGate};
+use msrgate_kvm::{Gate, Handlers, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
 use super::machine::{Got, Machine};
 use crate::cpuid::to_kvm;
 use crate::exit::{Exit, Failure, with_source};
-use crate::handler::nobody;
 
 /// One vCPU in a VM of its own.
 pub(crate) struct Guest {
@@ -39,7 +38,11 @@ impl Guest {
             None => None,
             Some(plan) => {
                 let gate = probed
-                    .install(guest.vm(), Arc::clone(plan), nobody(plan))
+                    .install(
+                        guest.vm(),
+                        Arc::clone(plan),
+                        Handlers::faulting(plan.table().handlers()),
+                    )
                     .map_err(|error| machine(&error))?;
                 let vcpu = guest.vcpu(0).map_err(failed)?;
                 let vcpu_gate = gate.vcpu(vcpu.fd(), 0).map_err(|error| machine(&error))?;

@@ -243,7 +243,7 @@ fn rules(told: &Told) -> Markup {
     html! {
         section aria-labelledby="rules" {
             h2 #rules { "Rules of the policy" }
-            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (words::word(policy.default)) } "." }
+            p.muted { "The first rule that names an MSR decides. What no rule names gets the default, " b { (policy.default.name()) } "." }
             div.scroll role="region" aria-labelledby="rules" tabindex="0" {
                 table {
                     thead {

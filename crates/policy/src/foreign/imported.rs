@@ -57,11 +57,7 @@ impl fmt::Display for Imported {
         }
         writeln!(f, "version = 1")?;
         writeln!(f, "name    = \"{}\"", self.format.name())?;
-        let default = match self.default {
-            Verdict::Allow => "allow",
-            Verdict::Deny => "deny",
-        };
-        writeln!(f, "default = \"{default}\"")?;
+        writeln!(f, "default = \"{}\"", self.default.name())?;
         let mut msrs: Vec<_> = self
             .msrs
             .iter()

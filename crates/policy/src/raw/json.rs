@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::abi::FILTER_DEFAULT_DENY;
-use msrgate_core::{Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Arguments, Did, Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteAction};
 use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
@@ -243,55 +243,58 @@ fn fallback(object: &Object, key: &str) -> Result<(ReadAction, WriteAction), Raw
     Ok((read, write))
 }
 
+/// What stands beside the word of an action, and where.
+struct Beside<'a>(&'a Object, &'a str);
+
+impl Arguments for Beside<'_> {
+    type Error = RawError;
+
+    fn number(&mut self, key: &'static str) -> Result<u64, RawError> {
+        let Beside(given, at) = self;
+        u64_of(required(given, key, at)?, &format!("{at}.{key}"))
+    }
+
+    fn numbers(&mut self, key: &'static str) -> Result<Arc<[u64]>, RawError> {
+        let Beside(given, at) = self;
+        let at = format!("{at}.{key}");
+        let values = list(required(given, key, self.1)?, &at)?;
+        values.iter().map(|value| u64_of(value, &at)).collect()
+    }
+
+    fn name(&mut self, key: &'static str) -> Result<Arc<str>, RawError> {
+        let Beside(given, at) = self;
+        text(required(given, key, at)?, &format!("{at}.{key}")).map(Arc::from)
+    }
+
+    fn otherwise(&mut self, key: &'static str) -> Result<Otherwise, RawError> {
+        let Beside(given, at) = self;
+        let word = text(required(given, key, at)?, &format!("{at}.{key}"))?;
+        let found = Otherwise::ALL.into_iter().find(|otherwise| otherwise.name() == word);
+        found.ok_or_else(|| RawError::new(format!("`{at}.{key}` is `{word}`, neither `deny` nor `drop`")))
+    }
+}
+
+/// The word of an action; what is passed on to the kernel is allowed.
+fn did(word: &str) -> Option<Did> {
+    Did::from_name(word).map(|did| if did == Did::Pass { Did::Allow } else { did })
+}
+
 fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawError> {
-    let value = |key: &str| u64_of(required(given, key, at)?, &format!("{at}.{key}"));
-    Ok(match word {
-        "allow" | "pass" => ReadAction::Allow,
-        "deny" => ReadAction::Deny,
-        "zero" => ReadAction::Value(0),
-        "value" => ReadAction::Value(value("value")?),
-        "shadow" => ReadAction::Shadow(value("initial")?),
-        "mask" => ReadAction::Mask {
-            keep: value("keep")?,
-            set: value("set")?,
-        },
-        "host" => ReadAction::Host,
-        "handler" => ReadAction::Handler(handler(given, at)?),
-        other => return Err(RawError::new(format!("`{at}`: no read gets `{other}`"))),
-    })
+    let action = match did(word) {
+        // The word says the value.
+        Some(Did::Zero) => Some(ReadAction::Value(0)),
+        Some(did) => ReadAction::of(did, &mut Beside(given, at))?,
+        None => None,
+    };
+    action.ok_or_else(|| RawError::new(format!("`{at}`: no read gets `{word}`")))
 }
 
 fn write_action(word: &str, given: &Object, at: &str) -> Result<WriteAction, RawError> {
-    Ok(match word {
-        "allow" | "pass" => WriteAction::Allow,
-        "deny" => WriteAction::Deny,
-        "ignore" => WriteAction::Ignore,
-        "shadow" => WriteAction::Shadow,
-        "once" => WriteAction::Once,
-        "mask" => WriteAction::Mask {
-            may_change: u64_of(required(given, "may_change", at)?, &format!("{at}.may_change"))?,
-            otherwise: match text(required(given, "otherwise", at)?, &format!("{at}.otherwise"))? {
-                "deny" => Otherwise::Deny,
-                "drop" => Otherwise::Drop,
-                other => {
-                    return Err(RawError::new(format!(
-                        "`{at}.otherwise` is `{other}`, neither `deny` nor `drop`"
-                    )));
-                }
-            },
-        },
-        "only" => {
-            let values = list(required(given, "values", at)?, &format!("{at}.values"))?;
-            let values = values.iter().map(|value| u64_of(value, &format!("{at}.values")));
-            WriteAction::Only(values.collect::<Result<Arc<[u64]>, _>>()?)
-        }
-        "handler" => WriteAction::Handler(handler(given, at)?),
-        other => return Err(RawError::new(format!("`{at}`: no write gets `{other}`"))),
-    })
-}
-
-fn handler(given: &Object, at: &str) -> Result<Arc<str>, RawError> {
-    text(required(given, "handler", at)?, &format!("{at}.handler")).map(Arc::from)
+    let action = match did(word) {
+        Some(did) => WriteAction::of(did, &mut Beside(given, at))?,
+        None => None,
+    };
+    action.ok_or_else(|| RawError::new(format!("`{at}`: no write gets `{word}`")))
 }
 
 fn only(object: &Object, known: &[&str], at: &str) -> Result<(), RawError> {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use msrgate_core::{Access, Outcome, Verdict, abi};
+use msrgate_core::{Access, Outcome, abi};
 
 use super::{AccessStep, Call, Case, Descriptor, Place, RawFilter, Step, Target, process_name};
 
@@ -60,11 +60,7 @@ impl fmt::Display for AccessStep {
             write!(f, ", action = {}", quoted(action))?;
         }
         if let Some(verdict) = self.expect.verdict {
-            let word = match verdict {
-                Verdict::Allow => "allow",
-                Verdict::Deny => "deny",
-            };
-            write!(f, ", verdict = \"{word}\"")?;
+            write!(f, ", verdict = \"{}\"", verdict.name())?;
         }
         if let Some(exit) = self.expect.exit {
             write!(f, ", exit = \"{}\"", exit.map_or("none", |reason| reason.name()))?;

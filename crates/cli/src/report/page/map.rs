@@ -180,7 +180,7 @@ fn windows(told: &Told, decided: Option<&Decided>, touched: &Touched<'_>) -> Mar
                             td.n { (number(outside.0)) }
                             td.n { (number(outside.1)) }
                             @if let Some(loaded) = &told.policy {
-                                td colspan="2" { span.muted { "what no rule names: " (words::word(loaded.policy.default)) } }
+                                td colspan="2" { span.muted { "what no rule names: " (loaded.policy.default.name()) } }
                             }
                         }
                     }
