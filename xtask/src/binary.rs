@@ -111,11 +111,13 @@ fn binary(message: &str) -> Option<Binary> {
 }
 
 /// How many tests ended in which way.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
     pub(crate) skipped: u64,
+    /// The names of the failed tests and what each of them wrote.
+    pub(crate) failures: String,
 }
 
 impl AddAssign for Count {
@@ -123,6 +125,7 @@ impl AddAssign for Count {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.failures.push_str(&other.failures);
     }
 }
 
@@ -132,6 +135,7 @@ impl std::fmt::Display for Count {
             passed,
             failed,
             skipped,
+            ..
         } = self;
         write!(formatter, "{passed} passed, {failed} failed, {skipped} skipped")
     }
@@ -150,6 +154,7 @@ pub(crate) fn counted(text: &str) -> Count {
                 passed: number_before(result, " passed"),
                 failed: number_before(result, " failed"),
                 skipped: number_before(result, " ignored"),
+                failures: String::new(),
             };
         } else if heading && line.starts_with("skipped: ") {
             skips += 1;
@@ -158,7 +163,41 @@ pub(crate) fn counted(text: &str) -> Count {
     }
     count.passed = count.passed.saturating_sub(skips);
     count.skipped += skips;
+    count.failures = failures(text);
     count
+}
+
+/// What the failed tests of a libtest output wrote, the last lines of each, without those of the tests that passed.
+fn failures(text: &str) -> String {
+    const LINES: usize = 30;
+    let mut kept = String::new();
+    let mut lines = text.lines().map(str::trim_end);
+    while lines.by_ref().any(|line| line.trim_start() == "failures:") {
+        let mut test: Vec<&str> = Vec::new();
+        for line in lines.by_ref() {
+            let end = matches!(line.trim_start(), "failures:" | "successes:");
+            if end || line.trim_start().starts_with("---- ") || line.contains("test result: ") {
+                for line in test
+                    .iter()
+                    .take(1)
+                    .chain(test.iter().skip(1.max(test.len().saturating_sub(LINES))))
+                {
+                    kept.push_str(line);
+                    kept.push('\n');
+                }
+                test.clear();
+            }
+            if end {
+                break;
+            }
+            if !(line.is_empty() && test.is_empty()) {
+                test.push(line);
+            }
+        }
+        // The list of names that follows repeats what stands above each test's output.
+        lines.by_ref().find(|line| line.contains("test result: "));
+    }
+    kept
 }
 
 /// Counts what `cargo nextest run` sums up: `5 tests run: 4 passed (1 slow), 1 failed, 2 skipped`.
@@ -173,6 +212,7 @@ pub(crate) fn summed(text: &str) -> Count {
         passed,
         failed: run.saturating_sub(passed),
         skipped: 0,
+        failures: failures(text),
     }
 }
 
@@ -214,7 +254,8 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
             Count {
                 passed: 1,
                 failed: 0,
-                skipped: 2
+                skipped: 2,
+                ..Count::default()
             }
         );
     }
@@ -228,9 +269,40 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
             Count {
                 passed: 12,
                 failed: 3,
-                skipped: 0
+                ..Count::default()
             }
         );
+    }
+
+    #[test]
+    fn what_a_failed_test_wrote_is_kept_and_what_others_wrote_is_not() {
+        let text = "\
+running 3 tests
+test a ... ok
+test b ... FAILED
+
+successes:
+
+---- a stdout ----
+all is well
+
+successes:
+    a
+
+failures:
+
+---- b stdout ----
+thread 'b' panicked at x.rs:1:1:
+too late
+
+failures:
+    b
+
+test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+";
+        let kept = "---- b stdout ----\nthread 'b' panicked at x.rs:1:1:\ntoo late\n";
+        assert_eq!(counted(text).failures.trim_end(), kept.trim_end());
+        assert_eq!(counted(&text.repeat(2)).failures.matches("too late").count(), 2);
     }
 
     #[test]
@@ -241,7 +313,7 @@ test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; fini
             Count {
                 passed: 24,
                 failed: 1,
-                skipped: 0
+                ..Count::default()
             }
         );
     }

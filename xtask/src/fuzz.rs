@@ -67,7 +67,7 @@ fn fuzz(targets: impl Iterator<Item = &'static str>, seconds: u32, corpora: &Pat
         count += Count {
             passed: runs.is_some().into(),
             failed: runs.is_none().into(),
-            skipped: 0,
+            ..Count::default()
         };
         notes.push(format!("{target} {}", runs.unwrap_or("FAILED")));
     }

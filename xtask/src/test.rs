@@ -196,8 +196,8 @@ impl Report {
     }
 
     fn count(&self) -> Count {
-        match self.ending {
-            Ending::Ran { count, .. } => count,
+        match &self.ending {
+            Ending::Ran { count, .. } => count.clone(),
             Ending::Skipped(_) => Count {
                 skipped: 1,
                 ..Count::default()
@@ -226,7 +226,8 @@ fn sum_up(reports: &[Report]) -> ExitCode {
     if sum.failed == 0 {
         return ExitCode::SUCCESS;
     }
-    // The last line says where to look, since of a long output the end is what is kept.
+    // The end says what failed and how, since of a long output the end is what is kept.
+    println!("\n== failures\n{}", sum.failures);
     let failed = reports.iter().filter(|report| report.count().failed > 0);
     let names: Vec<_> = failed.map(|report| report.name.as_str()).collect();
     println!("failed: {}", names.join(", "));
@@ -326,7 +327,7 @@ pub(crate) fn one(passed: bool, note: String) -> Ending {
         count: Count {
             passed,
             failed: 1 - passed,
-            skipped: 0,
+            ..Count::default()
         },
         note,
     }
@@ -631,7 +632,7 @@ mod tests {
             Count {
                 passed: 2,
                 failed: 1,
-                skipped: 0
+                ..Count::default()
             }
         );
     }
@@ -644,7 +645,7 @@ mod tests {
             Count {
                 passed: 2,
                 failed: 2,
-                skipped: 0
+                ..Count::default()
             }
         );
     }
