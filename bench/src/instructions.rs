@@ -10,7 +10,8 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
 use msrgate_core::{
-    Access, ActionTable, Backing, Exit, Filter, Log, Lookup, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Why, abi,
+    Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Log, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
+    Reasons, abi,
 };
 use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Vcpu, Vm};
 use msrgate_kvm::{Dispatch, VcpuGate};
@@ -109,8 +110,8 @@ pub(crate) fn repeat(case: Case, times: usize) -> Result<(), String> {
     let filter = |ranges| crate::lookup::filter(ranges).map_err(|error| failed(&error));
     match case {
         Case::Nothing => again(times, || ()),
-        Case::WindowVerdict => verdicts(times, &Lookup::new(filter(1)?), last_of(1)),
-        Case::PagesVerdict => verdicts(times, &Lookup::new(filter(16)?), last),
+        Case::WindowVerdict => verdicts(times, &FlatFilter::new(filter(1)?), last_of(1)),
+        Case::PagesVerdict => verdicts(times, &FlatFilter::new(filter(16)?), last),
         Case::WalkedFirst => walks(times, &Linear::new(&filter(1)?), last_of(1)),
         Case::WalkedLast => walks(times, &Linear::new(&filter(16)?), last),
         Case::Answer => {
@@ -135,7 +136,7 @@ fn again(times: usize, mut work: impl FnMut()) {
     }
 }
 
-fn verdicts(times: usize, lookup: &Lookup, msr: Msr) {
+fn verdicts(times: usize, lookup: &FlatFilter, msr: Msr) {
     again(times, || _ = black_box(lookup.verdict(black_box(msr), Op::Read)));
 }
 
@@ -218,24 +219,24 @@ impl Msrs for Nobody {
     }
 }
 
-impl Backing for Nobody {
-    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+impl MsrBackend for Nobody {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
         Ok(1)
     }
 
-    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), FaultCause> {
         Ok(())
     }
 
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
         Ok(1)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
         Ok(1)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, kvm_enable_cap};
 use kvm_ioctls::{Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuExit, VcpuFd, VmFd};
 use msrgate_core::{Access, Msr, Verdict};
 use msrgate_guest::{Guest, Mode, Options, held};
-use msrgate_kvm::{Handlers, Probed, VcpuGate, probe};
+use msrgate_kvm::{Capabilities, Handlers, VcpuGate, probe};
 use msrgate_plan::{CompileOptions, DecisionMap, Plan};
 use msrgate_policy::Policy;
 
@@ -53,7 +53,7 @@ pub(crate) fn constant_read(effort: Effort) -> Measured {
     let free = free.as_mut().map_err(|error| error.clone())?;
     let _held = preset.gate(
         &kvm,
-        Plan::compile_for(&map, &CompileOptions::default().holding(held)).map_err(text)?,
+        Plan::compile_for(&map, &CompileOptions::default().with_presets(held)).map_err(text)?,
     )?;
     let gate = exiting.gate(&kvm, Plan::compile(&map).map_err(text)?)?;
     let [ours, exit, allowed] = rounds(
@@ -103,7 +103,7 @@ fn open() -> Result<Kvm, Missing> {
     Kvm::new().map_err(|error| Missing::Skipped(format!("/dev/kvm does not open: {error}")))
 }
 
-fn probed(kvm: &Kvm) -> Result<Probed, String> {
+fn probed(kvm: &Kvm) -> Result<Capabilities, String> {
     probe(kvm).map_err(text)
 }
 

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::hint::black_box;
 
-use msrgate_core::{Filter, FilterRange, Lookup, Msr, Op, Ops, Verdict};
+use msrgate_core::{Filter, FilterRange, FlatFilter, Msr, Op, Ops, Verdict};
 
 use crate::figure::{Aim, Figure};
 use crate::rounds::{nanoseconds, rounds};
@@ -19,7 +19,7 @@ pub(crate) fn measure(effort: Effort) -> Measured {
     let mut figures = Vec::new();
     for ranges in [1, 4, 16] {
         let filter = filter(ranges).map_err(|error| error.to_string())?;
-        let (lookup, linear) = (Lookup::new(filter.clone()), Linear::new(&filter));
+        let (lookup, linear) = (FlatFilter::new(filter.clone()), Linear::new(&filter));
         for pattern in Pattern::ALL {
             let accesses = pattern.accesses(&filter, count);
             let ours = |_: &mut ()| nanoseconds(count, || ask(&accesses, |msr, op| lookup.verdict(msr, op)));

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use msrgate_core::{Filter, FilterRange, Lookup, Msr, Op, Ops, Verdict};
+use msrgate_core::{Filter, FilterRange, FlatFilter, Msr, Op, Ops, Verdict};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 
 use crate::figure::{Aim, Figure};
@@ -23,7 +23,7 @@ pub(crate) fn measure(effort: Effort) -> Measured {
     let (a, b) = (a?, b?);
 
     let vm = Arc::new(Vm::new());
-    let flat: [Arc<Lookup>; 2] = [a.clone().into(), b.clone().into()];
+    let flat: [Arc<FlatFilter>; 2] = [a.clone().into(), b.clone().into()];
     let plain = [&a, &b].map(|filter| Arc::new(filter.clone()));
     let [first, _] = &plain;
     let swap = ArcSwap::new(Arc::clone(first));
@@ -103,7 +103,7 @@ fn filter(bits: u64) -> Result<Filter, msrgate_core::FilterError> {
 }
 
 fn flatten(filter: &Filter) -> Result<(), Infallible> {
-    black_box(Lookup::new(filter.clone()));
+    black_box(FlatFilter::new(filter.clone()));
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Did, Event, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, Msr, Nanos, Op, Reason};
 use msrgate_trace::learn::Summary;
 use msrgate_trace::report::Report;
 use msrgate_trace::{Header, Lines, Record, VERSION, write_event};
@@ -87,9 +87,9 @@ fn events(count: usize) -> Vec<Event> {
         let place = number.wrapping_mul(0x9e37_79b1) >> 7;
         let op = if place & 64 == 0 { Op::Read } else { Op::Write };
         let (did, reason, rule) = match place & 7 {
-            0 => (Did::Allow, None, None),
-            1 => (Did::Value, Some(Reason::Filter), Some(3)),
-            _ => (Did::Pass, Some(Reason::Filter), None),
+            0 => (Disposition::Allow, None, None),
+            1 => (Disposition::Value, Some(Reason::Filter), Some(3)),
+            _ => (Disposition::Pass, Some(Reason::Filter), None),
         };
         Event {
             t: Nanos(1_413_334_420 + number as u64 * 1234),

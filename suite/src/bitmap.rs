@@ -1,6 +1,6 @@
 //! The permission bitmaps of VMX and SVM, with every MSR a candidate for pass-through.
 
-use msrgate_core::{Candidate, Filter, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
+use msrgate_core::{Filter, Msr, MsrRange, Op, Ops, PassthroughMsr, SvmPermissionMap, Verdict, VmxBitmap};
 
 use crate::filter::Held;
 use crate::{AccessStep, Call, CallResult, Case, Implementation, Process, Seen, Stop, Subject, perform};
@@ -53,7 +53,7 @@ impl Implementation for Svm {
     }
 }
 
-const EVERYTHING: [Candidate; 1] = [Candidate::new(MsrRange::ALL, Ops::BOTH)];
+const EVERYTHING: [PassthroughMsr; 1] = [PassthroughMsr::new(MsrRange::ALL, Ops::BOTH)];
 
 /// A bitmap's word on an access.
 type Intercepts = Box<dyn Fn(Msr, Op) -> bool>;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::{
-    Access, Candidate, Exit, Msr, MsrRange, Op, Ops, Outcome, Reason, SvmPermissionMap, VcpuState, VmxBitmap,
+    Access, Exit, Msr, MsrRange, Op, Ops, Outcome, PassthroughMsr, Reason, SvmPermissionMap, VcpuState, VmxBitmap,
 };
 use msrgate_engine::{
     Advance, Completion, Instruction, Intercepts, KvmRunMsr, Path, Step, UnknownMsrs, Vcpu, Vm, Written,
@@ -52,11 +52,13 @@ impl Implementation for Engine {
             false => UnknownMsrs::Refused,
         };
         let vm = Arc::new(Vm::new().with_unknown_msrs(unknown));
-        let candidates: Vec<Candidate> = case
+        let candidates: Vec<PassthroughMsr> = case
             .steps
             .iter()
             .filter_map(|step| match step {
-                crate::Step::Access(step) => Some(Candidate::new(MsrRange::single(step.msr()), Ops::of(step.op()))),
+                crate::Step::Access(step) => {
+                    Some(PassthroughMsr::new(MsrRange::single(step.msr()), Ops::of(step.op())))
+                }
                 _ => None,
             })
             .collect();
@@ -159,7 +161,7 @@ impl Guest {
     fn bitmap_follows(&mut self, msr: Msr, op: Op) -> Result<(), Stop> {
         let open = msrgate_core::Filter::allow_all();
         let filter = self.vcpu.filter().unwrap_or(&open);
-        let candidates = [Candidate::new(MsrRange::single(msr), Ops::of(op))];
+        let candidates = [PassthroughMsr::new(MsrRange::single(msr), Ops::of(op))];
         let derived = match self.process {
             Process::Native => VmxBitmap::derive(filter, &candidates).intercepts(msr, op),
             Process::Compat => SvmPermissionMap::derive(filter, &candidates).intercepts(msr, op),

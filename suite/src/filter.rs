@@ -1,6 +1,6 @@
 //! The filter of `msrgate-core`.
 
-use msrgate_core::{Filter, FilterRange, Lookup, Ops, Verdict};
+use msrgate_core::{Filter, FilterRange, FlatFilter, Ops, Verdict};
 
 use crate::compiled::compile;
 use crate::{
@@ -41,7 +41,7 @@ struct Flattened(Held);
 
 impl Subject for Flattened {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
-        let verdict = Lookup::new(self.0.filter.clone()).verdict(step.msr(), step.op());
+        let verdict = FlatFilter::new(self.0.filter.clone()).verdict(step.msr(), step.op());
         let seen = self.0.access(step)?;
         Ok(Seen {
             verdict: Some(verdict),

@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
 use msrgate_guest::raw::{Arena, Caller, Request};
 use msrgate_guest::{Guest, Mode, Options, Pending};
-use msrgate_kvm::{Fault, Gate, Handler, Handlers, InstallError, Probed, VcpuGate};
+use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, InstallError, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_verify::case::PAGES;
 
@@ -28,7 +28,7 @@ const IGNORE_MSRS: &str = "/sys/module/kvm/parameters/ignore_msrs";
 /// This machine's KVM.
 pub struct Live {
     kvm: Kvm,
-    probed: Probed,
+    probed: Capabilities,
     mode: Mode,
     name: &'static str,
 }
@@ -91,7 +91,7 @@ impl Implementation for Live {
 
 /// A VM, and what is in force on it.
 struct Running {
-    probed: Probed,
+    probed: Capabilities,
     cpuid: Option<Cpuid>,
     guest: Guest,
     calls: Calls,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Access, Backing, Msr, MsrRange, Outcome, Reason, Why};
+use msrgate_core::{Access, FaultCause, Msr, MsrBackend, MsrRange, Outcome, Reason};
 use msrgate_engine::{Errno, Msrs, Refusal};
 
 /// A new vCPU's registers.
@@ -90,31 +90,31 @@ impl Msrs for Machine {
     }
 }
 
-impl Backing for Machine {
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
-        self.value(msr).map_err(|_| Why::KernelRefused)
+impl MsrBackend for Machine {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
+        self.value(msr).map_err(|_| FaultCause::KernelRefused)
     }
 
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
         let done = self.access(Access::Write { msr, value });
-        done.map(drop).map_err(|_| Why::KernelRefused)
+        done.map(drop).map_err(|_| FaultCause::KernelRefused)
     }
 
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::HostUnreadable)
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, Why> {
+    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, FaultCause> {
         match Machine::handler(Access::Read { msr }) {
             Outcome::Value(value) if name == Machine::HANDLER => Ok(value),
-            _ => Err(Why::NoHandler),
+            _ => Err(FaultCause::NoHandler),
         }
     }
 
-    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), Why> {
+    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), FaultCause> {
         match Machine::handler(Access::Write { msr, value }) {
             Outcome::Done if name == Machine::HANDLER => Ok(()),
-            _ => Err(Why::HandlerFault),
+            _ => Err(FaultCause::HandlerFault),
         }
     }
 }

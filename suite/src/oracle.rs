@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use msrgate_core::{Access, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, Reason, Verdict, WriteAction};
+use msrgate_core::{Access, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction, Reason, Verdict, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_policy::Policy;
 
@@ -83,7 +83,7 @@ impl Subject for Guest {
         let next = compile(policy, self.cpuid.as_ref())?.policy;
         // An MSR goes on remembering where it remembers under both.
         let kept = |msr: Msr| {
-            let (before, after) = (remembers(&self.policy, msr), remembers(&next, msr));
+            let (before, after) = (has_emulated_state(&self.policy, msr), has_emulated_state(&next, msr));
             before == after && (before || spare(&self.policy) && spare(&next))
         };
         self.shadows.retain(|msr, _| kept(*msr));
@@ -100,7 +100,7 @@ fn actions(policy: &Policy, cpuid: Option<&Cpuid>, msr: Msr) -> Result<(ReadActi
 }
 
 /// Whether a rule gives the MSR a state of its own.
-fn remembers(policy: &Policy, msr: Msr) -> bool {
+fn has_emulated_state(policy: &Policy, msr: Msr) -> bool {
     actions(policy, None, msr).is_ok_and(|(read, write)| {
         matches!(read, ReadAction::Shadow(_)) || matches!(write, WriteAction::Shadow | WriteAction::Once)
     })
@@ -150,7 +150,7 @@ impl Guest {
                     return Outcome::Fault;
                 };
                 let new = (old & !may_change) | (value & may_change);
-                if *otherwise == Otherwise::Deny && new != value {
+                if *otherwise == OnLockedBits::Deny && new != value {
                     return Outcome::Fault;
                 }
                 self.kernel(msr, new)

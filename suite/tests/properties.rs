@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Candidate, Msr, MsrRange, Op, Ops, SvmPermissionMap, Verdict, VmxBitmap};
+use msrgate_core::{Access, Msr, MsrRange, Op, Ops, PassthroughMsr, SvmPermissionMap, Verdict, VmxBitmap};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 use msrgate_suite::{
     Call, CallResult, Case, CoreFilter, Engine, Flat, Implementation, Map, Oracle, Place, Planned, Process, RawFilter,
@@ -271,11 +271,11 @@ proptest! {
     ) {
         acceptable(&mut filter);
         let core = core_filter(&filter);
-        let candidates: Vec<Candidate> = candidates
+        let candidates: Vec<PassthroughMsr> = candidates
             .into_iter()
             .filter_map(|(first, len, ops)| {
                 let range = MsrRange::new(Msr(first), Msr(first.saturating_add(len)))?;
-                Some(Candidate::new(range, Ops::from_bits(ops)?))
+                Some(PassthroughMsr::new(range, Ops::from_bits(ops)?))
             })
             .collect();
         let vmx = VmxBitmap::derive(&core, &candidates);

@@ -88,7 +88,7 @@ pub mod table {
     pub const KIND: usize = 1;
     /// The value of a read; a shadow's before it is written.
     pub const VALUE: usize = 2;
-    /// What an event says was done: `Did`, `Why` + 1 or 0 from bit 8 on, the reason from bit 16 on.
+    /// What an event says was done: `Disposition`, `FaultCause` + 1 or 0 from bit 8 on, the reason from bit 16 on.
     pub const TOLD: usize = 3;
     /// How much is logged: 0 nothing, 1 all, 2 the first, 3 so many a second as the upper half says.
     pub const LOG: usize = 4;

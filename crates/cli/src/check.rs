@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::Touched;
+use msrgate_plan::AccessCount;
 use msrgate_policy::{Diagnostic, Severity, Source};
 use serde_json::{Value, json};
 
@@ -50,7 +50,7 @@ struct Checked {
     too_many: Option<Box<TooMany>>,
 }
 
-fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Checked {
+fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked {
     match load::policy(path, cpuid, profile) {
         Ok(loaded) => {
             let findings = msrgate_policy::check(&loaded.policy, &loaded.map, cpuid);

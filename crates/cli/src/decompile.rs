@@ -4,7 +4,7 @@ use std::io::Write;
 
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap};
-use msrgate_policy::raw::{Form, Given};
+use msrgate_policy::raw::{RawFormat, RawInput};
 use msrgate_policy::{Decompiled, Policy, decompile};
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ use crate::{input, load, stream};
 
 pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
     let bytes = input::bytes(&args.filter)?;
-    if Form::of(&bytes) == Form::Policy {
+    if RawFormat::of(&bytes) == RawFormat::Policy {
         return Err(Failure::input(format!(
             "`{}` is no filter in any form that is known here, and no plan; if it is a policy, it is what `decompile` writes",
             input::shown(&args.filter)
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
 }
 
 /// Nothing is printed that does not say what the filter says.
-fn verify(text: &str, given: &Given) -> Result<(), Failure> {
+fn verify(text: &str, given: &RawInput) -> Result<(), Failure> {
     let bug = |what: String| {
         Failure::input(format!(
             "the decompiled policy is not what the filter says: {what}; please report it with the filter"
@@ -52,7 +52,7 @@ fn verify(text: &str, given: &Given) -> Result<(), Failure> {
     }
 }
 
-fn json(decompiled: &Decompiled, text: &str, given: &Given) -> Value {
+fn json(decompiled: &Decompiled, text: &str, given: &RawInput) -> Value {
     let rules = decompiled.rules.iter().map(|rule| {
         json!({
             "msrs": rule.msrs,

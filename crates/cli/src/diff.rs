@@ -14,8 +14,8 @@ use crate::{cpuid, input, load, render, stream, words};
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
     let cpuid = cpuid::given(&args.cpuid)?;
     let (a, b) = (input::bytes(&args.a)?, input::bytes(&args.b)?);
-    let a = load::said(&args.a, a, cpuid.as_ref())?;
-    let b = load::said(&args.b, b, cpuid.as_ref())?;
+    let a = load::policy_or_filter(&args.a, a, cpuid.as_ref())?;
+    let b = load::policy_or_filter(&args.b, b, cpuid.as_ref())?;
     let by = match (a.by, b.by) {
         (By::Actions, By::Actions) => By::Actions,
         _ => By::Verdicts,

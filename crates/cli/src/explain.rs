@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Decider, Msr, Op};
+use msrgate_core::{DecidedBy, Msr, Op};
 use msrgate_guest::NoPreset;
 use msrgate_msrs::number;
 use msrgate_policy::{Explanation, Policy, explain};
@@ -75,8 +75,8 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
         })
     });
     let range = match explanation.decider {
-        Decider::Range { slot, bit } => json!({ "slot": slot, "bit": bit }),
-        Decider::X2apic | Decider::Default => Value::Null,
+        DecidedBy::Range { slot, bit } => json!({ "slot": slot, "bit": bit }),
+        DecidedBy::X2apic | DecidedBy::Default => Value::Null,
     };
     json!({
         "msr": explanation.msr.to_string(),
@@ -115,9 +115,9 @@ fn print(
     }
     writeln!(out, "  action   {}", explanation.action_text)?;
     let decider = match explanation.decider {
-        Decider::X2apic => "before any range: x2APIC is never filtered".to_owned(),
-        Decider::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),
-        Decider::Default => "no range; the filter's default".to_owned(),
+        DecidedBy::X2apic => "before any range: x2APIC is never filtered".to_owned(),
+        DecidedBy::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),
+        DecidedBy::Default => "no range; the filter's default".to_owned(),
     };
     writeln!(out, "  filter   {}: {decider}", explanation.verdict.name())?;
     writeln!(out, "  sees     {}", explanation.sees)?;

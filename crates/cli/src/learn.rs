@@ -8,7 +8,7 @@ use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{DecisionMap, Plan, PlanError};
 use msrgate_policy::Policy;
 use msrgate_trace::TraceError;
-use msrgate_trace::learn::{Change, Kind, Learned, Older, Summary, Widen};
+use msrgate_trace::learn::{Baseline, Change, Generalize, Kind, Learned, Summary};
 use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
         out.flush()?;
         return Ok(Exit::Yes);
     }
-    let widen = Widen {
+    let widen = Generalize {
         classes: args.widen.contains(&WidenArg::Classes),
         ranges: args.widen.contains(&WidenArg::Ranges),
         cpuid,
@@ -110,7 +110,7 @@ enum Origin {
 
 impl Before {
     /// A policy, or a summary or trace that one would be learned from in the same way.
-    fn read(path: &Path, widen: &Widen, incomplete: bool) -> Result<Before, Failure> {
+    fn read(path: &Path, widen: &Generalize, incomplete: bool) -> Result<Before, Failure> {
         let unreadable = |error: String| Failure::input(format!("cannot read `{}`: {error}", input::shown(path)));
         let io = |error: io::Error| unreadable(error.to_string());
         let mut from = trace::reader(path).map_err(io)?;
@@ -141,10 +141,10 @@ impl Before {
         }
     }
 
-    fn older(&self) -> Older<'_> {
+    fn older(&self) -> Baseline<'_> {
         match &self.origin {
-            Origin::Policy(policy) => Older::Policy(policy, &self.map),
-            Origin::Summary(summary) => Older::Summary(summary, &self.map),
+            Origin::Policy(policy) => Baseline::Policy(policy, &self.map),
+            Origin::Summary(summary) => Baseline::Summary(summary, &self.map),
         }
     }
 }

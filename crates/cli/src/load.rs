@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use msrgate_core::MsrRange;
 use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::{By, CompileOptions, DecisionMap, Plan, PlanError, Preset, Touched};
-use msrgate_policy::raw::{self, Form, Given};
-use msrgate_policy::{Diagnostic, Files, Fit, Policy, Rejected, Source};
+use msrgate_plan::{AccessCount, By, CompileOptions, DecisionMap, Plan, PlanError, Preset};
+use msrgate_policy::raw::{self, RawFormat, RawInput};
+use msrgate_policy::{Diagnostic, Files, FitAdvice, Policy, PolicyErrors, Source};
 
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
@@ -67,37 +67,45 @@ pub(crate) struct Refused {
 }
 
 /// Reads, resolves and compiles a policy.
-pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
+pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Box<Refused>> {
     planned(parsed(path, input::read(path))?, cpuid, profile)
 }
 
 /// Resolves and compiles a policy that is read already.
-pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Box<Refused>> {
+pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Box<Refused>> {
     let (policy, map) = resolved(policy, cpuid)?;
     let options = policy.options().with_profile(profile.to_vec());
     compiled(policy, map, options, cpuid)
 }
 
 /// The same for subcommands that only go on with a plan: what is wrong is printed.
-pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Failure> {
     policy(path, cpuid, profile).map_err(|refused| refused.report())
 }
 
 /// The same of a policy that is read already.
-pub(crate) fn planned_or_report(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+pub(crate) fn planned_or_report(
+    policy: Policy,
+    cpuid: Option<&Cpuid>,
+    profile: &[AccessCount],
+) -> Result<Loaded, Failure> {
     planned(policy, cpuid, profile).map_err(|refused| refused.report())
 }
 
 /// The same for this machine's kernel: what it holds by itself becomes presets.
-pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+pub(crate) fn policy_for_host(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Failure> {
     planned_for_host(unresolved(path)?, cpuid, profile)
 }
 
 /// The same of a policy that is read already.
-pub(crate) fn planned_for_host(policy: Policy, cpuid: Option<&Cpuid>, profile: &[Touched]) -> Result<Loaded, Failure> {
+pub(crate) fn planned_for_host(
+    policy: Policy,
+    cpuid: Option<&Cpuid>,
+    profile: &[AccessCount],
+) -> Result<Loaded, Failure> {
     let (policy, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
     let options = policy.options().with_profile(profile.to_vec());
-    let options = options.holding(held(&map, cpuid)?);
+    let options = options.with_presets(held(&map, cpuid)?);
     let loaded = compiled(policy, map, options, cpuid).map_err(|refused| refused.report())?;
     Ok(Loaded {
         no_presets: no_presets(&loaded.map, loaded.options.held(), &loaded.plan),
@@ -116,7 +124,7 @@ pub(crate) fn held(map: &DecisionMap, cpuid: Option<&Cpuid>) -> Result<Vec<Prese
 }
 
 /// What a policy, a plan or a raw filter says.
-pub(crate) struct Said {
+pub(crate) struct PolicyOrFilter {
     pub(crate) map: DecisionMap,
     /// The presets of a plan.
     pub(crate) presets: Vec<Preset>,
@@ -125,28 +133,28 @@ pub(crate) struct Said {
 }
 
 /// What the bytes of an input say, whichever of these they are.
-pub(crate) fn said(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result<Said, Failure> {
-    if Form::of(&bytes) == Form::Policy {
+pub(crate) fn policy_or_filter(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result<PolicyOrFilter, Failure> {
+    if RawFormat::of(&bytes) == RawFormat::Policy {
         let policy = unresolved_in(path, bytes)?;
         let (_, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
-        return Ok(Said {
+        return Ok(PolicyOrFilter {
             map,
             presets: Vec::new(),
             by: By::Actions,
         });
     }
-    let Given {
+    let RawInput {
         filter, plan, presets, ..
     } = filter(path, &bytes)?;
     let (map, by) = match plan {
         Some(map) => (map, By::Actions),
         None => (DecisionMap::of_filter(&filter), By::Verdicts),
     };
-    Ok(Said { map, presets, by })
+    Ok(PolicyOrFilter { map, presets, by })
 }
 
 /// A plan or a raw filter. What the kernel takes for something else than it looks like is told on standard error.
-pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<Given, Failure> {
+pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<RawInput, Failure> {
     let shown = input::shown(path);
     let given = raw::read(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let mut stderr = stream::err();
@@ -183,7 +191,7 @@ fn resolved(policy: Policy, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMa
     }
 }
 
-fn accepted(read: Result<Policy, Rejected>) -> Result<Policy, Box<Refused>> {
+fn accepted(read: Result<Policy, PolicyErrors>) -> Result<Policy, Box<Refused>> {
     read.map_err(|rejected| {
         Box::new(Refused {
             sources: rejected.sources,
@@ -216,7 +224,7 @@ fn compiled(
     if !matches!(error, PlanError::TooManyRanges { .. }) {
         return Err(refused(&policy, policy.explain_error(&error, None), Exit::No));
     }
-    let fit = Fit::search(&policy, &map, cpuid);
+    let fit = FitAdvice::search(&policy, &map, cpuid);
     let mut refused = refused(&policy, policy.explain_error(&error, Some(&fit)), Exit::No);
     refused.too_many = Some(Box::new(TooMany { policy, error, fit }));
     Err(refused)

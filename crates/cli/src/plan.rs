@@ -5,7 +5,7 @@ mod state;
 
 use std::io::Write;
 
-use msrgate_core::{Argument, Did, Entry, FilterRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Argument, Disposition, Entry, FilterRange, Op, ReadAction, WriteAction};
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -142,7 +142,7 @@ fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>
 /// What user space does where the policy says `action`: what it leaves to the kernel is passed on to it.
 fn done(action: &str) -> &str {
     match action {
-        "allow" => Did::Pass.name(),
+        "allow" => Disposition::Pass.name(),
         action => action,
     }
 }
@@ -155,7 +155,7 @@ fn arguments<'a>(given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> M
                 Argument::Number(value) => number(value),
                 Argument::Numbers(values) => values.iter().map(|value| number(*value)).collect(),
                 Argument::Name(name) => name.into(),
-                Argument::Otherwise(otherwise) => otherwise.name().into(),
+                Argument::OnLockedBits(otherwise) => otherwise.name().into(),
             };
             (key.to_owned(), value)
         })

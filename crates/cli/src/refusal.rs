@@ -2,7 +2,7 @@
 
 use msrgate_core::{Msr, Op};
 use msrgate_plan::{Change, PlanError};
-use msrgate_policy::{Fit, Policy};
+use msrgate_policy::{FitAdvice, Policy};
 use serde_json::{Value, json};
 
 /// A policy that needs too many ranges.
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 pub(crate) struct TooMany {
     pub(crate) policy: Policy,
     pub(crate) error: PlanError,
-    pub(crate) fit: Fit,
+    pub(crate) fit: FitAdvice,
 }
 
 /// The numbers of a refusal, its witness, and what would fit.

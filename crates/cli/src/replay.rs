@@ -32,7 +32,7 @@ const BATCH: usize = 4096;
 const MOST_VCPUS: usize = 64;
 
 /// The three runs of one vCPU.
-struct Trio {
+struct VcpuBackends {
     /// Without the policy, twice.
     plain: [Box<dyn Machine>; 2],
     /// Under the policy.
@@ -150,8 +150,8 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    fn trio(&self) -> Result<Trio, Failure> {
-        Ok(Trio {
+    fn backends(&self) -> Result<VcpuBackends, Failure> {
+        Ok(VcpuBackends {
             plain: [self.machine(None)?, self.machine(None)?],
             ruled: self.machine(Some(&self.plan))?,
         })
@@ -172,7 +172,7 @@ fn replay(
     seen: &mut Comparison,
     quiet: bool,
 ) -> Result<Result<(), TraceError>, Failure> {
-    let mut trios: HashMap<(u32, u32), Trio> = HashMap::new();
+    let mut vcpus: HashMap<(u32, u32), VcpuBackends> = HashMap::new();
     let mut batch: Vec<Event> = Vec::with_capacity(BATCH);
     let mut logged = log::Logged::new(quiet, seen.rules.len());
     loop {
@@ -185,7 +185,7 @@ fn replay(
             Ok(Some(Record::Event(event))) => Some(event),
             Ok(None) => None,
             Err(error) => {
-                flush(&mut batch, &mut trios, maker, seen, &mut logged)?;
+                flush(&mut batch, &mut vcpus, maker, seen, &mut logged)?;
                 return Ok(Err(error));
             }
         };
@@ -193,7 +193,7 @@ fn replay(
         let full = batch.len() == BATCH;
         let other = batch.last().map(vcpu) != event.as_ref().map(vcpu);
         if full || other {
-            flush(&mut batch, &mut trios, maker, seen, &mut logged)?;
+            flush(&mut batch, &mut vcpus, maker, seen, &mut logged)?;
         }
         match event {
             Some(event) => batch.push(event),
@@ -205,7 +205,7 @@ fn replay(
 /// Runs a batch of one vCPU's accesses three times and compares.
 fn flush(
     batch: &mut Vec<Event>,
-    trios: &mut HashMap<(u32, u32), Trio>,
+    vcpus: &mut HashMap<(u32, u32), VcpuBackends>,
     maker: &Maker<'_>,
     seen: &mut Comparison,
     logged: &mut log::Logged,
@@ -214,21 +214,21 @@ fn flush(
         return Ok(());
     };
     let key = (first.vm, first.vcpu);
-    if !trios.contains_key(&key) {
-        if trios.len() == MOST_VCPUS {
+    if !vcpus.contains_key(&key) {
+        if vcpus.len() == MOST_VCPUS {
             return Err(Failure::input(format!("the trace names more than {MOST_VCPUS} vCPUs")));
         }
-        trios.insert(key, maker.trio()?);
+        vcpus.insert(key, maker.backends()?);
     }
-    let Some(trio) = trios.get_mut(&key) else {
+    let Some(backends) = vcpus.get_mut(&key) else {
         return Ok(());
     };
     let mut got = [Vec::new(), Vec::new(), Vec::new()];
     let [once, twice, ruled] = &mut got;
-    let [first_plain, second_plain] = &mut trio.plain;
+    let [first_plain, second_plain] = &mut backends.plain;
     first_plain.run(batch, once)?;
     second_plain.run(batch, twice)?;
-    trio.ruled.run(batch, ruled)?;
+    backends.ruled.run(batch, ruled)?;
     for (((event, once), twice), ruled) in batch.iter().zip(&*once).zip(&*twice).zip(&*ruled) {
         seen.add(event, [once.outcome, twice.outcome], ruled);
         logged.see(event, ruled, seen)?;

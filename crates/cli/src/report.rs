@@ -2,7 +2,7 @@
 
 mod page;
 mod print;
-mod told;
+mod contents;
 
 use std::fs;
 use std::io::{self, Write};
@@ -15,7 +15,7 @@ use msrgate_trace::report::Report;
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};
 use crate::{cpuid, input, load, stream, trace, words};
-use told::Told;
+use contents::Contents;
 
 pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     // `-` is standard output.
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
         input::refuse_overwrite(html, inputs.map(PathBuf::as_path))?;
     }
     let given = cpuid::given(&args.cpuid)?;
-    let mut told = Told {
+    let mut contents = Contents {
         report: Report::default(),
         files: Vec::new(),
         policy: None,
@@ -37,8 +37,8 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
             Ok(lines) => lines,
             Err(trace::Opened::Unreadable(line)) => return Err(Failure::input(line)),
             Err(trace::Opened::Malformed(error)) => {
-                told.report.begin(Default::default());
-                told.files.push((name, Some(error)));
+                contents.report.begin(Default::default());
+                contents.files.push((name, Some(error)));
                 continue;
             }
         };
@@ -47,26 +47,26 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
                 (None, Some(cpuid)) => Some(cpuid.map_err(|error| Failure::input(format!("{name}: {error}")))?),
                 _ => None,
             };
-            told.policy = Some(load::policy_or_report(
+            contents.policy = Some(load::policy_or_report(
                 policy,
                 given.as_ref().or(recorded.as_ref()),
                 &[],
             )?);
         }
         readable = true;
-        told.report.begin(lines.header().clone());
+        contents.report.begin(lines.header().clone());
         let error = loop {
             match lines.next() {
-                Some(Ok(Record::Event(event))) => told.report.add(&event),
-                Some(Ok(Record::Gap(gap))) => told.report.add_gap(&gap),
+                Some(Ok(Record::Event(event))) => contents.report.add(&event),
+                Some(Ok(Record::Gap(gap))) => contents.report.add_gap(&gap),
                 Some(Err(error)) => break Some(error),
                 None => break None,
             }
         };
-        told.files.push((name, error));
+        contents.files.push((name, error));
     }
     let mut broken = false;
-    for (name, error) in &told.files {
+    for (name, error) in &contents.files {
         if let Some(error) = error {
             broken = true;
             writeln!(stream::err(), "msrgate: {}", words::plain(&format!("{name}: {error}")))?;
@@ -77,14 +77,14 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
         let mut out = stream::out();
         match html {
             Some(path) => {
-                let sources = told.policy.iter().flat_map(|loaded| &loaded.policy.sources);
+                let sources = contents.policy.iter().flat_map(|loaded| &loaded.policy.sources);
                 input::refuse_overwrite(path, sources.map(Source::path))?;
-                fs::write(path, page::page(&told))
+                fs::write(path, page::page(&contents))
                     .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
             }
-            None if args.html.is_some() => io::stdout().write_all(page::page(&told).as_bytes())?,
-            None if args.json => writeln!(out, "{:#}", print::json(&told))?,
-            None => print::text(&mut out, &told)?,
+            None if args.html.is_some() => io::stdout().write_all(page::page(&contents).as_bytes())?,
+            None if args.json => writeln!(out, "{:#}", print::json(&contents))?,
+            None => print::text(&mut out, &contents)?,
         }
     }
     Ok(if broken { Exit::Input } else { Exit::Yes })

@@ -10,7 +10,7 @@ use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
-use crate::run::keeper::Keeper;
+use crate::run::monitor::Monitor;
 use crate::run::resolve::Resolved;
 use crate::run::trace::Trace;
 use crate::run::writer::Writer;
@@ -18,7 +18,7 @@ use crate::{load, words};
 
 mod child;
 mod end;
-mod keeper;
+mod monitor;
 mod killed;
 mod program;
 mod resolve;
@@ -44,7 +44,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         (false, None) => Mode::Enforce,
     };
     // Before a VM is tried: its kernel thread is a thread of this process.
-    let mut keeper = Keeper::part()?;
+    let mut monitor = Monitor::part()?;
     // What makes no exit makes no event. A vCPU has no CPUID yet where it is given its presets. Where there is no KVM the
     // VMM may not need it.
     if mode == Mode::Enforce
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     {
         // A VMM may take it from its guests (KVM_CAP_MSR_PLATFORM_INFO), whatever the register holds.
         let held = held.into_iter().filter(|preset| preset.msr != PLATFORM_INFO);
-        resolved.options = resolved.options.holding(held.collect());
+        resolved.options = resolved.options.with_presets(held.collect());
     }
     let plan = resolve::plan(&resolved.map, &resolved.options)?;
     let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
@@ -97,7 +97,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         started,
         no_new_privs: child::needs_no_new_privs(args.allow_new_privs)?,
     };
-    let status = child::run(vmm, supervisor, marks, writer.every(tells), &lines, &mut keeper)?;
+    let status = child::run(vmm, supervisor, marks, writer.every(tells), &lines, &mut monitor)?;
     match status {
         Some(status) => end::end(status),
         // The front has ended long ago.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use indicatif::ProgressBarIter;
 use msrgate_core::{Msr, Op};
-use msrgate_plan::Touched;
+use msrgate_plan::AccessCount;
 use msrgate_trace::{Lines, Record, TraceError};
 
 use crate::args::ProfileArgs;
@@ -42,7 +42,7 @@ pub(crate) fn reader(path: &Path) -> io::Result<Reader> {
 }
 
 /// How often the trace that the command line names has each MSR and direction; nothing without one.
-pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
+pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<AccessCount>, Failure> {
     let Some(path) = &args.profile else {
         return Ok(Vec::new());
     };
@@ -65,6 +65,8 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<Touched>, Failure> {
         let note = format!("{name}: {lost} missing from it, so the guest does more than the profile counts");
         let _ = writeln!(std::io::stderr(), "msrgate: note: {}", words::plain(&note));
     }
-    let touched = counts.into_iter().map(|((msr, op), count)| Touched { msr, op, count });
+    let touched = counts
+        .into_iter()
+        .map(|((msr, op), count)| AccessCount { msr, op, count });
     Ok(touched.collect())
 }

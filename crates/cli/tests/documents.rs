@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use command::{Folder, count, list, text};
-use msrgate_core::{Backing, Msr, Why};
+use msrgate_core::{FaultCause, Msr, MsrBackend};
 use msrgate_engine::{Completion, Msrs, Refusal, Written};
 use msrgate_plan::Plan;
 use msrgate_policy::Policy;
@@ -119,25 +119,25 @@ impl Msrs for Nothing {
     }
 }
 
-impl Backing for Nothing {
-    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::KernelRefused)
+impl MsrBackend for Nothing {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::KernelRefused)
     }
 
-    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::KernelRefused)
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::KernelRefused)
     }
 
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::HostUnreadable)
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
-        Err(Why::NoHandler)
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::NoHandler)
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 }
 

@@ -12,7 +12,7 @@ use command::{Folder, POLICIES, Ran, count, hex, list, text};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use live::kvm_opens;
-use msrgate_core::{Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Msr, MsrRange, OnLockedBits, ReadAction, WriteAction};
 use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers};
@@ -509,7 +509,7 @@ fn expected_write(map: &DecisionMap, msr: Msr, value: u64, kernel: &Kernel) -> O
         WriteAction::Only(values) if !values.contains(&value) => Some(false),
         WriteAction::Mask { may_change, otherwise } => {
             let old = read_of(&kernel.plain, msr)?;
-            let locked = *otherwise == Otherwise::Deny && (old ^ value) & !may_change != 0;
+            let locked = *otherwise == OnLockedBits::Deny && (old ^ value) & !may_change != 0;
             if locked { Some(false) } else { plain }
         }
         WriteAction::Only(_) | WriteAction::Once => plain,
@@ -561,7 +561,7 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
             });
             let map = map.with_reads(reads);
             let held = msrgate_guest::held(&kvm, &map, None).expect("a guest");
-            (name, map, policy.options().holding(held))
+            (name, map, policy.options().with_presets(held))
         })
         .collect();
 

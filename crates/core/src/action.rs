@@ -3,7 +3,7 @@
 use alloc::sync::Arc;
 use core::fmt;
 
-use crate::Did;
+use crate::Disposition;
 
 /// What an action is given, beside its word ([`ReadAction::arguments`]).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,7 +15,7 @@ pub enum Argument<'a> {
     /// The name of a handler.
     Name(&'a str),
     /// One of two words.
-    Otherwise(Otherwise),
+    OnLockedBits(OnLockedBits),
 }
 
 /// Where the arguments of an action are read from ([`ReadAction::of`]): in the order of [`ReadAction::arguments`], by
@@ -29,8 +29,8 @@ pub trait Arguments {
     fn numbers(&mut self, key: &'static str) -> Result<Arc<[u64]>, Self::Error>;
     /// [`Argument::Name`].
     fn name(&mut self, key: &'static str) -> Result<Arc<str>, Self::Error>;
-    /// [`Argument::Otherwise`].
-    fn otherwise(&mut self, key: &'static str) -> Result<Otherwise, Self::Error>;
+    /// [`Argument::OnLockedBits`].
+    fn otherwise(&mut self, key: &'static str) -> Result<OnLockedBits, Self::Error>;
 }
 
 /// At most two arguments.
@@ -77,7 +77,7 @@ pub enum WriteAction {
         /// Bits that the guest may change.
         may_change: u64,
         /// What a write gets that would change another bit.
-        otherwise: Otherwise,
+        otherwise: OnLockedBits,
     },
     /// These values reach the kernel's register (KVM_SET_MSRS); another faults.
     Only(Arc<[u64]>),
@@ -89,22 +89,22 @@ pub enum WriteAction {
 
 /// What a write through a mask gets that would change a bit it may not.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Otherwise {
+pub enum OnLockedBits {
     /// #GP(0), and nothing is written.
     Deny,
     /// The other bits are written, these keep their value.
     Drop,
 }
 
-impl Otherwise {
+impl OnLockedBits {
     /// Both.
-    pub const ALL: [Otherwise; 2] = [Otherwise::Deny, Otherwise::Drop];
+    pub const ALL: [OnLockedBits; 2] = [OnLockedBits::Deny, OnLockedBits::Drop];
 
     /// The word in a policy and in JSON.
     pub const fn name(self) -> &'static str {
         match self {
-            Otherwise::Deny => "deny",
-            Otherwise::Drop => "drop",
+            OnLockedBits::Deny => "deny",
+            OnLockedBits::Drop => "drop",
         }
     }
 }
@@ -125,18 +125,18 @@ impl ReadAction {
     }
 
     /// The action that says `did` and has these arguments; `None` where no read says so.
-    pub fn of<A: Arguments>(did: Did, given: &mut A) -> Result<Option<ReadAction>, A::Error> {
+    pub fn of<A: Arguments>(did: Disposition, given: &mut A) -> Result<Option<ReadAction>, A::Error> {
         Ok(Some(match did {
-            Did::Allow => ReadAction::Allow,
-            Did::Deny => ReadAction::Deny,
-            Did::Zero | Did::Value => ReadAction::Value(given.number("value")?),
-            Did::Shadow => ReadAction::Shadow(given.number("initial")?),
-            Did::Mask => ReadAction::Mask {
+            Disposition::Allow => ReadAction::Allow,
+            Disposition::Deny => ReadAction::Deny,
+            Disposition::Zero | Disposition::Value => ReadAction::Value(given.number("value")?),
+            Disposition::Shadow => ReadAction::Shadow(given.number("initial")?),
+            Disposition::Mask => ReadAction::Mask {
                 keep: given.number("keep")?,
                 set: given.number("set")?,
             },
-            Did::Host => ReadAction::Host,
-            Did::Handler => ReadAction::Handler(given.name("handler")?),
+            Disposition::Host => ReadAction::Host,
+            Disposition::Handler => ReadAction::Handler(given.name("handler")?),
             _ => return Ok(None),
         }))
     }
@@ -147,16 +147,16 @@ impl ReadAction {
     }
 
     /// What an event says when the action was carried out.
-    pub const fn did(&self) -> Did {
+    pub const fn did(&self) -> Disposition {
         match self {
-            ReadAction::Allow => Did::Allow,
-            ReadAction::Deny => Did::Deny,
-            ReadAction::Value(0) => Did::Zero,
-            ReadAction::Value(_) => Did::Value,
-            ReadAction::Shadow(_) => Did::Shadow,
-            ReadAction::Mask { .. } => Did::Mask,
-            ReadAction::Host => Did::Host,
-            ReadAction::Handler(_) => Did::Handler,
+            ReadAction::Allow => Disposition::Allow,
+            ReadAction::Deny => Disposition::Deny,
+            ReadAction::Value(0) => Disposition::Zero,
+            ReadAction::Value(_) => Disposition::Value,
+            ReadAction::Shadow(_) => Disposition::Shadow,
+            ReadAction::Mask { .. } => Disposition::Mask,
+            ReadAction::Host => Disposition::Host,
+            ReadAction::Handler(_) => Disposition::Handler,
         }
     }
 
@@ -176,7 +176,7 @@ impl WriteAction {
             }
             WriteAction::Mask { may_change, otherwise } => [
                 Some(("may_change", Argument::Number(*may_change))),
-                Some(("otherwise", Argument::Otherwise(*otherwise))),
+                Some(("otherwise", Argument::OnLockedBits(*otherwise))),
             ],
             WriteAction::Only(values) => [Some(("values", Argument::Numbers(values))), None],
             WriteAction::Handler(name) => [Some(("handler", Argument::Name(name))), None],
@@ -185,19 +185,19 @@ impl WriteAction {
     }
 
     /// The action that says `did` and has these arguments; `None` where no write says so.
-    pub fn of<A: Arguments>(did: Did, given: &mut A) -> Result<Option<WriteAction>, A::Error> {
+    pub fn of<A: Arguments>(did: Disposition, given: &mut A) -> Result<Option<WriteAction>, A::Error> {
         Ok(Some(match did {
-            Did::Allow => WriteAction::Allow,
-            Did::Deny => WriteAction::Deny,
-            Did::Ignore => WriteAction::Ignore,
-            Did::Shadow => WriteAction::Shadow,
-            Did::Mask => WriteAction::Mask {
+            Disposition::Allow => WriteAction::Allow,
+            Disposition::Deny => WriteAction::Deny,
+            Disposition::Ignore => WriteAction::Ignore,
+            Disposition::Shadow => WriteAction::Shadow,
+            Disposition::Mask => WriteAction::Mask {
                 may_change: given.number("may_change")?,
                 otherwise: given.otherwise("otherwise")?,
             },
-            Did::Only => WriteAction::Only(given.numbers("values")?),
-            Did::Once => WriteAction::Once,
-            Did::Handler => WriteAction::Handler(given.name("handler")?),
+            Disposition::Only => WriteAction::Only(given.numbers("values")?),
+            Disposition::Once => WriteAction::Once,
+            Disposition::Handler => WriteAction::Handler(given.name("handler")?),
             _ => return Ok(None),
         }))
     }
@@ -208,16 +208,16 @@ impl WriteAction {
     }
 
     /// What an event says when the action was carried out.
-    pub const fn did(&self) -> Did {
+    pub const fn did(&self) -> Disposition {
         match self {
-            WriteAction::Allow => Did::Allow,
-            WriteAction::Deny => Did::Deny,
-            WriteAction::Ignore => Did::Ignore,
-            WriteAction::Shadow => Did::Shadow,
-            WriteAction::Mask { .. } => Did::Mask,
-            WriteAction::Only(_) => Did::Only,
-            WriteAction::Once => Did::Once,
-            WriteAction::Handler(_) => Did::Handler,
+            WriteAction::Allow => Disposition::Allow,
+            WriteAction::Deny => Disposition::Deny,
+            WriteAction::Ignore => Disposition::Ignore,
+            WriteAction::Shadow => Disposition::Shadow,
+            WriteAction::Mask { .. } => Disposition::Mask,
+            WriteAction::Only(_) => Disposition::Only,
+            WriteAction::Once => Disposition::Once,
+            WriteAction::Handler(_) => Disposition::Handler,
         }
     }
 

@@ -1,24 +1,24 @@
 //! The permission bitmaps that the hardware asks: which accesses leave the guest at all.
 //!
 //! Both start with every bit set, which intercepts. A bit is cleared only where the hypervisor wants the guest to reach
-//! the hardware's own register (a [`Candidate`]) *and* the filter allows it: a filter adds intercepts, it never takes
+//! the hardware's own register (a [`PassthroughMsr`]) *and* the filter allows it: a filter adds intercepts, it never takes
 //! one away.
 
 use crate::{Filter, Msr, MsrRange, Op, Ops, Verdict};
 
 /// MSRs that the hypervisor passes through to the hardware where no filter forbids it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Candidate {
+pub struct PassthroughMsr {
     /// The MSRs.
     pub range: MsrRange,
     /// The directions that are passed through.
     pub ops: Ops,
 }
 
-impl Candidate {
+impl PassthroughMsr {
     /// Passes `range` through in the directions `ops`.
-    pub const fn new(range: MsrRange, ops: Ops) -> Candidate {
-        Candidate { range, ops }
+    pub const fn new(range: MsrRange, ops: Ops) -> PassthroughMsr {
+        PassthroughMsr { range, ops }
     }
 
     /// The accesses of the candidate that `filter` allows and that lie in `window`.
@@ -62,14 +62,14 @@ impl VmxBitmap {
     }
 
     /// Opens what a candidate asks for and the filter allows.
-    pub fn derive(filter: &Filter, candidates: &[Candidate]) -> VmxBitmap {
+    pub fn derive(filter: &Filter, candidates: &[PassthroughMsr]) -> VmxBitmap {
         let mut bitmap = VmxBitmap::intercept_all();
         bitmap.recompute(filter, candidates);
         bitmap
     }
 
     /// The same in place: no allocation, and no state left over from what was before.
-    pub fn recompute(&mut self, filter: &Filter, candidates: &[Candidate]) {
+    pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
         open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
     }
 
@@ -116,14 +116,14 @@ impl SvmPermissionMap {
     }
 
     /// Opens what a candidate asks for and the filter allows.
-    pub fn derive(filter: &Filter, candidates: &[Candidate]) -> SvmPermissionMap {
+    pub fn derive(filter: &Filter, candidates: &[PassthroughMsr]) -> SvmPermissionMap {
         let mut map = SvmPermissionMap::intercept_all();
         map.recompute(filter, candidates);
         map
     }
 
     /// The same in place: no allocation, and no state left over from what was before.
-    pub fn recompute(&mut self, filter: &Filter, candidates: &[Candidate]) {
+    pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
         open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
     }
 
@@ -160,7 +160,7 @@ fn open(
     windows: &[u32],
     bit: fn(Msr, Op) -> Option<usize>,
     filter: &Filter,
-    candidates: &[Candidate],
+    candidates: &[PassthroughMsr],
 ) {
     words.fill(u64::MAX);
     for window in windows.iter().map(|first| window(*first)) {
@@ -219,15 +219,15 @@ mod tests {
         ]
     }
 
-    fn candidates() -> Vec<Candidate> {
+    fn candidates() -> Vec<PassthroughMsr> {
         let range = |first, last| MsrRange::new(Msr(first), Msr(last)).unwrap();
         vec![
-            Candidate::new(range(0x10, 0x10), Ops::READ),
-            Candidate::new(range(0x174, 0x176), Ops::BOTH),
-            Candidate::new(range(0x1ff0, 0x2010), Ops::BOTH),
-            Candidate::new(range(0x800, 0x83f), Ops::READ),
-            Candidate::new(range(0xc000_0081, 0xc000_0102), Ops::BOTH),
-            Candidate::new(range(0xc001_0000, 0xc001_ffff), Ops::WRITE),
+            PassthroughMsr::new(range(0x10, 0x10), Ops::READ),
+            PassthroughMsr::new(range(0x174, 0x176), Ops::BOTH),
+            PassthroughMsr::new(range(0x1ff0, 0x2010), Ops::BOTH),
+            PassthroughMsr::new(range(0x800, 0x83f), Ops::READ),
+            PassthroughMsr::new(range(0xc000_0081, 0xc000_0102), Ops::BOTH),
+            PassthroughMsr::new(range(0xc001_0000, 0xc001_ffff), Ops::WRITE),
         ]
     }
 
@@ -292,8 +292,12 @@ mod tests {
 
     #[test]
     fn vmx_bits_lie_where_the_manual_puts_them() {
-        let one =
-            |msr, ops| VmxBitmap::derive(&Filter::allow_all(), &[Candidate::new(MsrRange::single(Msr(msr)), ops)]);
+        let one = |msr, ops| {
+            VmxBitmap::derive(
+                &Filter::allow_all(),
+                &[PassthroughMsr::new(MsrRange::single(Msr(msr)), ops)],
+            )
+        };
         let byte = |bitmap: &VmxBitmap, at: usize| bitmap.words()[at / 8].to_le_bytes()[at % 8];
         assert_eq!(byte(&one(0x10, Ops::READ), 0x2), !1);
         assert_eq!(byte(&one(0xc000_0101, Ops::READ), 0x400 + 0x20), !2);
@@ -304,7 +308,10 @@ mod tests {
     #[test]
     fn svm_bits_lie_where_the_manual_puts_them() {
         let one = |msr, ops| {
-            SvmPermissionMap::derive(&Filter::allow_all(), &[Candidate::new(MsrRange::single(Msr(msr)), ops)])
+            SvmPermissionMap::derive(
+                &Filter::allow_all(),
+                &[PassthroughMsr::new(MsrRange::single(Msr(msr)), ops)],
+            )
         };
         let byte = |map: &SvmPermissionMap, at: usize| map.words()[at / 8].to_le_bytes()[at % 8];
         assert_eq!(byte(&one(0x174, Ops::READ), 0x5d), !1);

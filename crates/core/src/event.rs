@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::{Msr, Op, Reason, Why};
+use crate::{FaultCause, Msr, Op, Reason};
 
 /// How much of a rule's accesses is logged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -22,7 +22,7 @@ pub enum Log {
 /// The numbers stand in saved plans and in the hashes of policies: a new one goes to the end.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(u8)]
-pub enum Did {
+pub enum Disposition {
     /// The kernel answered.
     Allow,
     /// The policy says to fault.
@@ -51,60 +51,60 @@ pub enum Did {
     Fault,
 }
 
-impl Did {
+impl Disposition {
     /// All of them, each at the place of its number.
-    pub const ALL: [Did; 13] = [
-        Did::Allow,
-        Did::Deny,
-        Did::Zero,
-        Did::Value,
-        Did::Shadow,
-        Did::Mask,
-        Did::Host,
-        Did::Handler,
-        Did::Ignore,
-        Did::Only,
-        Did::Once,
-        Did::Pass,
-        Did::Fault,
+    pub const ALL: [Disposition; 13] = [
+        Disposition::Allow,
+        Disposition::Deny,
+        Disposition::Zero,
+        Disposition::Value,
+        Disposition::Shadow,
+        Disposition::Mask,
+        Disposition::Host,
+        Disposition::Handler,
+        Disposition::Ignore,
+        Disposition::Only,
+        Disposition::Once,
+        Disposition::Pass,
+        Disposition::Fault,
     ];
 
     /// The word that policies, traces and JSON use.
     pub const fn name(self) -> &'static str {
         match self {
-            Did::Allow => "allow",
-            Did::Deny => "deny",
-            Did::Zero => "zero",
-            Did::Value => "value",
-            Did::Shadow => "shadow",
-            Did::Mask => "mask",
-            Did::Host => "host",
-            Did::Handler => "handler",
-            Did::Ignore => "ignore",
-            Did::Only => "only",
-            Did::Once => "once",
-            Did::Pass => "pass",
-            Did::Fault => "fault",
+            Disposition::Allow => "allow",
+            Disposition::Deny => "deny",
+            Disposition::Zero => "zero",
+            Disposition::Value => "value",
+            Disposition::Shadow => "shadow",
+            Disposition::Mask => "mask",
+            Disposition::Host => "host",
+            Disposition::Handler => "handler",
+            Disposition::Ignore => "ignore",
+            Disposition::Only => "only",
+            Disposition::Once => "once",
+            Disposition::Pass => "pass",
+            Disposition::Fault => "fault",
         }
     }
 
     /// From the word; `None` for another.
-    pub fn from_name(name: &str) -> Option<Did> {
-        Did::ALL.into_iter().find(|did| did.name() == name)
+    pub fn from_name(name: &str) -> Option<Disposition> {
+        Disposition::ALL.into_iter().find(|did| did.name() == name)
     }
 
     /// From the number; `None` for another.
-    pub fn from_number(number: u8) -> Option<Did> {
-        Did::ALL.get(usize::from(number)).copied()
+    pub fn from_number(number: u8) -> Option<Disposition> {
+        Disposition::ALL.get(usize::from(number)).copied()
     }
 
     /// Whether the guest got #GP.
     pub const fn is_fault(self) -> bool {
-        matches!(self, Did::Deny | Did::Fault)
+        matches!(self, Disposition::Deny | Disposition::Fault)
     }
 }
 
-impl fmt::Display for Did {
+impl fmt::Display for Disposition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
@@ -132,9 +132,9 @@ pub struct Event {
     /// Why the kernel handed it to user space; `None` where it did not.
     pub reason: Option<Reason>,
     /// What was done.
-    pub did: Did,
+    pub did: Disposition,
     /// Why it faulted where the policy does not say `deny`.
-    pub why: Option<Why>,
+    pub why: Option<FaultCause>,
     /// The rule that decided, counted from 0; `None` for the default.
     pub rule: Option<u32>,
     /// The guest's instruction pointer, where it is known.
@@ -162,11 +162,21 @@ mod tests {
 
     #[test]
     fn the_word_of_what_was_done_reads_back() {
-        for did in Did::ALL {
-            assert_eq!(Did::from_name(did.name()), Some(did));
+        for did in Disposition::ALL {
+            assert_eq!(Disposition::from_name(did.name()), Some(did));
         }
-        assert!(Did::ALL.iter().zip(0..).all(|(did, number)| *did as u8 == number));
-        assert!(Why::ALL.iter().zip(0..).all(|(why, number)| *why as u8 == number));
-        assert_eq!(Did::from_name("passed"), None);
+        assert!(
+            Disposition::ALL
+                .iter()
+                .zip(0..)
+                .all(|(did, number)| *did as u8 == number)
+        );
+        assert!(
+            FaultCause::ALL
+                .iter()
+                .zip(0..)
+                .all(|(why, number)| *why as u8 == number)
+        );
+        assert_eq!(Disposition::from_name("passed"), None);
     }
 }

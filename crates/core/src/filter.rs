@@ -153,7 +153,7 @@ impl FilterRange {
 
 /// What decided an access, in the order in which the kernel asks.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Decider {
+pub enum DecidedBy {
     /// The MSR is one of x2APIC's, which no filter stops.
     X2apic,
     /// Bit `bit` of the range in slot `slot`, counted from 0.
@@ -213,17 +213,17 @@ impl Filter {
 
     /// The verdict together with what gave it.
     #[inline]
-    pub fn decide(&self, msr: Msr, op: Op) -> (Verdict, Decider) {
+    pub fn decide(&self, msr: Msr, op: Op) -> (Verdict, DecidedBy) {
         // Asked before anything else: the kernel allows x2APIC even where a range denies it.
         if MsrRange::X2APIC.contains(msr) {
-            return (Verdict::Allow, Decider::X2apic);
+            return (Verdict::Allow, DecidedBy::X2apic);
         }
         for (range, slot) in self.ranges.iter().zip(0..) {
             if let Some((bit, verdict)) = range.verdict(msr, op) {
-                return (verdict, Decider::Range { slot, bit });
+                return (verdict, DecidedBy::Range { slot, bit });
             }
         }
-        (self.default, Decider::Default)
+        (self.default, DecidedBy::Default)
     }
 }
 
@@ -346,7 +346,7 @@ mod tests {
         check(&filter, 0x800, Allow, Allow);
         check(&filter, 0x8ff, Allow, Allow);
         check(&filter, 0x900, Deny, Deny);
-        assert_eq!(filter.decide(Msr(0x800), Op::Read).1, Decider::X2apic);
+        assert_eq!(filter.decide(Msr(0x800), Op::Read).1, DecidedBy::X2apic);
     }
 
     #[test]
@@ -373,13 +373,13 @@ mod tests {
         let filter = Filter::new(Deny, vec![range(0x10, 1, Ops::WRITE, 1), range(0, 0x40, Ops::BOTH, 0)]).unwrap();
         assert_eq!(
             filter.decide(Msr(0x10), Op::Write).1,
-            Decider::Range { slot: 0, bit: 0 }
+            DecidedBy::Range { slot: 0, bit: 0 }
         );
         assert_eq!(
             filter.decide(Msr(0x10), Op::Read).1,
-            Decider::Range { slot: 1, bit: 0x10 }
+            DecidedBy::Range { slot: 1, bit: 0x10 }
         );
-        assert_eq!(filter.decide(Msr(0x40), Op::Read).1, Decider::Default);
+        assert_eq!(filter.decide(Msr(0x40), Op::Read).1, DecidedBy::Default);
     }
 
     #[test]

@@ -33,7 +33,7 @@ extern crate alloc;
 mod msr;
 mod access;
 mod filter;
-mod lookup;
+mod flat_filter;
 mod bitmap;
 mod exit;
 mod action;
@@ -43,12 +43,14 @@ mod limiter;
 pub mod abi;
 
 pub use access::{Access, Op, Ops};
-pub use action::{Argument, Arguments, Otherwise, ReadAction, WriteAction};
-pub use bitmap::{Candidate, SvmPermissionMap, VmxBitmap};
-pub use event::{Did, Event, Gap, Log, Nanos};
+pub use action::{Argument, Arguments, OnLockedBits, ReadAction, WriteAction};
+pub use bitmap::{PassthroughMsr, SvmPermissionMap, VmxBitmap};
+pub use event::{Disposition, Event, Gap, Log, Nanos};
 pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};
-pub use filter::{Decider, Filter, FilterError, FilterRange, Verdict};
+pub use filter::{DecidedBy, Filter, FilterError, FilterRange, Verdict};
+pub use flat_filter::FlatFilter;
 pub use limiter::LogLimiter;
-pub use lookup::Lookup;
 pub use msr::{Msr, MsrRange};
-pub use table::{ActionTable, Answer, Backing, Entry, Memory, MemoryError, TableError, VcpuState, Why};
+pub use table::{
+    ActionTable, Answer, EmulatedState, EmulatedStateError, Entry, FaultCause, MsrBackend, TableError, VcpuState,
+};

@@ -81,7 +81,7 @@ impl LogLimiter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Did, Nanos};
+    use crate::{Disposition, Nanos};
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -94,7 +94,7 @@ mod tests {
             msr: Msr(msr),
             value: 0,
             reason: None,
-            did: Did::Deny,
+            did: Disposition::Deny,
             why: None,
             rule,
             rip: None,

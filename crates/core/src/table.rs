@@ -1,16 +1,16 @@
 //! What user space answers to an exit.
 
-mod memory;
+mod emulated_state;
 
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 
-pub use self::memory::{Memory, MemoryError};
+pub use self::emulated_state::{EmulatedState, EmulatedStateError};
 use crate::{
-    Access, Did, Exit, Fault, Log, Msr, MsrRange, Op, Otherwise, Outcome, ReadAction, ReadOutcome, Reason, WriteAction,
-    WriteOutcome,
+    Access, Disposition, Exit, Fault, Log, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction, ReadOutcome, Reason,
+    WriteAction, WriteOutcome,
 };
 
 /// What the accesses of a range of MSRs get.
@@ -170,7 +170,7 @@ impl ActionTable {
     }
 
     /// Whether some action makes a vCPU remember something: `shadow` or `once`.
-    pub fn remembers(&self) -> bool {
+    pub fn has_emulated_state(&self) -> bool {
         !self.spans.is_empty() || self.spare
     }
 
@@ -197,7 +197,7 @@ impl ActionTable {
     /// What an exit gets. Never allocates, locks or panics, as far as `backing` does not.
     ///
     /// Fails closed: what no entry names, and what an action cannot do, faults.
-    pub fn answer(&self, exit: Exit, state: &mut VcpuState, backing: &mut impl Backing) -> Answer {
+    pub fn answer(&self, exit: Exit, state: &mut VcpuState, backing: &mut impl MsrBackend) -> Answer {
         match exit.access {
             Access::Read { msr } => self.read(msr, exit.reason, state, backing).seen(),
             Access::Write { msr, value } => self.write(msr, value, exit.reason, state, backing).seen(),
@@ -210,7 +210,7 @@ impl ActionTable {
         msr: Msr,
         reason: Reason,
         state: &mut VcpuState,
-        backing: &mut impl Backing,
+        backing: &mut impl MsrBackend,
     ) -> Answer<ReadOutcome> {
         state.once_at_a_time(|state| self.answer_read(msr, reason, state, backing))
     }
@@ -222,7 +222,7 @@ impl ActionTable {
         value: u64,
         reason: Reason,
         state: &mut VcpuState,
-        backing: &mut impl Backing,
+        backing: &mut impl MsrBackend,
     ) -> Answer<WriteOutcome> {
         state.once_at_a_time(|state| self.answer_write(msr, value, reason, state, backing))
     }
@@ -232,20 +232,20 @@ impl ActionTable {
         msr: Msr,
         reason: Reason,
         state: &mut VcpuState,
-        backing: &mut impl Backing,
+        backing: &mut impl MsrBackend,
     ) -> Answer<ReadOutcome> {
         let fallbacks = (&self.unknown.0, &self.invalid.0);
         let Some((action, rule, log)) = decision(&self.reads, fallbacks, msr, reason) else {
-            return Answer::of(Err(Why::NoRule), Did::Fault, None, Log::None);
+            return Answer::of(Err(FaultCause::NoRule), Disposition::Fault, None, Log::None);
         };
         let result = match action {
             ReadAction::Deny => return Answer::denied(rule, log),
             ReadAction::Allow if reason == Reason::Filter => match backing.kernel_read(msr) {
-                Ok(value) => return Answer::of(Ok(value), Did::Pass, rule, log),
+                Ok(value) => return Answer::of(Ok(value), Disposition::Pass, rule, log),
                 // The kernel refuses the guest too, and does not say here which of two reasons it would have given.
                 Err(_) => return self.answer_read(msr, Reason::Unknown, state, backing),
             },
-            ReadAction::Allow => Err(Why::NoRule),
+            ReadAction::Allow => Err(FaultCause::NoRule),
             ReadAction::Value(value) => Ok(*value),
             ReadAction::Shadow(initial) => Ok(self.shadow(msr, state).unwrap_or(*initial)),
             ReadAction::Mask { keep, set } => backing.kernel_read(msr).map(|value| value & keep | set),
@@ -261,29 +261,29 @@ impl ActionTable {
         value: u64,
         reason: Reason,
         state: &mut VcpuState,
-        backing: &mut impl Backing,
+        backing: &mut impl MsrBackend,
     ) -> Answer<WriteOutcome> {
         let fallbacks = (&self.unknown.1, &self.invalid.1);
         let Some((action, rule, log)) = decision(&self.writes, fallbacks, msr, reason) else {
-            return Answer::of(Err(Why::NoRule), Did::Fault, None, Log::None);
+            return Answer::of(Err(FaultCause::NoRule), Disposition::Fault, None, Log::None);
         };
         let result = match action {
             WriteAction::Deny => return Answer::denied(rule, log),
             WriteAction::Allow if reason == Reason::Filter => match backing.kernel_write(msr, value) {
-                Ok(()) => return Answer::of(Ok(()), Did::Pass, rule, log),
+                Ok(()) => return Answer::of(Ok(()), Disposition::Pass, rule, log),
                 Err(_) => return self.answer_write(msr, value, Reason::Unknown, state, backing),
             },
-            WriteAction::Allow => Err(Why::NoRule),
+            WriteAction::Allow => Err(FaultCause::NoRule),
             WriteAction::Ignore => Ok(()),
             WriteAction::Shadow => self.keep(msr, value, state),
             WriteAction::Mask { may_change, otherwise } => backing.kernel_read(msr).and_then(|old| {
-                if *otherwise == Otherwise::Deny && (old ^ value) & !may_change != 0 {
-                    return Err(Why::BitsLocked);
+                if *otherwise == OnLockedBits::Deny && (old ^ value) & !may_change != 0 {
+                    return Err(FaultCause::BitsLocked);
                 }
                 backing.kernel_write(msr, old & !may_change | value & may_change)
             }),
             WriteAction::Only(values) if values.contains(&value) => backing.kernel_write(msr, value),
-            WriteAction::Only(_) => Err(Why::ValueNotListed),
+            WriteAction::Only(_) => Err(FaultCause::ValueNotListed),
             WriteAction::Once => self.write_once(msr, value, state, backing),
             WriteAction::Handler(name) => backing.handler_write(name, msr, value),
         };
@@ -308,27 +308,36 @@ impl ActionTable {
         }
     }
 
-    fn keep(&self, msr: Msr, value: u64, state: &mut VcpuState) -> Result<(), Why> {
+    fn keep(&self, msr: Msr, value: u64, state: &mut VcpuState) -> Result<(), FaultCause> {
         if let Some(cell) = self.cell(msr) {
-            let cell = state.cells.get_mut(cell).ok_or(Why::ShadowFull)?;
+            let cell = state.cells.get_mut(cell).ok_or(FaultCause::ShadowFull)?;
             cell.shadow = Some(value);
             return Ok(());
         }
         let used = state.spare_used;
         let known = state.spare.iter().take(used).position(|(kept, _)| *kept == msr);
-        let slot = state.spare.get_mut(known.unwrap_or(used)).ok_or(Why::ShadowFull)?;
+        let slot = state
+            .spare
+            .get_mut(known.unwrap_or(used))
+            .ok_or(FaultCause::ShadowFull)?;
         *slot = (msr, value);
         state.spare_used = used.max(known.unwrap_or(used) + 1);
         Ok(())
     }
 
-    fn write_once(&self, msr: Msr, value: u64, state: &mut VcpuState, backing: &mut impl Backing) -> Result<(), Why> {
+    fn write_once(
+        &self,
+        msr: Msr,
+        value: u64,
+        state: &mut VcpuState,
+        backing: &mut impl MsrBackend,
+    ) -> Result<(), FaultCause> {
         let cell = self
             .cell(msr)
             .and_then(|cell| state.cells.get_mut(cell))
-            .ok_or(Why::ShadowFull)?;
+            .ok_or(FaultCause::ShadowFull)?;
         if cell.written {
-            return Err(Why::AlreadyWritten);
+            return Err(FaultCause::AlreadyWritten);
         }
         backing.kernel_write(msr, value)?;
         cell.written = true;
@@ -391,7 +400,7 @@ impl VcpuState {
     ) -> Answer<Result<T, Fault>> {
         if self.answering {
             // A handler that got back here would answer for an access that is already being answered.
-            return Answer::of(Err(Why::ReEntered), Did::Fault, None, Log::None);
+            return Answer::of(Err(FaultCause::ReEntered), Disposition::Fault, None, Log::None);
         }
         self.answering = true;
         let answer = answer(self);
@@ -423,17 +432,17 @@ impl VcpuState {
 /// What actions may ask of the world around the guest.
 ///
 /// An error says why the guest faults.
-pub trait Backing {
+pub trait MsrBackend {
     /// The value of the kernel's register, as the host reads it (KVM_GET_MSRS).
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why>;
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause>;
     /// Writes the kernel's register as the host does (KVM_SET_MSRS).
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why>;
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause>;
     /// The physical CPU's value.
-    fn host_read(&mut self, msr: Msr) -> Result<u64, Why>;
+    fn host_read(&mut self, msr: Msr) -> Result<u64, FaultCause>;
     /// Asks the handler of this name.
-    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, Why>;
+    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, FaultCause>;
     /// Tells the handler of this name.
-    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), Why>;
+    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), FaultCause>;
 }
 
 /// What an exit gets, and what an event says of it.
@@ -443,9 +452,9 @@ pub struct Answer<O = Outcome> {
     /// What the guest gets.
     pub outcome: O,
     /// What was done.
-    pub did: Did,
+    pub did: Disposition,
     /// Why it faulted where the policy does not say `deny`.
-    pub why: Option<Why>,
+    pub why: Option<FaultCause>,
     /// The rule that decided, counted from 0; `None` for the default.
     pub rule: Option<u32>,
     /// How much is logged.
@@ -454,10 +463,10 @@ pub struct Answer<O = Outcome> {
 
 impl Answer {
     /// A fault that the policy did not ask for.
-    pub const fn fault(why: Why, rule: Option<u32>) -> Answer {
+    pub const fn fault(why: FaultCause, rule: Option<u32>) -> Answer {
         Answer {
             outcome: Outcome::Fault,
-            did: Did::Fault,
+            did: Disposition::Fault,
             why: Some(why),
             rule,
             log: Log::None,
@@ -466,11 +475,11 @@ impl Answer {
 }
 
 impl<T> Answer<Result<T, Fault>> {
-    fn of(result: Result<T, Why>, did: Did, rule: Option<u32>, log: Log) -> Self {
+    fn of(result: Result<T, FaultCause>, did: Disposition, rule: Option<u32>, log: Log) -> Self {
         let why = result.as_ref().err().copied();
         Answer {
             outcome: result.map_err(|_| Fault),
-            did: if why.is_some() { Did::Fault } else { did },
+            did: if why.is_some() { Disposition::Fault } else { did },
             why,
             rule,
             log,
@@ -480,7 +489,7 @@ impl<T> Answer<Result<T, Fault>> {
     fn denied(rule: Option<u32>, log: Log) -> Self {
         Answer {
             outcome: Err(Fault),
-            did: Did::Deny,
+            did: Disposition::Deny,
             why: None,
             rule,
             log,
@@ -505,7 +514,7 @@ impl<O: Into<Outcome>> Answer<O> {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 #[repr(u8)]
-pub enum Why {
+pub enum FaultCause {
     /// No rule says what user space answers.
     NoRule,
     /// The kernel gave a reason that is not one known bit.
@@ -532,48 +541,48 @@ pub enum Why {
     ShadowFull,
 }
 
-impl Why {
+impl FaultCause {
     /// All of them, each at the place of its number.
-    pub const ALL: [Why; 12] = [
-        Why::NoRule,
-        Why::UnknownReason,
-        Why::KernelRefused,
-        Why::HostUnreadable,
-        Why::BitsLocked,
-        Why::ValueNotListed,
-        Why::AlreadyWritten,
-        Why::NoHandler,
-        Why::HandlerFault,
-        Why::HandlerPanicked,
-        Why::ReEntered,
-        Why::ShadowFull,
+    pub const ALL: [FaultCause; 12] = [
+        FaultCause::NoRule,
+        FaultCause::UnknownReason,
+        FaultCause::KernelRefused,
+        FaultCause::HostUnreadable,
+        FaultCause::BitsLocked,
+        FaultCause::ValueNotListed,
+        FaultCause::AlreadyWritten,
+        FaultCause::NoHandler,
+        FaultCause::HandlerFault,
+        FaultCause::HandlerPanicked,
+        FaultCause::ReEntered,
+        FaultCause::ShadowFull,
     ];
 
     /// The word that traces and JSON use.
     pub const fn name(self) -> &'static str {
         match self {
-            Why::NoRule => "no-rule",
-            Why::UnknownReason => "unknown-reason",
-            Why::KernelRefused => "kernel-refused",
-            Why::HostUnreadable => "host-unreadable",
-            Why::BitsLocked => "bits-locked",
-            Why::ValueNotListed => "value-not-listed",
-            Why::AlreadyWritten => "already-written",
-            Why::NoHandler => "no-handler",
-            Why::HandlerFault => "handler-fault",
-            Why::HandlerPanicked => "handler-panicked",
-            Why::ReEntered => "re-entered",
-            Why::ShadowFull => "shadow-full",
+            FaultCause::NoRule => "no-rule",
+            FaultCause::UnknownReason => "unknown-reason",
+            FaultCause::KernelRefused => "kernel-refused",
+            FaultCause::HostUnreadable => "host-unreadable",
+            FaultCause::BitsLocked => "bits-locked",
+            FaultCause::ValueNotListed => "value-not-listed",
+            FaultCause::AlreadyWritten => "already-written",
+            FaultCause::NoHandler => "no-handler",
+            FaultCause::HandlerFault => "handler-fault",
+            FaultCause::HandlerPanicked => "handler-panicked",
+            FaultCause::ReEntered => "re-entered",
+            FaultCause::ShadowFull => "shadow-full",
         }
     }
 
     /// From the word; `None` for another.
-    pub fn from_name(name: &str) -> Option<Why> {
-        Why::ALL.into_iter().find(|why| why.name() == name)
+    pub fn from_name(name: &str) -> Option<FaultCause> {
+        FaultCause::ALL.into_iter().find(|why| why.name() == name)
     }
 }
 
-impl fmt::Display for Why {
+impl fmt::Display for FaultCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }

@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 use core::mem;
 
-use msrgate_core::{Candidate, Filter, Msr, Op, SvmPermissionMap, VmxBitmap};
+use msrgate_core::{Filter, Msr, Op, PassthroughMsr, SvmPermissionMap, VmxBitmap};
 
 /// What the hardware asks whether an access leaves the guest: everything does, but for the candidates that the
 /// hypervisor passes through and the filter allows.
@@ -16,7 +16,7 @@ use msrgate_core::{Candidate, Filter, Msr, Op, SvmPermissionMap, VmxBitmap};
 #[derive(Clone, Debug)]
 pub struct Intercepts {
     bitmap: Bitmap,
-    candidates: Box<[Candidate]>,
+    candidates: Box<[PassthroughMsr]>,
     /// Whether the bitmap was recomputed since [`Self::take_changed`].
     changed: bool,
 }
@@ -39,7 +39,7 @@ impl Intercepts {
     }
 
     /// A VMX bitmap that opens what it can of `candidates`.
-    pub fn vmx(candidates: impl Into<Box<[Candidate]>>) -> Intercepts {
+    pub fn vmx(candidates: impl Into<Box<[PassthroughMsr]>>) -> Intercepts {
         Intercepts {
             bitmap: Bitmap::Vmx(Box::new(VmxBitmap::intercept_all())),
             candidates: candidates.into(),
@@ -48,7 +48,7 @@ impl Intercepts {
     }
 
     /// An SVM permissions map that opens what it can of `candidates`.
-    pub fn svm(candidates: impl Into<Box<[Candidate]>>) -> Intercepts {
+    pub fn svm(candidates: impl Into<Box<[PassthroughMsr]>>) -> Intercepts {
         Intercepts {
             bitmap: Bitmap::Svm(Box::new(SvmPermissionMap::intercept_all())),
             candidates: candidates.into(),
@@ -81,7 +81,7 @@ impl Intercepts {
         }
     }
 
-    pub(crate) fn set_candidates(&mut self, candidates: impl Into<Box<[Candidate]>>) {
+    pub(crate) fn set_candidates(&mut self, candidates: impl Into<Box<[PassthroughMsr]>>) {
         self.candidates = candidates.into();
     }
 

@@ -10,7 +10,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
 
-use msrgate_core::{ActionTable, Lookup, Reasons};
+use msrgate_core::{ActionTable, FlatFilter, Reasons};
 
 use self::sync::{AtomicU64, Ordering, RwLock};
 
@@ -29,7 +29,7 @@ pub(crate) struct Slot {
 #[derive(Clone)]
 pub(crate) struct Rules {
     /// `None` before there is a filter.
-    pub(crate) filter: Option<Arc<Lookup>>,
+    pub(crate) filter: Option<Arc<FlatFilter>>,
     pub(crate) reasons: Reasons,
     /// `None` where the filter came without one.
     pub(crate) table: Option<Arc<ActionTable>>,
@@ -165,7 +165,7 @@ mod tests {
 
     use super::*;
 
-    fn publish(slot: &Slot, filter: impl Into<Arc<Lookup>>) {
+    fn publish(slot: &Slot, filter: impl Into<Arc<FlatFilter>>) {
         let filter = filter.into();
         slot.publish(|rules| Rules {
             filter: Some(filter),
@@ -179,7 +179,7 @@ mod tests {
         slot
     }
 
-    fn current(slot: &Slot) -> Weak<Lookup> {
+    fn current(slot: &Slot) -> Weak<FlatFilter> {
         Arc::downgrade(slot.look().rules().filter.as_ref().unwrap())
     }
 
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_filter_that_vms_share_is_kept_by_none_that_replaced_it() {
-        let filter: Arc<Lookup> = Filter::allow_all().into();
+        let filter: Arc<FlatFilter> = Filter::allow_all().into();
         let slots = [(); 3].map(|()| slot(0));
         slots.iter().for_each(|slot| publish(slot, Arc::clone(&filter)));
         let weak = Arc::downgrade(&filter);

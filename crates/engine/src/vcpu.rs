@@ -5,7 +5,8 @@ use alloc::sync::Arc;
 use core::{fmt, mem};
 
 use msrgate_core::{
-    Access, ActionTable, Candidate, Exit, Filter, Msr, Op, Outcome, ReadOutcome, Reason, Verdict, WriteOutcome, abi,
+    Access, ActionTable, Exit, Filter, Msr, Op, Outcome, PassthroughMsr, ReadOutcome, Reason, Verdict, WriteOutcome,
+    abi,
 };
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
@@ -122,7 +123,7 @@ impl Vcpu {
 
     /// Replaces what the hypervisor would pass through, after a change of CPUID for example, and recomputes the bitmap
     /// with the current filter.
-    pub fn recalculate(&mut self, candidates: impl Into<Box<[Candidate]>>) {
+    pub fn recalculate(&mut self, candidates: impl Into<Box<[PassthroughMsr]>>) {
         self.intercepts.set_candidates(candidates);
         self.take_over();
     }
@@ -315,8 +316,8 @@ mod tests {
         }
     }
 
-    fn candidates() -> [Candidate; 1] {
-        [Candidate::new(MsrRange::single(Msr(0x174)), Ops::BOTH)]
+    fn candidates() -> [PassthroughMsr; 1] {
+        [PassthroughMsr::new(MsrRange::single(Msr(0x174)), Ops::BOTH)]
     }
 
     /// Denies 0x174 and all that is no candidate anyway, or allows it.

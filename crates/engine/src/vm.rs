@@ -5,7 +5,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use msrgate_core::abi::{self, EnableCap, Layout};
-use msrgate_core::{ActionTable, Filter, Lookup, Msr, Op, Reasons, Verdict};
+use msrgate_core::{ActionTable, Filter, FlatFilter, Msr, Op, Reasons, Verdict};
 
 use crate::profile::{Compat, Coverage, ReservedBits};
 use crate::slot::{Rules, Slot};
@@ -93,7 +93,7 @@ impl Vm {
     /// What was replaced is freed before this returns, but for what vCPUs have that did not look since: a later change
     /// of the VM's filter or mask frees that, or the end of the VM. The kernel waits until no vCPU has it, and this does
     /// not. There is no more of it than there are vCPUs.
-    pub fn install(&self, filter: impl Into<Arc<Lookup>>, reasons: Reasons, table: impl Into<Arc<ActionTable>>) {
+    pub fn install(&self, filter: impl Into<Arc<FlatFilter>>, reasons: Reasons, table: impl Into<Arc<ActionTable>>) {
         let (filter, table) = (Some(filter.into()), Some(table.into()));
         self.slot.publish(|_| Rules { filter, reasons, table });
     }
@@ -110,9 +110,9 @@ impl Vm {
     }
 
     /// Replaces the filter alone, as the kernel's call does: the mask of exit reasons stays, and there is no table any
-    /// more. There is no way back to having no filter; [`Filter::allow_all`] decides likewise. Otherwise as
+    /// more. There is no way back to having no filter; [`Filter::allow_all`] decides likewise. OnLockedBits as
     /// [`Self::install`].
-    pub fn set_filter(&self, filter: impl Into<Arc<Lookup>>) {
+    pub fn set_filter(&self, filter: impl Into<Arc<FlatFilter>>) {
         let filter = Some(filter.into());
         self.slot.publish(|rules| Rules {
             filter,

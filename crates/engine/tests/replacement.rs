@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use msrgate_core::{
-    ActionTable, Backing, Candidate, Entry, Exit, Filter, FilterRange, Log, Lookup, Msr, MsrRange, Op, Ops, Outcome,
-    ReadAction, Reason, Reasons, Verdict, Why, WriteAction,
+    ActionTable, Entry, Exit, FaultCause, Filter, FilterRange, FlatFilter, Log, Msr, MsrBackend, MsrRange, Op, Ops,
+    Outcome, PassthroughMsr, ReadAction, Reason, Reasons, Verdict, WriteAction,
 };
 use msrgate_engine::{Completion, Instruction, Intercepts, Path, Step, Vcpu, Vm, Written};
 
@@ -56,8 +56,8 @@ fn allowed(vcpu: &mut Vcpu, msr: u32, machine: &mut Machine) -> bool {
     }
 }
 
-fn candidates() -> [Candidate; 1] {
-    [Candidate::new(
+fn candidates() -> [PassthroughMsr; 1] {
+    [PassthroughMsr::new(
         MsrRange::new(Msr(FIRST), Msr(FIRST + COUNT - 1)).unwrap(),
         Ops::BOTH,
     )]
@@ -241,7 +241,7 @@ fn a_vcpu_outlives_the_other_owners_of_its_vm() {
 }
 
 /// Filter `n`, a table that answers `n` to what it denies alone, and a mask that has such accesses exit or fault.
-fn rules(n: u32) -> (Arc<Lookup>, Reasons, Arc<ActionTable>) {
+fn rules(n: u32) -> (Arc<FlatFilter>, Reasons, Arc<ActionTable>) {
     let reasons = if n.is_multiple_of(2) {
         Reasons::ALL
     } else {
@@ -260,21 +260,21 @@ fn rules(n: u32) -> (Arc<Lookup>, Reasons, Arc<ActionTable>) {
 
 struct Nobody;
 
-impl Backing for Nobody {
-    fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::KernelRefused)
+impl MsrBackend for Nobody {
+    fn kernel_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::KernelRefused)
     }
-    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::KernelRefused)
+    fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::KernelRefused)
     }
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::HostUnreadable)
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HostUnreadable)
     }
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
-        Err(Why::NoHandler)
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::NoHandler)
     }
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::NoHandler)
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 }
 

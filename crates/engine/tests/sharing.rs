@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use msrgate_core::{
-    ActionTable, Candidate, Filter, FilterRange, Lookup, Msr, MsrRange, Op, Ops, ReadAction, Reasons, Verdict,
+    ActionTable, Filter, FilterRange, FlatFilter, Msr, MsrRange, Op, Ops, PassthroughMsr, ReadAction, Reasons, Verdict,
     WriteAction,
 };
 use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
@@ -52,7 +52,7 @@ fn filter() -> Filter {
     Filter::new(Verdict::Deny, ranges.collect::<Vec<_>>()).unwrap()
 }
 
-fn vm(filter: &Arc<Lookup>) -> (Arc<Vm>, Vcpu) {
+fn vm(filter: &Arc<FlatFilter>) -> (Arc<Vm>, Vcpu) {
     let vm = Arc::new(Vm::new());
     vm.set_filter(Arc::clone(filter));
     let vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::all());
@@ -62,7 +62,7 @@ fn vm(filter: &Arc<Lookup>) -> (Arc<Vm>, Vcpu) {
 #[test]
 fn ten_thousand_vms_take_one_filter() {
     const VMS: usize = 10_000;
-    let (filter, once) = bytes_of(|| Arc::<Lookup>::from(filter()));
+    let (filter, once) = bytes_of(|| Arc::<FlatFilter>::from(filter()));
     let (mut vms, all) = bytes_of(|| (0..VMS).map(|_| vm(&filter)).collect::<Vec<_>>());
     let each = all / VMS;
     println!("{once} bytes for the filter, {each} for each VM with a vCPU");
@@ -77,13 +77,13 @@ fn ten_thousand_vms_take_one_filter() {
 #[test]
 fn a_new_policy_for_all_vms_leaves_nothing_of_the_one_before() {
     const VMS: usize = 100;
-    let first: Arc<Lookup> = filter().into();
+    let first: Arc<FlatFilter> = filter().into();
     let (mut vms, _) = bytes_of(|| (0..VMS).map(|_| vm(&first)).collect::<Vec<_>>());
     let gone = Arc::downgrade(&first);
     drop(first);
     let mut sizes = Vec::new();
     for _ in 0..5 {
-        let (next, _) = bytes_of(|| Arc::<Lookup>::from(filter()));
+        let (next, _) = bytes_of(|| Arc::<FlatFilter>::from(filter()));
         for (vm, vcpu) in &mut vms {
             vm.set_filter(Arc::clone(&next));
             assert_eq!(vcpu.verdict(Msr(0), Op::Write), Verdict::Allow);
@@ -113,7 +113,7 @@ fn a_vcpu_neither_allocates_nor_frees_while_a_writer_replaces_what_it_is_under()
         vm.install(filter(), Reasons::ALL, table);
     };
     install();
-    let candidates = [Candidate::new(MsrRange::single(Msr(0x1000_0002)), Ops::BOTH)];
+    let candidates = [PassthroughMsr::new(MsrRange::single(Msr(0x1000_0002)), Ops::BOTH)];
     let mut vcpu = Vcpu::new(Arc::clone(&vm), Intercepts::svm(candidates));
     for _ in 0..20 {
         // Each replaces what the vCPU has, on a thread of its own so that this one's calls are the vCPU's.

@@ -22,20 +22,20 @@ pub enum GuestError {
         vcpu: usize,
     },
     /// The guest cannot go on from an access. It was reset and can run others.
-    Broke {
+    GuestDied {
         /// Position of the access in the list, from 0.
         position: usize,
         /// The access.
         access: Access,
         /// What happened.
-        how: Broke,
+        how: GuestDied,
     },
 }
 
 /// How a guest broke.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum Broke {
+pub enum GuestDied {
     /// Triple fault: KVM_EXIT_SHUTDOWN.
     Shutdown,
     /// KVM_EXIT_FAIL_ENTRY.
@@ -73,7 +73,7 @@ impl fmt::Display for GuestError {
         match self {
             GuestError::Kvm { doing, .. } => write!(f, "{doing} failed"),
             GuestError::NoVcpu { vcpu } => write!(f, "the guest has no vCPU {vcpu}"),
-            GuestError::Broke { position, access, how } => {
+            GuestError::GuestDied { position, access, how } => {
                 write!(f, "access {position}, {} {}", access.op(), access.msr())?;
                 if let Access::Write { value, .. } = access {
                     write!(f, " = {value:#x}")?;
@@ -84,15 +84,15 @@ impl fmt::Display for GuestError {
     }
 }
 
-impl fmt::Display for Broke {
+impl fmt::Display for GuestDied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Broke::Shutdown => f.write_str("triple fault"),
-            Broke::FailEntry { reason } => write!(f, "the processor refuses to enter it, reason {reason:#x}"),
-            Broke::InternalError => f.write_str("KVM cannot emulate it"),
-            Broke::Exception => f.write_str("an exception other than #GP"),
-            Broke::Run { source } => write!(f, "KVM_RUN failed: {source}"),
-            Broke::Exit { exit } => write!(f, "it left with {exit}"),
+            GuestDied::Shutdown => f.write_str("triple fault"),
+            GuestDied::FailEntry { reason } => write!(f, "the processor refuses to enter it, reason {reason:#x}"),
+            GuestDied::InternalError => f.write_str("KVM cannot emulate it"),
+            GuestDied::Exception => f.write_str("an exception other than #GP"),
+            GuestDied::Run { source } => write!(f, "KVM_RUN failed: {source}"),
+            GuestDied::Exit { exit } => write!(f, "it left with {exit}"),
         }
     }
 }

@@ -8,7 +8,7 @@ use msrgate_plan::{DecisionMap, Preset};
 
 use crate::{Guest, GuestError, Mode, Options};
 
-/// Those fixed answers of `map` that this kernel holds by itself, in order of MSR: for [`msrgate_plan::CompileOptions::holding`].
+/// Those fixed answers of `map` that this kernel holds by itself, in order of MSR: for [`msrgate_plan::CompileOptions::with_presets`].
 ///
 /// Each is put into the vCPUs of a VM of its own, and counts if the host reads it back and the guest's RDMSR gives it,
 /// before and after the guest has run. Only registers of which it is known that nothing but a write changes them are

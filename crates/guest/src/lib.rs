@@ -59,15 +59,15 @@ mod memory;
 mod stats;
 mod held;
 mod no_preset;
-mod faithful;
+mod passthrough;
 pub mod scan;
 pub mod raw;
 mod error;
 
-pub use error::{Broke, GuestError};
-pub use faithful::faithful;
+pub use error::{GuestDied, GuestError};
 pub use guest::{Guest, Options};
 pub use held::held;
 pub use mode::Mode;
 pub use no_preset::{NoPreset, no_presets};
+pub use passthrough::passthrough_safe;
 pub use vcpu::{Pending, Seen, SeenExit, Vcpu};

@@ -112,7 +112,7 @@ mod tests {
             ),
         );
         let held = vec![map.preset(Msr(0x8b)).unwrap()];
-        let options = CompileOptions::default().holding(held.clone());
+        let options = CompileOptions::default().with_presets(held.clone());
         let plan = Plan::compile_for(&map, &options).unwrap();
         let expected = [
             (range(0x17, 0x17), NoPreset::Logged),

@@ -29,12 +29,12 @@ use std::sync::Arc;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, MsrRange, Op, Outcome, Verdict, WriteAction};
-use msrgate_kvm::{Gate, Handlers, InstallError, Probed, VcpuGate};
+use msrgate_kvm::{Capabilities, Gate, Handlers, InstallError, VcpuGate};
 use msrgate_plan::Plan;
 
 pub use self::compare::{Change, Difference};
 use crate::memory::MAX_ENTRIES;
-use crate::{Broke, Guest, GuestError, Mode, Options};
+use crate::{Guest, GuestDied, GuestError, Mode, Options};
 
 /// Where processors and hypervisors have their MSRs: the processor's, Hyper-V's and Xen's, KVM's, and the two windows of
 /// AMD's. Both permission maps of the hardware lie within them.
@@ -78,7 +78,7 @@ pub enum Writes {
 pub struct Scanner<'a> {
     kvm: &'a Kvm,
     cpuid: Option<CpuId>,
-    ruled: Option<(&'a Probed, Arc<Plan>, Handlers)>,
+    ruled: Option<(&'a Capabilities, Arc<Plan>, Handlers)>,
     writes: Writes,
     x2apic: bool,
 }
@@ -106,7 +106,7 @@ impl<'a> Scanner<'a> {
 
     /// Guests under `plan`.
     #[must_use]
-    pub fn under(self, probed: &'a Probed, plan: Arc<Plan>, handlers: Handlers) -> Scanner<'a> {
+    pub fn under(self, probed: &'a Capabilities, plan: Arc<Plan>, handlers: Handlers) -> Scanner<'a> {
         Scanner {
             ruled: Some((probed, plan, handlers)),
             ..self
@@ -302,7 +302,7 @@ impl Run<'_> {
                     }
                 }) {
                     Ok(_) => None,
-                    Err(GuestError::Broke { position, access, how }) => Some((position, access, how)),
+                    Err(GuestError::GuestDied { position, access, how }) => Some((position, access, how)),
                     Err(error) => return Err(error.into()),
                 };
                 for (access, seen) in rest.iter().zip(vcpu.seen()) {
@@ -312,7 +312,7 @@ impl Run<'_> {
                     break;
                 };
                 if self.scan.broken.len() == MOST_BROKEN {
-                    return Err(GuestError::Broke { position, access, how }.into());
+                    return Err(GuestError::GuestDied { position, access, how }.into());
                 }
                 self.scan.broken.push(Broken { access, how });
                 // What the access left in the old one's registers would be seen in others.
@@ -358,7 +358,7 @@ pub struct Broken {
     /// The access.
     pub access: Access,
     /// What happened.
-    pub how: Broke,
+    pub how: GuestDied,
 }
 
 /// Sorted, and none touches the next.

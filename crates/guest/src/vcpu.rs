@@ -10,7 +10,7 @@ use msrgate_core::{Access, Answer, Msr, Op, Outcome, ReadOutcome, WriteOutcome};
 use msrgate_kvm::{Answered, Dispatch, VcpuGate};
 
 use crate::code::{FAULTED, NOT_DONE, PORT_DONE, PORT_EXCEPTION, WRITE};
-use crate::error::{Broke, GuestError};
+use crate::error::{GuestDied, GuestError};
 use crate::memory::{self, Entry, MAX_ENTRIES, Table};
 use crate::mode::Mode;
 use crate::stats;
@@ -106,7 +106,7 @@ impl Pending<'_> {
                 self.exit.answer = Some(answered.answer);
                 Some(answered)
             }
-            Dispatch::NotMine => None,
+            Dispatch::NotAnMsrExit => None,
         }
     }
 }
@@ -171,7 +171,7 @@ impl Vcpu {
                 self.seen.truncate(first + done);
                 self.reset()?;
                 let access = batch.get(done).or(batch.last());
-                return Err(GuestError::Broke {
+                return Err(GuestError::GuestDied {
                     position: first + done,
                     access: *access.unwrap_or(&Access::Read { msr: Msr::MIN }),
                     how,
@@ -238,12 +238,12 @@ impl Vcpu {
         batch: &[Access],
         first: usize,
         exits: &mut dyn FnMut(&mut Pending<'_>),
-    ) -> Result<(), Broke> {
+    ) -> Result<(), GuestDied> {
         let mut done = 0;
         loop {
             let (op, msr, value) = match self.fd.run() {
                 Ok(VcpuExit::IoOut(PORT_DONE, _)) => return Ok(()),
-                Ok(VcpuExit::IoOut(PORT_EXCEPTION, _)) => return Err(Broke::Exception),
+                Ok(VcpuExit::IoOut(PORT_EXCEPTION, _)) => return Err(GuestDied::Exception),
                 Ok(VcpuExit::X86Rdmsr(exit)) => {
                     *exit.error = 1;
                     (Op::Read, exit.index, 0)
@@ -252,18 +252,18 @@ impl Vcpu {
                     *exit.error = 1;
                     (Op::Write, exit.index, exit.data)
                 }
-                Ok(VcpuExit::Shutdown) => return Err(Broke::Shutdown),
-                Ok(VcpuExit::FailEntry(reason, _)) => return Err(Broke::FailEntry { reason }),
-                Ok(VcpuExit::InternalError) => return Err(Broke::InternalError),
+                Ok(VcpuExit::Shutdown) => return Err(GuestDied::Shutdown),
+                Ok(VcpuExit::FailEntry(reason, _)) => return Err(GuestDied::FailEntry { reason }),
+                Ok(VcpuExit::InternalError) => return Err(GuestDied::InternalError),
                 Ok(exit) => {
-                    return Err(Broke::Exit {
+                    return Err(GuestDied::Exit {
                         exit: format!("{exit:?}"),
                     });
                 }
                 // Whatever `kvm_run` holds then is no exit.
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
                 Err(error) => {
-                    return Err(Broke::Run {
+                    return Err(GuestDied::Run {
                         source: io::Error::from_raw_os_error(error.errno()),
                     });
                 }

@@ -9,7 +9,7 @@ use msrgate_plan::Plan;
 
 use crate::epoch::{Epoch, Published, Shared, lock};
 use crate::error::Step;
-use crate::{Handlers, InstallError, Probed, VcpuGate, ioctl, preset};
+use crate::{Capabilities, Handlers, InstallError, VcpuGate, ioctl, preset};
 
 /// How many plans are kept for exits that the kernel made under them. A vCPU would have to stay between KVM_RUN and
 /// its dispatch for this many replacements to meet an exit that no kept plan made; it then faults.
@@ -25,7 +25,7 @@ pub struct Gate {
     shared: Arc<Shared>,
 }
 
-impl Probed {
+impl Capabilities {
     /// Puts `plan` in force on the VM whose descriptor `vm` is: first the reasons, then the filter, so that no access
     /// is denied by the filter without being handed to user space where the plan wants it to be. Where the filter is
     /// not accepted the reasons are taken back.
@@ -129,10 +129,10 @@ impl Gate {
     /// answer exits that were made before, and presets stay in the vCPUs.
     ///
     /// On an error the filter may still be there, and the gates answer for it.
-    pub fn remove(self) -> Result<Probed, InstallError> {
+    pub fn remove(self) -> Result<Capabilities, InstallError> {
         let _one_at_a_time = lock(&self.shared.change);
         ioctl::set_filter(&self.vm, &Filter::allow_all()).map_err(InstallError::of(Step::Filter))?;
         ioctl::set_mask(&self.vm, Reasons::NONE).map_err(InstallError::of(Step::Mask))?;
-        Ok(Probed::again())
+        Ok(Capabilities::again())
     }
 }

@@ -146,6 +146,6 @@ pub use gate::Gate;
 pub use handler::{Handler, Handlers};
 pub use host::HostMsrs;
 pub use msrgate_core::Fault;
-pub use probe::{Capability, ProbeError, Probed, open, probe};
+pub use probe::{Capabilities, Capability, ProbeError, open, probe};
 pub use state::{STATE_VERSION, SaveError, StateError};
-pub use vcpu::{Answered, Dispatch, Drained, VcpuGate};
+pub use vcpu::{Answered, Dispatch, DrainStatus, VcpuGate};

@@ -12,14 +12,14 @@ use crate::ioctl;
 /// Where KVM is.
 const DEV_KVM: &str = "/dev/kvm";
 
-/// Proof that the kernel has MSR filters and hands accesses to user space. [`Probed::install`] goes on from here.
+/// Proof that the kernel has MSR filters and hands accesses to user space. [`Capabilities::install`] goes on from here.
 #[derive(Clone, Copy, Debug)]
-pub struct Probed(());
+pub struct Capabilities(());
 
-impl Probed {
+impl Capabilities {
     /// After a gate was removed.
-    pub(crate) fn again() -> Probed {
-        Probed(())
+    pub(crate) fn again() -> Capabilities {
+        Capabilities(())
     }
 }
 
@@ -38,7 +38,7 @@ pub fn open() -> Result<File, ProbeError> {
 
 /// Asks `kvm`, a descriptor of `/dev/kvm`, what it can do: by KVM_CHECK_EXTENSION, never by a version, since
 /// distributions carry features back.
-pub fn probe(kvm: &impl AsRawFd) -> Result<Probed, ProbeError> {
+pub fn probe(kvm: &impl AsRawFd) -> Result<Capabilities, ProbeError> {
     for capability in [Capability::UserSpaceMsr, Capability::MsrFilter] {
         match ioctl::check_extension(kvm, capability.number()) {
             Ok(true) => {}
@@ -46,7 +46,7 @@ pub fn probe(kvm: &impl AsRawFd) -> Result<Probed, ProbeError> {
             Err(source) => return Err(ProbeError::NotKvm { source }),
         }
     }
-    Ok(Probed(()))
+    Ok(Capabilities(()))
 }
 
 /// What msrgate needs of the kernel.

@@ -12,7 +12,7 @@
 
 use std::fmt::{self, Write};
 
-use msrgate_core::{ActionTable, Memory, MemoryError, Msr, VcpuState};
+use msrgate_core::{ActionTable, EmulatedState, EmulatedStateError, Msr, VcpuState};
 
 /// The version of the text, its first line's number.
 pub const STATE_VERSION: u32 = 1;
@@ -22,14 +22,14 @@ const MOST_BYTES: usize = 32 << 20;
 
 /// The text of what `state` remembers.
 pub(crate) fn write(policy: &[u8; 32], table: &ActionTable, state: &VcpuState) -> String {
-    let mut memories: Vec<Memory> = table.memories(state).collect();
+    let mut memories: Vec<EmulatedState> = table.emulated_states(state).collect();
     memories.sort_unstable_by_key(place);
     let mut text = format!("msrgate-state {STATE_VERSION}\npolicy {}\n", hex(policy));
     for memory in &memories {
         // Writing to a string cannot fail.
         let _ = match memory {
-            Memory::Shadow { msr, value } => writeln!(text, "shadow {msr} {value:#x}"),
-            Memory::Once { msr } => writeln!(text, "once {msr}"),
+            EmulatedState::Shadow { msr, value } => writeln!(text, "shadow {msr} {value:#x}"),
+            EmulatedState::Once { msr } => writeln!(text, "once {msr}"),
         };
     }
     let sum = sum(&text);
@@ -38,7 +38,7 @@ pub(crate) fn write(policy: &[u8; 32], table: &ActionTable, state: &VcpuState) -
 }
 
 /// What the text says, if it is whole and of this policy.
-pub(crate) fn read(text: &[u8], policy: &[u8; 32]) -> Result<Vec<Memory>, StateError> {
+pub(crate) fn read(text: &[u8], policy: &[u8; 32]) -> Result<Vec<EmulatedState>, StateError> {
     if text.len() > MOST_BYTES {
         return Err(StateError::TooLong);
     }
@@ -71,7 +71,7 @@ pub(crate) fn read(text: &[u8], policy: &[u8; 32]) -> Result<Vec<Memory>, StateE
             ours: *policy,
         });
     }
-    let memories = lines.map(memory).collect::<Option<Vec<Memory>>>();
+    let memories = lines.map(memory).collect::<Option<Vec<EmulatedState>>>();
     let memories = memories.ok_or(StateError::Damaged)?;
     if count != memories.len().to_string() || !memories.is_sorted_by_key(place) {
         return Err(StateError::Damaged);
@@ -79,21 +79,21 @@ pub(crate) fn read(text: &[u8], policy: &[u8; 32]) -> Result<Vec<Memory>, StateE
     Ok(memories)
 }
 
-fn place(memory: &Memory) -> (Msr, bool) {
+fn place(memory: &EmulatedState) -> (Msr, bool) {
     match memory {
-        Memory::Shadow { msr, .. } => (*msr, false),
-        Memory::Once { msr } => (*msr, true),
+        EmulatedState::Shadow { msr, .. } => (*msr, false),
+        EmulatedState::Once { msr } => (*msr, true),
     }
 }
 
-fn memory(line: &str) -> Option<Memory> {
+fn memory(line: &str) -> Option<EmulatedState> {
     let mut words = line.split(' ');
     let memory = match (words.next()?, words.next()?) {
-        ("shadow", msr) => Memory::Shadow {
+        ("shadow", msr) => EmulatedState::Shadow {
             msr: self::msr(msr)?,
             value: number(words.next()?)?,
         },
-        ("once", msr) => Memory::Once { msr: self::msr(msr)? },
+        ("once", msr) => EmulatedState::Once { msr: self::msr(msr)? },
         _ => return None,
     };
     words.next().is_none().then_some(memory)
@@ -143,7 +143,7 @@ pub enum StateError {
         ours: [u8; 32],
     },
     /// It remembers what an MSR cannot under this policy: it was made by nothing that saves states.
-    Memory(MemoryError),
+    EmulatedState(EmulatedStateError),
     /// The vCPU is being answered for: the call came from within a handler.
     InHandler,
 }
@@ -163,7 +163,7 @@ impl fmt::Display for StateError {
                 "the guest ran under the policy with hash {found}, and here is {}: install that policy first",
                 hex(ours)
             ),
-            StateError::Memory(error) => error.fmt(f),
+            StateError::EmulatedState(error) => error.fmt(f),
             StateError::InHandler => f.write_str("a handler cannot save or restore the vCPU that waits for it"),
         }
     }
@@ -231,13 +231,13 @@ mod tests {
     fn state(table: &ActionTable) -> VcpuState {
         let mut state = table.vcpu_state();
         let memories = [
-            Memory::Once { msr: Msr(0xc000_0082) },
-            Memory::Shadow {
+            EmulatedState::Once { msr: Msr(0xc000_0082) },
+            EmulatedState::Shadow {
                 msr: Msr(0x21),
                 value: 0xfedc_ba98_7654_3210,
             },
         ];
-        table.remember(&mut state, memories).unwrap();
+        table.restore(&mut state, memories).unwrap();
         state
     }
 
@@ -259,7 +259,7 @@ mod tests {
         assert_eq!(text, whole(&["shadow 0x21 0xfedcba9876543210", "once 0xc0000082"]));
         let mut again = table.vcpu_state();
         table
-            .remember(&mut again, read(text.as_bytes(), &POLICY).unwrap())
+            .restore(&mut again, read(text.as_bytes(), &POLICY).unwrap())
             .unwrap();
         assert_eq!(again, state(&table));
         let nothing = write(&POLICY, &table, &table.vcpu_state());

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_run;
-use msrgate_core::{Access, Answer, Event, Nanos, Outcome, Reason, VcpuState, Why};
+use msrgate_core::{Access, Answer, Event, FaultCause, Nanos, Outcome, Reason, VcpuState};
 
 use crate::epoch::{Epoch, Published, Shared};
 use crate::exit;
@@ -43,7 +43,7 @@ pub enum Dispatch {
     /// It was an MSR exit; the answer is in `kvm_run`, and the next KVM_RUN carries it out.
     Answered(Answered),
     /// It is something else, and nothing was touched.
-    NotMine,
+    NotAnMsrExit,
 }
 
 /// An access and its answer.
@@ -87,7 +87,7 @@ impl Answered {
 /// How a vCPU came to rest.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Drained {
+pub enum DrainStatus {
     /// No access is pending; the vCPU's state may be saved.
     Idle,
     /// Completing one exit made another, which is in `kvm_run` and has to be handled before draining again.
@@ -135,7 +135,7 @@ impl VcpuGate {
     pub unsafe fn dispatch_raw(&self, run: *mut kvm_run) -> Dispatch {
         // SAFETY: the caller's promise; nothing writes in between, since this thread is here.
         let Some(exit) = (unsafe { exit::read(run) }) else {
-            return Dispatch::NotMine;
+            return Dispatch::NotAnMsrExit;
         };
         // SAFETY: the caller's promise, and it holds an MSR exit.
         unsafe { exit::fail_closed(run) };
@@ -150,12 +150,12 @@ impl VcpuGate {
         };
         let Ok(mut held) = self.held.try_borrow_mut() else {
             // A handler's own dispatch: the exit is the outer call's to finish.
-            return answered(Answer::fault(Why::ReEntered, None));
+            return answered(Answer::fault(FaultCause::ReEntered, None));
         };
         let answer = match Reason::from_bits(exit.reason) {
             // SAFETY: the caller's promise.
             Some(reason) => unsafe { self.answer(run, exit.access, reason, &mut held) },
-            None => Answer::fault(Why::UnknownReason, None),
+            None => Answer::fault(FaultCause::UnknownReason, None),
         };
         // SAFETY: the caller's promise; no handler is being asked any more.
         unsafe { exit::finish(run) };
@@ -228,18 +228,18 @@ impl VcpuGate {
     ///
     /// Runs the vCPU with `immediate_exit` set, and leaves that as it was. Fails with the kernel's error where KVM_RUN
     /// fails otherwise than with EINTR.
-    pub fn drain(&self, run: &mut kvm_run) -> io::Result<Drained> {
+    pub fn drain(&self, run: &mut kvm_run) -> io::Result<DrainStatus> {
         // SAFETY: a `kvm_run`, borrowed exclusively.
         if unsafe { exit::read(run) }.is_some() {
-            return Ok(Drained::Unanswered);
+            return Ok(DrainStatus::Unanswered);
         }
         let before = run.immediate_exit;
         set_immediate_exit(run, 1);
         let result = ioctl::run(&self.vcpu);
         set_immediate_exit(run, before);
         match result {
-            Ok(()) => Ok(Drained::Exit),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Drained::Idle),
+            Ok(()) => Ok(DrainStatus::Exit),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(DrainStatus::Idle),
             Err(error) => Err(error),
         }
     }
@@ -250,9 +250,9 @@ impl VcpuGate {
     /// The text is as valuable as the rest of a saved guest: who can change it can open an MSR again that is locked.
     pub fn save(&self, run: &mut kvm_run) -> Result<String, SaveError> {
         match self.drain(run).map_err(SaveError::Run)? {
-            Drained::Idle => {}
-            Drained::Exit => return Err(SaveError::Exit),
-            Drained::Unanswered => return Err(SaveError::Unanswered),
+            DrainStatus::Idle => {}
+            DrainStatus::Exit => return Err(SaveError::Exit),
+            DrainStatus::Unanswered => return Err(SaveError::Unanswered),
         }
         let mut held = self.held.try_borrow_mut().map_err(|_| SaveError::InHandler)?;
         self.settle(&mut held);
@@ -270,7 +270,10 @@ impl VcpuGate {
         self.settle(&mut held);
         let memories = state::read(state, &held.epoch.hash())?;
         let Held { epoch, state, .. } = &mut *held;
-        epoch.table().remember(state, memories).map_err(StateError::Memory)
+        epoch
+            .table()
+            .restore(state, memories)
+            .map_err(StateError::EmulatedState)
     }
 
     /// Goes on to the plan in force: no exit is pending that an older one made.
@@ -292,7 +295,7 @@ impl VcpuGate {
 
     /// [`VcpuGate::drain`] with the vCPU of the kvm-ioctls crate.
     #[cfg(feature = "kvm-ioctls")]
-    pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<Drained> {
+    pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<DrainStatus> {
         self.drain(vcpu.get_kvm_run())
     }
 

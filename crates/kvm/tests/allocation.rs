@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Log, Msr, MsrRange, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Access, Log, Msr, MsrRange, OnLockedBits, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers, probe};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
@@ -117,7 +117,7 @@ fn no_action_allocates_when_it_answers() {
         WriteAction::Only([1].into()),
         WriteAction::Mask {
             may_change: 1,
-            otherwise: Otherwise::Drop,
+            otherwise: OnLockedBits::Drop,
         },
         WriteAction::Shadow,
         WriteAction::Handler("zero".into()),

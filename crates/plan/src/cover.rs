@@ -69,7 +69,7 @@ impl Direction {
 
 /// The smallest set of ranges for one default.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Covering {
+pub struct RangeSet {
     /// One-direction ranges first, since they override the two-direction ones; each kind in order of MSR.
     pub ranges: Vec<(Direction, MsrRange)>,
     /// What covering reads and writes apart would take.
@@ -80,7 +80,7 @@ pub struct Covering {
     pub witness: Option<Vec<(Msr, Op)>>,
 }
 
-impl Covering {
+impl RangeSet {
     /// What the ranges' bitmaps take, in words of 64 bits.
     pub(crate) fn words(&self) -> u64 {
         self.ranges.iter().map(|(_, range)| range.len().div_ceil(WORD)).sum()
@@ -149,7 +149,7 @@ pub(crate) fn cover(
     default: bool,
     free: &[MsrRange],
     length: u64,
-) -> Result<Covering, TooMany> {
+) -> Result<RangeSet, TooMany> {
     let segments = segments(allowed, default, free);
     let reads = alone(&segments, length, |segment| segment.need_read);
     let writes = alone(&segments, length, |segment| segment.need_write);
@@ -170,7 +170,7 @@ pub(crate) fn cover(
         ranges = packed(&ranges, &segments, length, WORD);
     }
     let witness = Some(far_apart(&segments, length)).filter(|witness| witness.len() == ranges.len());
-    Ok(Covering {
+    Ok(RangeSet {
         ranges,
         separate,
         witness,

@@ -1,7 +1,7 @@
 //! Decision maps and plans as bytes: for a program that embeds a plan, and for the hash of a policy.
 //!
 //! Little-endian and without padding. A map is a magic number, the reads, the writes, and what `unknown` and `invalid` say.
-//! Reads and writes are a count and, for each interval, its first MSR, rule, log and action: its number ([`Did`]) and its
+//! Reads and writes are a count and, for each interval, its first MSR, rule, log and action: its number ([`Disposition`]) and its
 //! arguments in their order. A plan is a magic number, its map, the filter, the reasons, the presets, what is spilled, and how
 //! many ranges are needed. The last byte is followed by nothing.
 
@@ -10,8 +10,8 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use msrgate_core::{
-    Argument, Arguments, Did, Filter, FilterRange, Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, Reasons,
-    Verdict, WriteAction,
+    Argument, Arguments, Disposition, Filter, FilterRange, Log, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction,
+    Reasons, Verdict, WriteAction,
 };
 use sha2::{Digest, Sha256};
 
@@ -279,7 +279,11 @@ fn put_accesses(bytes: &mut Vec<u8>, accesses: &[(Msr, Op)]) {
     }
 }
 
-fn put_action<'a>(bytes: &mut Vec<u8>, did: Did, arguments: impl Iterator<Item = (&'static str, Argument<'a>)>) {
+fn put_action<'a>(
+    bytes: &mut Vec<u8>,
+    did: Disposition,
+    arguments: impl Iterator<Item = (&'static str, Argument<'a>)>,
+) {
     bytes.push(did as u8);
     for (_, argument) in arguments {
         match argument {
@@ -292,7 +296,7 @@ fn put_action<'a>(bytes: &mut Vec<u8>, did: Did, arguments: impl Iterator<Item =
                 put_count(bytes, name.len());
                 bytes.extend(name.as_bytes());
             }
-            Argument::Otherwise(otherwise) => bytes.push(otherwise as u8),
+            Argument::OnLockedBits(otherwise) => bytes.push(otherwise as u8),
         }
     }
 }
@@ -369,8 +373,8 @@ impl<'a> Rest<'a> {
         (0..count).map(one).collect()
     }
 
-    fn did(&mut self) -> Result<Did, DecodeError> {
-        Did::from_number(self.byte()?).ok_or(DecodeError)
+    fn did(&mut self) -> Result<Disposition, DecodeError> {
+        Disposition::from_number(self.byte()?).ok_or(DecodeError)
     }
 }
 
@@ -392,9 +396,9 @@ impl Arguments for Rest<'_> {
         name.map(Arc::from).map_err(|_| DecodeError)
     }
 
-    fn otherwise(&mut self, _: &'static str) -> Result<Otherwise, DecodeError> {
+    fn otherwise(&mut self, _: &'static str) -> Result<OnLockedBits, DecodeError> {
         let number = usize::from(self.byte()?);
-        Otherwise::ALL.get(number).copied().ok_or(DecodeError)
+        OnLockedBits::ALL.get(number).copied().ok_or(DecodeError)
     }
 }
 
@@ -472,11 +476,11 @@ mod tests {
             WriteAction::Shadow,
             WriteAction::Mask {
                 may_change: 3,
-                otherwise: Otherwise::Deny,
+                otherwise: OnLockedBits::Deny,
             },
             WriteAction::Mask {
                 may_change: 3,
-                otherwise: Otherwise::Drop,
+                otherwise: OnLockedBits::Drop,
             },
             WriteAction::Once,
             WriteAction::Handler("power".into()),
@@ -544,7 +548,7 @@ mod tests {
         };
         let reads = Intervals::first_match(Decision::of(ReadAction::Deny), [(MsrRange::single(Msr(0x8b)), value)]);
         let held = DecisionMap::deny_all().with_reads(reads);
-        let options = CompileOptions::default().holding([preset].to_vec());
+        let options = CompileOptions::default().with_presets([preset].to_vec());
         let islands = (0..17).map(|i| (MsrRange::single(Msr(i << 16)), Decision::of(ReadAction::Allow)));
         let many = DecisionMap::deny_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Deny), islands));
         let spillable = Spillable {
@@ -649,9 +653,9 @@ mod tests {
             (WriteAction::Deny, "1d61e7bf"),
             (WriteAction::Ignore, "22a5b3b6"),
             (WriteAction::Shadow, "3a40c42e"),
-            (mask(0, Otherwise::Deny), "d98ca382"),
-            (mask(1, Otherwise::Deny), "64107234"),
-            (mask(0, Otherwise::Drop), "eae9b955"),
+            (mask(0, OnLockedBits::Deny), "d98ca382"),
+            (mask(1, OnLockedBits::Deny), "64107234"),
+            (mask(0, OnLockedBits::Drop), "eae9b955"),
             (WriteAction::Only(Arc::new([])), "798743d2"),
             (WriteAction::Only(Arc::new([1])), "1bd5ebf9"),
             (WriteAction::Only(Arc::new([1, 2])), "1ad166b8"),

@@ -49,7 +49,7 @@ mod differ;
 mod form;
 
 pub use change::{Change, ChangedPart};
-pub use cover::{Covering, Direction};
+pub use cover::{Direction, RangeSet};
 pub use differ::{By, Differences, Fallback};
 pub use form::{DecodeError, LoadError};
 pub use intervals::Intervals;
@@ -58,4 +58,4 @@ pub use note::{Note, NoteCode};
 pub use options::CompileOptions;
 pub use plan::{Group, Minimum, Plan, PlanError};
 pub use preset::Preset;
-pub use spill::{SpillError, Spillable, Touched};
+pub use spill::{AccessCount, SpillError, Spillable};

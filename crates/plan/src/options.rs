@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use msrgate_core::{MsrRange, Op};
 
-use crate::{Preset, Spillable, Touched};
+use crate::{AccessCount, Preset, Spillable};
 
 /// What a plan is compiled for: a kernel, a guest's habits, and what may be done where 16 ranges do not hold it all. Without
 /// any of them ([`CompileOptions::default`]) a plan is right everywhere.
@@ -12,13 +12,13 @@ use crate::{Preset, Spillable, Touched};
 pub struct CompileOptions {
     held: Vec<Preset>,
     spill: Option<Vec<Spillable>>,
-    profile: Vec<Touched>,
+    profile: Vec<AccessCount>,
 }
 
 impl CompileOptions {
     /// What a kernel was found to hold itself once it is put there: fixed answers that then cost no exit.
     #[must_use]
-    pub fn holding(self, mut held: Vec<Preset>) -> CompileOptions {
+    pub fn with_presets(self, mut held: Vec<Preset>) -> CompileOptions {
         held.sort_unstable();
         held.dedup_by_key(|preset| preset.msr);
         CompileOptions { held, ..self }
@@ -35,12 +35,12 @@ impl CompileOptions {
 
     /// How often the guest touches what: what is spilled, and the order of ranges, follow from it.
     #[must_use]
-    pub fn with_profile(self, mut profile: Vec<Touched>) -> CompileOptions {
+    pub fn with_profile(self, mut profile: Vec<AccessCount>) -> CompileOptions {
         profile.sort_unstable();
         CompileOptions { profile, ..self }
     }
 
-    /// [`CompileOptions::holding`], in order of MSR; empty where no kernel was asked.
+    /// [`CompileOptions::with_presets`], in order of MSR; empty where no kernel was asked.
     pub fn held(&self) -> &[Preset] {
         &self.held
     }
@@ -51,7 +51,7 @@ impl CompileOptions {
     }
 
     /// [`CompileOptions::with_profile`], in order of MSR; empty where nothing is known.
-    pub fn profile(&self) -> &[Touched] {
+    pub fn profile(&self) -> &[AccessCount] {
         &self.profile
     }
 

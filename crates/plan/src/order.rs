@@ -5,11 +5,11 @@ use alloc::vec::Vec;
 
 use msrgate_core::{MsrRange, Op};
 
-use crate::spill::Touched;
+use crate::spill::AccessCount;
 use crate::{Direction, Intervals};
 
 /// How many of the accesses of `profile` each range decides; `ranges` as a covering has them, one-direction ranges first.
-pub(crate) fn visits(ranges: &[(Direction, MsrRange)], profile: &[Touched]) -> Vec<u64> {
+pub(crate) fn visits(ranges: &[(Direction, MsrRange)], profile: &[AccessCount]) -> Vec<u64> {
     let mut visits = vec![0u64; ranges.len()];
     let of = |op| {
         let ranges = ranges.iter().zip(0usize..);
@@ -35,7 +35,7 @@ pub(crate) fn visits(ranges: &[(Direction, MsrRange)], profile: &[Touched]) -> V
 /// one kind do not overlap.
 ///
 /// Goes through all sets of ranges that may stand first, of which 16 ranges have 65536.
-pub(crate) fn by_visits(ranges: Vec<(Direction, MsrRange)>, profile: &[Touched]) -> Vec<(Direction, MsrRange)> {
+pub(crate) fn by_visits(ranges: Vec<(Direction, MsrRange)>, profile: &[AccessCount]) -> Vec<(Direction, MsrRange)> {
     let visits = visits(&ranges, profile);
     let count = ranges.len();
     if visits.iter().all(|visits| *visits == 0) || count > 16 {
@@ -95,7 +95,7 @@ mod tests {
     }
 
     /// The slot that decides an access.
-    fn decider(ranges: &[(Direction, MsrRange)], touched: &Touched) -> Option<usize> {
+    fn decider(ranges: &[(Direction, MsrRange)], touched: &AccessCount) -> Option<usize> {
         let of = |(direction, range): &(Direction, MsrRange)| {
             direction.ops().contains(touched.op) && range.contains(touched.msr)
         };
@@ -103,8 +103,8 @@ mod tests {
     }
 
     /// How many ranges the accesses look at, by walking each.
-    fn looks(ranges: &[(Direction, MsrRange)], profile: &[Touched]) -> u64 {
-        let of = |touched: &Touched| decider(ranges, touched).map_or(ranges.len(), |slot| slot + 1) as u64;
+    fn looks(ranges: &[(Direction, MsrRange)], profile: &[AccessCount]) -> u64 {
+        let of = |touched: &AccessCount| decider(ranges, touched).map_or(ranges.len(), |slot| slot + 1) as u64;
         profile.iter().map(|touched| of(touched) * touched.count).sum()
     }
 
@@ -141,20 +141,20 @@ mod tests {
                     from = last + 1 + roll(4) as u32;
                 }
             }
-            let profile: Vec<Touched> = (0..roll(12))
-                .map(|_| Touched {
+            let profile: Vec<AccessCount> = (0..roll(12))
+                .map(|_| AccessCount {
                     msr: Msr(roll(20) as u32),
                     op: Op::ALL[roll(2) as usize],
                     count: 1 + roll(9),
                 })
                 .collect();
             let ordered = by_visits(ranges.clone(), &profile);
-            let deciding = |order: &[(Direction, MsrRange)], touched: &Touched| {
+            let deciding = |order: &[(Direction, MsrRange)], touched: &AccessCount| {
                 decider(order, touched).and_then(|slot| order.get(slot).copied())
             };
             let alike = |order: &[(Direction, MsrRange)]| {
                 let every = (0..24).flat_map(|msr| {
-                    Op::ALL.map(|op| Touched {
+                    Op::ALL.map(|op| AccessCount {
                         msr: Msr(msr),
                         op,
                         count: 1,
@@ -187,7 +187,7 @@ mod tests {
             (Direction::Both, range(0, 9)),
             (Direction::Both, range(20, 29)),
         );
-        let touched = |msr, count| Touched {
+        let touched = |msr, count| AccessCount {
             msr: Msr(msr),
             op: Op::Write,
             count,

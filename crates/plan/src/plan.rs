@@ -6,14 +6,14 @@ use core::fmt;
 
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{
-    ActionTable, Decider, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason,
+    ActionTable, DecidedBy, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason,
     Reasons, TableError, Verdict, WriteAction,
 };
 
-use crate::cover::{Covering, TooMany, cover};
+use crate::cover::{RangeSet, TooMany, cover};
 use crate::order::by_visits;
 use crate::{
-    CompileOptions, Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, Touched, note, preset,
+    AccessCount, CompileOptions, Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, note, preset,
     proof, spill,
 };
 
@@ -66,7 +66,7 @@ impl Plan {
 
     /// [`Plan::compile`] for a kernel and a guest of which more is known, which changes nothing of what the plan means.
     ///
-    /// What the kernel holds ([`CompileOptions::holding`]) becomes a preset where the filter has room. Where 16 ranges do not
+    /// What the kernel holds ([`CompileOptions::with_presets`]) becomes a preset where the filter has room. Where 16 ranges do not
     /// suffice, what may be spilled ([`CompileOptions::spilling`]) is passed through from user space, as little of it as does.
     pub fn compile_for(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, PlanError> {
         let mut presets = preset::chosen(map, options.held());
@@ -149,7 +149,7 @@ impl Plan {
 
     /// The plan with accesses handed to user space for `reasons` too: those that another owner of the VM asked for.
     #[must_use]
-    pub fn handing_over(self, reasons: Reasons) -> Plan {
+    pub fn with_exit_reasons(self, reasons: Reasons) -> Plan {
         Plan {
             reasons: self.reasons.union(reasons),
             ..self
@@ -227,10 +227,10 @@ impl Plan {
     }
 
     /// How many of the accesses of `profile` each range of the filter decides, by slot.
-    pub fn visits(&self, profile: &[Touched]) -> Vec<u64> {
+    pub fn visits(&self, profile: &[AccessCount]) -> Vec<u64> {
         let mut visits = vec![0u64; self.filter.ranges().len()];
         for touched in profile {
-            if let Decider::Range { slot, .. } = self.filter.decide(touched.msr, touched.op).1
+            if let DecidedBy::Range { slot, .. } = self.filter.decide(touched.msr, touched.op).1
                 && let Some(visits) = visits.get_mut(usize::from(slot))
             {
                 *visits = visits.saturating_add(touched.count);
@@ -258,7 +258,7 @@ fn action<A>(entries: &[Entry<A>], msr: Msr) -> Option<&A> {
 }
 
 /// The covering under the default that takes fewer ranges, or as many and fewer bytes.
-pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), TooMany> {
+pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, RangeSet), TooMany> {
     let free = [MsrRange::X2APIC];
     let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
     match (of(Verdict::Deny), of(Verdict::Allow)) {
@@ -272,7 +272,7 @@ pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Co
 }
 
 /// The smallest covering, if the kernel can hold it.
-fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Covering), PlanError> {
+fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, RangeSet), PlanError> {
     let (default, covering) = smallest(allowed).map_err(|TooMany { at_least, separate }| PlanError::TooManyRanges {
         needed: at_least,
         exact: false,
@@ -300,7 +300,7 @@ fn fitting(map: &DecisionMap, allowed: &Intervals<(bool, bool)>) -> Result<(Verd
 fn filter_range(
     direction: Direction,
     range: MsrRange,
-    covering: &Covering,
+    covering: &RangeSet,
     allowed: &Intervals<(bool, bool)>,
     default: Verdict,
 ) -> Result<FilterRange, FilterError> {

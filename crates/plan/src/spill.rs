@@ -26,7 +26,7 @@ pub struct Spillable {
 
 /// How often a guest touches a register.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Touched {
+pub struct AccessCount {
     /// The register.
     pub msr: Msr,
     /// The direction.

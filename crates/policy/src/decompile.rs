@@ -28,7 +28,7 @@ use self::segments::{Segments, Want};
 pub use rule::DecompiledRule;
 
 use crate::print;
-use crate::raw::Given;
+use crate::raw::RawInput;
 
 /// A policy that says what a filter or a plan does.
 #[derive(Clone, Debug)]
@@ -56,7 +56,7 @@ const WORK: usize = 4_000_000;
 ///
 /// What accesses get is the same as in the plan. Of a raw filter what it leaves to the kernel is the same, but for the
 /// x2APIC's registers: no filter stops them, so the policy does not claim to.
-pub fn decompile(given: &Given) -> Decompiled {
+pub fn decompile(given: &RawInput) -> Decompiled {
     let (map, exact) = match &given.plan {
         Some(map) => (map.clone(), true),
         None => (DecisionMap::of_filter(&given.filter), false),
@@ -186,7 +186,7 @@ fn joined(reads: Vec<DecompiledRule>, writes: Vec<DecompiledRule>) -> Vec<Decomp
     rules
 }
 
-fn comments(given: &Given) -> Vec<String> {
+fn comments(given: &RawInput) -> Vec<String> {
     let mut comments = Vec::new();
     if given.plan.is_none() {
         comments.push(

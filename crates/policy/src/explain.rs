@@ -1,6 +1,6 @@
 //! From one access back to the rule that decides it.
 
-use msrgate_core::{Decider, Msr, MsrRange, Op, Reason, Verdict};
+use msrgate_core::{DecidedBy, Msr, MsrRange, Op, Reason, Verdict};
 use msrgate_plan::{CompileOptions, DecisionMap, Plan};
 
 use crate::{Policy, Rule};
@@ -21,7 +21,7 @@ pub struct Explanation<'a> {
     /// The filter's word.
     pub verdict: Verdict,
     /// What gave it.
-    pub decider: Decider,
+    pub decider: DecidedBy,
     /// What the guest gets, in a sentence.
     pub sees: String,
     /// Whether the access leaves the kernel for user space.
@@ -72,7 +72,7 @@ fn sees(
     plan: &Plan,
     (msr, op): (Msr, Op),
     verdict: Verdict,
-    decider: Decider,
+    decider: DecidedBy,
     action: &str,
     action_text: &str,
 ) -> String {
@@ -81,7 +81,7 @@ fn sees(
             Op::Read => "the kernel's own answer",
             Op::Write => "the kernel carries the write out",
         };
-        if decider == Decider::X2apic && action != "allow" {
+        if decider == DecidedBy::X2apic && action != "allow" {
             return format!("{kernel}: no filter stops x2APIC, whatever the policy says");
         }
         let reasons = [

@@ -20,7 +20,7 @@ const LISTED: usize = 24;
 
 /// Changes to a policy that needs too many ranges, with each of which it compiles.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Fit {
+pub struct FitAdvice {
     /// The fewest accesses that have to get another verdict.
     pub change: Option<Change>,
     /// Rules that can be left out whole instead; `None` where no such rules were found.
@@ -36,14 +36,14 @@ pub struct Without {
     pub accesses: u64,
 }
 
-impl Fit {
+impl FitAdvice {
     /// Searches for the changes; `map` is the policy's for `cpuid`.
-    pub fn search(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Fit {
+    pub fn search(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> FitAdvice {
         let change = map.smallest_change();
         let without = change
             .as_ref()
             .and_then(|change| Without::search(policy, map, cpuid, change));
-        Fit { change, without }
+        FitAdvice { change, without }
     }
 }
 
@@ -97,7 +97,7 @@ impl Policy {
     }
 
     /// A failed compile as a finding: with the numbers, who asks for the ranges, and what to change.
-    pub fn explain_error(&self, error: &PlanError, fit: Option<&Fit>) -> Diagnostic {
+    pub fn explain_error(&self, error: &PlanError, fit: Option<&FitAdvice>) -> Diagnostic {
         match error {
             PlanError::TooManyRanges { groups, witness, .. } => {
                 let mut message = error.to_string();
@@ -159,7 +159,7 @@ impl Policy {
     }
 
     /// What to change.
-    fn advice(&self, fit: Option<&Fit>) -> String {
+    fn advice(&self, fit: Option<&FitAdvice>) -> String {
         let Some(change) = fit.and_then(|fit| fit.change.as_ref()) else {
             return "choose the other default and name what differs from it, or treat the MSRs between two neighbours as \
                     the neighbours are treated"

@@ -20,7 +20,7 @@ use msrgate_core::{MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::DecisionMap;
 
 pub use imported::{ForeignError, Format, Imported};
-pub use unsayable::Unsayable;
+pub use unsayable::Unsupported;
 
 /// Makes a policy from another tool's words.
 pub fn import(format: Format, text: &str) -> Result<Imported, ForeignError> {
@@ -33,13 +33,13 @@ pub fn import(format: Format, text: &str) -> Result<Imported, ForeignError> {
 
 /// What a policy means in another tool's words; or all accesses for which it has none. There are none for Firecracker's
 /// templates: they set what a register holds at first, and a guest's write is not theirs to decide.
-pub fn export(format: Format, map: &DecisionMap) -> Result<String, Vec<Unsayable>> {
+pub fn export(format: Format, map: &DecisionMap) -> Result<String, Vec<Unsupported>> {
     let (text, mut unsayable) = match format {
         Format::Crosvm => crosvm::export(map),
         Format::MsrSafe => msr_safe::export(map),
         Format::Firecracker => {
             let why = "a template of Firecracker sets what registers hold at first, and decides no access";
-            let all = Unsayable {
+            let all = Unsupported {
                 range: MsrRange::ALL,
                 op: Op::Read,
                 action: "any".to_owned(),
@@ -50,7 +50,7 @@ pub fn export(format: Format, map: &DecisionMap) -> Result<String, Vec<Unsayable
         }
     };
     for (when, (read, write)) in [("unknown", map.unknown()), ("invalid", map.invalid())] {
-        let of = |op, action: String| Unsayable {
+        let of = |op, action: String| Unsupported {
             range: MsrRange::ALL,
             op,
             action: format!("{when} {action}"),

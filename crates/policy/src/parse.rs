@@ -18,7 +18,7 @@ use reader::{Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Rejected {
+pub struct PolicyErrors {
     /// The files that were read.
     pub sources: Vec<Source>,
     /// What is wrong, in the order of files and places.
@@ -75,7 +75,7 @@ impl File {
     }
 }
 
-pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
+pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
     let mut loading = Loading {
         files,
         sources: Vec::new(),
@@ -125,7 +125,7 @@ pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
         }
     }
     diagnostics.sort_by_key(|found| found.place.as_ref().map(|place| (place.source, place.span.start)));
-    Err(Rejected { sources, diagnostics })
+    Err(PolicyErrors { sources, diagnostics })
 }
 
 struct Loading<'a> {

@@ -7,7 +7,7 @@ use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
-use crate::parse::{self, Rejected};
+use crate::parse::{self, PolicyErrors};
 use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
@@ -113,12 +113,12 @@ impl When {
 
 impl Policy {
     /// Reads a policy and those it extends, or says all that is wrong with them.
-    pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, Rejected> {
+    pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
         parse::load(path, files)
     }
 
     /// Reads a policy that extends no other from a text; `name` stands for the file in what is reported.
-    pub fn parse(name: &str, text: &str) -> Result<Policy, Rejected> {
+    pub fn parse(name: &str, text: &str) -> Result<Policy, PolicyErrors> {
         parse::load(Path::new(name), &(name, text))
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use msrgate_core::{Argument, Did, Log, ReadAction, WriteAction};
+use msrgate_core::{Argument, Disposition, Log, ReadAction, WriteAction};
 use toml::Value;
 use toml::map::Map;
 
@@ -178,12 +178,12 @@ pub(crate) fn write_action(action: &WriteAction) -> Value {
 }
 
 /// The word of an action; with what it is given, if it is given anything.
-fn action_of<'a>(did: Did, given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Value {
+fn action_of<'a>(did: Disposition, given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Value {
     let mut given: Vec<(&str, Value)> = given.map(|(key, argument)| (key, argument_of(argument))).collect();
     match (did, given.len()) {
-        (Did::Once, _) => table([(did.name(), Value::Boolean(true))]),
+        (Disposition::Once, _) => table([(did.name(), Value::Boolean(true))]),
         // The word says the value.
-        (Did::Zero, _) | (_, 0) => text(did.name()),
+        (Disposition::Zero, _) | (_, 0) => text(did.name()),
         (_, 1) => table(given.pop().map(|(_, only)| (did.name(), only))),
         _ => table([(did.name(), table(given))]),
     }
@@ -194,7 +194,7 @@ fn argument_of(argument: Argument<'_>) -> Value {
         Argument::Number(number) => value(number),
         Argument::Numbers(numbers) => list(numbers.iter().map(|number| value(*number))),
         Argument::Name(name) => text(name),
-        Argument::Otherwise(otherwise) => text(otherwise.name()),
+        Argument::OnLockedBits(otherwise) => text(otherwise.name()),
     }
 }
 

@@ -29,7 +29,7 @@ use msrgate_plan::{DecisionMap, Preset};
 /// In what form a file tells what a guest's accesses get.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
-pub enum Form {
+pub enum RawFormat {
     /// A policy, in TOML.
     Policy,
     /// What `plan --json` prints, or a raw filter in JSON.
@@ -52,25 +52,25 @@ const RUST: &str = "this is Rust, which is not read: write the filter in JSON, p
 const STRACE: &str = "strace shows where the filter lies and not what is in it: write its bytes out with gdb at this call \
     (docs/formats.md)";
 
-impl Form {
+impl RawFormat {
     /// The form of these bytes, by what they begin with. What is in no other form is taken for a policy.
-    pub fn of(bytes: &[u8]) -> Form {
+    pub fn of(bytes: &[u8]) -> RawFormat {
         let text = match std::str::from_utf8(unmarked(bytes)) {
             Ok(text) if !text.contains('\0') => text.trim_start(),
-            _ => return Form::Bytes,
+            _ => return RawFormat::Bytes,
         };
         if let Some(rest) = text.strip_prefix('{') {
             return match rest.trim_start().chars().next() {
-                Some('"' | '}') | None => Form::Json,
-                Some(_) => Form::C,
+                Some('"' | '}') | None => RawFormat::Json,
+                Some(_) => RawFormat::C,
             };
         }
         // gdb's.
         if text.starts_with('$') {
-            return Form::C;
+            return RawFormat::C;
         }
         if let Some(what) = other(text) {
-            return Form::Other(what);
+            return RawFormat::Other(what);
         }
         // A line that begins with `#` is a comment to one language and a directive to the other.
         let mut lines = text
@@ -80,7 +80,7 @@ impl Form {
         let first = lines.next().unwrap_or_default();
         let c_names = text.contains("kvm_msr_filter");
         if !c_names && bytes::looks_like_dump(first) {
-            return Form::Dump;
+            return RawFormat::Dump;
         }
         let c = ["/*", "//", "static ", "const ", "unsigned char ", "uint8_t "]
             .iter()
@@ -89,8 +89,8 @@ impl Form {
         let key = first.split('=').next().unwrap_or_default().trim_end();
         let toml = first.starts_with('[') || !key.is_empty() && !key.contains([' ', '\t', '(']);
         match c || !toml && c_names {
-            true => Form::C,
-            false => Form::Policy,
+            true => RawFormat::C,
+            false => RawFormat::Policy,
         }
     }
 }
@@ -122,7 +122,7 @@ fn other(text: &str) -> Option<&'static str> {
 
 /// What was read.
 #[derive(Clone, Debug)]
-pub struct Given {
+pub struct RawInput {
     /// What the kernel makes of it.
     pub filter: Filter,
     /// What a plan says beside that of user space's answers; `None` for a raw filter, which says nothing of them.
@@ -133,16 +133,16 @@ pub struct Given {
     pub remarks: Vec<String>,
 }
 
-/// Reads a plan or a raw filter in any form but [`Form::Policy`]'s.
-pub fn read(bytes: &[u8]) -> Result<Given, RawError> {
+/// Reads a plan or a raw filter in any form but [`RawFormat::Policy`]'s.
+pub fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     let bytes = unmarked(bytes);
-    match Form::of(bytes) {
-        Form::Json => json::read(bytes),
-        Form::C => c::read(&String::from_utf8_lossy(bytes)),
-        Form::Bytes => bytes::read(bytes),
-        Form::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),
-        Form::Policy => Err(RawError::new("this is no filter in any form that is known here")),
-        Form::Other(what) => Err(RawError::new(what)),
+    match RawFormat::of(bytes) {
+        RawFormat::Json => json::read(bytes),
+        RawFormat::C => c::read(&String::from_utf8_lossy(bytes)),
+        RawFormat::Bytes => bytes::read(bytes),
+        RawFormat::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),
+        RawFormat::Policy => Err(RawError::new("this is no filter in any form that is known here")),
+        RawFormat::Other(what) => Err(RawError::new(what)),
     }
 }
 
@@ -236,8 +236,8 @@ impl RawFilter {
     }
 
     /// Itself as what is given.
-    fn given(&self) -> Result<Given, RawError> {
-        Ok(Given {
+    fn given(&self) -> Result<RawInput, RawError> {
+        Ok(RawInput {
             filter: self.filter()?,
             plan: None,
             presets: Vec::new(),

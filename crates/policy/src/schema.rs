@@ -180,12 +180,12 @@ struct WriteMask {
     /// Bits that the guest may change.
     may_change: Number,
     /// What a write gets that would change another bit; `deny` where it is left out.
-    otherwise: Option<Otherwise>,
+    otherwise: Option<OnLockedBits>,
 }
 
 #[derive(JsonSchema, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Otherwise {
+enum OnLockedBits {
     Deny,
     Drop,
 }

@@ -114,7 +114,9 @@ fn findings(name: &Path, wanted: Option<&str>, files: &Examples) -> Vec<String> 
     };
     // As on a kernel that holds the example's answer.
     let options = match wanted {
-        Some("N008") => policy.options().holding(map.preset(Msr(0x8b)).into_iter().collect()),
+        Some("N008") => policy
+            .options()
+            .with_presets(map.preset(Msr(0x8b)).into_iter().collect()),
         _ => policy.options(),
     };
     let warnings = check(&policy, &map, cpuid.as_ref())

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap, Differences, Plan};
-use msrgate_policy::raw::Given;
+use msrgate_policy::raw::RawInput;
 use msrgate_policy::{Code, Diagnostic, Files, Policy, check, decompile};
 
 fn root() -> PathBuf {
@@ -101,7 +101,7 @@ fn each_policys_plan_decompiles_to_a_policy_that_is_equal_to_it_and_has_no_findi
         let plan = Plan::compile(&map).expect("a plan");
         for said in [Some(map.clone()), None] {
             let by = if said.is_some() { By::Actions } else { By::Verdicts };
-            let given = Given {
+            let given = RawInput {
                 filter: plan.filter().clone(),
                 plan: said,
                 presets: Vec::new(),

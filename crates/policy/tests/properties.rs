@@ -6,12 +6,12 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use msrgate_core::{Filter, Log, Msr, MsrRange, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Filter, Log, Msr, MsrRange, OnLockedBits, Op, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
-use msrgate_policy::raw::{self, Given};
+use msrgate_policy::raw::{self, RawInput};
 use msrgate_policy::{
-    Acceptance, Code, Diagnostic, Pattern, Place, Policy, Rejected, Rule, Severity, Spill, Validity, When, check,
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, PolicyErrors, Rule, Severity, Spill, Validity, When, check,
     decompile,
 };
 use proptest::collection::vec;
@@ -100,7 +100,7 @@ fn read_action() -> impl Strategy<Value = ReadAction> {
 }
 
 fn write_action() -> impl Strategy<Value = WriteAction> {
-    let otherwise = select(vec![Otherwise::Deny, Otherwise::Drop]);
+    let otherwise = select(vec![OnLockedBits::Deny, OnLockedBits::Drop]);
     prop_oneof![
         3 => Just(WriteAction::Allow),
         4 => own_write_action(),
@@ -263,7 +263,7 @@ fn never_counting(findings: &[Diagnostic]) -> Vec<Place> {
 }
 
 /// That a refusal names errors, and places that are there.
-fn assert_well_formed(rejected: &Rejected) {
+fn assert_well_formed(rejected: &PolicyErrors) {
     assert!(!rejected.diagnostics.is_empty());
     for found in &rejected.diagnostics {
         assert_eq!(found.severity(), Severity::Error, "{found:?}");
@@ -381,7 +381,7 @@ fn filter_in_json(filter: &Filter) -> String {
 }
 
 /// The map of what `decompile` makes of this.
-fn decompiled(given: &Given) -> DecisionMap {
+fn decompiled(given: &RawInput) -> DecisionMap {
     let text = decompile(given).to_string();
     let policy = Policy::parse("decompiled.toml", &text);
     let policy = policy.unwrap_or_else(|rejected| panic!("{text}\n{:#?}", rejected.diagnostics));
@@ -395,7 +395,7 @@ proptest! {
     fn a_plan_and_its_filter_decompile_to_policies_that_are_equal_to_them(policy in policy(), cpuid in cpuid()) {
         let map = policy.decision_map(Some(&cpuid)).expect("a CPUID");
         if let Ok(plan) = Plan::compile(&map) {
-            let given = Given { filter: plan.filter().clone(), plan: Some(map.clone()), presets: Vec::new(), remarks: Vec::new() };
+            let given = RawInput { filter: plan.filter().clone(), plan: Some(map.clone()), presets: Vec::new(), remarks: Vec::new() };
             prop_assert_eq!(decompiled(&given).differences(&map, By::Actions), Default::default());
 
             let given = raw::read(filter_in_json(plan.filter()).as_bytes()).expect("what the kernel takes");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use msrgate_answer::layout::vcpu;
-use msrgate_core::{Did, Event, Gap, Log, Msr, Nanos, Op, Reason, Why};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Log, Msr, Nanos, Op, Reason};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
@@ -129,7 +129,7 @@ struct Ticks(u64);
 
 /// How often an MSR was accessed in one direction, and what the last access got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Tally<T = Nanos> {
+pub struct Counters<T = Nanos> {
     /// How often.
     pub count: u64,
     /// How long all of them took between the guest's exit and the answer.
@@ -137,9 +137,9 @@ pub struct Tally<T = Nanos> {
     /// What the last read got or the last write gave.
     pub value: u64,
     /// What was done.
-    pub did: Did,
+    pub did: Disposition,
     /// Why it faulted where the policy does not say `deny`.
-    pub why: Option<Why>,
+    pub why: Option<FaultCause>,
     /// Why the kernel handed it to user space.
     pub reason: Option<Reason>,
 }
@@ -157,7 +157,7 @@ pub enum Entry {
 type Words = [u64; vcpu::EVENT];
 
 /// Counts by MSR and direction.
-type Counts = BTreeMap<(Msr, Op), Tally<Ticks>>;
+type Counts = BTreeMap<(Msr, Op), Counters<Ticks>>;
 
 /// Takes what was written down. There is one for a ledger.
 #[derive(Debug)]
@@ -239,13 +239,13 @@ impl Reader {
     }
 
     /// The counts by MSR and direction, of all vCPUs together.
-    pub fn tallies(&self) -> BTreeMap<(Msr, Op), Tally> {
+    pub fn tallies(&self) -> BTreeMap<(Msr, Op), Counters> {
         let mut counts = self.ended.clone();
         for ring in self.ledger.rings().iter() {
             count(ring, &mut counts);
         }
-        let timed = |(key, tally): (_, Tally<Ticks>)| {
-            let tally = Tally {
+        let timed = |(key, tally): (_, Counters<Ticks>)| {
+            let tally = Counters {
                 count: tally.count,
                 cost: self.lasting(tally.cost),
                 value: tally.value,
@@ -339,7 +339,7 @@ fn count(ring: &Ring, counts: &mut Counts) {
                 tally.count = tally.count.wrapping_add(count);
                 tally.cost.0 = tally.cost.0.wrapping_add(cost);
             })
-            .or_insert(Tally {
+            .or_insert(Counters {
                 count,
                 cost: Ticks(cost),
                 value: words.get(at + 2),
@@ -355,10 +355,13 @@ fn gap((vm, vcpu): (u32, u32), events: u64) -> Words {
     [0, events, 0, u64::from(vm) << 32, u64::from(vcpu), vcpu::GAP, 0, 0]
 }
 
-fn decode_told(bits: u64) -> (Did, Option<Why>, Option<Reason>) {
-    let did = Did::ALL.get((bits & 0xff) as usize).copied().unwrap_or(Did::Fault);
+fn decode_told(bits: u64) -> (Disposition, Option<FaultCause>, Option<Reason>) {
+    let did = Disposition::ALL
+        .get((bits & 0xff) as usize)
+        .copied()
+        .unwrap_or(Disposition::Fault);
     let why = (bits >> 8 & 0xff).checked_sub(1);
-    let why = why.and_then(|why| Why::ALL.get(why as usize).copied());
+    let why = why.and_then(|why| FaultCause::ALL.get(why as usize).copied());
     (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
 }
 
@@ -420,7 +423,7 @@ mod tests {
             0,
             msr | 3 << 32,
             vcpu | 2 << 32,
-            Did::Value as u64 | 4 << 16 | vcpu::HAS_COST,
+            Disposition::Value as u64 | 4 << 16 | vcpu::HAS_COST,
             1,
             10,
         ]
@@ -487,7 +490,7 @@ mod tests {
     fn counts_outlast_their_vcpu() {
         let (mut reader, rings) = rings(2);
         for (ring, count) in rings.iter().zip([2, 3]) {
-            let tally = [1 << 63 | 0x8b << 1 | 1, count, 7, Did::Ignore as u64, 100];
+            let tally = [1 << 63 | 0x8b << 1 | 1, count, 7, Disposition::Ignore as u64, 100];
             for (at, word) in (vcpu::TALLIES + 5 * vcpu::TALLY..).zip(tally) {
                 ring.words.set(at, word);
             }

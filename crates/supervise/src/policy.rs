@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use msrgate_core::{
-    Access, Did, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
+    Access, Disposition, Entry, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction,
 };
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Plan, PlanError, Preset};
 
@@ -39,7 +39,7 @@ impl Policy {
         Ok(Policy {
             map,
             // A vCPU cannot be given a preset later, so that other plans of this policy have none but these.
-            options: options.holding(plan.presets().to_vec()),
+            options: options.with_presets(plan.presets().to_vec()),
             plan,
             mode,
         })
@@ -84,7 +84,7 @@ impl Policy {
             (None, _) => Plan::compile_for(map, options)?,
             (Some(filter), _) => Plan::compile_for(&map.restricted_by(filter), options)?,
         };
-        Ok(plan.handing_over(mask))
+        Ok(plan.with_exit_reasons(mask))
     }
 
     /// What each vCPU is given.
@@ -101,8 +101,8 @@ impl Policy {
     }
 
     /// Whether vCPUs remember something.
-    pub(crate) fn remembers(&self) -> bool {
-        self.plan.table().remembers()
+    pub(crate) fn has_emulated_state(&self) -> bool {
+        self.plan.table().has_emulated_state()
     }
 
     /// Whether it says by itself what such an exit gets.
@@ -185,7 +185,7 @@ impl Policy {
     }
 
     /// What the policy would do, and by which rule.
-    pub(crate) fn would(&self, msr: Msr, op: Op) -> (Did, Option<u32>) {
+    pub(crate) fn would(&self, msr: Msr, op: Op) -> (Disposition, Option<u32>) {
         let (did, rule) = match op {
             Op::Read => {
                 let decision = self.map.reads().get(msr);
@@ -197,7 +197,7 @@ impl Policy {
             }
         };
         let spilled = self.plan.table().passes(msr, op);
-        (if spilled { Did::Pass } else { did }, rule)
+        (if spilled { Disposition::Pass } else { did }, rule)
     }
 }
 

@@ -200,7 +200,7 @@ impl Supervisor {
         if self.answers() {
             requests.push(abi::RUN);
         }
-        if self.setup.resolve.is_some() || self.policy.remembers() {
+        if self.setup.resolve.is_some() || self.policy.has_emulated_state() {
             requests.push(abi::SET_MP_STATE);
         }
         requests

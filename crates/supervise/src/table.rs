@@ -1,7 +1,7 @@
 //! What exits get, as words for the answerer.
 
 use msrgate_answer::layout::table;
-use msrgate_core::{Entry, Log, MsrRange, ReadAction, Why, WriteAction};
+use msrgate_core::{Entry, FaultCause, Log, MsrRange, ReadAction, WriteAction};
 
 use crate::policy::{Mode, Policy};
 
@@ -11,7 +11,7 @@ enum Kind {
     /// What the entry says, on a read: this value.
     Answer(u64),
     Done,
-    Fault(Option<Why>),
+    Fault(Option<FaultCause>),
     /// A shadow, and a read's value before it was written.
     Load(u64),
     Store,
@@ -35,14 +35,14 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
         _ if asks => Kind::Route,
         // Shadows of MSRs that no entry names have no place of their own.
         ReadAction::Shadow(_) => Kind::Ask,
-        ReadAction::Allow => Kind::Fault(Some(Why::NoRule)),
+        ReadAction::Allow => Kind::Fault(Some(FaultCause::NoRule)),
         action => read(action),
     };
     let fallback_write = |action: &WriteAction| match action {
         WriteAction::Deny => Kind::Route,
         _ if asks => Kind::Route,
         WriteAction::Shadow => Kind::Ask,
-        WriteAction::Allow => Kind::Fault(Some(Why::NoRule)),
+        WriteAction::Allow => Kind::Fault(Some(FaultCause::NoRule)),
         action => write(action),
     };
     let all = MsrRange::ALL;
@@ -149,7 +149,7 @@ fn entry(range: MsrRange, kind: Kind, did: u64, rule: Option<u32>, log: Log, cel
         Kind::Ask => (table::ASK, 0),
     };
     let told = match kind {
-        Kind::Fault(Some(why)) => told(msrgate_core::Did::Fault, Some(why)),
+        Kind::Fault(Some(why)) => told(msrgate_core::Disposition::Fault, Some(why)),
         _ => did,
     };
     let mut words = [0; table::ENTRY];
@@ -163,7 +163,7 @@ fn entry(range: MsrRange, kind: Kind, did: u64, rule: Option<u32>, log: Log, cel
 }
 
 /// What was done and why, as an event has it.
-pub(crate) fn told(did: msrgate_core::Did, why: Option<Why>) -> u64 {
+pub(crate) fn told(did: msrgate_core::Disposition, why: Option<FaultCause>) -> u64 {
     did as u64 | why.map_or(0, |why| why as u64 + 1) << 8
 }
 
@@ -178,7 +178,7 @@ pub(crate) fn log_word(log: Log) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::{Access, Answer, Backing, Did, Exit, Msr, Op, Outcome, Reason, VcpuState};
+    use msrgate_core::{Access, Answer, Disposition, Exit, Msr, MsrBackend, Op, Outcome, Reason, VcpuState};
     use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals};
     use proptest::prelude::*;
 
@@ -187,20 +187,20 @@ mod tests {
     /// Nothing is asked of the kernel where the answerer answers.
     struct Nobody;
 
-    impl Backing for Nobody {
-        fn kernel_read(&mut self, _: Msr) -> Result<u64, Why> {
+    impl MsrBackend for Nobody {
+        fn kernel_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
             panic!("the kernel is asked")
         }
-        fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), Why> {
+        fn kernel_write(&mut self, _: Msr, _: u64) -> Result<(), FaultCause> {
             panic!("the kernel is asked")
         }
-        fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
+        fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
             panic!("the host is asked")
         }
-        fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
+        fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
             panic!("a handler is asked")
         }
-        fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
+        fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
             panic!("a handler is asked")
         }
     }
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn the_answerers_numbers_are_these() {
         // As the image has them.
-        assert_eq!(told(Did::Fault, Some(Why::NoRule)), 12 | 1 << 8);
-        assert_eq!(told(Did::Fault, Some(Why::UnknownReason)), 12 | 2 << 8);
+        assert_eq!(told(Disposition::Fault, Some(FaultCause::NoRule)), 12 | 1 << 8);
+        assert_eq!(told(Disposition::Fault, Some(FaultCause::UnknownReason)), 12 | 2 << 8);
     }
 }

@@ -1,6 +1,6 @@
 //! A filter that hands over what was not touched before, and lets through more and more.
 
-use msrgate_core::{Decider, Filter, FilterRange, Msr, MsrRange, Op, Ops, Verdict, abi};
+use msrgate_core::{DecidedBy, Filter, FilterRange, Msr, MsrRange, Op, Ops, Verdict, abi};
 
 /// By how many MSRs a range grows.
 const STEP: u32 = 1024;
@@ -11,7 +11,7 @@ const STEP: u32 = 1024;
 pub(crate) fn opened(filter: &Filter, msr: Msr, op: Op) -> Option<Filter> {
     let only = Ops::of(op);
     let mut ranges = filter.ranges().to_vec();
-    if let (_, Decider::Range { slot, bit }) = filter.decide(msr, op) {
+    if let (_, DecidedBy::Range { slot, bit }) = filter.decide(msr, op) {
         let range = ranges.get_mut(usize::from(slot))?;
         // A bit that stands for both directions cannot open one.
         if range.ops() != only {

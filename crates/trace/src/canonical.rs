@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
 
 /// The event of a line; `None` where it is spelt in another way.
 pub(super) fn read(line: &[u8]) -> Option<Event> {
@@ -32,9 +32,9 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         None => None,
     };
     rest.skip(b",\"did\":\"")?;
-    let did = rest.word(&Did::ALL, Did::name)?;
+    let did = rest.word(&Disposition::ALL, Disposition::name)?;
     let why = match rest.skip(b",\"why\":\"") {
-        Some(()) => Some(rest.word(&Why::ALL, Why::name)?),
+        Some(()) => Some(rest.word(&FaultCause::ALL, FaultCause::name)?),
         None => None,
     };
     let rule = match rest.skip(b",\"rule\":") {

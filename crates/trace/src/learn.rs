@@ -2,14 +2,14 @@
 //!
 //! ```
 //! use msrgate_policy::Policy;
-//! use msrgate_trace::learn::{Learned, Summary, Widen};
+//! use msrgate_trace::learn::{Learned, Summary, Generalize};
 //!
 //! let trace = "{\"msrgate_trace\":1}\n\
 //!              {\"op\":\"rdmsr\",\"msr\":\"0xc0000080\",\"value\":\"0x0\",\"did\":\"allow\"}\n\
 //!              {\"op\":\"wrmsr\",\"msr\":\"0xc0000080\",\"value\":\"0x100\",\"did\":\"allow\"}\n\
 //!              {\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"did\":\"fault\"}\n";
 //! let summary = Summary::read("boot.jsonl", trace.as_bytes())?;
-//! let learned = Learned::from(&summary, &Widen::default());
+//! let learned = Learned::from(&summary, &Generalize::default());
 //! let policy = Policy::parse("learned.toml", &learned.to_string()).expect("a policy");
 //! // IA32_EFER in both directions; what faulted stays denied.
 //! assert_eq!(policy.rules.len(), 1);
@@ -29,6 +29,6 @@ mod text;
 mod since;
 
 pub use rule::{Facts, Learned, LearnedRule};
-pub use since::{Change, Kind, Older};
+pub use since::{Baseline, Change, Kind};
 pub use summary::{LearnError, Seen, Summary};
-pub use want::{Remark, Widen};
+pub use want::{Generalize, Remark};

@@ -26,14 +26,14 @@
 pub mod learn;
 pub mod report;
 mod canonical;
-mod stranger;
+mod unrecognised;
 mod tracepoint;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::number;
 use serde::{Deserialize, Serialize};
@@ -197,11 +197,11 @@ impl Line<'_> {
         if reason.is_none() {
             word(&self.reason, "reason")?;
         }
-        let did = self.did.as_ref().and_then(|did| Did::from_name(did));
+        let did = self.did.as_ref().and_then(|did| Disposition::from_name(did));
         if did.is_none() {
             word(&self.did, "did")?;
         }
-        let why = self.why.as_ref().and_then(|why| Why::from_name(why));
+        let why = self.why.as_ref().and_then(|why| FaultCause::from_name(why));
         if why.is_none() {
             word(&self.why, "why")?;
         }
@@ -214,7 +214,7 @@ impl Line<'_> {
             msr: Msr(msr),
             value,
             reason,
-            did: did.unwrap_or(Did::Allow),
+            did: did.unwrap_or(Disposition::Allow),
             why,
             rule: self.rule,
             rip,
@@ -281,14 +281,14 @@ impl<R: BufRead> Lines<R> {
             lines.first = true;
             return Ok(lines);
         }
-        let no_trace = |error: &serde_json::Error| TraceError::at(1, stranger::message(&lines.line, &plain(error)));
+        let no_trace = |error: &serde_json::Error| TraceError::at(1, unrecognised::message(&lines.line, &plain(error)));
         // A list would do for a structure.
         let object: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&lines.line).map_err(|error| no_trace(&error))?;
         let Some(version) = object.get("msrgate_trace") else {
             return Err(TraceError::at(
                 1,
-                stranger::message(&lines.line, "`msrgate_trace` is missing"),
+                unrecognised::message(&lines.line, "`msrgate_trace` is missing"),
             ));
         };
         if version.as_u64() != Some(VERSION) {
@@ -477,8 +477,8 @@ mod tests {
             msr: Msr(0xc000_0082),
             value: u64::MAX,
             reason: Some(Reason::Filter),
-            did: Did::Fault,
-            why: Some(Why::AlreadyWritten),
+            did: Disposition::Fault,
+            why: Some(FaultCause::AlreadyWritten),
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
             cost: Some(Nanos(1200)),
@@ -493,7 +493,7 @@ mod tests {
             rule: None,
             rip: None,
             cost: None,
-            did: Did::Allow,
+            did: Disposition::Allow,
             ..event()
         };
         let mut text = HEADER.as_bytes().to_vec();
@@ -549,8 +549,8 @@ mod tests {
                 msr: Msr(u32::MAX >> (number % 32)),
                 value: u64::MAX >> (number / 7 % 64),
                 reason: Some(Reason::ALL[number % 3]).filter(|_| number & 3 > 0),
-                did: Did::ALL[number % Did::ALL.len()],
-                why: Some(Why::ALL[number % Why::ALL.len()]).filter(|_| number % 11 > 5),
+                did: Disposition::ALL[number % Disposition::ALL.len()],
+                why: Some(FaultCause::ALL[number % FaultCause::ALL.len()]).filter(|_| number % 11 > 5),
                 rule: event.rule.filter(|_| number & 4 > 0),
                 rip: event.rip.filter(|_| number & 8 > 0),
                 cost: event.cost.filter(|_| number % 9 > 4),

@@ -31,7 +31,7 @@ mod timeline;
 
 use std::collections::HashMap;
 
-use msrgate_core::{Did, Event, Gap, Msr, Nanos, Op, Reason, Why};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
 
 pub use self::counts::Counts;
 pub use self::timeline::Timeline;
@@ -71,19 +71,19 @@ impl Kind {
     }
 
     /// The kind of what was done.
-    pub const fn of(did: Did) -> Kind {
+    pub const fn of(did: Disposition) -> Kind {
         match did {
-            Did::Allow | Did::Pass => Kind::Allowed,
-            Did::Deny | Did::Fault => Kind::Faulted,
-            Did::Zero
-            | Did::Value
-            | Did::Shadow
-            | Did::Mask
-            | Did::Host
-            | Did::Handler
-            | Did::Ignore
-            | Did::Only
-            | Did::Once => Kind::Emulated,
+            Disposition::Allow | Disposition::Pass => Kind::Allowed,
+            Disposition::Deny | Disposition::Fault => Kind::Faulted,
+            Disposition::Zero
+            | Disposition::Value
+            | Disposition::Shadow
+            | Disposition::Mask
+            | Disposition::Host
+            | Disposition::Handler
+            | Disposition::Ignore
+            | Disposition::Only
+            | Disposition::Once => Kind::Emulated,
         }
     }
 }
@@ -101,9 +101,9 @@ pub struct Moment {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Got {
     /// What was done.
-    pub did: Did,
+    pub did: Disposition,
     /// Why it faulted where the policy does not say `deny`.
-    pub why: Option<Why>,
+    pub why: Option<FaultCause>,
     /// Why the kernel handed it to user space; `None` where it did not.
     pub reason: Option<Reason>,
     /// The number of the rule, in the policy that the guest ran under.

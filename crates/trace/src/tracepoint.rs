@@ -14,7 +14,7 @@ mod head;
 
 use std::collections::HashMap;
 
-use msrgate_core::{Did, Event, Msr, Nanos, Op};
+use msrgate_core::{Disposition, Event, Msr, Nanos, Op};
 
 use self::head::Head;
 
@@ -76,8 +76,8 @@ impl Threads {
             value: access.value,
             reason: None,
             did: match access.faulted {
-                true => Did::Fault,
-                false => Did::Allow,
+                true => Disposition::Fault,
+                false => Disposition::Allow,
             },
             why: None,
             rule: None,
@@ -282,11 +282,11 @@ mod tests {
             assert_eq!((event.t, event.vcpu), (Nanos(t), vcpu), "{line}");
             assert_eq!(
                 (event.op, event.msr.0, event.value, event.did),
-                (Op::Write, 0xc000_0080, 0xd01, Did::Allow)
+                (Op::Write, 0xc000_0080, 0xd01, Disposition::Allow)
             );
         }
         let faulted = event(" CPU 0/KVM-1 [001] ..... 5.000001: kvm_msr: msr_read 1a6 = 0x0 (#GP)");
-        assert_eq!((faulted.op, faulted.did), (Op::Read, Did::Fault));
+        assert_eq!((faulted.op, faulted.did), (Op::Read, Disposition::Fault));
     }
 
     #[test]
@@ -294,23 +294,35 @@ mod tests {
         for (payload, access) in [
             (
                 "kvm_msr(write: 1, ecx: 1760, data: 16, exception: 0)",
-                (Op::Write, 0x6e0, 16, Did::Allow),
+                (Op::Write, 0x6e0, 16, Disposition::Allow),
             ),
-            ("kvm_msr(ecx: 422, exception: 1)", (Op::Read, 0x1a6, 0, Did::Fault)),
-            ("kvm_msr(ecx: 422, data: -1)", (Op::Read, 0x1a6, u64::MAX, Did::Allow)),
-            ("kvm_msr:msr_write 6e0 = 0x10)", (Op::Write, 0x6e0, 16, Did::Allow)),
-            ("kvm_msr(msr_read 1a6 = 0x0 (#GP))", (Op::Read, 0x1a6, 0, Did::Fault)),
+            (
+                "kvm_msr(ecx: 422, exception: 1)",
+                (Op::Read, 0x1a6, 0, Disposition::Fault),
+            ),
+            (
+                "kvm_msr(ecx: 422, data: -1)",
+                (Op::Read, 0x1a6, u64::MAX, Disposition::Allow),
+            ),
+            (
+                "kvm_msr:msr_write 6e0 = 0x10)",
+                (Op::Write, 0x6e0, 16, Disposition::Allow),
+            ),
+            (
+                "kvm_msr(msr_read 1a6 = 0x0 (#GP))",
+                (Op::Read, 0x1a6, 0, Disposition::Fault),
+            ),
             (
                 "kvm_msr:   write=1 ecx=0x6e0 data=16 exception=0",
-                (Op::Write, 0x6e0, 16, Did::Allow),
+                (Op::Write, 0x6e0, 16, Disposition::Allow),
             ),
             (
                 "kvm_msr: exception=0x1 (1) data=0x10 (16) ecx=0x6e0 (1760) write=0x1 (1)",
-                (Op::Write, 0x6e0, 16, Did::Fault),
+                (Op::Write, 0x6e0, 16, Disposition::Fault),
             ),
             (
                 "kvm_msr: msr_read 3a = 0x0        <debug>",
-                (Op::Read, 0x3a, 0, Did::Allow),
+                (Op::Read, 0x3a, 0, Disposition::Allow),
             ),
         ] {
             let read = event(&format!("     0.012 CPU 2/KVM/1821755 kvm:{payload}"));

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use msrgate_core::{Did, Event, Gap, Msr, MsrRange, Nanos, Op, ReadAction, Reason, Why, WriteAction};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, MsrRange, Nanos, Op, ReadAction, Reason, WriteAction};
 use msrgate_plan::DecisionMap;
 use msrgate_policy::Policy;
-use msrgate_trace::learn::{Change, Kind, Learned, Older, Summary, Widen};
+use msrgate_trace::learn::{Baseline, Change, Generalize, Kind, Learned, Summary};
 use msrgate_trace::{Header, Lines, Record, write_event, write_gap};
 use proptest::collection::vec;
 use proptest::option;
@@ -26,7 +26,7 @@ fn event() -> impl Strategy<Value = Event> {
         "allow", "deny", "zero", "value", "shadow", "mask", "host", "handler", "ignore", "only", "once", "pass",
         "fault",
     ];
-    let dids = dids.map(|name| Did::from_name(name).expect(name));
+    let dids = dids.map(|name| Disposition::from_name(name).expect(name));
     let whys = [
         "no-rule",
         "unknown-reason",
@@ -35,7 +35,7 @@ fn event() -> impl Strategy<Value = Event> {
         "bits-locked",
         "value-not-listed",
     ];
-    let whys = whys.map(|name| Why::from_name(name).expect(name));
+    let whys = whys.map(|name| FaultCause::from_name(name).expect(name));
     let access = (select(Op::ALL.to_vec()), any::<u32>(), value());
     let answer = (
         select(dids.to_vec()),
@@ -129,7 +129,7 @@ proptest! {
 
     #[test]
     fn what_is_learned_serves_what_was_served_and_no_more_and_each_rule_is_needed(events in vec(few_msrs(), 1..40)) {
-        let learned = Learned::from(&summary("one.jsonl", &events), &Widen::default());
+        let learned = Learned::from(&summary("one.jsonl", &events), &Generalize::default());
         let policy = Policy::parse("learned.toml", &learned.to_string()).expect("a policy");
         let map = policy.decision_map(None).expect("no condition");
         let served: BTreeSet<(Msr, Op)> = events
@@ -157,12 +157,12 @@ proptest! {
     fn what_is_since_an_older_policy_is_all_that_differs(old in vec(few_msrs(), 0..30), new in vec(few_msrs(), 0..30)) {
         let (old, new) = (summary("old.jsonl", &old), summary("new.jsonl", &new));
         let map = |summary: &Summary| {
-            let learned = Learned::from(summary, &Widen::default());
+            let learned = Learned::from(summary, &Generalize::default());
             let policy = Policy::parse("learned.toml", &learned.to_string()).expect("a policy");
             (policy.decision_map(None).expect("no condition"), learned)
         };
         let ((before, _), (after, learned)) = (map(&old), map(&new));
-        let changes = learned.since(&after, Older::Summary(&old, &before));
+        let changes = learned.since(&after, Baseline::Summary(&old, &before));
         for change in &changes {
             let key = (change.range.first(), change.op);
             let (then, now) = (old.seen.contains_key(&key), new.seen.contains_key(&key));
@@ -177,7 +177,7 @@ proptest! {
             let is_told = |change: &Change| change.op == key.1 && change.range.contains(key.0);
             prop_assert!(changes.iter().any(|change| change.kind == Kind::Dropped && is_told(change)));
         }
-        prop_assert_eq!(map(&old).1.since(&before, Older::Summary(&old, &before)), []);
+        prop_assert_eq!(map(&old).1.since(&before, Baseline::Summary(&old, &before)), []);
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Did, Exit, Msr, Op, Outcome, Verdict};
+use msrgate_core::{Access, Disposition, Exit, Msr, Op, Outcome, Verdict};
 use msrgate_engine::{Intercepts, Path, Profile, Step, Vcpu, Vm};
 
 use crate::live::AccessResult;
 use crate::unfiltered::Unfiltered;
 
 /// What user space answers to an exit, and what a plan's table did, where one was asked.
-pub(crate) type Answered = (Outcome, Option<Did>);
+pub(crate) type Answered = (Outcome, Option<Disposition>);
 
 /// A VM of the engine with one vCPU.
 pub(crate) struct Engine {

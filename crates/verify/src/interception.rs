@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Candidate, Msr, MsrRange, Op, Ops, Outcome, Reason};
+use msrgate_core::{Access, Msr, MsrRange, Op, Ops, Outcome, PassthroughMsr, Reason};
 use msrgate_engine::{Intercepts, Process, Vcpu as EngineVcpu, Vendor, Vm};
 use msrgate_guest::Guest;
 use msrgate_guest::raw::{Arena, Caller};
@@ -33,9 +33,10 @@ const MSRS: [(u32, &str); 11] = [
 
 /// What the kernel passes through always: `vmx_recalc_msr_intercepts`, `svm_recalc_msr_intercepts` and what was before
 /// them.
-fn candidates(vendor: Vendor) -> Vec<Candidate> {
-    let range =
-        |first: u32, last: u32, ops: Ops| MsrRange::new(Msr(first), Msr(last)).map(|range| Candidate::new(range, ops));
+fn candidates(vendor: Vendor) -> Vec<PassthroughMsr> {
+    let range = |first: u32, last: u32, ops: Ops| {
+        MsrRange::new(Msr(first), Msr(last)).map(|range| PassthroughMsr::new(range, ops))
+    };
     let both = [
         range(0x174, 0x176, Ops::BOTH),
         range(0xc000_0100, 0xc000_0102, Ops::BOTH),

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use msrgate_core::{Access, Did, Op, Outcome, Reason};
+use msrgate_core::{Access, Disposition, Op, Outcome, Reason};
 use msrgate_guest::{Guest, GuestError, Pending};
 
 use crate::VerifyError;
@@ -15,7 +15,7 @@ pub(crate) struct AccessResult {
     /// What the guest got.
     pub(crate) sees: Outcome,
     /// What a plan's table did; `None` where none was asked.
-    pub(crate) did: Option<Did>,
+    pub(crate) did: Option<Disposition>,
     /// What no access should come to: a guest that broke, an exit from another place.
     pub(crate) odd: Option<String>,
 }
@@ -93,7 +93,7 @@ impl Live {
             });
             let broke = match ran {
                 Ok(_) => None,
-                Err(GuestError::Broke { position, how, .. }) => Some((position, how)),
+                Err(GuestError::GuestDied { position, how, .. }) => Some((position, how)),
                 Err(error) => return Err(error.into()),
             };
             let first = all.len();

@@ -5,7 +5,7 @@ use std::io;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::Probed;
+use msrgate_kvm::Capabilities;
 
 use crate::{Kernel, VerifyError};
 
@@ -13,7 +13,7 @@ use crate::{Kernel, VerifyError};
 #[derive(Debug)]
 pub struct Machine {
     kvm: Kvm,
-    pub(crate) probed: Probed,
+    pub(crate) probed: Capabilities,
     mode: Mode,
     cpuid: Option<CpuId>,
     pub(crate) kernel: Kernel,

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use kvm_bindings::{Msrs as MsrList, kvm_msr_entry};
-use msrgate_core::{Access, Backing, Msr, Outcome, Reason, Reasons, Why};
+use msrgate_core::{Access, FaultCause, Msr, MsrBackend, Outcome, Reason, Reasons};
 use msrgate_engine::{Errno, Msrs, Process, Refusal};
 use msrgate_guest::Guest;
 use msrgate_guest::raw::{Arena, Caller};
@@ -94,51 +94,51 @@ impl Msrs for Unfiltered {
     }
 }
 
-fn list(msr: Msr, data: u64) -> Result<MsrList, Why> {
+fn list(msr: Msr, data: u64) -> Result<MsrList, FaultCause> {
     let entry = kvm_msr_entry {
         index: msr.0,
         data,
         ..Default::default()
     };
-    MsrList::from_entries(&[entry]).map_err(|_| Why::KernelRefused)
+    MsrList::from_entries(&[entry]).map_err(|_| FaultCause::KernelRefused)
 }
 
 /// The host's view, for a plan's actions.
-impl Backing for Unfiltered {
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+impl MsrBackend for Unfiltered {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         let mut list = list(msr, 0)?;
-        let vcpu = self.guest.vcpu(0).map_err(|_| Why::KernelRefused)?;
+        let vcpu = self.guest.vcpu(0).map_err(|_| FaultCause::KernelRefused)?;
         match vcpu.fd().get_msrs(&mut list) {
             Ok(1) => list
                 .as_slice()
                 .first()
                 .map(|entry| entry.data)
-                .ok_or(Why::KernelRefused),
-            _ => Err(Why::KernelRefused),
+                .ok_or(FaultCause::KernelRefused),
+            _ => Err(FaultCause::KernelRefused),
         }
     }
 
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
         let list = list(msr, value)?;
-        let vcpu = self.guest.vcpu(0).map_err(|_| Why::KernelRefused)?;
+        let vcpu = self.guest.vcpu(0).map_err(|_| FaultCause::KernelRefused)?;
         match vcpu.fd().set_msrs(&list) {
             Ok(1) => Ok(()),
-            _ => Err(Why::KernelRefused),
+            _ => Err(FaultCause::KernelRefused),
         }
     }
 
-    fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
+    fn host_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         let mut bytes = [0; 8];
         let read = File::open("/dev/cpu/0/msr").and_then(|file| file.read_exact_at(&mut bytes, u64::from(msr.0)));
         read.map(|()| u64::from_le_bytes(bytes))
-            .map_err(|_| Why::HostUnreadable)
+            .map_err(|_| FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
-        Err(Why::HandlerFault)
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HandlerFault)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::HandlerFault)
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::HandlerFault)
     }
 }

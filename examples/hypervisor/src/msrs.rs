@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use msrgate_core::{Candidate, Msr, MsrRange, Ops};
+use msrgate_core::{Msr, MsrRange, Ops, PassthroughMsr};
 use msrgate_engine::{Msrs, Refusal};
 
 /// IA32_BIOS_SIGN_ID.
@@ -18,8 +18,8 @@ pub(crate) const GO: u32 = 0x4000_0100;
 pub(crate) const NOWHERE: u32 = 0xdead;
 
 /// The MSRs that the processor keeps for the guest, so that it may reach them without an exit.
-pub(crate) fn candidates() -> Vec<Candidate> {
-    vec![Candidate::new(MsrRange::single(Msr(SYSENTER_CS)), Ops::BOTH)]
+pub(crate) fn candidates() -> Vec<PassthroughMsr> {
+    vec![PassthroughMsr::new(MsrRange::single(Msr(SYSENTER_CS)), Ops::BOTH)]
 }
 
 /// One vCPU's registers.

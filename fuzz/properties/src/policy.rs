@@ -2,7 +2,7 @@
 
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Plan};
-use msrgate_policy::{Policy, Rejected, Severity, check as findings, explain};
+use msrgate_policy::{Policy, PolicyErrors, Severity, check as findings, explain};
 
 use crate::agreement::{around, plan_is_map};
 
@@ -15,7 +15,7 @@ pub(crate) fn check(bytes: &[u8]) {
 }
 
 /// A refusal names errors, and places that are there.
-fn is_well_formed(rejected: &Rejected) {
+fn is_well_formed(rejected: &PolicyErrors) {
     assert!(!rejected.diagnostics.is_empty(), "refused for no reason");
     for found in &rejected.diagnostics {
         assert_eq!(found.severity(), Severity::Error, "{found:?}");

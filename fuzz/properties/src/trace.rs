@@ -1,7 +1,7 @@
 //! The text of traces.
 
 use msrgate_policy::Policy;
-use msrgate_trace::learn::{Learned, Summary, Widen};
+use msrgate_trace::learn::{Generalize, Learned, Summary};
 use msrgate_trace::{Header, Lines, Record, write_event, write_gap};
 
 pub(crate) fn check(bytes: &[u8]) {
@@ -39,7 +39,7 @@ fn learn(bytes: &[u8]) {
     if twice.merge(&again).is_ok() {
         assert_eq!(twice.seen.len(), summary.seen.len());
     }
-    let text = Learned::from(&summary, &Widen::default()).to_string();
+    let text = Learned::from(&summary, &Generalize::default()).to_string();
     Policy::parse("learned.toml", &text).expect("a policy");
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Candidate, Exit, Msr, MsrRange, Op, Ops, Outcome, abi};
+use msrgate_core::{Access, Exit, Msr, MsrRange, Op, Ops, Outcome, PassthroughMsr, abi};
 use msrgate_engine::{
     Advance, Caller, Completion, Errno, Fault, Instruction, Intercepts, Interruption, KvmRunMsr, Msrs, Path, Process,
     Profile, Step, Vcpu, Vm, Written,
@@ -103,7 +103,7 @@ impl Engine {
 }
 
 fn vcpu(vm: &Arc<Vm>) -> Vcpu {
-    let passed_through = Candidate::new(MsrRange::single(Msr(0x174)), Ops::BOTH);
+    let passed_through = PassthroughMsr::new(MsrRange::single(Msr(0x174)), Ops::BOTH);
     Vcpu::new(Arc::clone(vm), Intercepts::vmx([passed_through]))
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Candidate, Filter, FilterRange, Msr, MsrRange, Ops, Outcome, Verdict};
+use msrgate_core::{Access, Filter, FilterRange, Msr, MsrRange, Ops, Outcome, PassthroughMsr, Verdict};
 use msrgate_engine::{Intercepts, Vcpu, Vm};
 use msrgate_guest::{Mode, Options};
 
@@ -36,16 +36,16 @@ const RANGES: [(u32, u32); 8] = [
 
 /// What KVM passes through to a guest as this one is (`vmx_possible_passthrough_msrs` and `vmx_vcpu_create`;
 /// `direct_access_msrs`, `svm_vcpu_init_msrpm`; from 6.17 `vmx_recalc_msr_intercepts`, `svm_recalc_msr_intercepts`).
-fn candidates(module: Module) -> Vec<Candidate> {
+fn candidates(module: Module) -> Vec<PassthroughMsr> {
     let range = |first, last| MsrRange::new(Msr(first), Msr(last)).unwrap();
-    let bases = Candidate::new(range(0xc000_0100, 0xc000_0102), Ops::BOTH);
-    let sysenter = Candidate::new(range(0x174, 0x176), Ops::BOTH);
+    let bases = PassthroughMsr::new(range(0xc000_0100, 0xc000_0102), Ops::BOTH);
+    let sysenter = PassthroughMsr::new(range(0x174, 0x176), Ops::BOTH);
     match module {
-        Module::Intel => vec![bases, sysenter, Candidate::new(range(0x10, 0x10), Ops::READ)],
+        Module::Intel => vec![bases, sysenter, PassthroughMsr::new(range(0x10, 0x10), Ops::READ)],
         Module::Amd => vec![
             bases,
             sysenter,
-            Candidate::new(range(0xc000_0081, 0xc000_0084), Ops::BOTH),
+            PassthroughMsr::new(range(0xc000_0081, 0xc000_0084), Ops::BOTH),
         ],
         Module::Software => Vec::new(),
     }

@@ -71,7 +71,7 @@ const OURS: u8 = 2;
 /// from stopping it whose signal left no trace here: its handler has a stack of its own (`sigaltstack(2)`), or the
 /// thread's must not be written to.
 const MOST: u32 = 1024;
-/// `Did::Fault` with `Why::NoRule`, and with `Why::UnknownReason`.
+/// `Disposition::Fault` with `FaultCause::NoRule`, and with `FaultCause::UnknownReason`.
 const NO_RULE: u64 = 12 | 1 << 8;
 const UNKNOWN_REASON: u64 = 12 | 2 << 8;
 

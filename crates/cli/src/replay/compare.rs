@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use msrgate_core::{Did, Event, Gap, Msr, Op, Outcome, ReadAction};
+use msrgate_core::{Disposition, Event, Gap, Msr, Op, Outcome, ReadAction};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
 
@@ -124,7 +124,7 @@ impl Comparison {
             self.faults += 1;
         }
         // An access that the filter allowed may still be answered by `unknown` or `invalid`.
-        let left_to_kernel = action == "allow" && ruled.answer.is_none_or(|answer| answer.did == Did::Deny);
+        let left_to_kernel = action == "allow" && ruled.answer.is_none_or(|answer| answer.did == Disposition::Deny);
         if left_to_kernel {
             row.host_differs += u64::from(plain[0] != recorded && by_itself(plain, recorded).is_none());
         } else if differs(plain, ruled.outcome, live) {

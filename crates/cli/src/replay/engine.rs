@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use msrgate_core::{Access, Backing, Event, Msr, Op, Reason, VcpuState, Why};
+use msrgate_core::{Access, Event, FaultCause, Msr, MsrBackend, Op, Reason, VcpuState};
 use msrgate_engine::{Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
@@ -118,42 +118,42 @@ impl Msrs for Recorded {
     }
 }
 
-impl Backing for Recorded {
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+impl MsrBackend for Recorded {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         match self.now {
             // A write says nothing of what was there before.
             Some(Event { op: Op::Write, .. }) => Ok(self.held.get(&msr).copied().unwrap_or(0)),
-            _ => self.answer(msr).map_err(|_| Why::KernelRefused),
+            _ => self.answer(msr).map_err(|_| FaultCause::KernelRefused),
         }
     }
 
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
-        self.answer(msr).map_err(|_| Why::KernelRefused)?;
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
+        self.answer(msr).map_err(|_| FaultCause::KernelRefused)?;
         self.held.insert(msr, value);
         Ok(())
     }
 
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::HostUnreadable)
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
-        Err(Why::NoHandler)
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::NoHandler)
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::{Did, Nanos, Outcome};
+    use msrgate_core::{Disposition, Nanos, Outcome};
     use msrgate_policy::Policy;
 
     use super::*;
 
-    fn event(op: Op, msr: u32, value: u64, did: Did) -> Event {
+    fn event(op: Op, msr: u32, value: u64, did: Disposition) -> Event {
         Event {
             t: Nanos(0),
             vm: 0,
@@ -173,9 +173,9 @@ mod tests {
     #[test]
     fn without_a_policy_the_guest_gets_what_the_trace_says() {
         let events = [
-            event(Op::Read, 0x10, 7, Did::Pass),
-            event(Op::Read, 0x11, 0, Did::Fault),
-            event(Op::Write, 0x10, 8, Did::Pass),
+            event(Op::Read, 0x10, 7, Disposition::Pass),
+            event(Op::Read, 0x11, 0, Disposition::Fault),
+            event(Op::Write, 0x10, 8, Disposition::Pass),
         ];
         let mut got = Vec::new();
         Guest::new(None).run(&events, &mut got).unwrap();
@@ -192,14 +192,14 @@ mod tests {
         .unwrap();
         let plan = Arc::new(Plan::compile(&policy.decision_map(None).unwrap()).unwrap());
         let events = [
-            event(Op::Read, 0x10, 0x77, Did::Pass),
-            event(Op::Write, 0x10, 1, Did::Pass),
-            event(Op::Read, 0x11, 0, Did::Fault),
+            event(Op::Read, 0x10, 0x77, Disposition::Pass),
+            event(Op::Write, 0x10, 1, Disposition::Pass),
+            event(Op::Read, 0x11, 0, Disposition::Fault),
         ];
         let mut got = Vec::new();
         Guest::new(Some(&plan)).run(&events, &mut got).unwrap();
         let outcomes: Vec<Outcome> = got.iter().map(|got| got.outcome).collect();
         assert_eq!(outcomes, [Outcome::Value(7), Outcome::Fault, Outcome::Value(0)]);
-        assert_eq!(got[2].answer.unwrap().did, Did::Zero);
+        assert_eq!(got[2].answer.unwrap().did, Disposition::Zero);
     }
 }

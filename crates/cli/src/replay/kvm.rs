@@ -81,7 +81,7 @@ impl Machine for Guest {
             });
             let broke = match ran {
                 Ok(_) => None,
-                Err(GuestError::Broke { position, .. }) => Some(position),
+                Err(GuestError::GuestDied { position, .. }) => Some(position),
                 Err(error) => return Err(Failure::Line(Exit::Guest, with_source(&error))),
             };
             got.extend(vcpu.seen().iter().map(|seen| Got {

@@ -11,7 +11,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use msrgate_trace::report::Trace;
 use sha2::{Digest, Sha256};
 
-use super::told::Told;
+use super::contents::Contents;
 use crate::load::Loaded;
 use crate::words::{self, plain};
 use number::{counted, number};
@@ -23,9 +23,9 @@ const SCRIPT: &str = include_str!("page/page.js");
 /// The longest text of a trace's header that is shown, in characters.
 const LONGEST: usize = 200;
 
-pub(super) fn page(told: &Told) -> String {
-    let report = &told.report;
-    let names: Vec<String> = told.files.iter().map(|(name, _)| short(name)).collect();
+pub(super) fn page(contents: &Contents) -> String {
+    let report = &contents.report;
+    let names: Vec<String> = contents.files.iter().map(|(name, _)| short(name)).collect();
     let title = match names.as_slice() {
         [name] => name.clone(),
         names => format!("{} traces", names.len()),
@@ -58,17 +58,17 @@ pub(super) fn page(told: &Told) -> String {
                     }
                 }
                 main {
-                    (summary(told))
-                    (notes(told))
+                    (summary(contents))
+                    (notes(contents))
                     @if report.traces().len() > 1 {
-                        (traces(told))
+                        (traces(contents))
                     }
                     @if report.accesses() > 0 {
-                        (timeline::section(told))
-                        (map::section(told))
-                        (rows::section(told))
+                        (timeline::section(contents))
+                        (map::section(contents))
+                        (rows::section(contents))
                     }
-                    (rules(told))
+                    (rules(contents))
                 }
                 footer {
                     p {
@@ -115,8 +115,8 @@ fn description(trace: &Trace) -> String {
     }
 }
 
-fn summary(told: &Told) -> Markup {
-    let report = &told.report;
+fn summary(contents: &Contents) -> Markup {
+    let report = &contents.report;
     let all = report.accesses();
     let mut msrs: Vec<_> = report.rows().map(|row| row.msr).collect();
     msrs.dedup();
@@ -173,11 +173,11 @@ fn summary(told: &Told) -> Markup {
             @if let Some(mode) = mode {
                 p.muted { "How it was seen: " (short(mode)) "." }
             }
-            @if let Some(Loaded { policy, plan, .. }) = &told.policy {
+            @if let Some(Loaded { policy, plan, .. }) = &contents.policy {
                 p {
                     "Held against the policy " b { (plain(&policy.name)) } " "
                     code.hash { (words::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
-                    @let broken = told.broken();
+                    @let broken = contents.broken();
                     @if broken > 0 {
                         ", which denies " b { (counted(broken, "access", "accesses")) } " that the guest was served with."
                     } @else {
@@ -189,10 +189,10 @@ fn summary(told: &Told) -> Markup {
     }
 }
 
-fn notes(told: &Told) -> Markup {
-    let notes = told.gaps().into_iter().chain(told.notes());
+fn notes(contents: &Contents) -> Markup {
+    let notes = contents.gaps().into_iter().chain(contents.notes());
     let mut notes: Vec<String> = notes.map(|note| short(&note)).collect();
-    notes.extend(rows::note(told));
+    notes.extend(rows::note(contents));
     html! {
         @if !notes.is_empty() {
             ul.notes aria-label="Notes" {
@@ -204,7 +204,7 @@ fn notes(told: &Told) -> Markup {
     }
 }
 
-fn traces(told: &Told) -> Markup {
+fn traces(contents: &Contents) -> Markup {
     html! {
         section aria-labelledby="traces" {
             h2 #traces { "Traces" }
@@ -220,7 +220,7 @@ fn traces(told: &Told) -> Markup {
                         }
                     }
                     tbody {
-                        @for (place, ((name, _), trace)) in told.files.iter().zip(told.report.traces()).enumerate() {
+                        @for (place, ((name, _), trace)) in contents.files.iter().zip(contents.report.traces()).enumerate() {
                             tr {
                                 td.n { (place) }
                                 th scope="row" { (short(name)) }
@@ -236,8 +236,8 @@ fn traces(told: &Told) -> Markup {
     }
 }
 
-fn rules(told: &Told) -> Markup {
-    let Some(Loaded { policy, .. }) = &told.policy else {
+fn rules(contents: &Contents) -> Markup {
+    let Some(Loaded { policy, .. }) = &contents.policy else {
         return html! {};
     };
     html! {
@@ -255,7 +255,7 @@ fn rules(told: &Told) -> Markup {
                         }
                     }
                     tbody {
-                        @for ((number, rule), count) in policy.rules.iter().enumerate().zip(told.decided()) {
+                        @for ((number, rule), count) in policy.rules.iter().enumerate().zip(contents.decided()) {
                             tr id={ "rule-" (number) } {
                                 th.n scope="row" { (number) }
                                 td { pre { (plain_lines(&rule.to_string())) } }

@@ -6,32 +6,36 @@ use msrgate_core::Reason;
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
-use super::told::Told;
+use super::contents::Contents;
 use crate::load::Loaded;
 use crate::{render, words};
 
 /// How many different values, and how many different callers, a line for people names.
 const FEW: usize = 3;
 
-pub(super) fn json(told: &Told) -> Value {
-    let report = &told.report;
-    let traces = told.files.iter().zip(report.traces()).map(|((name, error), trace)| {
-        let header = &trace.header;
-        json!({
-            "file": name,
-            "host": header.host,
-            "kernel": header.kernel,
-            "guest": header.guest,
-            "vmm": header.vmm,
-            "mode": header.mode,
-            "cpu": header.cpu,
-            "policy": header.policy,
-            "accesses": trace.events,
-            "last_ns": trace.duration(),
-            "lost": trace.lost,
-            "error": error.as_ref().map(|error| json!({ "line": error.line, "message": error.to_string() })),
-        })
-    });
+pub(super) fn json(contents: &Contents) -> Value {
+    let report = &contents.report;
+    let traces = contents
+        .files
+        .iter()
+        .zip(report.traces())
+        .map(|((name, error), trace)| {
+            let header = &trace.header;
+            json!({
+                "file": name,
+                "host": header.host,
+                "kernel": header.kernel,
+                "guest": header.guest,
+                "vmm": header.vmm,
+                "mode": header.mode,
+                "cpu": header.cpu,
+                "policy": header.policy,
+                "accesses": trace.events,
+                "last_ns": trace.duration(),
+                "lost": trace.lost,
+                "error": error.as_ref().map(|error| json!({ "line": error.line, "message": error.to_string() })),
+            })
+        });
     let vcpu = |place: u16, count: u64| {
         let vcpu = report.vcpus().get(usize::from(place));
         json!({
@@ -43,7 +47,7 @@ pub(super) fn json(told: &Told) -> Value {
     };
     let timeline = report.timeline();
     let rows = report.rows().map(|row| {
-        let explained = told.explain(row.msr, row.op);
+        let explained = contents.explain(row.msr, row.op);
         json!({
             "msr": row.msr.to_string(),
             "name": words::name(row.msr),
@@ -80,7 +84,7 @@ pub(super) fn json(told: &Told) -> Value {
     });
     json!({
         "traces": traces.collect::<Vec<_>>(),
-        "policy": told.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
+        "policy": contents.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
             "name": policy.name,
             "hash": words::hex(&plan.hash()),
         })),
@@ -90,7 +94,7 @@ pub(super) fn json(told: &Told) -> Value {
         "faulted": of(report.kinds(), Kind::Faulted),
         "exits": report.exits(),
         "cost": cost(report.cost()),
-        "served_but_denied": told.policy.as_ref().map(|_| told.broken()),
+        "served_but_denied": contents.policy.as_ref().map(|_| contents.broken()),
         "unlisted": report.unlisted(),
         "lost": report.lost(),
         "gaps": report.lost_by_vcpu().map(|lost| json!({
@@ -111,8 +115,8 @@ pub(super) fn json(told: &Told) -> Value {
             })).collect::<Vec<_>>(),
         },
         "by_msr": rows.collect::<Vec<_>>(),
-        "rules": rules(told),
-        "notes": told.gaps().into_iter().chain(told.notes()).collect::<Vec<_>>(),
+        "rules": rules(contents),
+        "notes": contents.gaps().into_iter().chain(contents.notes()).collect::<Vec<_>>(),
     })
 }
 
@@ -142,11 +146,11 @@ fn values<const MOST: usize>(counts: &Counts<u64, MOST>, key: &str) -> Vec<Value
         .collect()
 }
 
-fn rules(told: &Told) -> Value {
-    let Some(Loaded { policy, .. }) = &told.policy else {
+fn rules(contents: &Contents) -> Value {
+    let Some(Loaded { policy, .. }) = &contents.policy else {
         return json!([]);
     };
-    let rules = policy.rules.iter().enumerate().zip(told.decided());
+    let rules = policy.rules.iter().enumerate().zip(contents.decided());
     rules
         .map(|((number, rule), count)| {
             let source = policy.sources.get(rule.place.source);
@@ -162,10 +166,10 @@ fn rules(told: &Told) -> Value {
         .collect()
 }
 
-pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
-    let report = &told.report;
+pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> {
+    let report = &contents.report;
     let several = report.traces().len() > 1;
-    for (number, ((name, _), trace)) in told.files.iter().zip(report.traces()).enumerate() {
+    for (number, ((name, _), trace)) in contents.files.iter().zip(report.traces()).enumerate() {
         let header = &trace.header;
         let parts = [&header.guest, &header.vmm, &header.host, &header.kernel, &header.mode];
         let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
@@ -177,7 +181,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             words::plain(&parts.join("; "))
         )?;
     }
-    for note in told.gaps() {
+    for note in contents.gaps() {
         writeln!(out, "note: {}", words::plain(&note))?;
     }
     let has_rules = report
@@ -191,7 +195,7 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
     header.extend(has_vcpus.then_some("vCPUs"));
     header.extend(has_rips.then_some("from"));
     header.extend(has_rules.then_some("rule"));
-    header.extend(told.policy.is_some().then_some("policy"));
+    header.extend(contents.policy.is_some().then_some("policy"));
     let mut table = render::table(&header);
     for row in report.rows() {
         let mut cells = vec![
@@ -205,10 +209,10 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             few(&row.values, |value| format!("{value:#x}")),
         ];
         cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
-        cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(told, *place))));
+        cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
         cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
         cells.extend(has_rules.then(|| rules_of(row)));
-        cells.extend(told.explain(row.msr, row.op).map(|explained| match explained.rule {
+        cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.rule {
             Some((number, rule)) => {
                 let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
                 words::plain(&format!("{}, rule {number}{why}", explained.action))
@@ -242,15 +246,15 @@ pub(super) fn text(out: &mut impl Write, told: &Told) -> io::Result<()> {
             (_, cost) => format!(", where {} of them took {}", cost.count, words::duration(cost.sum)),
         }
     )?;
-    if let Some(loaded) = &told.policy {
+    if let Some(loaded) = &contents.policy {
         writeln!(
             out,
             "`{}` denies {} of the accesses that the guest was served with",
             words::plain(&loaded.policy.name),
-            told.broken()
+            contents.broken()
         )?;
     }
-    for note in told.notes() {
+    for note in contents.notes() {
         writeln!(out, "note: {}", words::plain(&note))?;
     }
     Ok(())
@@ -298,8 +302,8 @@ pub(super) fn rules_of(row: &Row) -> String {
 }
 
 /// Who made an access: the vCPU, with the VM and the trace where there are several.
-pub(super) fn vcpu(told: &Told, place: u16) -> String {
-    let report = &told.report;
+pub(super) fn vcpu(contents: &Contents, place: u16) -> String {
+    let report = &contents.report;
     let Some(vcpu) = report.vcpus().get(usize::from(place)) else {
         return String::new();
     };

@@ -17,10 +17,10 @@ use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
 use crate::run::end::{changed, others};
-use crate::run::keeper::Keeper;
 use crate::run::killed;
+use crate::run::monitor::Monitor;
 use crate::run::signals::{Signals, number};
-use crate::run::writer::{Lines, Told, Writer};
+use crate::run::writer::{Lines, Output, Writer};
 
 /// What is started.
 pub(crate) struct Vmm<'a> {
@@ -49,7 +49,7 @@ pub(crate) fn run(
     marks: Marks,
     writer: Writer,
     lines: &Lines,
-    keeper: &mut Keeper,
+    monitor: &mut Monitor,
 ) -> Result<Option<WaitStatus>, Failure> {
     let machine = |line: String| Failure::Line(Exit::Machine, line);
     // Before they are blocked: the child starts as this process did.
@@ -93,7 +93,7 @@ pub(crate) fn run(
         status: None,
         stays: false,
     };
-    watch.run(keeper, served, written).map_err(|error| {
+    watch.run(monitor, served, written).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", vmm.program.display());
         machine(line)
     })
@@ -158,7 +158,7 @@ impl Watch<'_> {
     /// Passes signals on until the child has ended, and stays until the last process has.
     fn run(
         &mut self,
-        keeper: &mut Keeper,
+        monitor: &mut Monitor,
         served: JoinHandle<io::Result<()>>,
         written: JoinHandle<()>,
     ) -> io::Result<Option<WaitStatus>> {
@@ -175,7 +175,7 @@ impl Watch<'_> {
                     Some(Signal::SIGCHLD) => changes = true,
                     // What is in the background is nobody's terminal's, and ends when its processes do.
                     _ if self.stays => {}
-                    Some(Signal::SIGUSR1) => self.lines.tell(Told::Summary),
+                    Some(Signal::SIGUSR1) => self.lines.tell(Output::Summary),
                     _ => self.signals.pass_on(&signal, self.child),
                 }
             }
@@ -192,9 +192,9 @@ impl Watch<'_> {
                 Some(_) if self.stays => {}
                 Some(status) => {
                     self.stays = true;
-                    self.lines.tell(Told::Background);
+                    self.lines.tell(Output::Background);
                     self.wait_for_summary()?;
-                    keeper.stay(status)?;
+                    monitor.stay(status)?;
                 }
             }
         }
@@ -207,7 +207,7 @@ impl Watch<'_> {
         if let Ok(Err(error)) = served {
             self.lines.say(format!("the supervisor ended: {error}"));
         }
-        self.lines.tell(Told::End(killed));
+        self.lines.tell(Output::End(killed));
         if self.wait_for_summary()? {
             // It has ended, or is about to.
             let _ = written.join();

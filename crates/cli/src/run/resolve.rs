@@ -2,7 +2,7 @@
 
 use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
-use msrgate_plan::{CompileOptions, DecisionMap, Plan, Touched};
+use msrgate_plan::{AccessCount, CompileOptions, DecisionMap, Plan};
 use msrgate_policy::Policy;
 use msrgate_supervise::{Leaf, Resolve};
 
@@ -85,7 +85,7 @@ fn completed(map: DecisionMap, ignore_unknown: bool) -> DecisionMap {
 fn answer(
     policy: &Policy,
     ignore_unknown: bool,
-    profile: &[Touched],
+    profile: &[AccessCount],
     leaves: Vec<Leaf>,
 ) -> Result<(DecisionMap, CompileOptions), String> {
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));

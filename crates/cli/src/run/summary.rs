@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use msrgate_core::{Msr, Op, Reason};
 use msrgate_plan::Preset;
-use msrgate_supervise::{Mode, Reader, Tally};
+use msrgate_supervise::{Counters, Mode, Reader};
 use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
@@ -46,7 +46,7 @@ impl Summary {
         &self,
         reader: &Reader,
         trace: &Trace,
-        tallies: &BTreeMap<(Msr, Op), Tally>,
+        tallies: &BTreeMap<(Msr, Op), Counters>,
         killed: Option<&str>,
     ) -> Value {
         let rows = tallies.iter().map(|((msr, op), tally)| {
@@ -83,7 +83,7 @@ impl Summary {
         &self,
         reader: &Reader,
         trace: &Trace,
-        tallies: &BTreeMap<(Msr, Op), Tally>,
+        tallies: &BTreeMap<(Msr, Op), Counters>,
         killed: Option<&str>,
     ) -> String {
         let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
@@ -188,7 +188,7 @@ impl Summary {
 }
 
 /// What all accesses took together.
-fn cost(tallies: &BTreeMap<(Msr, Op), Tally>) -> u64 {
+fn cost(tallies: &BTreeMap<(Msr, Op), Counters>) -> u64 {
     tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost.0))
 }
 

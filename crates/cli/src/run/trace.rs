@@ -267,7 +267,7 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::{Did, Msr, Nanos};
+    use msrgate_core::{Disposition, Msr, Nanos};
 
     use super::*;
 
@@ -280,7 +280,7 @@ mod tests {
             msr: Msr(msr),
             value: 5,
             reason: None,
-            did: Did::Value,
+            did: Disposition::Value,
             why: None,
             rule: Some(2),
             rip: None,
@@ -294,7 +294,7 @@ mod tests {
         line(&event(1_500_000_000, 0x8b), &mut text).unwrap();
         let fault = Event {
             op: Op::Write,
-            did: Did::Deny,
+            did: Disposition::Deny,
             rule: None,
             rip: Some(0x1000),
             cost: Some(Nanos(1200)),

@@ -21,7 +21,7 @@ const REST: Duration = Duration::from_secs(1);
 const LINES: u64 = 10;
 
 /// What the thread is told to do.
-pub(crate) enum Told {
+pub(crate) enum Output {
     /// A line for people.
     Line(String),
     /// Sums up what there was so far.
@@ -34,14 +34,14 @@ pub(crate) enum Told {
 
 /// Where others leave what is to be told.
 #[derive(Clone)]
-pub(crate) struct Lines(Sender<Told>);
+pub(crate) struct Lines(Sender<Output>);
 
 impl Lines {
     pub(crate) fn say(&self, line: String) {
-        self.tell(Told::Line(line));
+        self.tell(Output::Line(line));
     }
 
-    pub(crate) fn tell(&self, told: Told) {
+    pub(crate) fn tell(&self, told: Output) {
         // Nobody is there where all is over.
         let _ = self.0.send(told);
     }
@@ -49,7 +49,7 @@ impl Lines {
 
 /// What the thread works with.
 pub(crate) struct Writer {
-    told: Receiver<Told>,
+    told: Receiver<Output>,
     reader: Reader,
     trace: Trace,
     summary: Summary,
@@ -88,19 +88,19 @@ impl Writer {
     pub(crate) fn write(mut self, mut done: PipeWriter) {
         loop {
             let told = self.told.recv_timeout(self.every);
-            if let Ok(Told::End(_)) = told {
+            if let Ok(Output::End(_)) = told {
                 self.reader.ledger().end();
             }
             self.drain();
             match told {
-                Ok(Told::Line(line)) => self.line(line),
-                Ok(Told::Summary) => self.summary.print(&self.reader, &self.trace, None),
-                Ok(Told::Background) => {
+                Ok(Output::Line(line)) => self.line(line),
+                Ok(Output::Summary) => self.summary.print(&self.reader, &self.trace, None),
+                Ok(Output::Background) => {
                     self.summary.background();
                     self.summary.print(&self.reader, &self.trace, None);
                     let _ = done.write_all(&[0]);
                 }
-                Ok(Told::End(killed)) => {
+                Ok(Output::End(killed)) => {
                     if self.reader.ledger().vms() == 0 {
                         self.trace.end();
                     }

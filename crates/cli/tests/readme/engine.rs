@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
-use msrgate_core::{Backing, Msr};
+use msrgate_core::{MsrBackend, Msr};
 use msrgate_engine::{Completion, Instruction, Intercepts, Msrs, Path, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
 /// Lets a guest of a hypervisor of your own execute RDMSR under a plan; `kernel` holds the hypervisor's own MSRs.
-pub fn rdmsr(plan: &Plan, msr: u32, kernel: &mut (impl Msrs + Backing)) -> Option<Completion> {
+pub fn rdmsr(plan: &Plan, msr: u32, kernel: &mut (impl Msrs + MsrBackend)) -> Option<Completion> {
     let vm = Arc::new(Vm::new());
     vm.install(plan.filter().clone(), plan.reasons(), plan.table().clone());
     let mut memory = plan.table().vcpu_state(); // of shadow registers

@@ -9,31 +9,31 @@ struct World {
     asked: Vec<String>,
 }
 
-impl Backing for World {
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+impl MsrBackend for World {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         if msr == Msr(0x10) {
             Ok(self.kernel)
         } else {
-            Err(Why::KernelRefused)
+            Err(FaultCause::KernelRefused)
         }
     }
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
         if msr != Msr(0x10) {
-            return Err(Why::KernelRefused);
+            return Err(FaultCause::KernelRefused);
         }
         self.kernel = value;
         Ok(())
     }
-    fn host_read(&mut self, _: Msr) -> Result<u64, Why> {
-        Err(Why::HostUnreadable)
+    fn host_read(&mut self, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::HostUnreadable)
     }
-    fn handler_read(&mut self, name: &str, _: Msr) -> Result<u64, Why> {
+    fn handler_read(&mut self, name: &str, _: Msr) -> Result<u64, FaultCause> {
         self.asked.push(name.to_string());
         Ok(7)
     }
-    fn handler_write(&mut self, name: &str, _: Msr, _: u64) -> Result<(), Why> {
+    fn handler_write(&mut self, name: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
         self.asked.push(name.to_string());
-        Err(Why::HandlerPanicked)
+        Err(FaultCause::HandlerPanicked)
     }
 }
 
@@ -84,12 +84,12 @@ fn what_no_entry_names_faults() {
         write(0x10, 0, Reason::Filter),
     ] {
         let answer = table.answer(exit, &mut state, &mut world());
-        assert_eq!((answer.outcome, answer.why), (Outcome::Fault, Some(Why::NoRule)));
+        assert_eq!((answer.outcome, answer.why), (Outcome::Fault, Some(FaultCause::NoRule)));
     }
     let answer = table.answer(read(0x20, Reason::Filter), &mut state, &mut world());
     assert_eq!(
         (answer.outcome, answer.did, answer.rule),
-        (Outcome::Value(1), Did::Value, Some(0x10))
+        (Outcome::Value(1), Disposition::Value, Some(0x10))
     );
 }
 
@@ -121,7 +121,7 @@ fn shadows_of_unknown_msrs_fill_up_and_then_fault() {
         }
     }
     let full = table.answer(write(0x1000, 1, Reason::Unknown), &mut state, &mut world());
-    assert_eq!((full.outcome, full.why), (Outcome::Fault, Some(Why::ShadowFull)));
+    assert_eq!((full.outcome, full.why), (Outcome::Fault, Some(FaultCause::ShadowFull)));
     let kept = table.answer(read(255, Reason::Unknown), &mut state, &mut world());
     assert_eq!(kept.outcome, Outcome::Value(257));
 }
@@ -133,8 +133,8 @@ fn a_mask_shows_and_changes_only_its_bits() {
         otherwise,
     };
     let keep = entry(0x10, 0x11, ReadAction::Mask { keep: 0xf000, set: 1 });
-    let deny = table(vec![keep.clone()], vec![entry(0x10, 0x10, mask(Otherwise::Deny))]);
-    let drop = table(vec![keep], vec![entry(0x10, 0x10, mask(Otherwise::Drop))]);
+    let deny = table(vec![keep.clone()], vec![entry(0x10, 0x10, mask(OnLockedBits::Deny))]);
+    let drop = table(vec![keep], vec![entry(0x10, 0x10, mask(OnLockedBits::Drop))]);
     let mut state = deny.vcpu_state();
     let mut world = world();
     assert_eq!(
@@ -144,10 +144,10 @@ fn a_mask_shows_and_changes_only_its_bits() {
     let refused = deny.answer(read(0x11, Reason::Filter), &mut state, &mut world);
     assert_eq!(
         (refused.outcome, refused.why),
-        (Outcome::Fault, Some(Why::KernelRefused))
+        (Outcome::Fault, Some(FaultCause::KernelRefused))
     );
     let locked = deny.answer(write(0x10, 0x1, Reason::Filter), &mut state, &mut world);
-    assert_eq!((locked.why, world.kernel), (Some(Why::BitsLocked), 0xff00));
+    assert_eq!((locked.why, world.kernel), (Some(FaultCause::BitsLocked), 0xff00));
     assert_eq!(
         deny.answer(write(0x10, 0xff05, Reason::Filter), &mut state, &mut world)
             .outcome,
@@ -174,10 +174,10 @@ fn the_first_write_counts_and_a_refused_one_does_not() {
         Outcome::Done
     );
     let later = table.answer(write(0x10, 2, Reason::Filter), &mut state, &mut world);
-    assert_eq!((later.why, world.kernel), (Some(Why::AlreadyWritten), 1));
+    assert_eq!((later.why, world.kernel), (Some(FaultCause::AlreadyWritten), 1));
     for _ in 0..2 {
         let refused = table.answer(write(0x11, 1, Reason::Filter), &mut state, &mut world);
-        assert_eq!(refused.why, Some(Why::KernelRefused));
+        assert_eq!(refused.why, Some(FaultCause::KernelRefused));
     }
 }
 
@@ -193,7 +193,7 @@ fn only_listed_values_reach_the_kernel() {
         Outcome::Done
     );
     let other = table.answer(write(0x10, 3, Reason::Filter), &mut state, &mut world);
-    assert_eq!((other.why, world.kernel), (Some(Why::ValueNotListed), 2));
+    assert_eq!((other.why, world.kernel), (Some(FaultCause::ValueNotListed), 2));
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn a_handler_is_asked_by_its_name() {
     let panicked = table.answer(write(1, 0, Reason::Filter), &mut state, &mut world);
     assert_eq!(
         (panicked.outcome, panicked.why),
-        (Outcome::Fault, Some(Why::HandlerPanicked))
+        (Outcome::Fault, Some(FaultCause::HandlerPanicked))
     );
     assert_eq!(world.asked, ["topology", "power"]);
 }
@@ -223,7 +223,10 @@ fn a_vcpu_that_is_answering_does_not_answer_again() {
     let mut state = table.vcpu_state();
     state.answering = true;
     let answer = table.answer(read(1, Reason::Filter), &mut state, &mut world());
-    assert_eq!((answer.outcome, answer.why), (Outcome::Fault, Some(Why::ReEntered)));
+    assert_eq!(
+        (answer.outcome, answer.why),
+        (Outcome::Fault, Some(FaultCause::ReEntered))
+    );
 }
 
 #[test]
@@ -298,15 +301,15 @@ fn remembering() -> ActionTable {
     .unwrap()
 }
 
-const SHADOW: Memory = Memory::Shadow {
+const SHADOW: EmulatedState = EmulatedState::Shadow {
     msr: Msr(0x21),
     value: 5,
 };
-const SPARE: Memory = Memory::Shadow {
+const SPARE: EmulatedState = EmulatedState::Shadow {
     msr: Msr(0x999),
     value: 6,
 };
-const ONCE: Memory = Memory::Once { msr: Msr(0x10) };
+const ONCE: EmulatedState = EmulatedState::Once { msr: Msr(0x10) };
 
 #[test]
 fn what_a_vcpu_remembers_is_told_and_another_remembers_it() {
@@ -319,14 +322,14 @@ fn what_a_vcpu_remembers_is_told_and_another_remembers_it() {
     ] {
         assert_eq!(table.answer(exit, &mut state, &mut world).outcome, Outcome::Done);
     }
-    let memories: Vec<Memory> = table.memories(&state).collect();
+    let memories: Vec<EmulatedState> = table.emulated_states(&state).collect();
     assert_eq!(memories, [ONCE, SHADOW, SPARE]);
 
     let mut other = table.vcpu_state();
-    table.remember(&mut other, memories).unwrap();
+    table.restore(&mut other, memories).unwrap();
     assert_eq!(other, state);
     let again = table.answer(write(0x10, 1, Reason::Filter), &mut other, &mut world);
-    assert_eq!(again.why, Some(Why::AlreadyWritten));
+    assert_eq!(again.why, Some(FaultCause::AlreadyWritten));
     let read = table.answer(read(0x21, Reason::Filter), &mut other, &mut world);
     assert_eq!(read.outcome, Outcome::Value(5));
 }
@@ -335,39 +338,45 @@ fn what_a_vcpu_remembers_is_told_and_another_remembers_it() {
 fn no_memory_unlocks_an_msr_and_a_shadow_takes_the_place_of_another() {
     let table = remembering();
     let mut state = table.vcpu_state();
-    table.remember(&mut state, [ONCE, SHADOW]).unwrap();
-    table.remember(&mut state, [SPARE]).unwrap();
-    assert_eq!(table.memories(&state).collect::<Vec<_>>(), [ONCE, SPARE]);
+    table.restore(&mut state, [ONCE, SHADOW]).unwrap();
+    table.restore(&mut state, [SPARE]).unwrap();
+    assert_eq!(table.emulated_states(&state).collect::<Vec<_>>(), [ONCE, SPARE]);
 }
 
 #[test]
 fn memories_that_the_table_has_no_place_for_change_nothing() {
     let table = remembering();
     let mut state = table.vcpu_state();
-    table.remember(&mut state, [ONCE]).unwrap();
+    table.restore(&mut state, [ONCE]).unwrap();
     let before = state.clone();
-    let once = |msr| Memory::Once { msr: Msr(msr) };
-    let many = (0..=ActionTable::SPARE_CELLS as u32).map(|index| Memory::Shadow {
+    let once = |msr| EmulatedState::Once { msr: Msr(msr) };
+    let many = (0..=ActionTable::SPARE_CELLS as u32).map(|index| EmulatedState::Shadow {
         msr: Msr(0x1000 + index),
         value: 0,
     });
-    let last = Memory::Shadow {
+    let last = EmulatedState::Shadow {
         msr: Msr(0x1000 + ActionTable::SPARE_CELLS as u32),
         value: 0,
     };
     for (memories, error) in [
-        (vec![SHADOW, once(0x11)], MemoryError::NoRoom { memory: once(0x11) }),
-        (vec![SHADOW, SHADOW], MemoryError::Twice { memory: SHADOW }),
-        (vec![SPARE, SPARE], MemoryError::Twice { memory: SPARE }),
-        (vec![once(0x30), once(0x30)], MemoryError::Twice { memory: once(0x30) }),
-        (many.collect(), MemoryError::NoRoom { memory: last }),
+        (
+            vec![SHADOW, once(0x11)],
+            EmulatedStateError::NoRoom { memory: once(0x11) },
+        ),
+        (vec![SHADOW, SHADOW], EmulatedStateError::Twice { memory: SHADOW }),
+        (vec![SPARE, SPARE], EmulatedStateError::Twice { memory: SPARE }),
+        (
+            vec![once(0x30), once(0x30)],
+            EmulatedStateError::Twice { memory: once(0x30) },
+        ),
+        (many.collect(), EmulatedStateError::NoRoom { memory: last }),
     ] {
-        assert_eq!(table.remember(&mut state, memories), Err(error));
+        assert_eq!(table.restore(&mut state, memories), Err(error));
         assert_eq!(state, before);
     }
     let bare = ActionTable::new(vec![], vec![], FAULT, FAULT).unwrap();
     assert_eq!(
-        bare.remember(&mut bare.vcpu_state(), [SPARE]),
-        Err(MemoryError::NoRoom { memory: SPARE })
+        bare.restore(&mut bare.vcpu_state(), [SPARE]),
+        Err(EmulatedStateError::NoRoom { memory: SPARE })
     );
 }

@@ -1,7 +1,7 @@
 //! A guest, and what it sees of its accesses.
 
 use msrgate_core::{Access, Fault, Msr, Op, Outcome, Reason};
-use msrgate_guest::{Broke, Guest, GuestError, Mode, Options};
+use msrgate_guest::{Guest, GuestDied, GuestError, Mode, Options};
 
 use crate::kvm;
 
@@ -154,10 +154,10 @@ fn an_access_that_breaks_the_guest_is_an_error_and_the_guest_is_as_new() {
         let mut runs = (0..2).map(|_| guest.run(0, &accesses, &mut |_| {}).map(<[_]>::len));
         // A kernel may act on INIT at its next entry only.
         let error = runs.find_map(Result::err).expect("INIT breaks the guest");
-        let GuestError::Broke { how, .. } = error else {
+        let GuestError::GuestDied { how, .. } = error else {
             panic!("{error:?}")
         };
-        assert!(!matches!(how, Broke::Exception), "{how:?}");
+        assert!(!matches!(how, GuestDied::Exception), "{how:?}");
         assert_eq!(
             outcomes(&mut guest, &[write(SYSENTER_CS, 1), read(SYSENTER_CS)]),
             [Outcome::Done, Outcome::Value(1)]

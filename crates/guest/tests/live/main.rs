@@ -1,6 +1,6 @@
 //! On live KVM. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
 
-mod faithful;
+mod passthrough;
 mod guest;
 
 use kvm_ioctls::Kvm;

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use msrgate_core::{Did, Msr, Nanos, Otherwise, Outcome, ReadAction, Reason, Why, WriteAction};
+use msrgate_core::{Disposition, FaultCause, Msr, Nanos, OnLockedBits, Outcome, ReadAction, Reason, WriteAction};
 use msrgate_guest::Mode;
 use msrgate_kvm::{Dispatch, Fault, Handler, Handlers, VcpuGate};
 use msrgate_plan::DecisionMap;
@@ -47,8 +47,8 @@ fn a_denial_beside_an_answer_exits_and_faults() {
         &[(SYSENTER_CS, ReadAction::Deny), (MICROCODE, ReadAction::Value(0))],
         &[],
         &[
-            (read(SYSENTER_CS), Outcome::Fault, Some((Did::Deny, None))),
-            (read(MICROCODE), Outcome::Value(0), Some((Did::Zero, None))),
+            (read(SYSENTER_CS), Outcome::Fault, Some((Disposition::Deny, None))),
+            (read(MICROCODE), Outcome::Value(0), Some((Disposition::Zero, None))),
             (read(APIC_BASE), APIC_BASE_VALUE, None),
         ],
     );
@@ -64,9 +64,13 @@ fn a_value_reaches_eax_and_edx_and_an_ignored_write_does_nothing() {
         ],
         &[(SYSENTER_CS, WriteAction::Ignore)],
         &[
-            (read(MICROCODE), Outcome::Value(value), Some((Did::Value, None))),
-            (read(UNKNOWN), Outcome::Value(u64::MAX), Some((Did::Value, None))),
-            (write(SYSENTER_CS, 5), Outcome::Done, Some((Did::Ignore, None))),
+            (read(MICROCODE), Outcome::Value(value), Some((Disposition::Value, None))),
+            (
+                read(UNKNOWN),
+                Outcome::Value(u64::MAX),
+                Some((Disposition::Value, None)),
+            ),
+            (write(SYSENTER_CS, 5), Outcome::Done, Some((Disposition::Ignore, None))),
             (read(SYSENTER_CS), Outcome::Value(0), None),
         ],
     );
@@ -78,9 +82,17 @@ fn a_shadow_register_reads_what_was_written() {
         &[(UNKNOWN, ReadAction::Shadow(3))],
         &[(UNKNOWN, WriteAction::Shadow)],
         &[
-            (read(UNKNOWN), Outcome::Value(3), Some((Did::Shadow, None))),
-            (write(UNKNOWN, u64::MAX), Outcome::Done, Some((Did::Shadow, None))),
-            (read(UNKNOWN), Outcome::Value(u64::MAX), Some((Did::Shadow, None))),
+            (read(UNKNOWN), Outcome::Value(3), Some((Disposition::Shadow, None))),
+            (
+                write(UNKNOWN, u64::MAX),
+                Outcome::Done,
+                Some((Disposition::Shadow, None)),
+            ),
+            (
+                read(UNKNOWN),
+                Outcome::Value(u64::MAX),
+                Some((Disposition::Shadow, None)),
+            ),
         ],
     );
 }
@@ -93,25 +105,25 @@ fn a_mask_stands_between_the_guest_and_the_kernels_register() {
             SYSENTER_CS,
             WriteAction::Mask {
                 may_change: 0xff,
-                otherwise: Otherwise::Deny,
+                otherwise: OnLockedBits::Deny,
             },
         )],
         &[
-            (write(SYSENTER_CS, 0xff), Outcome::Done, Some((Did::Mask, None))),
-            (read(SYSENTER_CS), Outcome::Value(0xf1), Some((Did::Mask, None))),
+            (write(SYSENTER_CS, 0xff), Outcome::Done, Some((Disposition::Mask, None))),
+            (read(SYSENTER_CS), Outcome::Value(0xf1), Some((Disposition::Mask, None))),
             (
                 write(SYSENTER_CS, 0x100),
                 Outcome::Fault,
-                Some((Did::Fault, Some(Why::BitsLocked))),
+                Some((Disposition::Fault, Some(FaultCause::BitsLocked))),
             ),
-            (read(SYSENTER_CS), Outcome::Value(0xf1), Some((Did::Mask, None))),
+            (read(SYSENTER_CS), Outcome::Value(0xf1), Some((Disposition::Mask, None))),
         ],
     );
 }
 
 #[test]
 fn a_mask_of_an_msr_that_the_kernel_does_not_hold_faults() {
-    let refused = Some((Did::Fault, Some(Why::KernelRefused)));
+    let refused = Some((Disposition::Fault, Some(FaultCause::KernelRefused)));
     check(
         &[(UNKNOWN, ReadAction::Mask { keep: 1, set: 0 })],
         &[(UNKNOWN, WriteAction::Once)],
@@ -132,18 +144,18 @@ fn only_takes_its_values_and_once_takes_the_first() {
             (esp, WriteAction::Once),
         ],
         &[
-            (write(SYSENTER_CS, 2), Outcome::Done, Some((Did::Only, None))),
+            (write(SYSENTER_CS, 2), Outcome::Done, Some((Disposition::Only, None))),
             (
                 write(SYSENTER_CS, 3),
                 Outcome::Fault,
-                Some((Did::Fault, Some(Why::ValueNotListed))),
+                Some((Disposition::Fault, Some(FaultCause::ValueNotListed))),
             ),
             (read(SYSENTER_CS), Outcome::Value(2), None),
-            (write(esp, 0x10), Outcome::Done, Some((Did::Once, None))),
+            (write(esp, 0x10), Outcome::Done, Some((Disposition::Once, None))),
             (
                 write(esp, 0x20),
                 Outcome::Fault,
-                Some((Did::Fault, Some(Why::AlreadyWritten))),
+                Some((Disposition::Fault, Some(FaultCause::AlreadyWritten))),
             ),
             (read(esp), Outcome::Value(0x10), None),
         ],
@@ -201,16 +213,16 @@ fn a_handler_answers_and_its_fault_and_its_panic_are_faults() {
             value
         ]
     );
-    assert_eq!(did(&seen[0]), (Did::Handler, None));
-    assert_eq!(did(&seen[1]), (Did::Fault, Some(Why::HandlerPanicked)));
-    assert_eq!(did(&seen[2]), (Did::Fault, Some(Why::HandlerFault)));
-    assert_eq!(did(&seen[4]), (Did::Fault, Some(Why::HandlerFault)));
+    assert_eq!(did(&seen[0]), (Disposition::Handler, None));
+    assert_eq!(did(&seen[1]), (Disposition::Fault, Some(FaultCause::HandlerPanicked)));
+    assert_eq!(did(&seen[2]), (Disposition::Fault, Some(FaultCause::HandlerFault)));
+    assert_eq!(did(&seen[4]), (Disposition::Fault, Some(FaultCause::HandlerFault)));
 }
 
 thread_local! {
     /// What a handler needs to come back.
     static SELF: RefCell<Option<(Rc<VcpuGate>, *mut kvm_bindings::kvm_run)>> = const { RefCell::new(None) };
-    static INNER: Cell<Option<(Why, u8)>> = const { Cell::new(None) };
+    static INNER: Cell<Option<(FaultCause, u8)>> = const { Cell::new(None) };
 }
 
 /// Dispatches the exit that it is asked about.
@@ -258,7 +270,7 @@ fn a_handler_that_dispatches_its_own_exit_is_told_so_and_the_outer_answer_counts
             let dispatch = unsafe { vcpu.dispatch_raw(page) };
             assert!(matches!(dispatch, Dispatch::Answered(_)));
             // Inside, the fault stood ready.
-            assert_eq!(INNER.take(), Some((Why::ReEntered, 1)));
+            assert_eq!(INNER.take(), Some((FaultCause::ReEntered, 1)));
         })
         .unwrap();
     assert_eq!(outcomes(seen), [Outcome::Value(42); 2]);
@@ -290,7 +302,7 @@ fn a_reason_that_is_not_one_known_bit_faults() {
         .unwrap();
     for seen in &seen[..8] {
         assert_eq!(seen.outcome, Outcome::Fault);
-        assert_eq!(did(seen), (Did::Fault, Some(Why::UnknownReason)));
+        assert_eq!(did(seen), (Disposition::Fault, Some(FaultCause::UnknownReason)));
     }
     assert_eq!(seen[8].outcome, Outcome::Value(1));
 }

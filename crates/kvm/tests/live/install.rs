@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 
-use msrgate_core::{Did, Msr, Nanos, Op, Outcome, ReadAction, Reason, WriteAction, abi};
+use msrgate_core::{Disposition, Msr, Nanos, Op, Outcome, ReadAction, Reason, WriteAction, abi};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Dispatch, Handlers, InstallError};
 
@@ -54,7 +54,7 @@ fn a_host_action_needs_the_msr_device() {
             let mut guest = guest;
             let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap();
             let seen = run(&mut guest, &vcpu, &[read(Msr(0x10))]);
-            assert_eq!(did(&seen[0]), (Did::Host, None));
+            assert_eq!(did(&seen[0]), (Disposition::Host, None));
         }
         Err(_) => {
             let error = installed.unwrap_err();
@@ -113,7 +113,7 @@ fn x2apic_registers_and_other_exits_are_not_ours() {
     for exit in 0..64 {
         fd.get_kvm_run().exit_reason = exit;
         let mine = exit == abi::EXIT_X86_RDMSR || exit == abi::EXIT_X86_WRMSR;
-        assert_eq!(vcpu.dispatch_vcpu(fd) != Dispatch::NotMine, mine, "exit {exit}");
+        assert_eq!(vcpu.dispatch_vcpu(fd) != Dispatch::NotAnMsrExit, mine, "exit {exit}");
         assert_eq!(fd.get_kvm_run().exit_reason, if mine { abi::EXIT_INTR } else { exit });
     }
 }
@@ -145,9 +145,9 @@ fn an_event_tells_what_the_guest_gave_or_got() {
     assert_eq!(
         told,
         [
-            (Op::Read, MICROCODE, 1, Did::Value, Some(0)),
-            (Op::Read, UNKNOWN, 0, Did::Deny, Some(1)),
-            (Op::Write, UNKNOWN, 9, Did::Ignore, Some(0)),
+            (Op::Read, MICROCODE, 1, Disposition::Value, Some(0)),
+            (Op::Read, UNKNOWN, 0, Disposition::Deny, Some(1)),
+            (Op::Write, UNKNOWN, 9, Disposition::Ignore, Some(0)),
         ]
     );
     for event in &events {

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use msrgate_core::{Did, Filter, FilterRange, Msr, Ops, Outcome, ReadAction, Verdict, Why, WriteAction, abi};
+use msrgate_core::{
+    Disposition, FaultCause, Filter, FilterRange, Msr, Ops, Outcome, ReadAction, Verdict, WriteAction, abi,
+};
 use msrgate_guest::{Guest, Mode};
-use msrgate_kvm::{Dispatch, Drained, Fault, Handler, Handlers};
+use msrgate_kvm::{Dispatch, DrainStatus, Fault, Handler, Handlers};
 
 use crate::{
     APIC_BASE, APIC_BASE_VALUE, MICROCODE, SYSENTER_CS, UNKNOWN, did, gated, kvm, map, outcomes, plan, read, run, write,
@@ -43,12 +45,12 @@ fn an_answered_access_is_not_answered_again_after_eintr() {
                 pending.dispatch(&vcpu).unwrap();
                 assert_eq!(asked.load(Ordering::Relaxed), position + 1);
                 // A look that comes too often.
-                assert_eq!(vcpu.dispatch_vcpu(pending.fd()), Dispatch::NotMine);
+                assert_eq!(vcpu.dispatch_vcpu(pending.fd()), Dispatch::NotAnMsrExit);
                 // The VMM is asked to leave; it looks at `kvm_run` although KVM_RUN said EINTR.
                 let fd = pending.fd();
                 fd.set_kvm_immediate_exit(1);
                 assert_eq!(fd.run().unwrap_err().errno(), 4);
-                assert_eq!(vcpu.dispatch_vcpu(fd), Dispatch::NotMine);
+                assert_eq!(vcpu.dispatch_vcpu(fd), Dispatch::NotAnMsrExit);
                 fd.set_kvm_immediate_exit(0);
                 // The access is complete: the instruction is behind the guest.
                 let regs = fd.get_regs().unwrap();
@@ -56,7 +58,7 @@ fn an_answered_access_is_not_answered_again_after_eintr() {
                 if position % 2 == 0 {
                     assert_eq!(regs.rax & 0xffff_ffff, position);
                 }
-                assert_eq!(vcpu.drain_vcpu(fd).unwrap(), Drained::Idle);
+                assert_eq!(vcpu.drain_vcpu(fd).unwrap(), DrainStatus::Idle);
                 assert_eq!(fd.get_regs().unwrap(), regs);
             })
             .unwrap();
@@ -94,10 +96,10 @@ fn draining_completes_the_answer_and_refuses_an_exit_without_one() {
         .run(0, &[read(MICROCODE), read(UNKNOWN)], &mut |pending| {
             let before = pending.rip();
             let fd = pending.fd();
-            assert_eq!(vcpu.drain_vcpu(fd).unwrap(), Drained::Unanswered);
+            assert_eq!(vcpu.drain_vcpu(fd).unwrap(), DrainStatus::Unanswered);
             assert_eq!(fd.get_regs().unwrap().rip, before);
             assert!(matches!(vcpu.dispatch_vcpu(fd), Dispatch::Answered(_)));
-            assert_eq!(vcpu.drain_vcpu(fd).unwrap(), Drained::Idle);
+            assert_eq!(vcpu.drain_vcpu(fd).unwrap(), DrainStatus::Idle);
             assert_eq!(fd.get_kvm_run().immediate_exit, 0);
             let regs = fd.get_regs().unwrap();
             if pending.position() == 0 {
@@ -126,7 +128,7 @@ fn an_exit_of_a_filter_that_is_not_ours_faults() {
     set_filter(&guest, &filter);
     let seen = run(&mut guest, &vcpu, &[read(SYSENTER_CS), read(APIC_BASE)]);
     assert_eq!(outcomes(&seen), [Outcome::Fault, APIC_BASE_VALUE]);
-    assert_eq!(did(&seen[0]), (Did::Fault, Some(Why::NoRule)));
+    assert_eq!(did(&seen[0]), (Disposition::Fault, Some(FaultCause::NoRule)));
     // Nor is it answered by a plan that is over.
     let next = [(SYSENTER_CS, ReadAction::Value(2))];
     gate.replace(plan(&map(&next, &[]))).unwrap();
@@ -136,7 +138,7 @@ fn an_exit_of_a_filter_that_is_not_ours_faults() {
     );
     set_filter(&guest, plan(&map(&reads, &[])).filter());
     let seen = run(&mut guest, &vcpu, &[read(MICROCODE)]);
-    assert_eq!(did(&seen[0]), (Did::Fault, Some(Why::NoRule)));
+    assert_eq!(did(&seen[0]), (Disposition::Fault, Some(FaultCause::NoRule)));
 }
 
 fn set_filter(guest: &Guest, filter: &Filter) {

@@ -13,9 +13,9 @@ mod state;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Did, Log, Msr, MsrRange, Outcome, ReadAction, Why, WriteAction};
+use msrgate_core::{Access, Disposition, FaultCause, Log, Msr, MsrRange, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options, Pending, Seen};
-use msrgate_kvm::{Gate, Handlers, Probed, VcpuGate, probe};
+use msrgate_kvm::{Capabilities, Gate, Handlers, VcpuGate, probe};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 pub(crate) const APIC_BASE: Msr = Msr(0x1b);
 pub(crate) const APIC_BASE_VALUE: Outcome = Outcome::Value(0xfee0_0900);
@@ -25,7 +25,7 @@ pub(crate) const MICROCODE: Msr = Msr(0x8b);
 pub(crate) const UNKNOWN: Msr = Msr(0xdead_beef);
 
 /// KVM, or `None` where the test is to be skipped.
-pub(crate) fn kvm() -> Option<(Kvm, Probed)> {
+pub(crate) fn kvm() -> Option<(Kvm, Capabilities)> {
     let ready = match msrgate_kvm::open().and_then(|kvm| probe(&kvm)) {
         Ok(probed) => Kvm::new().map(|kvm| (kvm, probed)).map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
@@ -73,7 +73,7 @@ pub(crate) fn plan(map: &DecisionMap) -> Arc<Plan> {
 /// A guest with one vCPU, gated by `plan`.
 pub(crate) fn gated(
     kvm: &Kvm,
-    probed: Probed,
+    probed: Capabilities,
     mode: Mode,
     plan: Arc<Plan>,
     handlers: Handlers,
@@ -95,13 +95,13 @@ pub(crate) fn outcomes(seen: &[Seen]) -> Vec<Outcome> {
     seen.iter().map(|seen| seen.outcome).collect()
 }
 
-pub(crate) fn did(seen: &Seen) -> (Did, Option<Why>) {
+pub(crate) fn did(seen: &Seen) -> (Disposition, Option<FaultCause>) {
     let answer = seen.exit.unwrap().answer.unwrap();
     (answer.did, answer.why)
 }
 
 /// What an access is to get, and what the gate is to say of it; `None` where it is not to exit.
-pub(crate) type Expected = (Access, Outcome, Option<(Did, Option<Why>)>);
+pub(crate) type Expected = (Access, Outcome, Option<(Disposition, Option<FaultCause>)>);
 
 /// Runs `accesses` in both modes under a plan, and compares what the guest saw.
 pub(crate) fn check(reads: &[(Msr, ReadAction)], writes: &[(Msr, WriteAction)], accesses: &[Expected]) {

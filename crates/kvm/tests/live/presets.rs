@@ -28,8 +28,8 @@ fn sees(guest: &mut Guest, gate: &VcpuGate, accesses: &[Access]) -> Vec<(Outcome
     seen.iter().map(|seen| (seen.outcome, seen.exit.is_some())).collect()
 }
 
-fn holding(map: &DecisionMap, held: Vec<Preset>) -> Arc<Plan> {
-    Arc::new(Plan::compile_for(map, &CompileOptions::default().holding(held)).unwrap())
+fn with_presets(map: &DecisionMap, held: Vec<Preset>) -> Arc<Plan> {
+    Arc::new(Plan::compile_for(map, &CompileOptions::default().with_presets(held)).unwrap())
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest
         let map = fixed(&[(MICROCODE, value)], write);
         let presets = held(&kvm, &map, None).unwrap();
         assert_eq!(presets, [Preset { msr: MICROCODE, value }]);
-        let plan = holding(&map, presets);
+        let plan = with_presets(&map, presets);
         for mode in [Mode::Real, Mode::Long] {
             let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, Arc::clone(&plan), Handlers::new());
             let accesses = [
@@ -86,7 +86,7 @@ fn a_guest_gets_the_same_with_presets_as_without_and_makes_no_more_exits() {
         let values: Vec<(Msr, u64)> = own.iter().map(|(msr, own)| (*msr, candidate(*own))).collect();
         let without = fixed(&values, WriteAction::Ignore);
         let presets = held(&kvm, &without, None).unwrap();
-        let with = holding(&without, presets.clone());
+        let with = with_presets(&without, presets.clone());
         let without = plan(&without);
         for (msr, value) in &values {
             let preset = presets.iter().any(|preset| preset.msr == *msr);
@@ -129,7 +129,7 @@ fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
         let preset = Preset { msr, value: 5 };
         let map = fixed(&[(msr, 5)], WriteAction::Deny);
         let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
-        let plan = holding(&map, vec![preset]);
+        let plan = with_presets(&map, vec![preset]);
         let gate = probed.install(guest.vm(), plan, Handlers::new()).unwrap();
         let error = gate.vcpu(guest.vcpu(0).unwrap().fd(), 0).unwrap_err();
         assert!(
@@ -147,7 +147,7 @@ fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one(
         value: 7,
     };
     let without = fixed(&[(MICROCODE, 7)], WriteAction::Deny);
-    let with = holding(&without, vec![preset]);
+    let with = with_presets(&without, vec![preset]);
     let without = plan(&without);
 
     let (_guest, gate, _vcpu) = gated(&kvm, probed, Mode::Real, Arc::clone(&without), Handlers::new());

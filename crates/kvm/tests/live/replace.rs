@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use msrgate_core::{Did, Msr, Outcome, ReadAction, Why, WriteAction};
+use msrgate_core::{Disposition, FaultCause, Msr, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Handlers, VcpuGate};
 
@@ -27,7 +27,7 @@ fn what_msrs_remember_outlives_a_replacement() {
     let accesses = [read(UNKNOWN), read(MICROCODE), write(SYSENTER_CS, 1)];
     let seen = run(&mut guest, &vcpu, &accesses);
     assert_eq!(outcomes(&seen), [Outcome::Value(2), Outcome::Value(3), Outcome::Fault]);
-    assert_eq!(did(&seen[2]), (Did::Fault, Some(Why::AlreadyWritten)));
+    assert_eq!(did(&seen[2]), (Disposition::Fault, Some(FaultCause::AlreadyWritten)));
 }
 
 #[test]
@@ -49,7 +49,7 @@ fn an_exit_that_waits_while_plans_are_replaced_gets_one_of_their_answers() {
         })
         .unwrap();
     assert_eq!(seen[0].outcome, Outcome::Value(1));
-    assert_eq!(did(&seen[0]), (Did::Value, None));
+    assert_eq!(did(&seen[0]), (Disposition::Value, None));
     assert_eq!(seen[1].outcome, Outcome::Value(2));
     // The kernel's own.
     assert_eq!(seen[2].exit, None);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use msrgate_core::{Access, Did, Msr, Op, Outcome, ReadAction, WriteAction};
+use msrgate_core::{Access, Disposition, Msr, Op, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::Handlers;
 use msrgate_plan::{CompileOptions, DecisionMap, Plan, Spillable};
@@ -54,6 +54,6 @@ fn what_is_spilled_gets_the_guest_what_the_kernel_would_have_given() {
     for seen in seen {
         let did = seen.exit.and_then(|exit| exit.answer).map(|answer| answer.did);
         let refused = seen.outcome == Outcome::Fault;
-        assert_eq!(did, Some(if refused { Did::Deny } else { Did::Pass }));
+        assert_eq!(did, Some(if refused { Disposition::Deny } else { Disposition::Pass }));
     }
 }

@@ -7,7 +7,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Access, Msr, Op, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode};
-use msrgate_kvm::{Fault, Gate, Handler, Handlers, Probed, SaveError, StateError, VcpuGate};
+use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, SaveError, StateError, VcpuGate};
 use msrgate_plan::{DecisionMap, Plan};
 
 use crate::{UNKNOWN, by_rule, gated, kvm, outcomes, plan, read, run, write};
@@ -43,7 +43,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(kvm: &Kvm, probed: Probed, map: &DecisionMap, handlers: Handlers) -> Machine {
+    fn new(kvm: &Kvm, probed: Capabilities, map: &DecisionMap, handlers: Handlers) -> Machine {
         let (guest, gate, vcpu) = gated(kvm, probed, Mode::Real, plan(map), handlers);
         Machine { guest, gate, vcpu }
     }

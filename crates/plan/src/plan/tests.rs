@@ -225,7 +225,7 @@ fn random_maps_are_planned_exactly_or_refused_with_the_numbers() {
 fn an_access_reaches_the_kernels_register_where_it_is_allowed_or_passed_on_in_part() {
     let mask = WriteAction::Mask {
         may_change: 1,
-        otherwise: msrgate_core::Otherwise::Deny,
+        otherwise: msrgate_core::OnLockedBits::Deny,
     };
     let rules = [
         allow(0x10, 0x10),

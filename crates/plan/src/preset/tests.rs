@@ -35,14 +35,14 @@ fn preset(msr: u32, value: u64) -> Preset {
     Preset { msr: Msr(msr), value }
 }
 
-fn holding(held: Vec<Preset>) -> CompileOptions {
-    CompileOptions::default().holding(held)
+fn with_presets(held: Vec<Preset>) -> CompileOptions {
+    CompileOptions::default().with_presets(held)
 }
 
 #[test]
 fn a_fixed_answer_that_the_kernel_holds_makes_no_exit() {
     let map = microcode(WriteAction::Deny, Log::None);
-    let plan = Plan::compile_for(&map, &holding(vec![preset(0x8b, 7)])).unwrap();
+    let plan = Plan::compile_for(&map, &with_presets(vec![preset(0x8b, 7)])).unwrap();
     assert_eq!(plan.presets(), [preset(0x8b, 7)]);
     assert_eq!(plan.reasons(), Reasons::NONE);
     assert_eq!(plan.filter().verdict(Msr(0x8b), Op::Read), Verdict::Allow);
@@ -55,7 +55,7 @@ fn a_fixed_answer_that_the_kernel_holds_makes_no_exit() {
 #[test]
 fn an_ignored_write_still_exits_and_the_read_does_not() {
     let map = microcode(WriteAction::Ignore, Log::None);
-    let plan = Plan::compile_for(&map, &holding(vec![preset(0x8b, 7)])).unwrap();
+    let plan = Plan::compile_for(&map, &with_presets(vec![preset(0x8b, 7)])).unwrap();
     assert_eq!(plan.presets(), [preset(0x8b, 7)]);
     assert_eq!(plan.reasons(), Reasons::of(Reason::Filter));
     assert!(plan.table().decides(Msr(0x8b), Op::Write));
@@ -65,7 +65,7 @@ fn an_ignored_write_still_exits_and_the_read_does_not() {
 fn nothing_is_preset_that_a_guest_could_change_or_that_is_logged_or_held_otherwise() {
     let held = vec![preset(0x8b, 7)];
     let no = |map: DecisionMap, held| {
-        let plan = Plan::compile_for(&map, &holding(held)).unwrap();
+        let plan = Plan::compile_for(&map, &with_presets(held)).unwrap();
         assert_eq!(plan.presets(), []);
     };
     for write in [
@@ -95,7 +95,7 @@ fn a_map_that_fits_without_presets_fits_with_as_many_as_there_is_room_for() {
         Intervals::uniform(Decision::of(WriteAction::Deny)),
     );
     let held = (16..=18).map(|i| preset(i * 0x4000, 7)).collect();
-    let plan = Plan::compile_for(&map, &holding(held)).unwrap();
+    let plan = Plan::compile_for(&map, &with_presets(held)).unwrap();
     assert_eq!(plan.presets(), [preset(16 * 0x4000, 7)]);
     assert_eq!(plan.filter().ranges().len(), 16);
     assert_eq!(Plan::compile(&map).unwrap().filter().ranges().len(), 15);
@@ -118,13 +118,13 @@ fn presets_can_make_a_map_fit_that_does_not_without() {
     );
     assert!(Plan::compile(&map).is_err());
     let held = (1..=9).map(|i| preset(pair(i).last().0, 0)).collect();
-    let plan = Plan::compile_for(&map, &holding(held)).unwrap();
+    let plan = Plan::compile_for(&map, &with_presets(held)).unwrap();
     assert_eq!((plan.presets().len(), plan.filter().ranges().len()), (9, 9));
 }
 
 /// Every map of a few MSRs with few actions, with each set of presets: the plan is right by a loop over all accesses.
 #[test]
-fn with_presets_every_access_of_every_small_map_gets_what_the_map_says() {
+fn with_presets_each_access_of_every_small_map_gets_what_the_map_says() {
     let reads = [ReadAction::Allow, ReadAction::Deny, ReadAction::Value(0)];
     let writes = [WriteAction::Allow, WriteAction::Deny, WriteAction::Ignore];
     // Three MSRs: two that a range covers together, one far away.
@@ -150,7 +150,7 @@ fn with_presets_every_access_of_every_small_map_gets_what_the_map_says() {
             for held in 1..8 {
                 let held = (0..3).filter(|i| held >> i & 1 == 1).map(|i| preset(msrs[i], 0));
                 let held: Vec<Preset> = held.collect();
-                let plan = Plan::compile_for(&map, &holding(held.clone())).unwrap();
+                let plan = Plan::compile_for(&map, &with_presets(held.clone())).unwrap();
                 assert_eq!(
                     plan.presets().len(),
                     held.iter().filter(|held| map.preset(held.msr) == Some(**held)).count()

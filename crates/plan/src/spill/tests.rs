@@ -41,8 +41,8 @@ fn spillable(islands: &[u32]) -> CompileOptions {
     )
 }
 
-fn touched(msr: u32, count: u64) -> Touched {
-    Touched {
+fn touched(msr: u32, count: u64) -> AccessCount {
+    AccessCount {
         msr: Msr(msr),
         op: Op::Write,
         count,

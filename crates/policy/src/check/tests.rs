@@ -2,7 +2,7 @@ use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
 use super::*;
-use crate::Fit;
+use crate::FitAdvice;
 
 const AMD: &str = "0x00000000 0x00: eax=0x0000000d ebx=0x68747541 ecx=0x444d4163 edx=0x69746e65\n\
                    0x00000001 0x00: eax=0x00830f10 ebx=0x00000000 ecx=0x00000000 edx=0x00001000\n";
@@ -407,7 +407,7 @@ fn too_many_ranges_are_told_with_groups_and_places() {
         .collect();
     let policy = policy(&format!("default = \"allow\"\n{rules}"));
     let error = Plan::compile(&policy.decision_map(None).unwrap()).unwrap_err();
-    let fit = Fit::search(&policy, &policy.decision_map(None).unwrap(), None);
+    let fit = FitAdvice::search(&policy, &policy.decision_map(None).unwrap(), None);
     let diagnostic = policy.explain_error(&error, Some(&fit));
     assert_eq!(diagnostic.code, Code::TooManyRanges);
     assert!(
@@ -440,7 +440,7 @@ fn the_rule_to_paste_makes_a_policy_fit() {
     let refused = policy(&format!("default = \"allow\"\n{rules}"));
     let map = refused.decision_map(None).unwrap();
     let error = Plan::compile(&map).unwrap_err();
-    let fit = Fit::search(&refused, &map, None);
+    let fit = FitAdvice::search(&refused, &map, None);
     assert_eq!(fit.change.as_ref().unwrap().accesses, 4);
     let help = refused.explain_error(&error, Some(&fit)).help.unwrap();
     let pasted = help

@@ -8,7 +8,7 @@ fn through_a_filter(policy: &str) -> String {
     let policy = Policy::parse("policy.toml", &format!("version = 1\n{policy}")).expect("a policy");
     let map = policy.decision_map(None).expect("no CPUID");
     let plan = Plan::compile(&map).expect("a plan");
-    let given = Given {
+    let given = RawInput {
         filter: plan.filter().clone(),
         plan: None,
         presets: Vec::new(),

@@ -14,7 +14,7 @@ use msrgate_msrs::spell;
 use msrgate_plan::DecisionMap;
 
 use super::imported::{ForeignError, Format, Imported};
-use super::unsayable::{Unsayable, each, unsayable};
+use super::unsayable::{Unsupported, each, unsayable};
 
 const FLAG: &str = "--userspace-msr";
 
@@ -134,7 +134,7 @@ fn one(value: &str, seen: &mut HashSet<Msr>, to: &mut Imported) -> Result<(), St
 }
 
 /// Reads from the host and writes that go nowhere are what crosvm can do just so; each MSR in one direction.
-pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
+pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsupported>) {
     let mut flags: BTreeMap<Msr, &str> = BTreeMap::new();
     let mut unsaid = unsayable(Op::Read, map.reads(), |range, action| match action {
         ReadAction::Allow => Ok(()),

@@ -5,11 +5,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use msrgate_core::{Msr, Op, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Msr, OnLockedBits, Op, ReadAction, Verdict, WriteAction};
 use msrgate_plan::DecisionMap;
 
 use super::imported::{ForeignError, Format, Imported};
-use super::unsayable::{Unsayable, each, unsayable};
+use super::unsayable::{Unsupported, each, unsayable};
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     let mut imported = Imported {
@@ -49,7 +49,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
                 u64::MAX => Some(WriteAction::Allow),
                 may_change => Some(WriteAction::Mask {
                     may_change,
-                    otherwise: Otherwise::Drop,
+                    otherwise: OnLockedBits::Drop,
                 }),
             };
             imported.msrs.push((msr, Some(ReadAction::Allow), write));
@@ -76,7 +76,7 @@ fn number(word: &str) -> Option<u64> {
     }
 }
 
-pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
+pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsupported>) {
     let mut listed: BTreeMap<Msr, u64> = BTreeMap::new();
     let mut unsaid = unsayable(Op::Read, map.reads(), |range, action| match action {
         ReadAction::Deny => Ok(()),
@@ -92,7 +92,7 @@ pub(super) fn export(map: &DecisionMap) -> (String, Vec<Unsayable>) {
             WriteAction::Allow => u64::MAX,
             WriteAction::Mask {
                 may_change,
-                otherwise: Otherwise::Drop,
+                otherwise: OnLockedBits::Drop,
             } if *may_change != 0 => *may_change,
             _ => return Err("msr-safe opens writes, closes them, or drops bits of them"),
         };

@@ -10,7 +10,7 @@ const MOST: u64 = 4096;
 
 /// Accesses for which a tool has no words.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Unsayable {
+pub struct Unsupported {
     /// Which MSRs.
     pub range: MsrRange,
     /// In which direction.
@@ -28,10 +28,10 @@ pub(super) fn unsayable<A: fmt::Display + Clone + Eq>(
     op: Op,
     decisions: &Intervals<Decision<A>>,
     mut say: impl FnMut(MsrRange, &A) -> Result<(), &'static str>,
-) -> Vec<Unsayable> {
+) -> Vec<Unsupported> {
     let unsaid = decisions.iter().filter_map(|(range, decision)| {
         let why = say(range, &decision.action).err()?;
-        Some(Unsayable {
+        Some(Unsupported {
             range,
             op,
             action: decision.action.to_string(),

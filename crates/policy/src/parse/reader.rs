@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use msrgate_core::{Otherwise, ReadAction, WriteAction};
+use msrgate_core::{OnLockedBits, ReadAction, WriteAction};
 use msrgate_msrs::nearest_of;
 use msrgate_msrs::number::{self, NumberError};
 use toml::Spanned;
@@ -299,10 +299,10 @@ impl Reader {
                 let may_change = self.integer(may_change);
                 let otherwise = match table.get("otherwise") {
                     Some(otherwise) => {
-                        let words = [("deny", Otherwise::Deny), ("drop", Otherwise::Drop)];
+                        let words = [("deny", OnLockedBits::Deny), ("drop", OnLockedBits::Drop)];
                         self.word(otherwise, &words, "`otherwise`")
                     }
-                    None => Some(Otherwise::Deny),
+                    None => Some(OnLockedBits::Deny),
                 };
                 Some(WriteAction::Mask {
                     may_change: may_change?,

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use msrgate_core::{Log, Msr, Otherwise, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Log, Msr, OnLockedBits, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::CpuVendor;
 
 use super::*;
@@ -142,10 +142,10 @@ fn every_write_action_is_read() {
         may_change: 0xf,
         otherwise,
     };
-    assert_eq!(write("{ mask = { may_change = 0xf } }"), mask(Otherwise::Deny));
+    assert_eq!(write("{ mask = { may_change = 0xf } }"), mask(OnLockedBits::Deny));
     assert_eq!(
         write("{ mask = { may_change = 0xf, otherwise = \"drop\" } }"),
-        mask(Otherwise::Drop)
+        mask(OnLockedBits::Drop)
     );
     assert_eq!(write("{ only = [0, \"0x2\"] }"), WriteAction::Only(Arc::new([0, 2])));
     assert_eq!(write("{ once = true }"), WriteAction::Once);

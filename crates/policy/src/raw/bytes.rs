@@ -2,7 +2,7 @@
 
 use msrgate_core::abi::{self, Layout, MAX_RANGE_MSRS};
 
-use super::{Given, RawError, RawFilter, RawRange, hex};
+use super::{RawError, RawFilter, RawInput, RawRange, hex};
 
 /// Reads the structure, with the bitmaps behind it.
 ///
@@ -11,7 +11,7 @@ use super::{Given, RawError, RawFilter, RawRange, hex};
 /// memory can be written out as it is, its pointers with it.
 ///
 /// What is no structure of a 64-bit process may be one of a 32-bit process.
-pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
+pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     read_as(bytes, Layout::NATIVE).or_else(|error| {
         let mut given = read_as(bytes, Layout::COMPAT).map_err(|_| error)?;
         let remark = "these are read as the bytes of a 32-bit process, whose structure is smaller";
@@ -20,7 +20,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
     })
 }
 
-fn read_as(bytes: &[u8], layout: Layout) -> Result<Given, RawError> {
+fn read_as(bytes: &[u8], layout: Layout) -> Result<RawInput, RawError> {
     let Some(raw) = abi::RawFilter::from_bytes(bytes, layout) else {
         return Err(RawError::new(format!(
             "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, of a 32-bit process {}, and its bitmaps \

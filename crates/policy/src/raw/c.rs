@@ -9,9 +9,9 @@ mod token;
 use initialiser::Reader;
 use token::{Kind, error};
 
-use super::{Given, RawError, RawFilter};
+use super::{RawError, RawFilter, RawInput};
 
-pub(super) fn read(text: &str) -> Result<Given, RawError> {
+pub(super) fn read(text: &str) -> Result<RawInput, RawError> {
     let tokens = token::tokens(text)?;
     let first: Vec<&str> = tokens.iter().take(3).map(|token| token.text).collect();
     let (at, gdb) = match first.as_slice() {

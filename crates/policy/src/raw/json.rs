@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use msrgate_core::abi::FILTER_DEFAULT_DENY;
-use msrgate_core::{Arguments, Did, Log, Msr, MsrRange, Op, Ops, Otherwise, ReadAction, WriteAction};
+use msrgate_core::{Arguments, Disposition, Log, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction, WriteAction};
 use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
 
-use super::{Given, RawError, RawFilter, RawRange, hex, kernel_name};
+use super::{RawError, RawFilter, RawInput, RawRange, hex, kernel_name};
 
 type Object = Map<String, Value>;
 
 /// Reads what `plan --json` prints, or the filter alone.
-pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
+pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     let value: Value = serde_json::from_slice(bytes).map_err(|error| RawError {
         line: Some(error.line()),
         ..RawError::new(format!("this is no JSON: {error}"))
@@ -42,7 +42,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Given, RawError> {
             "the plan's `ranges` and its `actions` say different things of {op} {range}"
         )));
     }
-    Ok(Given {
+    Ok(RawInput {
         plan: Some(map),
         presets,
         ..given
@@ -266,23 +266,29 @@ impl Arguments for Beside<'_> {
         text(required(given, key, at)?, &format!("{at}.{key}")).map(Arc::from)
     }
 
-    fn otherwise(&mut self, key: &'static str) -> Result<Otherwise, RawError> {
+    fn otherwise(&mut self, key: &'static str) -> Result<OnLockedBits, RawError> {
         let Beside(given, at) = self;
         let word = text(required(given, key, at)?, &format!("{at}.{key}"))?;
-        let found = Otherwise::ALL.into_iter().find(|otherwise| otherwise.name() == word);
+        let found = OnLockedBits::ALL.into_iter().find(|otherwise| otherwise.name() == word);
         found.ok_or_else(|| RawError::new(format!("`{at}.{key}` is `{word}`, neither `deny` nor `drop`")))
     }
 }
 
 /// The word of an action; what is passed on to the kernel is allowed.
-fn did(word: &str) -> Option<Did> {
-    Did::from_name(word).map(|did| if did == Did::Pass { Did::Allow } else { did })
+fn did(word: &str) -> Option<Disposition> {
+    Disposition::from_name(word).map(|did| {
+        if did == Disposition::Pass {
+            Disposition::Allow
+        } else {
+            did
+        }
+    })
 }
 
 fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawError> {
     let action = match did(word) {
         // The word says the value.
-        Some(Did::Zero) => Some(ReadAction::Value(0)),
+        Some(Disposition::Zero) => Some(ReadAction::Value(0)),
         Some(did) => ReadAction::of(did, &mut Beside(given, at))?,
         None => None,
     };

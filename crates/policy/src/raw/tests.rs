@@ -208,7 +208,7 @@ struct kvm_msr_filter filter_allow = {
 
 /// Which MSRs below 0x200 a filter lets be read.
 fn open(text: &str) -> Vec<u32> {
-    assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+    assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
     let given = read(text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
     let open = |msr: &u32| verdict(&given.filter, *msr, Op::Read) == Verdict::Allow;
     (0..0x200).filter(open).collect()
@@ -394,7 +394,7 @@ fn c_whose_filter_is_not_what_its_initialiser_says_is_refused_with_the_line() {
         (with("/* what *\\ \n/ static u8 b; /* */", ""), 2),
         (with("#define N 0 /*\n*/ | 1", "struct kvm_msr_filter g = { .flags = N };"), 5),
     ] {
-        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
         let error = read(text.as_bytes()).expect_err(&text);
         assert_eq!(error.line(), Some(line), "{text}: {error}");
         assert!(error.to_string().contains("print the filter in gdb"), "{text}: {error}");
@@ -492,7 +492,7 @@ fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_
         ("{ .flags = 0 };\nf.flags = 1;".to_owned(), "line 2: the text goes on"),
         ("/* */ struct kvm_msr_filter f = { 0 }; /*".to_owned(), "does not end"),
     ] {
-        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
         assert!(refused(&text).contains(what), "{text}: {}", refused(&text));
     }
 }
@@ -562,7 +562,7 @@ fn what_gdb_prints_of_a_filter_is_read_as_far_as_it_shows_the_bitmaps() {
         "$1 = {flags = KVM_MSR_FILTER_READ, ranges = {}}".to_owned(),
         print(1, "0x55 \"\"") + "$2 = 1",
     ] {
-        assert_eq!(Form::of(text.as_bytes()), Form::C, "{text}");
+        assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
         assert!(
             refused(&text).contains("only a literal initialiser"),
             "{text}: {}",
@@ -670,7 +670,7 @@ fn dumps_of_those_bytes_are_read_whichever_tool_made_them() {
         format!("{quoted}\n"),
     ];
     for dump in dumps {
-        assert_eq!(Form::of(dump.as_bytes()), Form::Dump, "{dump}");
+        assert_eq!(RawFormat::of(dump.as_bytes()), RawFormat::Dump, "{dump}");
         let filter = read(dump.as_bytes())
             .unwrap_or_else(|error| panic!("{dump}: {error}"))
             .filter;
@@ -703,39 +703,39 @@ fn dumps_of_those_bytes_are_read_whichever_tool_made_them() {
 #[test]
 fn each_form_is_told_by_how_it_begins() {
     for (text, form) in [
-        ("version = 1\n", Form::Policy),
-        ("# kvm_msr_filter of ours\nversion = 1\n", Form::Policy),
-        ("[[rule]]\nmsr = 1\n", Form::Policy),
-        ("", Form::Policy),
-        ("garbage\n", Form::Policy),
-        ("  { \"a\": 1 }", Form::Json),
-        ("{", Form::Json),
-        ("{ .flags = 0 }", Form::C),
-        ("// kvm\nstatic int a;", Form::C),
+        ("version = 1\n", RawFormat::Policy),
+        ("# kvm_msr_filter of ours\nversion = 1\n", RawFormat::Policy),
+        ("[[rule]]\nmsr = 1\n", RawFormat::Policy),
+        ("", RawFormat::Policy),
+        ("garbage\n", RawFormat::Policy),
+        ("  { \"a\": 1 }", RawFormat::Json),
+        ("{", RawFormat::Json),
+        ("{ .flags = 0 }", RawFormat::C),
+        ("// kvm\nstatic int a;", RawFormat::C),
         (
             "#include <linux/kvm.h>\nstatic __u64 b[1] = {\n};\nvoid f(struct kvm_msr_filter *f) {}",
-            Form::C,
+            RawFormat::C,
         ),
-        ("\0\0\0\0", Form::Bytes),
+        ("\0\0\0\0", RawFormat::Bytes),
         (
             "ioctl(15, KVM_X86_SET_MSR_FILTER, 0x7ffd1e3f0b40) = 0\n",
-            Form::Other(STRACE),
+            RawFormat::Other(STRACE),
         ),
         (
             "1 ioctl(15, _IOC(_IOC_WRITE, 0xae, 0xc6, 0x188), 0x7ffd) = -1 EINVAL (Invalid argument)\n",
-            Form::Other(STRACE),
+            RawFormat::Other(STRACE),
         ),
         (
             "let f = kvm_msr_filter { flags: 0, ..Default::default() };",
-            Form::Other(RUST),
+            RawFormat::Other(RUST),
         ),
-        ("vm.set_msr_filter(action, &[MsrFilterRange {", Form::Other(RUST)),
+        ("vm.set_msr_filter(action, &[MsrFilterRange {", RawFormat::Other(RUST)),
         (
             "// kvm_msr_filter\nret = ioctl(fd, KVM_X86_SET_MSR_FILTER, &f);",
-            Form::C,
+            RawFormat::C,
         ),
-        ("00000000: 0100 0000  ....", Form::Dump),
+        ("00000000: 0100 0000  ....", RawFormat::Dump),
     ] {
-        assert_eq!(Form::of(text.as_bytes()), form, "{text:?}");
+        assert_eq!(RawFormat::of(text.as_bytes()), form, "{text:?}");
     }
 }

@@ -112,7 +112,7 @@ impl Supervisor {
             return Ok(Arc::clone(known));
         }
         // A preset would come too late.
-        let policy = Policy::new(map, options.holding(Vec::new()), self.setup.mode);
+        let policy = Policy::new(map, options.with_presets(Vec::new()), self.setup.mode);
         let policy = Arc::new(policy.map_err(|error| Refusal::Line(error.to_string()))?);
         self.open_host_msrs(&policy)?;
         Ok(policy)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_answer::layout::reply;
-use msrgate_core::{Access, Answer, Backing, Did, Exit, Log, Msr, Op, Outcome, Reason, Why};
+use msrgate_core::{Access, Answer, Disposition, Exit, FaultCause, Log, Msr, MsrBackend, Op, Outcome, Reason};
 use msrgate_kvm::HostMsrs;
 
 use super::{Refusal, Supervisor, denies, put_in_force};
@@ -21,7 +21,7 @@ struct Verdict {
     /// The value of a read.
     value: u64,
     /// `None` where it is not to be told.
-    told: Option<(Did, Option<Why>)>,
+    told: Option<(Disposition, Option<FaultCause>)>,
     rule: Option<u32>,
     log: Log,
 }
@@ -75,30 +75,32 @@ impl Reach<'_, '_> {
     }
 }
 
-impl Backing for Reach<'_, '_> {
-    fn kernel_read(&mut self, msr: Msr) -> Result<u64, Why> {
+impl MsrBackend for Reach<'_, '_> {
+    fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         let fd = self.waiting.arguments[0];
-        let (hands, stopped) = self.thread().ok_or(Why::KernelRefused)?;
-        hands.host_read(stopped, fd, msr).ok_or(Why::KernelRefused)
+        let (hands, stopped) = self.thread().ok_or(FaultCause::KernelRefused)?;
+        hands.host_read(stopped, fd, msr).ok_or(FaultCause::KernelRefused)
     }
 
-    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), Why> {
+    fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
         let fd = self.waiting.arguments[0];
-        let (hands, stopped) = self.thread().ok_or(Why::KernelRefused)?;
-        hands.host_write(stopped, fd, msr, value).ok_or(Why::KernelRefused)
+        let (hands, stopped) = self.thread().ok_or(FaultCause::KernelRefused)?;
+        hands
+            .host_write(stopped, fd, msr, value)
+            .ok_or(FaultCause::KernelRefused)
     }
 
-    fn host_read(&mut self, msr: Msr) -> Result<u64, Why> {
+    fn host_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
         let value = |host: &HostMsrs| host.read(target::cpu(self.waiting.thread)?, msr);
-        self.host.and_then(value).ok_or(Why::HostUnreadable)
+        self.host.and_then(value).ok_or(FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, Why> {
-        Err(Why::NoHandler)
+    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), Why> {
-        Err(Why::NoHandler)
+    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
+        Err(FaultCause::NoHandler)
     }
 }
 
@@ -146,7 +148,7 @@ impl Supervisor {
         reason: u32,
         stopped: &mut Option<Stopped>,
     ) -> Verdict {
-        let nobody = Verdict::answered(Answer::fault(Why::NoRule, None));
+        let nobody = Verdict::answered(Answer::fault(FaultCause::NoRule, None));
         let vm_tag = self.vcpus.get(&tag).map(|vcpu| vcpu.vm);
         let vm = vm_tag.and_then(|tag| Some((tag, self.vms.get(&tag)?)));
         let (Some((vm_tag, vm)), Some(reason)) = (vm, Reason::from_bits(reason)) else {
@@ -197,7 +199,7 @@ impl Supervisor {
         access: Access,
         stopped: &mut Option<Stopped>,
     ) -> Verdict {
-        let nobody = Verdict::answered(Answer::fault(Why::NoRule, None));
+        let nobody = Verdict::answered(Answer::fault(FaultCause::NoRule, None));
         let (msr, op) = (access.msr(), access.op());
         let Some(vm) = self.vms.get_mut(&vm_tag) else {
             return nobody;
@@ -231,7 +233,7 @@ impl Supervisor {
             return Verdict::answered(match outcome {
                 Ok(outcome) => Answer {
                     outcome,
-                    did: Did::Pass,
+                    did: Disposition::Pass,
                     why: None,
                     rule: None,
                     log: Log::None,

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{self, BufRead, Read};
 
-use msrgate_core::{Did, Event, Gap, Msr, MsrRange, Nanos, Op};
+use msrgate_core::{Disposition, Event, Gap, Msr, MsrRange, Nanos, Op};
 
 use super::summary::{self, LONGEST, LearnError, Seen, Summary};
 use crate::{Lines, Record};
@@ -26,7 +26,7 @@ pub(super) struct Observer {
 /// As [`Seen`], in a form that an event is quickly added to.
 #[derive(Default)]
 struct Served {
-    did: [u64; Did::ALL.len()],
+    did: [u64; Disposition::ALL.len()],
     values: Seen,
     first: Nanos,
     last: Nanos,
@@ -57,9 +57,11 @@ impl Observer {
         served.last = served.last.max(event.t);
         let shadow = (event.vm, event.vcpu, event.msr);
         match (event.did, event.op) {
-            (Did::Value | Did::Only, _) => served.values.values.insert(event.value),
-            (Did::Shadow, Op::Read) if !self.written.contains(&shadow) => served.values.values.insert(event.value),
-            (Did::Shadow, Op::Write) => _ = self.written.insert(shadow),
+            (Disposition::Value | Disposition::Only, _) => served.values.values.insert(event.value),
+            (Disposition::Shadow, Op::Read) if !self.written.contains(&shadow) => {
+                served.values.values.insert(event.value)
+            }
+            (Disposition::Shadow, Op::Write) => _ = self.written.insert(shadow),
             _ => {}
         }
         if self.written.len() > SHADOWS {
@@ -86,7 +88,7 @@ impl Observer {
                 last: served.last.0.saturating_sub(start.0),
                 ..served.values
             };
-            let counts = Did::ALL.into_iter().zip(served.did);
+            let counts = Disposition::ALL.into_iter().zip(served.did);
             seen.did.extend(counts.filter(|(_, count)| *count > 0));
             seen.names.insert(name.to_owned());
             summary.seen.insert(key, seen);

@@ -7,7 +7,7 @@ use msrgate_msrs::Class;
 use msrgate_msrs::spell::{classes, patterns, runs};
 
 use super::summary::{Least, Seen, Summary};
-use super::want::{Remark, Want, Wants, Widen, class, wants, widen};
+use super::want::{Generalize, Remark, Want, Wants, class, wants, widen};
 
 /// A policy that denies by default and serves what guests did.
 #[derive(Clone, Debug)]
@@ -80,7 +80,7 @@ impl Facts {
 
 impl Learned {
     /// The smallest policy that serves what was seen, as far as `further` goes beyond it.
-    pub fn from(summary: &Summary, further: &Widen) -> Learned {
+    pub fn from(summary: &Summary, further: &Generalize) -> Learned {
         let (mut wanted, remarks) = wants(summary);
         let whole = widen(&mut wanted, further);
         Learned {

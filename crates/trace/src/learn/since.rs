@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use msrgate_core::{Did, Msr, MsrRange, Op};
+use msrgate_core::{Disposition, Msr, MsrRange, Op};
 use msrgate_msrs::spell;
 use msrgate_plan::{By, DecisionMap};
 use msrgate_policy::Policy;
@@ -13,7 +13,7 @@ use super::text;
 
 /// What a learned policy is held against.
 #[derive(Clone, Copy, Debug)]
-pub enum Older<'a> {
+pub enum Baseline<'a> {
     /// A policy, whoever wrote it, and its decision map.
     Policy(&'a Policy, &'a DecisionMap),
     /// What an earlier policy was learned from, and that policy's decision map.
@@ -82,8 +82,8 @@ impl fmt::Display for Change {
 impl Learned {
     /// All accesses that this policy, whose decision map is `map`, treats otherwise than an older one; in order. An older
     /// policy that does what was done in every trace is no change, though it says more than traces tell, as `mask` does.
-    pub fn since(&self, map: &DecisionMap, older: Older<'_>) -> Vec<Change> {
-        let (Older::Policy(_, before) | Older::Summary(_, before)) = older;
+    pub fn since(&self, map: &DecisionMap, older: Baseline<'_>) -> Vec<Change> {
+        let (Baseline::Policy(_, before) | Baseline::Summary(_, before)) = older;
         let found = before.differences(map, By::Actions);
         let mut changes = Vec::new();
         for (range, a, b) in &found.reads {
@@ -104,7 +104,7 @@ impl Learned {
         range: MsrRange,
         op: Op,
         [(was, before), (is, after)]: &[(&'static str, String); 2],
-        older: Older<'_>,
+        older: Baseline<'_>,
         changes: &mut Vec<Change>,
     ) {
         let kind = match (*was, *is) {
@@ -135,7 +135,7 @@ impl Learned {
         // What is served is what was seen, or between: these ranges are short.
         let still = |msr: &Msr| {
             let seen = self.summary.seen.get(&(*msr, op));
-            seen.is_some_and(|seen| seen.did.keys().all(|did| Some(*did) == Did::from_name(was)))
+            seen.is_some_and(|seen| seen.did.keys().all(|did| Some(*did) == Disposition::from_name(was)))
         };
         let news: Vec<Msr> = range.iter().filter(|msr| !still(msr)).collect();
         for part in spell::runs(&news) {
@@ -144,10 +144,10 @@ impl Learned {
     }
 
     /// Why what was served is not served any more.
-    fn dropped(&self, range: MsrRange, op: Op, older: Older<'_>) -> String {
+    fn dropped(&self, range: MsrRange, op: Op, older: Baseline<'_>) -> String {
         let then = match older {
-            Older::Summary(summary, _) => seen(summary, range, op, "allowed by widening"),
-            Older::Policy(policy, map) => rules(policy, map, range, op),
+            Baseline::Summary(summary, _) => seen(summary, range, op, "allowed by widening"),
+            Baseline::Policy(policy, map) => rules(policy, map, range, op),
         };
         let faults = self
             .summary

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, BufRead, Read, Write};
 
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
-use msrgate_core::{Did, Msr, Op};
+use msrgate_core::{Disposition, Msr, Op};
 use msrgate_msrs::number;
 use serde::Deserialize;
 
@@ -86,8 +86,8 @@ impl<T: Ord, const N: usize> Least<T, N> {
 /// How an MSR was used in one direction, where it did not fault.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Seen {
-    /// How often, by what was done; never [`Did::Deny`] or [`Did::Fault`].
-    pub did: BTreeMap<Did, u64>,
+    /// How often, by what was done; never [`Disposition::Deny`] or [`Disposition::Fault`].
+    pub did: BTreeMap<Disposition, u64>,
     /// Values that say what was done: of `value` and `only`, and of `shadow` what was read before anything was written.
     pub values: Least<u64, VALUES>,
     /// In how many traces.
@@ -363,7 +363,7 @@ impl Row {
                     ..Seen::default()
                 };
                 for (did, count) in self.did {
-                    let known = Did::from_name(&did).filter(|did| !did.is_fault());
+                    let known = Disposition::from_name(&did).filter(|did| !did.is_fault());
                     let known = known.ok_or_else(|| format!("`did` has `{did}`, which is not known here"))?;
                     seen.did.insert(known, count);
                 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Did, Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Disposition, Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Access, Class};
 
@@ -10,7 +10,7 @@ use super::summary::{Seen, Summary};
 
 /// How far a learned policy may go beyond what was seen.
 #[derive(Clone, Default, Debug)]
-pub struct Widen {
+pub struct Generalize {
     /// To a class in a direction, where at least half of its MSRs were used in that direction.
     pub classes: bool,
     /// To a range of MSRs of one class in a direction, where at least half of it was used in that direction.
@@ -80,7 +80,7 @@ pub(super) fn wants(summary: &Summary) -> (Wants, Vec<Remark>) {
         let shadowed = summary
             .seen
             .get(&(*msr, other))
-            .is_some_and(|other| did(other) == Did::Shadow);
+            .is_some_and(|other| did(other) == Disposition::Shadow);
         let want = wants.entry(*msr).or_default();
         let told = match op {
             Op::Read => read(seen, shadowed).map(|action| want.read = Some(action)),
@@ -98,53 +98,53 @@ pub(super) fn wants(summary: &Summary) -> (Wants, Vec<Remark>) {
     (wants, remarks)
 }
 
-/// What was always done; [`Did::Fault`], which was never, where that changed.
-fn did(seen: &Seen) -> Did {
+/// What was always done; [`Disposition::Fault`], which was never, where that changed.
+fn did(seen: &Seen) -> Disposition {
     let mut dids = seen.did.keys().map(|did| match did {
-        Did::Pass => Did::Allow,
+        Disposition::Pass => Disposition::Allow,
         did => *did,
     });
-    let first = dids.next().unwrap_or(Did::Fault);
+    let first = dids.next().unwrap_or(Disposition::Fault);
     if dids.all(|did| did == first) {
         first
     } else {
-        Did::Fault
+        Disposition::Fault
     }
 }
 
 fn read(seen: &Seen, written_to_shadow: bool) -> Result<ReadAction, String> {
     match (did(seen), seen.values.only()) {
-        (Did::Allow, _) => Ok(ReadAction::Allow),
-        (Did::Zero, _) => Ok(ReadAction::Value(0)),
-        (Did::Value, Some(value)) => Ok(ReadAction::Value(*value)),
-        (Did::Shadow, initial) => match (initial, seen.values.iter().next(), written_to_shadow) {
+        (Disposition::Allow, _) => Ok(ReadAction::Allow),
+        (Disposition::Zero, _) => Ok(ReadAction::Value(0)),
+        (Disposition::Value, Some(value)) => Ok(ReadAction::Value(*value)),
+        (Disposition::Shadow, initial) => match (initial, seen.values.iter().next(), written_to_shadow) {
             // Where nothing was read before a write, any initial value serves.
             (_, None, true) => Ok(ReadAction::Shadow(0)),
             (Some(initial), _, true) => Ok(ReadAction::Shadow(*initial)),
             (Some(value), _, false) => Ok(ReadAction::Value(*value)),
             _ => Err(several(seen)),
         },
-        (Did::Host, _) => Ok(ReadAction::Host),
+        (Disposition::Host, _) => Ok(ReadAction::Host),
         (did, _) => Err(untold(seen, did)),
     }
 }
 
 fn write(seen: &Seen, read_from_shadow: bool) -> Result<WriteAction, String> {
     match did(seen) {
-        Did::Allow => Ok(WriteAction::Allow),
-        Did::Ignore => Ok(WriteAction::Ignore),
-        Did::Shadow if read_from_shadow => Ok(WriteAction::Shadow),
+        Disposition::Allow => Ok(WriteAction::Allow),
+        Disposition::Ignore => Ok(WriteAction::Ignore),
+        Disposition::Shadow if read_from_shadow => Ok(WriteAction::Shadow),
         // Nobody saw what became of it.
-        Did::Shadow => Ok(WriteAction::Ignore),
-        Did::Only if !seen.values.more() => Ok(WriteAction::Only(seen.values.iter().copied().collect())),
-        Did::Once => Ok(WriteAction::Once),
+        Disposition::Shadow => Ok(WriteAction::Ignore),
+        Disposition::Only if !seen.values.more() => Ok(WriteAction::Only(seen.values.iter().copied().collect())),
+        Disposition::Once => Ok(WriteAction::Once),
         did => Err(untold(seen, did)),
     }
 }
 
-fn untold(seen: &Seen, always: Did) -> String {
+fn untold(seen: &Seen, always: Disposition) -> String {
     match always {
-        Did::Fault => {
+        Disposition::Fault => {
             let words: Vec<String> = seen
                 .did
                 .iter()
@@ -155,7 +155,7 @@ fn untold(seen: &Seen, always: Did) -> String {
                 words.join(" and ")
             )
         }
-        Did::Value | Did::Only => several(seen),
+        Disposition::Value | Disposition::Only => several(seen),
         did => format!("served by `{did}`, of which a trace does not tell all; it is left to the kernel"),
     }
 }
@@ -174,7 +174,7 @@ fn several(seen: &Seen) -> String {
 }
 
 /// Adds what is not far from what was seen, and gives the classes that this made whole.
-pub(super) fn widen(wants: &mut Wants, widen: &Widen) -> Vec<(Class, Op)> {
+pub(super) fn widen(wants: &mut Wants, widen: &Generalize) -> Vec<(Class, Op)> {
     let mut whole = Vec::new();
     for op in Op::ALL {
         // Ranges first: they are to lie between what was seen.

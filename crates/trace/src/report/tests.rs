@@ -9,7 +9,7 @@ fn event(t: u64, msr: u32, op: Op) -> Event {
         msr: Msr(msr),
         value: 0,
         reason: None,
-        did: Did::Allow,
+        did: Disposition::Allow,
         why: None,
         rule: None,
         rip: None,
@@ -25,7 +25,7 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
     report.add(&Event {
         value: 7,
         reason: Some(Reason::Filter),
-        did: Did::Value,
+        did: Disposition::Value,
         rule: Some(2),
         rip: Some(0xffff),
         cost: Some(Nanos(300)),
@@ -35,8 +35,8 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
         t: Nanos(1500),
         vcpu: 1,
         reason: Some(Reason::Unknown),
-        did: Did::Fault,
-        why: Some(Why::NoRule),
+        did: Disposition::Fault,
+        why: Some(FaultCause::NoRule),
         cost: Some(Nanos(500)),
         ..read
     });
@@ -161,7 +161,7 @@ fn what_there_is_no_room_for_is_counted_all_the_same() {
 
 #[test]
 fn each_thing_that_is_done_is_of_one_kind() {
-    for did in Did::ALL {
+    for did in Disposition::ALL {
         assert_eq!(Kind::of(did) == Kind::Faulted, did.is_fault(), "{did}");
     }
     assert!(Kind::ALL.iter().zip(0..).all(|(kind, number)| *kind as usize == number));

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use maud::{Markup, html};
-use msrgate_core::{Did, Msr, MsrRange, Op};
+use msrgate_core::{Disposition, Msr, MsrRange, Op};
 use msrgate_plan::Intervals;
 use msrgate_trace::report::{Kind, Row};
 
-use super::super::told::Told;
+use super::super::contents::Contents;
 use super::number::{counted, number};
 use super::rows;
 use super::sign::{kinds, outline, sign};
@@ -34,9 +34,9 @@ struct Decided {
 }
 
 impl Decided {
-    fn new(told: &Told) -> Option<Decided> {
-        let map = &told.policy.as_ref()?.map;
-        let kind = |action: &str| Did::from_name(action).map_or(Kind::Faulted, Kind::of);
+    fn new(contents: &Contents) -> Option<Decided> {
+        let map = &contents.policy.as_ref()?.map;
+        let kind = |action: &str| Disposition::from_name(action).map_or(Kind::Faulted, Kind::of);
         Some(Decided {
             reads: map.reads().map(|decision| kind(decision.action.name())),
             writes: map.writes().map(|decision| kind(decision.action.name())),
@@ -66,11 +66,11 @@ impl Decided {
     }
 }
 
-type Touched<'a> = BTreeMap<(Msr, Op), &'a Row>;
+type AccessCount<'a> = BTreeMap<(Msr, Op), &'a Row>;
 
-pub(super) fn section(told: &Told) -> Markup {
-    let decided = Decided::new(told);
-    let touched: Touched<'_> = told.report.rows().map(|row| ((row.msr, row.op), row)).collect();
+pub(super) fn section(contents: &Contents) -> Markup {
+    let decided = Decided::new(contents);
+    let touched: AccessCount<'_> = contents.report.rows().map(|row| ((row.msr, row.op), row)).collect();
     let mut squares: BTreeMap<u32, u64> = BTreeMap::new();
     let msrs: BTreeSet<Msr> = touched.keys().map(|(msr, _)| *msr).collect();
     for msr in msrs {
@@ -87,7 +87,10 @@ pub(super) fn section(told: &Told) -> Markup {
     let left_out = drawn.len().saturating_sub(MOST_DRAWN);
     drawn.truncate(MOST_DRAWN);
     drawn.sort_unstable();
-    let listed = rows::listed(told).into_iter().map(|row| (row.msr, row.op)).collect();
+    let listed = rows::listed(contents)
+        .into_iter()
+        .map(|row| (row.msr, row.op))
+        .collect();
     html! {
         section aria-labelledby="map" {
             h2 #map { "Map of the MSR space" }
@@ -110,7 +113,7 @@ pub(super) fn section(told: &Told) -> Markup {
                     }
                 }
             }
-            (windows(told, decided.as_ref(), &touched))
+            (windows(contents, decided.as_ref(), &touched))
             div.squares {
                 @for (square, count) in drawn {
                     (card(square, count, decided.as_ref(), &touched, &listed))
@@ -129,7 +132,7 @@ fn range(square: u32) -> MsrRange {
 }
 
 /// In numbers: what was touched in each window, and what the policy decides in it.
-fn windows(told: &Told, decided: Option<&Decided>, touched: &Touched<'_>) -> Markup {
+fn windows(contents: &Contents, decided: Option<&Decided>, touched: &AccessCount<'_>) -> Markup {
     let windows =
         WINDOWS.map(|(name, first, last)| (name, MsrRange::new(Msr(first), Msr(last)).unwrap_or(MsrRange::ALL)));
     let elsewhere = |msr: &Msr| windows.iter().all(|(_, window)| !window.contains(*msr));
@@ -179,7 +182,7 @@ fn windows(told: &Told, decided: Option<&Decided>, touched: &Touched<'_>) -> Mar
                             td {}
                             td.n { (number(outside.0)) }
                             td.n { (number(outside.1)) }
-                            @if let Some(loaded) = &told.policy {
+                            @if let Some(loaded) = &contents.policy {
                                 td colspan="2" { span.muted { "what no rule names: " (loaded.policy.default.name()) } }
                             }
                         }
@@ -206,7 +209,7 @@ fn card(
     square: u32,
     count: u64,
     decided: Option<&Decided>,
-    touched: &Touched<'_>,
+    touched: &AccessCount<'_>,
     listed: &BTreeSet<(Msr, Op)>,
 ) -> Markup {
     let range = range(square);
@@ -240,7 +243,7 @@ fn grid(
     range: MsrRange,
     op: Op,
     decided: Option<&Decided>,
-    touched: &Touched<'_>,
+    touched: &AccessCount<'_>,
     listed: &BTreeSet<(Msr, Op)>,
 ) -> Markup {
     let side = 16 * CELL;

@@ -4,8 +4,8 @@ use maud::{Markup, html};
 use msrgate_core::Op;
 use msrgate_trace::report::{Counts, Kind, Moment, Row, Timeline};
 
+use super::super::contents::Contents;
 use super::super::print::{rules_of, time, vcpu, word};
-use super::super::told::Told;
 use super::number::number;
 use super::sign::{kinds, sign};
 use crate::words::{self, plain};
@@ -18,8 +18,8 @@ const FEW: usize = 2;
 const COLUMNS: usize = 48;
 
 /// The rows that the page has: by MSR, those with the most accesses.
-pub(super) fn listed(told: &Told) -> Vec<&Row> {
-    let mut rows: Vec<&Row> = told.report.rows().collect();
+pub(super) fn listed(contents: &Contents) -> Vec<&Row> {
+    let mut rows: Vec<&Row> = contents.report.rows().collect();
     if rows.len() > MOST_LISTED {
         rows.sort_by_key(|row| std::cmp::Reverse(row.count));
         rows.truncate(MOST_LISTED);
@@ -29,8 +29,8 @@ pub(super) fn listed(told: &Told) -> Vec<&Row> {
 }
 
 /// That there are more.
-pub(super) fn note(told: &Told) -> Option<String> {
-    let all = told.report.rows().len();
+pub(super) fn note(contents: &Contents) -> Option<String> {
+    let all = contents.report.rows().len();
     (all > MOST_LISTED).then(|| {
         format!(
             "the table has the {} MSRs and directions with the most accesses, of {}; msrgate report --json has more",
@@ -56,9 +56,9 @@ struct Columns {
     policy: bool,
 }
 
-pub(super) fn section(told: &Told) -> Markup {
-    let report = &told.report;
-    let rows = listed(told);
+pub(super) fn section(contents: &Contents) -> Markup {
+    let report = &contents.report;
+    let rows = listed(contents);
     let columns = Columns {
         time: report.timeline().buckets().len() > 1,
         cost: report.cost().count > 0,
@@ -72,7 +72,7 @@ pub(super) fn section(told: &Told) -> Markup {
         rules: rows
             .iter()
             .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some())),
-        policy: told.policy.is_some(),
+        policy: contents.policy.is_some(),
     };
     html! {
         section aria-labelledby="list" {
@@ -102,7 +102,7 @@ pub(super) fn section(told: &Told) -> Markup {
                     }
                     tbody {
                         @for row in rows {
-                            (line(told, row, &columns))
+                            (line(contents, row, &columns))
                         }
                     }
                 }
@@ -143,14 +143,14 @@ fn tools(columns: &Columns) -> Markup {
     }
 }
 
-fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
+fn line(contents: &Contents, row: &Row, columns: &Columns) -> Markup {
     let entry = msrgate_msrs::by_msr(row.msr);
     let got: Vec<&str> = kinds(row.kinds)
         .filter(|(_, count)| *count > 0)
         .map(|(kind, _)| kind.name())
         .collect();
-    let several = told.report.traces().len() > 1;
-    let broken = told.breaks(row);
+    let several = contents.report.traces().len() > 1;
+    let broken = contents.breaks(row);
     html! {
         tr id=(id(row)) data-op=(row.op) data-got=(got.join(" ")) data-count=(row.count) data-broken[broken] {
             td data-n=(row.msr.0) { code { (row.msr) } }
@@ -164,8 +164,8 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
             td { code { (row.op) } }
             td.n data-n=(row.count) { (number(row.count)) }
             @if columns.time {
-                td { (spark(row, told.report.timeline())) }
-                @for when in [told.report.first(row), told.report.last(row)] {
+                td { (spark(row, contents.report.timeline())) }
+                @for when in [contents.report.first(row), contents.report.last(row)] {
                     td.n data-n=(when.t) { (moment(when, several)) }
                 }
             }
@@ -182,10 +182,10 @@ fn line(told: &Told, row: &Row, columns: &Columns) -> Markup {
                     None => td.n data-n="-1" {},
                 }
             }
-            @if !columns.vcpu.is_empty() { td { (things(&row.vcpus, |place| vcpu(told, *place))) } }
+            @if !columns.vcpu.is_empty() { td { (things(&row.vcpus, |place| vcpu(contents, *place))) } }
             @if columns.rips { td { (things(&row.rips, |rip| format!("{rip:#x}"))) } }
             @if columns.rules { td { (rules_of(row)) } }
-            @if columns.policy { td.wrap { (decision(told, row, broken)) } }
+            @if columns.policy { td.wrap { (decision(contents, row, broken)) } }
         }
     }
 }
@@ -259,12 +259,12 @@ fn things<T: PartialEq, const MOST: usize>(counts: &Counts<T, MOST>, word: impl 
 }
 
 /// What the policy decides, and why.
-fn decision(told: &Told, row: &Row, broken: bool) -> Markup {
-    let Some(explained) = told.explain(row.msr, row.op) else {
+fn decision(contents: &Contents, row: &Row, broken: bool) -> Markup {
+    let Some(explained) = contents.explain(row.msr, row.op) else {
         return html! {};
     };
     html! {
-        (sign(told.decides(row)))
+        (sign(contents.decides(row)))
         (explained.action_text) ", "
         @match explained.rule {
             Some((number, _)) => a href={ "#rule-" (number) } { "rule " (number) },

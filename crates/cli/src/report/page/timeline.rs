@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 use msrgate_trace::report::Vcpu;
 
-use super::super::told::Told;
+use super::super::contents::Contents;
 use super::number::{counted, number};
 use super::sign::{kinds, sign};
 use crate::words;
@@ -17,8 +17,8 @@ const VCPUS: usize = 8;
 /// How many columns that has: a vCPU's own timeline is no finer.
 const VCPU_COLUMNS: usize = 64;
 
-pub(super) fn section(told: &Told) -> Markup {
-    let report = &told.report;
+pub(super) fn section(contents: &Contents) -> Markup {
+    let report = &contents.report;
     let timeline = report.timeline();
     let columns = timeline.buckets().len();
     if columns < 2 {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Access, Fault, Log, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction};
-use msrgate_kvm::{Handlers, Probed};
+use msrgate_kvm::{Capabilities, Handlers};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 
 use crate::held::{get, set};
@@ -30,8 +30,8 @@ const BASES: RangeInclusive<Msr> = Msr(0xc000_0100)..=Msr(0xc000_0102);
 /// read, written with values of all kinds and read again after each. An access counts where all outcomes are the same,
 /// values and faults, and where the host then sees the same in all registers that `accesses` name. What a register does
 /// beside holding a value is not seen: time that passes, memory that KVM writes.
-pub fn faithful(
-    (kvm, probed): (&Kvm, &Probed),
+pub fn passthrough_safe(
+    (kvm, probed): (&Kvm, &Capabilities),
     accesses: &[(Msr, Op)],
     mode: Mode,
     cpuid: Option<&CpuId>,
@@ -40,11 +40,11 @@ pub fn faithful(
     msrs.sort_unstable();
     msrs.dedup();
     let mut alike = Vec::new();
-    let mut trio: Option<Trio> = None;
+    let mut made: Option<ThreeGuests> = None;
     for msr in &msrs {
-        let guests = match &mut trio {
+        let guests = match &mut made {
             Some(guests) => guests,
-            None => trio.insert(Trio::new((kvm, probed), mode, cpuid, &msrs)?),
+            None => made.insert(ThreeGuests::new((kvm, probed), mode, cpuid, &msrs)?),
         };
         let same = guests.same(*msr, &msrs);
         for (op, same) in Op::ALL.into_iter().zip(same) {
@@ -54,22 +54,22 @@ pub fn faithful(
         }
         // What differs would go on to, and a guest that broke may have lost more than this register.
         if same != [true; 2] {
-            trio = None;
+            made = None;
         }
     }
     Ok(alike)
 }
 
 /// One guest that is left alone, one whose reads are passed through, one whose writes are.
-struct Trio([Guest; 3]);
+struct ThreeGuests([Guest; 3]);
 
-impl Trio {
+impl ThreeGuests {
     fn new(
-        (kvm, probed): (&Kvm, &Probed),
+        (kvm, probed): (&Kvm, &Capabilities),
         mode: Mode,
         cpuid: Option<&CpuId>,
         msrs: &[Msr],
-    ) -> Result<Trio, GuestError> {
+    ) -> Result<ThreeGuests, GuestError> {
         let options = Options {
             cpuid: cpuid.cloned(),
             ..Options::default()
@@ -81,18 +81,18 @@ impl Trio {
                 doing: "putting a filter on the guest",
                 source: io::Error::other(error),
             };
-            let plan = Plan::compile(&handing_over(op, msrs)).map_err(|error| failed(error.into()))?;
+            let plan = Plan::compile(&with_exit_reasons(op, msrs)).map_err(|error| failed(error.into()))?;
             let gate = probed.install(guest.vm(), Arc::new(plan), Handlers::new());
             // The gate's end leaves the filter in force.
             gate.map(|_| guest).map_err(|error| failed(error.into()))
         };
-        Ok(Trio([guest()?, passed(Op::Read)?, passed(Op::Write)?]))
+        Ok(ThreeGuests([guest()?, passed(Op::Read)?, passed(Op::Write)?]))
     }
 
     /// Whether reads, and writes, of a register are the same in the guest that is left alone and in the one whose are
     /// passed through.
     fn same(&mut self, msr: Msr, all: &[Msr]) -> [bool; 2] {
-        let Trio([alone, reads, writes]) = self;
+        let ThreeGuests([alone, reads, writes]) = self;
         let held = first(alone).and_then(|fd| get(fd, msr)).unwrap_or(0);
         let values = [held, 0, 1, u64::MAX, 0xffff_8000_1234_5000, 0x0123_4567_89ab_cdef];
         let values = values.into_iter().chain(BITS.map(|bit| held ^ 1 << bit)).chain([held]);
@@ -148,7 +148,7 @@ fn pass(pending: &mut Pending<'_>) {
 }
 
 /// Reads or writes of these registers are handed to user space.
-fn handing_over(op: Op, msrs: &[Msr]) -> DecisionMap {
+fn with_exit_reasons(op: Op, msrs: &[Msr]) -> DecisionMap {
     fn handed<A: Clone + Eq>(allow: A, deny: A, msrs: &[Msr]) -> Intervals<Decision<A>> {
         let handed = Decision {
             action: deny,

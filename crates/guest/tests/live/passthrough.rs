@@ -6,19 +6,19 @@ use std::ops::RangeInclusive;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use msrgate_core::{Msr, Op};
-use msrgate_guest::{Mode, faithful};
-use msrgate_kvm::{Probed, probe};
+use msrgate_guest::{Mode, passthrough_safe};
+use msrgate_kvm::{Capabilities, probe};
 
 use crate::kvm;
 
 /// Those that are the same in each mode, with each CPUID.
-fn everywhere((kvm, probed): (&Kvm, &Probed), accesses: &[(Msr, Op)]) -> BTreeSet<(Msr, Op)> {
+fn everywhere((kvm, probed): (&Kvm, &Capabilities), accesses: &[(Msr, Op)]) -> BTreeSet<(Msr, Op)> {
     let mut alike: BTreeSet<(Msr, Op)> = accesses.iter().copied().collect();
     // A guest whose CPUID lacks a feature faults where the host does not.
     let nothing = CpuId::new(0).unwrap();
     for (mode, cpuid) in [(Mode::Real, None), (Mode::Real, Some(&nothing)), (Mode::Long, None)] {
         let left: Vec<(Msr, Op)> = alike.iter().copied().collect();
-        let here: BTreeSet<(Msr, Op)> = faithful((kvm, probed), &left, mode, cpuid)
+        let here: BTreeSet<(Msr, Op)> = passthrough_safe((kvm, probed), &left, mode, cpuid)
             .unwrap()
             .into_iter()
             .collect();

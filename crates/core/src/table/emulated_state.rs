@@ -7,7 +7,7 @@ use crate::Msr;
 
 /// Something that an MSR of a vCPU remembers.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Memory {
+pub enum EmulatedState {
     /// The guest wrote `value` to a shadow register.
     Shadow {
         /// The MSR.
@@ -24,18 +24,18 @@ pub enum Memory {
 
 impl ActionTable {
     /// All that `state`, one of this table's vCPUs, remembers: of no MSR the same twice.
-    pub fn memories(&self, state: &VcpuState) -> impl Iterator<Item = Memory> {
+    pub fn emulated_states(&self, state: &VcpuState) -> impl Iterator<Item = EmulatedState> {
         let cells = self.spans.iter().flat_map(|span| {
             let cells = state.cells.iter().skip(span.cell);
             span.range.iter().zip(cells)
         });
         let remembered = cells.flat_map(|(msr, cell)| {
-            let shadow = cell.shadow.map(|value| Memory::Shadow { msr, value });
-            let once = cell.written.then_some(Memory::Once { msr });
+            let shadow = cell.shadow.map(|value| EmulatedState::Shadow { msr, value });
+            let once = cell.written.then_some(EmulatedState::Once { msr });
             shadow.into_iter().chain(once)
         });
         let spare = state.spare.iter().take(state.spare_used);
-        remembered.chain(spare.map(|(msr, value)| Memory::Shadow {
+        remembered.chain(spare.map(|(msr, value)| EmulatedState::Shadow {
             msr: *msr,
             value: *value,
         }))
@@ -45,27 +45,27 @@ impl ActionTable {
     /// no memory unlocks an MSR.
     ///
     /// On an error `state` is as it was.
-    pub fn remember(
+    pub fn restore(
         &self,
         state: &mut VcpuState,
-        memories: impl IntoIterator<Item = Memory>,
-    ) -> Result<(), MemoryError> {
+        memories: impl IntoIterator<Item = EmulatedState>,
+    ) -> Result<(), EmulatedStateError> {
         let mut next = self.vcpu_state();
         for memory in memories {
             match memory {
-                Memory::Shadow { msr, value } => {
+                EmulatedState::Shadow { msr, value } => {
                     if self.shadow(msr, &next).is_some() {
-                        return Err(MemoryError::Twice { memory });
+                        return Err(EmulatedStateError::Twice { memory });
                     }
                     if self.keep(msr, value, &mut next).is_err() {
-                        return Err(MemoryError::NoRoom { memory });
+                        return Err(EmulatedStateError::NoRoom { memory });
                     }
                 }
-                Memory::Once { msr } => {
+                EmulatedState::Once { msr } => {
                     let cell = self.cell(msr).and_then(|cell| next.cells.get_mut(cell));
-                    let cell = cell.ok_or(MemoryError::NoRoom { memory })?;
+                    let cell = cell.ok_or(EmulatedStateError::NoRoom { memory })?;
                     if cell.written {
-                        return Err(MemoryError::Twice { memory });
+                        return Err(EmulatedStateError::Twice { memory });
                     }
                     cell.written = true;
                 }
@@ -83,30 +83,30 @@ impl ActionTable {
 /// Why memories are none of a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
-pub enum MemoryError {
+pub enum EmulatedStateError {
     /// The table lets the MSR remember nothing of the kind, or has no room left for it.
     NoRoom {
         /// What is to be remembered.
-        memory: Memory,
+        memory: EmulatedState,
     },
     /// The MSR remembers it already.
     Twice {
         /// What is to be remembered.
-        memory: Memory,
+        memory: EmulatedState,
     },
 }
 
-impl fmt::Display for MemoryError {
+impl fmt::Display for EmulatedStateError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (memory, what) = match self {
-            MemoryError::NoRoom { memory } => (memory, "is not remembered under this policy"),
-            MemoryError::Twice { memory } => (memory, "is there twice"),
+            EmulatedStateError::NoRoom { memory } => (memory, "is not remembered under this policy"),
+            EmulatedStateError::Twice { memory } => (memory, "is there twice"),
         };
         match memory {
-            Memory::Shadow { msr, .. } => write!(f, "the shadow of {msr} {what}"),
-            Memory::Once { msr } => write!(f, "the one write of {msr} {what}"),
+            EmulatedState::Shadow { msr, .. } => write!(f, "the shadow of {msr} {what}"),
+            EmulatedState::Once { msr } => write!(f, "the one write of {msr} {what}"),
         }
     }
 }
 
-impl core::error::Error for MemoryError {}
+impl core::error::Error for EmulatedStateError {}

@@ -28,7 +28,7 @@ const WINDOW: u64 = 1 << 15;
 /// last that a range names where these are no more than 32768, and otherwise 8 KiB and 1 KiB for each 4096 MSRs that a
 /// range touches. VMs of one filter share it in an [`Arc`].
 #[derive(Clone, Debug)]
-pub struct Lookup {
+pub struct FlatFilter {
     filter: Filter,
     shape: Shape,
 }
@@ -65,14 +65,14 @@ struct Pages {
     words: Words,
 }
 
-impl Lookup {
+impl FlatFilter {
     /// Flattens a filter. Allocates; asking does not.
-    pub fn new(filter: Filter) -> Lookup {
+    pub fn new(filter: Filter) -> FlatFilter {
         let shape = match Window::new(&filter) {
             Some(window) => Shape::Window(window),
             None => Pages::new(&filter).map_or(Shape::Walk, Shape::Pages),
         };
-        Lookup { filter, shape }
+        FlatFilter { filter, shape }
     }
 
     /// The filter.
@@ -92,15 +92,15 @@ impl Lookup {
     }
 }
 
-impl From<Filter> for Lookup {
-    fn from(filter: Filter) -> Lookup {
-        Lookup::new(filter)
+impl From<Filter> for FlatFilter {
+    fn from(filter: Filter) -> FlatFilter {
+        FlatFilter::new(filter)
     }
 }
 
-impl From<Filter> for Arc<Lookup> {
-    fn from(filter: Filter) -> Arc<Lookup> {
-        Arc::new(Lookup::new(filter))
+impl From<Filter> for Arc<FlatFilter> {
+    fn from(filter: Filter) -> Arc<FlatFilter> {
+        Arc::new(FlatFilter::new(filter))
     }
 }
 
@@ -236,7 +236,7 @@ mod tests {
     extern crate std;
 
     use super::*;
-    use crate::{Decider, Ops};
+    use crate::{DecidedBy, Ops};
 
     /// A filter of ranges spread over `windows`, with overlaps, wraps and directions apart.
     fn filter(seed: u64, ranges: usize, default: Verdict, windows: &[u32]) -> Filter {
@@ -265,7 +265,7 @@ mod tests {
     const FAR: [u32; 6] = [0, 0x4000_0000, 0xc000_0000, 0xc001_0000, 0xffff_f000, 0x8000_0000];
 
     fn check(filter: &Filter, msrs: impl Iterator<Item = u32>) {
-        let lookup = Lookup::new(filter.clone());
+        let lookup = FlatFilter::new(filter.clone());
         for msr in msrs.map(Msr) {
             for op in Op::ALL {
                 assert_eq!(lookup.verdict(msr, op), filter.verdict(msr, op), "{op} {msr}");
@@ -297,8 +297,8 @@ mod tests {
     fn by_definition(filter: &Filter, at: Msr, op: Op) -> impl Fn(u32) -> Verdict {
         let (verdict, decider) = filter.decide(at, op);
         let range = match decider {
-            Decider::Range { slot, .. } => filter.ranges().get(usize::from(slot)),
-            Decider::X2apic | Decider::Default => None,
+            DecidedBy::Range { slot, .. } => filter.ranges().get(usize::from(slot)),
+            DecidedBy::X2apic | DecidedBy::Default => None,
         };
         move |msr| match range {
             Some(range) => {
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn a_flat_filter_says_what_the_ranges_say_of_every_access() {
         let filter = filter(1, 16, Verdict::Deny, &FAR);
-        let lookup = Lookup::new(filter.clone());
+        let lookup = FlatFilter::new(filter.clone());
         assert!(matches!(lookup.shape, Shape::Pages(_)));
         let spans = filter
             .ranges()

@@ -1,4 +1,4 @@
-//! Two processes: the front is the one that was started, and ends as the VMM's first process ends. The keeper starts the
+//! Two processes: the front is the one that was started, and ends as the VMM's first process ends. The monitor starts the
 //! VMM, and stays with what goes on in the background: a policy is asked for, and a trace is read, as long as a guest runs.
 
 use std::fs::OpenOptions;
@@ -17,21 +17,21 @@ use crate::exit::{Exit, Failure};
 use crate::run::end::{changed, end};
 use crate::run::signals::Signals;
 
-/// The keeper's way to its front.
+/// The monitor's way to its front.
 #[derive(Debug)]
-pub(crate) struct Keeper {
+pub(crate) struct Monitor {
     front: PipeWriter,
 }
 
-impl Keeper {
-    /// Leaves the front behind, which ends by itself; what returns is the keeper.
-    pub(crate) fn part() -> Result<Keeper, Failure> {
+impl Monitor {
+    /// Leaves the front behind, which ends by itself; what returns is the monitor.
+    pub(crate) fn part() -> Result<Monitor, Failure> {
         let (reader, front) = io::pipe().map_err(|error| machine(&error))?;
         let before = nix::unistd::getpid();
         match msrgate_supervise::fork().map_err(|error| machine(&error))? {
-            Forked::Parent(keeper) => {
+            Forked::Parent(monitor) => {
                 drop(front);
-                let status = wait(Pid::from_raw(keeper), reader).map_err(|error| machine(&error.into()))?;
+                let status = wait(Pid::from_raw(monitor), reader).map_err(|error| machine(&error.into()))?;
                 end(status)
             }
             Forked::Child => {
@@ -42,7 +42,7 @@ impl Keeper {
                 if getppid() != before {
                     return Err(machine(&io::ErrorKind::Interrupted.into()));
                 }
-                Ok(Keeper { front })
+                Ok(Monitor { front })
             }
         }
     }
@@ -66,13 +66,13 @@ fn machine(error: &io::Error) -> Failure {
     Failure::Line(Exit::Machine, line)
 }
 
-/// Passes signals on to the keeper until it has ended, or stays.
-fn wait(keeper: Pid, mut told: PipeReader) -> Result<WaitStatus, Errno> {
+/// Passes signals on to the monitor until it has ended, or stays.
+fn wait(monitor: Pid, mut told: PipeReader) -> Result<WaitStatus, Errno> {
     let signals = Signals::block()?;
     let mut open = true;
     loop {
         // It may have ended before signals were watched.
-        if let Some(status) = changed(keeper)? {
+        if let Some(status) = changed(monitor)? {
             return Ok(status);
         }
         let mut ready = [
@@ -88,13 +88,13 @@ fn wait(keeper: Pid, mut told: PipeReader) -> Result<WaitStatus, Errno> {
         if tells {
             let mut bytes = [0; 4];
             if told.read_exact(&mut bytes).is_ok() {
-                return Ok(decode(keeper, i32::from_le_bytes(bytes)));
+                return Ok(decode(monitor, i32::from_le_bytes(bytes)));
             }
             // It ends, which SIGCHLD tells.
             open = false;
         }
         while let Some(signal) = signals.read()? {
-            signals.pass_on(&signal, keeper);
+            signals.pass_on(&signal, monitor);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a report says, in whatever form.
 
-use msrgate_core::{Did, Msr, Op, Verdict};
+use msrgate_core::{Disposition, Msr, Op, Verdict};
 use msrgate_policy::{Explanation, explain};
 use msrgate_trace::TraceError;
 use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
@@ -12,14 +12,14 @@ use crate::words;
 const FEW_LOST: usize = 3;
 
 /// The traces added up, and the policy that they are held against.
-pub(super) struct Told {
+pub(super) struct Contents {
     pub(super) report: Report,
     /// For each trace its name, and what ended it early.
     pub(super) files: Vec<(String, Option<TraceError>)>,
     pub(super) policy: Option<Loaded>,
 }
 
-impl Told {
+impl Contents {
     /// What the policy says of an access, where there is a policy.
     pub(super) fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
         let Loaded {
@@ -36,7 +36,7 @@ impl Told {
     pub(super) fn decides(&self, row: &Row) -> Kind {
         match self.explain(row.msr, row.op) {
             Some(explained) if explained.verdict == Verdict::Deny => {
-                Did::from_name(explained.action).map_or(Kind::Faulted, Kind::of)
+                Disposition::from_name(explained.action).map_or(Kind::Faulted, Kind::of)
             }
             _ => Kind::Allowed,
         }
