@@ -53,7 +53,7 @@ struct Checked {
 fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked {
     match load::policy(path, cpuid, profile) {
         Ok(loaded) => {
-            let findings = msrgate_policy::check(&loaded.policy, &loaded.map, cpuid);
+            let findings = msrgate_policy::check(&loaded.policy, loaded.plan.map(), cpuid);
             let exit = if findings.iter().any(Diagnostic::is_open) {
                 Exit::No
             } else {

@@ -20,7 +20,15 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
     };
-    let explained = |op| explain(&loaded.policy, &loaded.map, &loaded.options, &loaded.plan, (msr, op));
+    let explained = |op| {
+        explain(
+            &loaded.policy,
+            loaded.plan.map(),
+            &loaded.options,
+            &loaded.plan,
+            (msr, op),
+        )
+    };
     let no_preset = |op| {
         let mut whys = loaded.no_presets.iter().filter(|_| op == Op::Read);
         whys.find(|(range, _)| range.contains(msr)).map(|(_, why)| *why)

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
-use crate::load::{self, Loaded};
+use crate::load;
 use crate::{cpuid, input, stream, trace, words};
 
 pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
@@ -126,7 +126,7 @@ impl Before {
             });
         }
         let policy = load::unresolved_in(path, input::whole(from).map_err(unreadable)?)?;
-        let Loaded { policy, map, .. } = load::planned_or_report(policy, widen.cpuid.as_ref(), &[])?;
+        let map = load::map(&policy, widen.cpuid.as_ref())?;
         Ok(Before {
             map,
             origin: Origin::Policy(Box::new(policy)),

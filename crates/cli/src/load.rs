@@ -50,7 +50,6 @@ impl Files for Disk<'_> {
 /// A policy that compiles, and all that was made of it.
 pub(crate) struct Loaded {
     pub(crate) policy: Policy,
-    pub(crate) map: DecisionMap,
     pub(crate) options: CompileOptions,
     pub(crate) plan: Plan,
     /// Fixed answers that are no presets on this machine; empty where it was not asked.
@@ -73,14 +72,35 @@ pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]
 
 /// Resolves and compiles a policy that is read already.
 pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Box<Refused>> {
-    let (policy, map) = resolved(policy, cpuid)?;
+    let map = resolved(&policy, cpuid)?;
     let options = policy.options().with_profile(profile.to_vec());
-    compiled(policy, map, options, cpuid)
+    let plan = compiled(&policy, &map, &options, cpuid)?;
+    Ok(Loaded {
+        policy,
+        options,
+        plan,
+        no_presets: Vec::new(),
+    })
 }
 
 /// The same for subcommands that only go on with a plan: what is wrong is printed.
 pub(crate) fn policy_or_report(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Failure> {
     policy(path, cpuid, profile).map_err(|refused| refused.report())
+}
+
+/// What a policy that is read already means; what is wrong is printed.
+pub(crate) fn map(policy: &Policy, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Failure> {
+    resolved(policy, cpuid).map_err(|refused| refused.report())
+}
+
+/// The plan of a map that a policy became; what is wrong is printed.
+pub(crate) fn plan(
+    policy: &Policy,
+    map: &DecisionMap,
+    options: &CompileOptions,
+    cpuid: Option<&Cpuid>,
+) -> Result<Plan, Failure> {
+    compiled(policy, map, options, cpuid).map_err(|refused| refused.report())
 }
 
 /// The same of a policy that is read already.
@@ -103,13 +123,15 @@ pub(crate) fn planned_for_host(
     cpuid: Option<&Cpuid>,
     profile: &[AccessCount],
 ) -> Result<Loaded, Failure> {
-    let (policy, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
+    let map = map(&policy, cpuid)?;
     let options = policy.options().with_profile(profile.to_vec());
     let options = options.with_presets(held(&map, cpuid)?);
-    let loaded = compiled(policy, map, options, cpuid).map_err(|refused| refused.report())?;
+    let plan = plan(&policy, &map, &options, cpuid)?;
     Ok(Loaded {
-        no_presets: no_presets(&loaded.map, loaded.options.held(), &loaded.plan),
-        ..loaded
+        no_presets: no_presets(&map, options.held(), &plan),
+        policy,
+        options,
+        plan,
     })
 }
 
@@ -136,7 +158,7 @@ pub(crate) struct PolicyOrFilter {
 pub(crate) fn policy_or_filter(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid>) -> Result<PolicyOrFilter, Failure> {
     if RawFormat::of(&bytes) == RawFormat::Policy {
         let policy = unresolved_in(path, bytes)?;
-        let (_, map) = resolved(policy, cpuid).map_err(|refused| refused.report())?;
+        let map = map(&policy, cpuid)?;
         return Ok(PolicyOrFilter {
             map,
             presets: Vec::new(),
@@ -184,11 +206,9 @@ fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Ref
     accepted(Policy::load(path, &Disk { path, given }))
 }
 
-fn resolved(policy: Policy, cpuid: Option<&Cpuid>) -> Result<(Policy, DecisionMap), Box<Refused>> {
-    match policy.decision_map(cpuid) {
-        Ok(map) => Ok((policy, map)),
-        Err(needed) => Err(refused(&policy, needed.diagnostic(), Exit::Input)),
-    }
+fn resolved(policy: &Policy, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Box<Refused>> {
+    let map = policy.decision_map(cpuid);
+    map.map_err(|needed| refused(policy, needed.diagnostic(), Exit::Input))
 }
 
 fn accepted(read: Result<Policy, PolicyErrors>) -> Result<Policy, Box<Refused>> {
@@ -203,31 +223,22 @@ fn accepted(read: Result<Policy, PolicyErrors>) -> Result<Policy, Box<Refused>> 
 }
 
 fn compiled(
-    policy: Policy,
-    map: DecisionMap,
-    options: CompileOptions,
+    policy: &Policy,
+    map: &DecisionMap,
+    options: &CompileOptions,
     cpuid: Option<&Cpuid>,
-) -> Result<Loaded, Box<Refused>> {
-    let error = match Plan::compile_for(&map, &options) {
-        Ok(plan) => {
-            return Ok(Loaded {
-                policy,
-                map,
-                options,
-                plan,
-                no_presets: Vec::new(),
-            });
+) -> Result<Plan, Box<Refused>> {
+    Plan::compile_for(map, options).map_err(|error| {
+        // The policy is fine; it does not fit what the kernel can hold.
+        if !matches!(error, PlanError::TooManyRanges { .. }) {
+            return refused(policy, policy.explain_error(&error, None), Exit::No);
         }
-        Err(error) => error,
-    };
-    // The policy is fine; it does not fit what the kernel can hold.
-    if !matches!(error, PlanError::TooManyRanges { .. }) {
-        return Err(refused(&policy, policy.explain_error(&error, None), Exit::No));
-    }
-    let fit = FitAdvice::search(&policy, &map, cpuid);
-    let mut refused = refused(&policy, policy.explain_error(&error, Some(&fit)), Exit::No);
-    refused.too_many = Some(Box::new(TooMany { policy, error, fit }));
-    Err(refused)
+        let fit = FitAdvice::search(policy, map, cpuid);
+        let mut refused = refused(policy, policy.explain_error(&error, Some(&fit)), Exit::No);
+        let policy = policy.clone();
+        refused.too_many = Some(Box::new(TooMany { policy, error, fit }));
+        refused
+    })
 }
 
 fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> {

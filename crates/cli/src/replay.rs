@@ -80,7 +80,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             handler::tell_of_handlers(&plan)?;
         }
         let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
-        seen.next_trace(loaded.map, plan.presets());
+        seen.next_trace(plan.map().clone(), plan.presets());
         let maker = Maker {
             backend,
             plan,

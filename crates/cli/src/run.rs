@@ -55,7 +55,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         let held = held.into_iter().filter(|preset| preset.msr != PLATFORM_INFO);
         resolved.options = resolved.options.with_presets(held.collect());
     }
-    let plan = resolve::plan(&resolved.map, &resolved.options)?;
+    let plan = resolved.plan()?;
     let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
     let inputs = [
         args.policy.as_deref(),
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         lines.say(format!("not faithful: {}", trace::PASSED_ON));
     }
     let setup = Setup {
-        map: resolved.map,
+        plan,
         options: resolved.options,
         mode,
         events,
@@ -88,7 +88,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let told = lines.clone();
     let supervisor = Supervisor::new(setup, marks, ledger, Box::new(move |line| told.say(line)));
-    let supervisor = supervisor.map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
     let mut command = Command::new(&program);
     command.arg0(name).args(arguments);
     let vmm = child::Vmm {

@@ -50,8 +50,9 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         for path in &args.policies {
             let loaded = load::policy_or_report(path, cpuid.as_ref(), &[])?;
             let name = path.display().to_string();
+            let plan = Arc::new(loaded.plan);
             report = report.and_then(|mut report| {
-                report.add(machine.policy(&name, &loaded.map, Arc::new(loaded.plan), reach, &progress)?);
+                report.add(machine.policy(&name, plan.map(), Arc::clone(&plan), reach, &progress)?);
                 Ok(report)
             });
         }

@@ -27,39 +27,28 @@ pub enum Mode {
 /// A policy, and what is to become of it.
 #[derive(PartialEq, Eq, Debug)]
 pub(crate) struct Policy {
-    map: DecisionMap,
-    options: CompileOptions,
     plan: Plan,
+    options: CompileOptions,
     mode: Mode,
 }
 
 impl Policy {
-    pub(crate) fn new(map: DecisionMap, options: CompileOptions, mode: Mode) -> Result<Policy, PlanError> {
-        let plan = Plan::compile_for(&map, &options)?;
-        Ok(Policy {
-            map,
+    /// The policy of a plan that was compiled with these options.
+    pub(crate) fn new(plan: Plan, options: CompileOptions, mode: Mode) -> Policy {
+        Policy {
             // A vCPU cannot be given a preset later, so that other plans of this policy have none but these.
             options: options.with_presets(plan.presets().to_vec()),
             plan,
             mode,
-        })
+        }
     }
 
     pub(crate) fn mode(&self) -> Mode {
         self.mode
     }
 
-    pub(crate) fn map(&self) -> &DecisionMap {
-        &self.map
-    }
-
     pub(crate) fn plan(&self) -> &Plan {
         &self.plan
-    }
-
-    /// Whether it is this map's, compiled so.
-    pub(crate) fn is(&self, map: &DecisionMap, options: &CompileOptions) -> bool {
-        self.map == *map && self.options == *options
     }
 
     /// The plan that holds for the policy and for a VMM with this filter and mask, where this was touched; `None` stands
@@ -73,7 +62,7 @@ impl Policy {
         let watched;
         let unplanned = CompileOptions::default();
         let (map, options) = match self.mode {
-            Mode::Enforce => (&self.map, &self.options),
+            Mode::Enforce => (self.plan.map(), &self.options),
             Mode::Audit | Mode::Learn | Mode::LearnAll => {
                 watched = open.map_or_else(DecisionMap::allow_all, |open| self.watched(open));
                 (&watched, &unplanned)
@@ -188,11 +177,11 @@ impl Policy {
     pub(crate) fn would(&self, msr: Msr, op: Op) -> (Disposition, Option<u32>) {
         let (did, rule) = match op {
             Op::Read => {
-                let decision = self.map.reads().get(msr);
+                let decision = self.plan.map().reads().get(msr);
                 (decision.action.did(), decision.rule)
             }
             Op::Write => {
-                let decision = self.map.writes().get(msr);
+                let decision = self.plan.map().writes().get(msr);
                 (decision.action.did(), decision.rule)
             }
         };

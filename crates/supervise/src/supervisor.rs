@@ -37,7 +37,7 @@ mod run;
 pub type Leaf = (u32, u32, [u32; 4]);
 
 /// Says what a policy is for a guest with these leaves; an error is one line for people.
-pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(DecisionMap, CompileOptions), String> + Send>;
+pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(Plan, CompileOptions), String> + Send>;
 
 /// How long a call waits for a vCPU that another thread runs: the VMM's thread would wait for it in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -52,8 +52,8 @@ const MANY: usize = 64;
 /// What is to be enforced, and what is to be written down.
 pub struct Setup {
     /// The policy; where it depends on the guest's CPUID, what is in force until that is known.
-    pub map: DecisionMap,
-    /// How it is compiled.
+    pub plan: Plan,
+    /// How it was compiled.
     pub options: CompileOptions,
     /// What becomes of what it decides.
     pub mode: Mode,
@@ -152,15 +152,8 @@ impl From<Errno> for Refusal {
 impl Supervisor {
     /// `say` gets lines for people, and must not wait.
     ///
-    /// # Errors
-    /// No filter holds the map, or it reads the physical CPU's MSRs and they do not open.
-    pub fn new(
-        setup: Setup,
-        marks: Marks,
-        ledger: Arc<Ledger>,
-        say: Box<dyn Fn(String) + Send>,
-    ) -> Result<Supervisor, PlanError> {
-        let policy = Policy::new(setup.map.clone(), setup.options.clone(), setup.mode)?;
+    pub fn new(setup: Setup, marks: Marks, ledger: Arc<Ledger>, say: Box<dyn Fn(String) + Send>) -> Supervisor {
+        let policy = Policy::new(setup.plan.clone(), setup.options.clone(), setup.mode);
         let this = std::process::id().cast_signed();
         let stopper = Stopper {
             marks,
@@ -170,7 +163,7 @@ impl Supervisor {
         };
         // Locks of other supervisors are elsewhere.
         let next = marks.call >> 4 & !0xffff | 1 << 40;
-        Ok(Supervisor {
+        Supervisor {
             setup,
             policy: Arc::new(policy),
             ledger,
@@ -185,7 +178,7 @@ impl Supervisor {
             host: None,
             tracing: Arc::default(),
             many: MANY,
-        })
+        }
     }
 
     /// The ioctls that have to wait.

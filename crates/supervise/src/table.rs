@@ -22,7 +22,7 @@ enum Kind {
 
 /// How many words of its own a vCPU keeps for shadows, and the table ([`msrgate_answer::layout::table`]).
 pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
-    let (map, table) = (policy.map(), policy.plan().table());
+    let (map, table) = (policy.plan().map(), policy.plan().table());
     let asks = policy.mode() != Mode::Enforce;
     // What is passed on there depends on the VMM's own filter too.
     let filter = if asks || policy.spills() {
@@ -179,7 +179,7 @@ pub(crate) fn log_word(log: Log) -> u64 {
 #[cfg(test)]
 mod tests {
     use msrgate_core::{Access, Answer, Disposition, Exit, Msr, MsrBackend, Op, Outcome, Reason, VcpuState};
-    use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals};
+    use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Plan};
     use proptest::prelude::*;
 
     use super::*;
@@ -281,7 +281,7 @@ mod tests {
                         (range(*first, *count), Decision { action: write.clone(), rule: Some(rule), log: Log::None })
                     }),
                 )).with_unknown(unknown);
-            let policy = Policy::new(map, CompileOptions::default(), Mode::Enforce).unwrap();
+            let policy = Policy::new(Plan::compile(&map).unwrap(), CompileOptions::default(), Mode::Enforce);
             let (cells, words) = words(&policy);
             let mut cells = vec![0; cells];
             let table = policy.plan().table();

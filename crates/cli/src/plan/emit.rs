@@ -159,7 +159,7 @@ fn spilled(out: &mut impl Write, plan: &Plan, margin: &str) -> io::Result<()> {
 
 /// Another tool's words for the policy, or why it has none, by rule.
 pub(crate) fn foreign(out: &mut impl Write, loaded: &Loaded, format: Format) -> Result<(), Failure> {
-    let unsayable = match export(format, &loaded.map) {
+    let unsayable = match export(format, loaded.plan.map()) {
         Ok(text) => return Ok(write!(out, "{text}")?),
         Err(unsayable) => unsayable,
     };

@@ -23,13 +23,9 @@ impl Contents {
     /// What the policy says of an access, where there is a policy.
     pub(super) fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
         let Loaded {
-            policy,
-            map,
-            options,
-            plan,
-            ..
+            policy, options, plan, ..
         } = self.policy.as_ref()?;
-        Some(explain(policy, map, options, plan, (msr, op)))
+        Some(explain(policy, plan.map(), options, plan, (msr, op)))
     }
 
     /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.

@@ -13,8 +13,10 @@ use crate::{cpuid, load, trace};
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
     pub(crate) map: DecisionMap,
-    /// How it is compiled.
+    /// How the map is compiled.
     pub(crate) options: CompileOptions,
+    /// Where the map is from, and the CPUID that it is for; `None` where it is no policy's.
+    from: Option<(Policy, Option<Cpuid>)>,
     /// Where the policy depends on a CPUID that the VMM will set: until then nothing is allowed.
     pub(crate) resolve: Option<Resolve>,
     /// Whether some rule wants its accesses told.
@@ -27,42 +29,56 @@ impl Resolved {
     pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
         let ignore_unknown = args.ignore_unknown;
         let profile = trace::profile(&args.profile)?;
-        let known = |map: DecisionMap, options, rules| Resolved {
-            logs: map.reads().iter().any(|(_, decision)| is_told(decision.log))
-                || map.writes().iter().any(|(_, decision)| is_told(decision.log)),
-            map: completed(map, ignore_unknown),
-            options,
+        let mut resolved = Resolved {
+            map: completed(DecisionMap::allow_all(), ignore_unknown),
+            options: CompileOptions::default(),
+            from: None,
             resolve: None,
-            rules,
+            logs: false,
+            rules: 0,
         };
         let Some(path) = &args.policy else {
-            return Ok(known(DecisionMap::allow_all(), CompileOptions::default(), 0));
+            return Ok(resolved);
         };
         let cpuid = cpuid::given(&args.cpuid)?;
         let policy = load::unresolved(path)?;
-        let rules = policy.rules.len();
+        resolved.rules = policy.rules.len();
         if cpuid.is_some() || !policy.asks_cpuid() {
-            let loaded = load::planned_or_report(policy, cpuid.as_ref(), &profile)?;
-            return Ok(known(loaded.map, loaded.options, rules));
+            let map = load::map(&policy, cpuid.as_ref())?;
+            resolved.logs = map.reads().iter().any(|(_, decision)| is_told(decision.log))
+                || map.writes().iter().any(|(_, decision)| is_told(decision.log));
+            resolved.map = completed(map, ignore_unknown);
+            resolved.options = policy.options().with_profile(profile);
+            resolved.from = Some((policy, cpuid));
+            return Ok(resolved);
         }
         if let Some(name) = policy.handlers().next() {
             return Err(needs_handler(name));
         }
-        Ok(Resolved {
-            map: DecisionMap::deny_all(),
-            options: CompileOptions::default(),
-            rules,
-            logs: policy.rules.iter().any(|rule| is_told(rule.log)),
-            resolve: Some(Box::new(move |leaves| {
-                answer(&policy, ignore_unknown, &profile, leaves)
-            })),
-        })
+        resolved.map = DecisionMap::deny_all();
+        resolved.logs = policy.rules.iter().any(|rule| is_told(rule.log));
+        resolved.resolve = Some(Box::new(move |leaves| {
+            answer(&policy, ignore_unknown, &profile, leaves)
+        }));
+        Ok(resolved)
+    }
+
+    /// The plan of the map, if `run` can carry it out; what is wrong with the policy is printed. Whether there is KVM is
+    /// not asked: the VMM may not need it.
+    pub(crate) fn plan(&self) -> Result<Plan, Failure> {
+        let plan = match &self.from {
+            Some((policy, cpuid)) => load::plan(policy, &self.map, &self.options, cpuid.as_ref())?,
+            None => compiled(&self.map, &self.options)?,
+        };
+        carried_out(plan)
     }
 }
 
-/// The plan, if `run` can carry it out. Whether there is KVM is not asked: the VMM may not need it.
-pub(crate) fn plan(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, Failure> {
-    let plan = Plan::compile_for(map, options).map_err(|error| Failure::Line(Exit::No, error.to_string()))?;
+fn compiled(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, Failure> {
+    Plan::compile_for(map, options).map_err(|error| Failure::Line(Exit::No, error.to_string()))
+}
+
+fn carried_out(plan: Plan) -> Result<Plan, Failure> {
     let refused = plan.table().handlers().next().map(needs_handler);
     refused.map_or(Ok(plan), Err)
 }
@@ -87,12 +103,12 @@ fn answer(
     ignore_unknown: bool,
     profile: &[AccessCount],
     leaves: Vec<Leaf>,
-) -> Result<(DecisionMap, CompileOptions), String> {
+) -> Result<(Plan, CompileOptions), String> {
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));
     let map = completed(map.map_err(|needed| needed.diagnostic().message)?, ignore_unknown);
     let options = policy.options().with_profile(profile.to_vec());
-    plan(&map, &options).map_err(|failure| failure.to_string())?;
-    Ok((map, options))
+    let plan = compiled(&map, &options).and_then(carried_out);
+    Ok((plan.map_err(|failure| failure.to_string())?, options))
 }
 
 /// Whether something is to be told of such accesses.

@@ -101,19 +101,18 @@ impl Supervisor {
     fn resolve(&mut self, tag: u64, leaves: Vec<Leaf>) -> Result<Arc<Policy>, Refusal> {
         let resolve = self.setup.resolve.as_ref();
         let resolve = resolve.ok_or_else(|| Refusal::Line("the policy does not depend on it".to_owned()))?;
-        let (map, options) = resolve(leaves).map_err(Refusal::Line)?;
+        let (plan, options) = resolve(leaves).map_err(Refusal::Line)?;
+        let policy = Policy::new(plan, options, self.setup.mode);
         // The same policy is one, so that its table is too.
         let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get(&vcpu.vm));
         let known = self.tables.iter().map(|(policy, _)| policy);
         let known = known
             .chain(vm.map(|vm| &vm.state.policy))
-            .find(|policy| policy.is(&map, &options));
+            .find(|known| ***known == policy);
         if let Some(known) = known {
             return Ok(Arc::clone(known));
         }
-        // A preset would come too late.
-        let policy = Policy::new(map, options.with_presets(Vec::new()), self.setup.mode);
-        let policy = Arc::new(policy.map_err(|error| Refusal::Line(error.to_string()))?);
+        let policy = Arc::new(policy);
         self.open_host_msrs(&policy)?;
         Ok(policy)
     }

@@ -35,7 +35,7 @@ struct Decided {
 
 impl Decided {
     fn new(contents: &Contents) -> Option<Decided> {
-        let map = &contents.policy.as_ref()?.map;
+        let map = contents.policy.as_ref()?.plan.map();
         let kind = |action: &str| Disposition::from_name(action).map_or(Kind::Faulted, Kind::of);
         Some(Decided {
             reads: map.reads().map(|decision| kind(decision.action.name())),
