@@ -101,6 +101,7 @@ fn events(count: usize) -> Vec<Event> {
             reason,
             did,
             why: None,
+            would: None,
             rule,
             rip: Some(0xffff_ffff_8100_0000 + (place as u64 & 0xfff0)),
             cost: reason.map(|_| Nanos(place as u64 & 0xfff)),

@@ -88,7 +88,8 @@ pub mod table {
     pub const KIND: usize = 1;
     /// The value of a read; a shadow's before it is written.
     pub const VALUE: usize = 2;
-    /// What an event says was done: `Disposition`, `FaultCause` + 1 or 0 from bit 8 on, the reason from bit 16 on.
+    /// What an event says was done: `Disposition`, `FaultCause` + 1 or 0 from bit 8 on, the reason from bit 16 on. Of
+    /// [`ROUTE`] what is said where the VMM did not ask for such exits.
     pub const TOLD: usize = 3;
     /// How much is logged: 0 nothing, 1 all, 2 the first, 3 so many a second as the upper half says.
     pub const LOG: usize = 4;
@@ -125,12 +126,18 @@ pub mod vcpu {
     pub const REPLY: usize = 4;
     /// The guest's registers, while an access is being made again.
     pub const REGISTERS: usize = 8;
+    /// The key of the tally of an access that the guest is making again, or 0: it is not known yet whether the kernel
+    /// carries it out.
+    pub const PENDING: usize = 26;
+    /// 1 where the event of that access stands behind the written ones.
+    pub const PENDING_EVENT: usize = 27;
     /// Counts by MSR and direction.
     pub const TALLIES: usize = 32;
     /// How many there is room for.
     pub const TALLY_COUNT: usize = 1024;
-    /// Words of a tally: key, count, value, what was done, ticks.
-    pub const TALLY: usize = 5;
+    /// Words of a tally: key, count, value, what was done, ticks; how many of the accesses faulted, what was done with the
+    /// last of these, and its RIP.
+    pub const TALLY: usize = 8;
     /// How far from its place a tally is looked for.
     pub const PROBES: usize = 32;
     /// The ring.
@@ -144,6 +151,8 @@ pub mod vcpu {
 
     /// In an event's word of what was done: a write.
     pub const WRITE: u64 = 1 << 24;
+    /// What the policy would do: `Disposition` + 1.
+    pub const WOULD: u32 = 40;
     /// There is a RIP.
     pub const HAS_RIP: u64 = 1 << 32;
     /// There is a cost.

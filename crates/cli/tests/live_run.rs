@@ -23,7 +23,7 @@ use std::process::{Command, Stdio};
 
 use command::{Folder, Ran, count, list, text};
 use live::kvm_opens;
-use msrgate_core::{Event, Nanos};
+use msrgate_core::{Event, Nanos, Reason};
 use msrgate_trace::{Header, Lines, Record};
 use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
 use serde_json::Value;

@@ -135,7 +135,9 @@ pub struct Event {
     pub did: Disposition,
     /// Why it faulted where the policy does not say `deny`.
     pub why: Option<FaultCause>,
-    /// The rule that decided, counted from 0; `None` for the default.
+    /// What the policy would do, where it is not in force: `did` is what the guest got.
+    pub would: Option<Disposition>,
+    /// The rule that decided or would, counted from 0; `None` for the default.
     pub rule: Option<u32>,
     /// The guest's instruction pointer, where it is known.
     pub rip: Option<u64>,

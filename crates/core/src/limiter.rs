@@ -96,6 +96,7 @@ mod tests {
             reason: None,
             did: Disposition::Deny,
             why: None,
+            would: None,
             rule,
             rip: None,
             cost: None,

@@ -77,6 +77,7 @@ impl Answered {
             reason: self.reason,
             did: self.answer.did,
             why: self.answer.why,
+            would: None,
             rule: self.answer.rule,
             rip,
             cost: None,

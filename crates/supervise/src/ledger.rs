@@ -137,11 +137,33 @@ pub struct Counters<T = Nanos> {
     /// What the last read got or the last write gave.
     pub value: u64,
     /// What was done.
+    pub done: Done,
+    /// How many of the accesses faulted, and the last of them.
+    pub faults: Option<Faults>,
+}
+
+/// What was done with an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Done {
+    /// What the guest got.
     pub did: Disposition,
-    /// Why it faulted where the policy does not say `deny`.
+    /// Why the access faulted where the policy does not say `deny`.
     pub why: Option<FaultCause>,
-    /// Why the kernel handed it to user space.
+    /// Why the kernel handed the access to user space.
     pub reason: Option<Reason>,
+    /// What the policy would do, where the policy is not in force.
+    pub would: Option<Disposition>,
+}
+
+/// Accesses that faulted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Faults {
+    /// How many.
+    pub count: u64,
+    /// What was done with the last one.
+    pub last: Done,
+    /// The guest's instruction pointer at the last one, where it was asked for.
+    pub rip: Option<u64>,
 }
 
 /// What a vCPU did.
@@ -249,9 +271,8 @@ impl Reader {
                 count: tally.count,
                 cost: self.lasting(tally.cost),
                 value: tally.value,
-                did: tally.did,
-                why: tally.why,
-                reason: tally.reason,
+                done: tally.done,
+                faults: tally.faults,
             };
             (key, tally)
         };
@@ -306,7 +327,11 @@ fn ticks() -> Ticks {
 /// Takes a ring's events up to a time.
 fn read(ring: &Ring, until: Ticks, taken: &mut Vec<(Ticks, Words)>) {
     let words = &ring.words;
-    let written = words.at(vcpu::WRITTEN).load(Ordering::Acquire);
+    let mut written = words.at(vcpu::WRITTEN).load(Ordering::Acquire);
+    // Where the vCPU runs no more it is as known as it will be how the last access ended.
+    if until == Ticks(u64::MAX) && words.get(vcpu::PENDING_EVENT) != 0 {
+        written = written.wrapping_add(1);
+    }
     let mut at = words.get(vcpu::TAKEN);
     // More than a ring holds is what no answerer wrote.
     for _ in 0..written.wrapping_sub(at).min(vcpu::EVENT_COUNT as u64) {
@@ -332,20 +357,29 @@ fn count(ring: &Ring, counts: &mut Counts) {
         }
         let op = if key & 1 == 0 { Op::Read } else { Op::Write };
         let (count, cost) = (words.get(at + 1), words.get(at + 4));
-        let (did, why, reason) = decode_told(words.get(at + 3));
+        let faults = Faults {
+            count: words.get(at + 5),
+            last: decode_told(words.get(at + 6)),
+            rip: Some(words.get(at + 7)).filter(|rip| *rip != 0),
+        };
+        let faults = Some(faults).filter(|faults| faults.count > 0);
         counts
             .entry((Msr((key >> 1) as u32), op))
             .and_modify(|tally| {
                 tally.count = tally.count.wrapping_add(count);
                 tally.cost.0 = tally.cost.0.wrapping_add(cost);
+                let before = tally.faults.map_or(0, |faults| faults.count);
+                tally.faults = faults.or(tally.faults).map(|last| Faults {
+                    count: before.wrapping_add(faults.map_or(0, |faults| faults.count)),
+                    ..last
+                });
             })
             .or_insert(Counters {
                 count,
                 cost: Ticks(cost),
                 value: words.get(at + 2),
-                did,
-                why,
-                reason,
+                done: decode_told(words.get(at + 3)),
+                faults,
             });
     }
 }
@@ -355,14 +389,16 @@ fn gap((vm, vcpu): (u32, u32), events: u64) -> Words {
     [0, events, 0, u64::from(vm) << 32, u64::from(vcpu), vcpu::GAP, 0, 0]
 }
 
-fn decode_told(bits: u64) -> (Disposition, Option<FaultCause>, Option<Reason>) {
-    let did = Disposition::ALL
-        .get((bits & 0xff) as usize)
-        .copied()
-        .unwrap_or(Disposition::Fault);
+fn decode_told(bits: u64) -> Done {
+    let disposition = |number: u64| Disposition::ALL.get((number & 0xff) as usize).copied();
     let why = (bits >> 8 & 0xff).checked_sub(1);
-    let why = why.and_then(|why| FaultCause::ALL.get(why as usize).copied());
-    (did, why, Reason::from_bits((bits >> 16 & 0xff) as u32))
+    let would = (bits >> vcpu::WOULD & 0xff).checked_sub(1);
+    Done {
+        did: disposition(bits).unwrap_or(Disposition::Fault),
+        why: why.and_then(|why| FaultCause::ALL.get(why as usize).copied()),
+        reason: Reason::from_bits((bits >> 16 & 0xff) as u32),
+        would: would.and_then(disposition),
+    }
 }
 
 /// Whatever the words are, they are some entry.
@@ -377,7 +413,12 @@ fn decode(words: Words, t: Nanos, lasting: impl Fn(Ticks) -> Nanos) -> Entry {
             events: value,
         });
     }
-    let (did, why, reason) = decode_told(bits);
+    let Done {
+        did,
+        why,
+        reason,
+        would,
+    } = decode_told(bits);
     let op = if bits & vcpu::WRITE == 0 { Op::Read } else { Op::Write };
     let event = Event {
         t,
@@ -389,6 +430,7 @@ fn decode(words: Words, t: Nanos, lasting: impl Fn(Ticks) -> Nanos) -> Entry {
         reason,
         did,
         why,
+        would,
         rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
         rip: (bits & vcpu::HAS_RIP != 0).then_some(rip),
         cost: (bits & vcpu::HAS_COST != 0).then(|| lasting(Ticks(cost))),

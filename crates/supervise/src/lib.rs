@@ -37,7 +37,7 @@ mod memory;
 mod frame;
 mod spawn;
 
-pub use ledger::{Counters, Entry, Ledger, Reader};
+pub use ledger::{Counters, Done, Entry, Faults, Ledger, Reader};
 pub use policy::Mode;
 pub use seccomp::{Expected, Listener, Marks, notify};
 pub use spawn::{Forked, bind, fork, no_signal_for_stops};

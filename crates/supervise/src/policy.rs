@@ -73,7 +73,8 @@ impl Policy {
             (None, _) => Plan::compile_for(map, options)?,
             (Some(filter), _) => Plan::compile_for(&map.restricted_by(filter), options)?,
         };
-        Ok(plan.with_exit_reasons(mask))
+        // What the kernel refuses is handed over too, so that it is known; it faults as it would have.
+        Ok(plan.with_exit_reasons(mask.union(Reasons::ALL)))
     }
 
     /// What each vCPU is given.
@@ -173,8 +174,11 @@ impl Policy {
         Intervals::first_match(handed.clone(), parts)
     }
 
-    /// What the policy would do, and by which rule.
-    pub(crate) fn would(&self, msr: Msr, op: Op) -> (Disposition, Option<u32>) {
+    /// What the policy would do, and by which rule; `None` where there is none.
+    pub(crate) fn would(&self, msr: Msr, op: Op) -> Option<(Disposition, Option<u32>)> {
+        if self.mode != Mode::Audit {
+            return None;
+        }
         let (did, rule) = match op {
             Op::Read => {
                 let decision = self.plan.map().reads().get(msr);
@@ -186,7 +190,7 @@ impl Policy {
             }
         };
         let spilled = self.plan.table().passes(msr, op);
-        (if spilled { Disposition::Pass } else { did }, rule)
+        Some((if spilled { Disposition::Pass } else { did }, rule))
     }
 }
 

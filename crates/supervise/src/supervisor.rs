@@ -183,29 +183,18 @@ impl Supervisor {
 
     /// The ioctls that have to wait.
     pub fn requests(&self) -> Vec<u32> {
-        let mut requests = vec![abi::CREATE_VM, abi::CREATE_VCPU, abi::SET_MSR_FILTER, abi::ENABLE_CAP];
+        // KVM_RUN is led to an answerer: what the kernel refuses is an exit, of which the VMM knows nothing.
+        let mut requests = vec![abi::CREATE_VM, abi::CREATE_VCPU, abi::SET_MSR_FILTER, abi::ENABLE_CAP, abi::RUN];
         if self.setup.resolve.is_some() {
             requests.extend([abi::SET_CPUID, abi::SET_CPUID2]);
         }
         if !self.policy.presets().is_empty() {
             requests.extend([abi::GET_MSRS, abi::SET_MSRS, abi::GET_ONE_REG, abi::SET_ONE_REG]);
         }
-        if self.answers() {
-            requests.push(abi::RUN);
-        }
         if self.setup.resolve.is_some() || self.policy.has_emulated_state() {
             requests.push(abi::SET_MP_STATE);
         }
         requests
-    }
-
-    /// Whether KVM_RUN is led to an answerer. A policy that denies makes no exits by itself; but a VMM may ask for exits of
-    /// its own at any time, and what the policy denies is an exit too then, of which that VMM knows nothing.
-    fn answers(&self) -> bool {
-        self.setup.mode != Mode::Enforce
-            || self.setup.resolve.is_some()
-            || *self.policy.plan().filter() != Filter::allow_all()
-            || self.policy.plan().reasons() != Reasons::NONE
     }
 
     /// Locked while a thread stands still. Whoever waits for children of this process waits for stops of theirs too, which

@@ -1,7 +1,7 @@
 //! What exits get, as words for the answerer.
 
 use msrgate_answer::layout::table;
-use msrgate_core::{Entry, FaultCause, Log, MsrRange, ReadAction, WriteAction};
+use msrgate_core::{Disposition, Entry, FaultCause, Log, MsrRange, ReadAction, WriteAction};
 
 use crate::policy::{Mode, Policy};
 
@@ -49,11 +49,18 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
     let mut words = Vec::new();
     let default = |kind, did| entry(all, kind, did, None, Log::None, 0);
     let (unknown, invalid) = (table.unknown(), table.invalid());
-    words.extend(default(filter, 0));
-    words.extend(default(filter, 0));
+    let nobodys = told(Disposition::Fault, Some(FaultCause::NoRule));
+    words.extend(default(filter, nobodys));
+    words.extend(default(filter, nobodys));
     for (reads, writes) in [unknown, invalid] {
-        words.extend(default(fallback(reads), reads.did() as u64));
-        words.extend(default(fallback_write(writes), writes.did() as u64));
+        for (kind, did) in [(fallback(reads), reads.did()), (fallback_write(writes), writes.did())] {
+            // What the policy leaves to the kernel the kernel has refused.
+            let said = match kind {
+                Kind::Route => told(Disposition::Fault, Some(FaultCause::KernelRefused)),
+                _ => did as u64,
+            };
+            words.extend(default(kind, said));
+        }
     }
     let mut reads = Vec::new();
     let mut writes = Vec::new();
@@ -149,7 +156,7 @@ fn entry(range: MsrRange, kind: Kind, did: u64, rule: Option<u32>, log: Log, cel
         Kind::Ask => (table::ASK, 0),
     };
     let told = match kind {
-        Kind::Fault(Some(why)) => told(msrgate_core::Disposition::Fault, Some(why)),
+        Kind::Fault(Some(why)) => told(Disposition::Fault, Some(why)),
         _ => did,
     };
     let mut words = [0; table::ENTRY];
@@ -163,7 +170,7 @@ fn entry(range: MsrRange, kind: Kind, did: u64, rule: Option<u32>, log: Log, cel
 }
 
 /// What was done and why, as an event has it.
-pub(crate) fn told(did: msrgate_core::Disposition, why: Option<FaultCause>) -> u64 {
+pub(crate) fn told(did: Disposition, why: Option<FaultCause>) -> u64 {
     did as u64 | why.map_or(0, |why| why as u64 + 1) << 8
 }
 

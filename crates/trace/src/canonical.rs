@@ -37,6 +37,10 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         Some(()) => Some(rest.word(&FaultCause::ALL, FaultCause::name)?),
         None => None,
     };
+    let would = match rest.skip(b",\"would\":\"") {
+        Some(()) => Some(rest.word(&Disposition::ALL, Disposition::name)?),
+        None => None,
+    };
     let rule = match rest.skip(b",\"rule\":") {
         Some(()) => Some(rest.decimal_u32()?),
         None => None,
@@ -60,6 +64,7 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         reason,
         did,
         why,
+        would,
         rule,
         rip,
         cost: cost.map(Nanos),
@@ -139,6 +144,7 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
         reason,
         did,
         why,
+        would,
         rule,
         rip,
         cost,
@@ -165,6 +171,10 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
     if let Some(why) = why {
         line.text("\",\"why\":\"");
         line.text(why.name());
+    }
+    if let Some(would) = would {
+        line.text("\",\"would\":\"");
+        line.text(would.name());
     }
     line.text("\"");
     if let Some(rule) = rule {

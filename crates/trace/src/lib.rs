@@ -144,6 +144,8 @@ struct Line<'a> {
     did: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
     why: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    would: Option<Cow<'a, str>>,
     #[serde(default)]
     rule: Option<u32>,
     #[serde(borrow, default)]
@@ -205,6 +207,10 @@ impl Line<'_> {
         if why.is_none() {
             word(&self.why, "why")?;
         }
+        let would = self.would.as_ref().and_then(|would| Disposition::from_name(would));
+        if would.is_none() {
+            word(&self.would, "would")?;
+        }
         let rip = self.rip.as_ref().map(|rip| rip.get("rip")).transpose()?;
         Ok(Event {
             t: Nanos(self.t),
@@ -216,6 +222,7 @@ impl Line<'_> {
             reason,
             did: did.unwrap_or(Disposition::Allow),
             why,
+            would,
             rule: self.rule,
             rip,
             cost: self.cost.map(Nanos),
@@ -479,6 +486,7 @@ mod tests {
             reason: Some(Reason::Filter),
             did: Disposition::Fault,
             why: Some(FaultCause::AlreadyWritten),
+            would: None,
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
             cost: Some(Nanos(1200)),
@@ -490,6 +498,7 @@ mod tests {
         let bare = Event {
             reason: None,
             why: None,
+            would: None,
             rule: None,
             rip: None,
             cost: None,
@@ -551,6 +560,7 @@ mod tests {
                 reason: Some(Reason::ALL[number % 3]).filter(|_| number & 3 > 0),
                 did: Disposition::ALL[number % Disposition::ALL.len()],
                 why: Some(FaultCause::ALL[number % FaultCause::ALL.len()]).filter(|_| number % 11 > 5),
+                would: None,
                 rule: event.rule.filter(|_| number & 4 > 0),
                 rip: event.rip.filter(|_| number & 8 > 0),
                 cost: event.cost.filter(|_| number % 9 > 4),

@@ -82,6 +82,7 @@ impl Threads {
             why: None,
             rule: None,
             rip: None,
+            would: None,
             cost: None,
         }))
     }

@@ -55,6 +55,7 @@ fn event() -> impl Strategy<Value = Event> {
             reason,
             did,
             why,
+            would: None,
             rule,
             rip,
             cost: cost.map(Nanos),

@@ -142,6 +142,16 @@ fn ticks() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Has the event that waits, if there is one, seen.
+#[inline(always)]
+fn publish(shared: u64) {
+    if word(shared, vcpu::PENDING_EVENT) != 0 {
+        put(shared, vcpu::PENDING_EVENT, 0);
+        let written = word(shared, vcpu::WRITTEN).wrapping_add(1);
+        atomic(at(shared, vcpu::WRITTEN)).store(written, Ordering::Release);
+    }
+}
+
 /// Tells whether a signal's handler ran on this stack since it was set: the kernel puts the frame of a signal below the
 /// stack pointer and the red zone, and always writes `sw_reserved` of the extended state there. A VMM that stops its
 /// vCPUs by a signal with a handler that does nothing wants KVM_RUN to return EINTR, whenever the signal comes.
@@ -238,7 +248,9 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             }
             ran = false;
             let exit: u32 = get(of(page, field::EXIT_REASON));
-            if exit != abi::EXIT_X86_RDMSR && exit != abi::EXIT_X86_WRMSR {
+            let is_msr = exit == abi::EXIT_X86_RDMSR || exit == abi::EXIT_X86_WRMSR;
+            let pending = word(shared, vcpu::PENDING);
+            if !is_msr && pending == 0 {
                 break 0;
             }
             let began = ticks();
@@ -246,6 +258,27 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             let why = u64::from(get::<u32>(of(page, field::REASON)));
             let msr = u64::from(get::<u32>(of(page, field::INDEX)));
             let data: u64 = get(of(page, field::DATA));
+            let key = 1 << 63 | msr << 1 | u64::from(write);
+            // The guest is at the access that it is to make again where no register has changed since. That it makes it
+            // again comes to an exit only where the kernel refuses it, and then the event that waits is this one's.
+            let mut again = pending != 0;
+            if pending != 0 {
+                for register in 0..abi::REGS_BYTES / 8 {
+                    again &= get::<u64>(of(page, field::REGS + register * 8)) == word(shared, vcpu::REGISTERS + register);
+                }
+                if is_msr {
+                    again &= pending == key && why != u64::from(abi::REASON_FILTER);
+                }
+                if !again {
+                    publish(shared);
+                }
+                if !again || is_msr {
+                    put(shared, vcpu::PENDING, 0);
+                }
+            }
+            if !is_msr {
+                break 0;
+            }
 
             // What it gets: the entry, or the default of its reason.
             let tables = word(this, slot::TABLE);
@@ -283,10 +316,10 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             match kind & 0xff {
                 table::ROUTE => {
                     if word(this, slot::MASK) & why != 0 {
+                        publish(shared);
                         break 0;
                     }
                     error = 1;
-                    told = NO_RULE;
                 }
                 table::ANSWER => value = word(entry, table::VALUE),
                 table::DONE => {}
@@ -320,7 +353,10 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     }
                     match answer {
                         reply::ANSWERED => {}
-                        reply::VMM => break 0,
+                        reply::VMM => {
+                            publish(shared);
+                            break 0;
+                        }
                         reply::REDO | reply::TOLD => redo = true,
                         reply::FAULTED => error = 1,
                         // Nobody is there who answers.
@@ -364,8 +400,12 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 let now = ticks();
                 let took = now.wrapping_sub(began);
                 let (op, told) = (u64::from(write), told | why << 16);
+                let would = if again { word(shared, vcpu::REPLY + 1) & 0xff << vcpu::WOULD } else { 0 };
+                let told = told | would;
+                if redo {
+                    put(shared, vcpu::PENDING, key);
+                }
                 // Counted by MSR and direction.
-                let key = 1 << 63 | msr << 1 | op;
                 let place = (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54) as usize;
                 let mut probe = 0;
                 loop {
@@ -377,10 +417,15 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     let tally = at(shared, vcpu::TALLIES + place * vcpu::TALLY);
                     let found = word(tally, 0);
                     if found == key || found == 0 {
-                        put(tally, 1, word(tally, 1).wrapping_add(1));
+                        put(tally, 1, word(tally, 1).wrapping_add(u64::from(!again)));
                         put(tally, 2, value);
                         put(tally, 3, told);
                         put(tally, 4, word(tally, 4).wrapping_add(took));
+                        if error != 0 {
+                            put(tally, 5, word(tally, 5).wrapping_add(1));
+                            put(tally, 6, told);
+                            put(tally, 7, rip);
+                        }
                         // Who sees the key sees the rest.
                         atomic(tally).store(key, Ordering::Release);
                         break;
@@ -390,6 +435,8 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 // An event, where it is wanted; before it, how many found no room.
                 if log & 3 != 0 || flags & slot::EVENTS != 0 {
                     let mut written = word(shared, vcpu::WRITTEN);
+                    // The event that waits is overwritten.
+                    put(shared, vcpu::PENDING_EVENT, 0);
                     let taken = atomic(at(shared, vcpu::TAKEN)).load(Ordering::Acquire);
                     let missed = word(shared, vcpu::MISSED);
                     let room = vcpu::EVENT_COUNT as u64 - written.wrapping_sub(taken);
@@ -418,7 +465,12 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                         put(event, 5, told | op << 24 | has_rip | has_cost);
                         put(event, 6, log);
                         put(event, 7, took);
-                        atomic(at(shared, vcpu::WRITTEN)).store(written.wrapping_add(1), Ordering::Release);
+                        // A gap before it can be seen, and it where it is known how it ends.
+                        atomic(at(shared, vcpu::WRITTEN)).store(written, Ordering::Release);
+                        put(shared, vcpu::PENDING_EVENT, 1);
+                        if !redo {
+                            publish(shared);
+                        }
                     }
                 }
             }

@@ -164,6 +164,7 @@ mod tests {
             reason: None,
             did,
             why: None,
+            would: None,
             rule: None,
             rip: None,
             cost: None,

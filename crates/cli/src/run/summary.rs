@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Msr, Op, Reason};
+use msrgate_core::{Disposition, Msr, Op, Reason};
 use msrgate_plan::Preset;
-use msrgate_supervise::{Counters, Mode, Reader};
+use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
 use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
@@ -56,9 +56,12 @@ impl Summary {
                 "op": op.name(),
                 "count": tally.count,
                 "cost_ns": tally.cost.0,
-                "reason": tally.reason.map(|reason| reason.name()),
-                "did": tally.did.name(),
-                "why": tally.why.map(|why| why.name()),
+                "reason": tally.done.reason.map(|reason| reason.name()),
+                "did": tally.done.did.name(),
+                "why": tally.done.why.map(|why| why.name()),
+                "would": tally.done.would.map(|would| would.name()),
+                "faulted": tally.faults.map_or(0, |faults| faults.count),
+                "fault_rip": tally.faults.and_then(|faults| faults.rip).map(|rip| format!("{rip:#x}")),
                 "value": format!("{:#x}", tally.value),
             })
         });
@@ -87,21 +90,17 @@ impl Summary {
         killed: Option<&str>,
     ) -> String {
         let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
-        let mut accesses: u64 = 0;
+        let (mut accesses, mut faulted): (u64, u64) = (0, 0);
         for ((msr, op), tally) in tallies {
             accesses = accesses.saturating_add(tally.count);
-            let got = match (tally.why, tally.reason) {
-                (Some(why), _) => format!("{}: {why}", tally.did),
-                (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason})", tally.did),
-                (None, _) => tally.did.to_string(),
-            };
+            faulted = faulted.saturating_add(tally.faults.map_or(0, |faults| faults.count));
             table.add_row([
                 msr.to_string(),
                 words::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
                 words::duration(tally.cost.0 / tally.count.max(1)),
-                got,
+                got(tally),
                 format!("{:#x}", tally.value),
             ]);
         }
@@ -153,6 +152,17 @@ impl Summary {
                 (Mode::Learn, _) => format!("{touched} MSRs and directions touched, nothing changed"),
             }
         );
+        if faulted > 0 {
+            text.push_str(&format!(
+                "msrgate: {} #GP of an MSR:\n",
+                counted(faulted, "time the guest got", "times the guest got")
+            ));
+            for ((msr, op), tally) in tallies {
+                if let Some(faults) = tally.faults {
+                    text.push_str(&fault(*msr, *op, &faults));
+                }
+            }
+        }
         if accesses > 0 {
             text.push_str(&render::text(&table));
         }
@@ -185,6 +195,46 @@ impl Summary {
         text.push_str(background);
         text
     }
+}
+
+/// What the accesses of an MSR got: the last one, and how many faulted where some did not.
+fn got(tally: &Counters) -> String {
+    let Done {
+        did,
+        why,
+        reason,
+        would,
+    } = tally.done;
+    let last = match (why, reason) {
+        (Some(why), _) => format!("{did}: {why}"),
+        (None, Some(reason)) if reason != Reason::Filter => format!("{did} ({reason})"),
+        (None, _) => did.to_string(),
+    };
+    let would = would.map(|would| format!("; policy: {would}")).unwrap_or_default();
+    match tally.faults {
+        Some(faults) if faults.count != tally.count => format!("{last}{would}; {} faulted", faults.count),
+        _ => format!("{last}{would}"),
+    }
+}
+
+/// A line of the MSRs that faulted.
+fn fault(msr: Msr, op: Op, faults: &Faults) -> String {
+    let name = words::name(msr).map(|name| format!(" {name}")).unwrap_or_default();
+    let cause = match (faults.last.did, faults.last.reason) {
+        (Disposition::Deny, _) => "the policy denies it".to_owned(),
+        (_, Some(Reason::Unknown)) => "KVM does not know the MSR".to_owned(),
+        (_, Some(Reason::Invalid)) if op == Op::Write => "KVM refuses the value".to_owned(),
+        (_, Some(Reason::Invalid)) => "KVM refuses the read".to_owned(),
+        (did, _) => faults.last.why.map_or(did.to_string(), |why| why.to_string()),
+    };
+    let rip = faults
+        .rip
+        .map(|rip| format!(", the last at RIP {rip:#x}"))
+        .unwrap_or_default();
+    format!(
+        "    {op} {msr}{name}: {}, {cause}{rip}\n",
+        counted(faults.count, "time", "times")
+    )
 }
 
 /// What all accesses took together.

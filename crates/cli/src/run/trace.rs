@@ -253,6 +253,9 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     if let Some(why) = event.why {
         write!(to, " {why}")?;
     }
+    if let Some(would) = event.would {
+        write!(to, " policy {would}")?;
+    }
     if let Some(rule) = event.rule {
         write!(to, " rule {rule}")?;
     }
@@ -282,6 +285,7 @@ mod tests {
             reason: None,
             did: Disposition::Value,
             why: None,
+            would: None,
             rule: Some(2),
             rip: None,
             cost: None,

@@ -95,18 +95,21 @@ fn learning_changes_nothing_and_tells_each_msr_and_direction_once() {
     let ran = under(&folder, &["--learn", "--trace", "trace.jsonl"], accesses).code(0);
     assert_eq!(seen(&ran), seen(&without));
     let events = traced(&folder).1.into_iter();
-    let mut touched: Vec<_> = events.map(|event| (event.msr.0, event.op.name())).collect();
-    touched.sort_unstable();
-    let expected = [
+    let told = |event: Event| (event.msr.0, event.op.name(), event.did.name(), event.reason);
+    let mut touched: Vec<_> = events.map(told).collect();
+    touched.sort_unstable_by_key(|(msr, op, ..)| (*msr, *op));
+    let allowed = [
         (0x35, "rdmsr"),
         (0x8b, "rdmsr"),
         (0x8b, "wrmsr"),
         (0x174, "rdmsr"),
         (0x174, "wrmsr"),
-        (0xdeadbeef, "rdmsr"),
-        (0xdeadbeef, "wrmsr"),
     ];
-    assert_eq!(touched, expected);
+    let allowed = allowed.map(|(msr, op)| (msr, op, "allow", Some(Reason::Filter)));
+    // Of what faulted each access is told.
+    let faulted = ["rdmsr", "rdmsr", "wrmsr", "wrmsr"];
+    let faulted = faulted.map(|op| (0xdeadbeef, op, "fault", Some(Reason::Unknown)));
+    assert_eq!(touched, [&allowed[..], &faulted[..]].concat());
 }
 
 #[test]
@@ -150,11 +153,13 @@ fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
     assert_eq!(seen(&ran), seen(&without));
     let summary = summary(&ran);
     let expected = [
-        ("0x35", "rdmsr", 1, "deny"),
-        ("0x8b", "rdmsr", 1, "zero"),
-        ("0x174", "wrmsr", 1, "deny"),
+        ("0x35", "rdmsr", 1, "allow"),
+        ("0x8b", "rdmsr", 1, "allow"),
+        ("0x174", "wrmsr", 1, "allow"),
     ];
     assert_eq!(rows(&summary), expected);
+    let would: Vec<_> = list(&summary, "by_msr").iter().map(|row| row["would"].clone()).collect();
+    assert_eq!(would, ["deny", "zero", "deny"]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use msrgate_answer::layout::reply;
+use msrgate_answer::layout::{reply, vcpu};
 use msrgate_core::{Access, Answer, Disposition, Exit, FaultCause, Log, Msr, MsrBackend, Op, Outcome, Reason};
 use msrgate_kvm::HostMsrs;
 
@@ -22,6 +22,8 @@ struct Verdict {
     value: u64,
     /// `None` where it is not to be told.
     told: Option<(Disposition, Option<FaultCause>)>,
+    /// What the policy would do, where it is not in force.
+    would: Option<Disposition>,
     rule: Option<u32>,
     log: Log,
 }
@@ -32,6 +34,7 @@ impl Verdict {
             code,
             value: 0,
             told: None,
+            would: None,
             rule: None,
             log: Log::None,
         }
@@ -47,6 +50,7 @@ impl Verdict {
             code,
             value,
             told: Some((answer.did, answer.why)),
+            would: None,
             rule: answer.rule,
             log: answer.log,
         }
@@ -127,7 +131,13 @@ impl Supervisor {
         if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
             let rule = u64::from(verdict.rule.unwrap_or(u32::MAX));
             let (told, log) = match verdict.told {
-                Some((did, why)) => (table::told(did, why), table::log_word(verdict.log)),
+                Some((did, why)) => {
+                    let would = verdict.would.map_or(0, |would| would as u64 + 1);
+                    (
+                        table::told(did, why) | would << vcpu::WOULD,
+                        table::log_word(verdict.log),
+                    )
+                }
                 None => (0, u64::MAX),
             };
             ring.reply([verdict.value, told, rule, log]);
@@ -281,12 +291,13 @@ impl Supervisor {
         if vm.cannot_open(msr, op) {
             return nobody;
         }
-        let (did, rule) = vm.state.policy.would(msr, op);
+        let would = vm.state.policy.would(msr, op);
         Verdict {
             code: reply::TOLD,
             value,
-            told: Some((did, None)),
-            rule,
+            told: Some((Disposition::Allow, None)),
+            would: would.map(|(did, _)| did),
+            rule: would.and_then(|(_, rule)| rule),
             log: Log::None,
         }
     }

@@ -11,6 +11,7 @@ fn event(t: u64, msr: u32, op: Op) -> Event {
         reason: None,
         did: Disposition::Allow,
         why: None,
+        would: None,
         rule: None,
         rip: None,
         cost: None,
@@ -37,6 +38,7 @@ fn a_row_tells_how_often_when_by_whom_and_what_it_got() {
         reason: Some(Reason::Unknown),
         did: Disposition::Fault,
         why: Some(FaultCause::NoRule),
+        would: None,
         cost: Some(Nanos(500)),
         ..read
     });
