@@ -137,7 +137,7 @@ impl Before {
     fn is_complete(&self) -> bool {
         match &self.origin {
             Origin::Policy(_) => true,
-            Origin::Summary(summary) => summary.lost == 0,
+            Origin::Summary(summary) => summary.is_complete(),
         }
     }
 
@@ -206,17 +206,24 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
             _ => format!("{shown}: {error}"),
         })
     })?;
-    if summary.lost > 0 {
+    let lost = (summary.lost > 0).then(|| {
         let lost = words::counted(summary.lost, "access is", "accesses are");
+        (format!("{lost} missing from it"), "may deny", "record the guest again")
+    });
+    let partial = (summary.partial > 0).then(|| {
+        let what = "it has only what a policy decided, and not what the policy left to the kernel".to_owned();
+        (what, "denies", "record the guest with `msrgate run --learn`")
+    });
+    for (what, denies, otherwise) in lost.into_iter().chain(partial) {
         if !incomplete {
             return Err(Failure::input(format!(
-                "{name}: {lost} missing from it, so a policy that is learned from it may deny what the guest needs: \
-                 record the guest again, or learn from what is there with --incomplete"
+                "{name}: {what}, so a policy that is learned from it {denies} what the guest needs: {otherwise}, or learn \
+                 from what is there with --incomplete"
             )));
         }
         writeln!(
             io::stderr(),
-            "msrgate: {}: {lost} missing from it: a policy that is learned from it may deny what the guest needs",
+            "msrgate: {}: {what}: a policy that is learned from it {denies} what the guest needs",
             words::plain(&name)
         )?;
     }
@@ -286,7 +293,8 @@ fn json(
         "faults": summary.faults,
         "unfiltered": summary.unfiltered,
         "lost": summary.lost,
-        "complete": summary.lost == 0 && older.is_none_or(Before::is_complete),
+        "partial": summary.partial,
+        "complete": summary.is_complete() && older.is_none_or(Before::is_complete),
         "rules": rules.collect::<Vec<_>>(),
         "faulted": faulted.collect::<Vec<_>>(),
         "remarks": remarks.collect::<Vec<_>>(),

@@ -71,6 +71,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             }
             (None, None) => None,
         };
+        let is_partial = header.is_partial();
         let loaded = match backend {
             Backend::Kvm => load::planned_for_host(policy.clone(), cpuid.as_ref(), &profile)?,
             Backend::Engine => load::planned_or_report(policy.clone(), cpuid.as_ref(), &profile)?,
@@ -80,6 +81,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
             handler::tell_of_handlers(&plan)?;
         }
         let seen = comparison.get_or_insert_with(|| Comparison::new(backend, loaded.policy.rules.clone()));
+        seen.partial += u64::from(is_partial);
         seen.next_trace(plan.map().clone(), plan.presets());
         let maker = Maker {
             backend,

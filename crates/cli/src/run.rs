@@ -65,7 +65,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let trace = Trace::open(
         args.trace.as_deref(),
         &inputs,
-        trace::header(&program, mode, known),
+        trace::header(&program, arguments, mode, known, resolved.is_whole(&plan)),
         resolved.rules,
     )?;
 

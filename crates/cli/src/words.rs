@@ -1,6 +1,7 @@
 //! The words for single things: an MSR, a hash, a time, a count, a path.
 
 use std::path::Path;
+use std::time::SystemTime;
 
 use msrgate_core::{Msr, MsrRange};
 use msrgate_plan::Preset;
@@ -46,6 +47,23 @@ pub(crate) fn duration(nanoseconds: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} ms", float / 1e6),
         _ => format!("{:.1} s", float / 1e9),
     }
+}
+
+/// Date and time in UTC, as RFC 3339 spells them; a time before 1970 is its first moment.
+pub(crate) fn date(time: SystemTime) -> String {
+    let seconds = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    // Days in eras of 400 years that begin on the first of March.
+    let days = seconds / 86_400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let of_year = day - (365 * year + year / 4 - year / 100);
+    let march = (5 * of_year + 2) / 153;
+    let (month, date) = ((march + 2) % 12 + 1, of_year - (153 * march + 2) / 5 + 1);
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{date:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
 /// `1 access`, `2 accesses`.

@@ -511,7 +511,9 @@ fn replay_says_what_each_register_got() {
         .json();
     keys(
         &report,
-        &["backend", "accesses", "changed", "faults", "lost", "presets", "by_msr"],
+        &[
+            "backend", "accesses", "changed", "faults", "lost", "partial", "presets", "by_msr",
+        ],
     );
     assert_eq!(report["backend"], "engine");
     assert_eq!((count(&report, "accesses"), count(&report, "changed")), (664, 0));
@@ -526,6 +528,7 @@ fn replay_says_what_each_register_got() {
                 "count",
                 "action",
                 "sees",
+                "without",
                 "recorded",
                 "changed",
                 "host_differs",

@@ -12,6 +12,8 @@ mod small_vmm;
 mod by_cpuid;
 #[path = "live_run/descriptors.rs"]
 mod descriptors;
+#[path = "live_run/modes.rs"]
+mod modes;
 #[path = "live_run/processes.rs"]
 mod processes;
 #[path = "live_run/told.rs"]
@@ -23,7 +25,7 @@ use std::process::{Command, Stdio};
 
 use command::{Folder, Ran, count, list, text};
 use live::kvm_opens;
-use msrgate_core::{Event, Nanos, Reason};
+use msrgate_core::{Event, Nanos, Op, Reason};
 use msrgate_trace::{Header, Lines, Record};
 use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
 use serde_json::Value;

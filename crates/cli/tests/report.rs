@@ -39,8 +39,8 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
     assert_eq!(
         read["got"],
         json!([
-            { "did": "value", "why": null, "reason": "filter", "rule": 3, "count": 1 },
-            { "did": "fault", "why": "no-rule", "reason": "unknown", "rule": null, "count": 1 },
+            { "did": "value", "why": null, "reason": "filter", "would": null, "rule": 3, "count": 1 },
+            { "did": "fault", "why": "no-rule", "reason": "unknown", "would": null, "rule": null, "count": 1 },
         ])
     );
     assert_eq!(

@@ -184,7 +184,13 @@ impl Supervisor {
     /// The ioctls that have to wait.
     pub fn requests(&self) -> Vec<u32> {
         // KVM_RUN is led to an answerer: what the kernel refuses is an exit, of which the VMM knows nothing.
-        let mut requests = vec![abi::CREATE_VM, abi::CREATE_VCPU, abi::SET_MSR_FILTER, abi::ENABLE_CAP, abi::RUN];
+        let mut requests = vec![
+            abi::CREATE_VM,
+            abi::CREATE_VCPU,
+            abi::SET_MSR_FILTER,
+            abi::ENABLE_CAP,
+            abi::RUN,
+        ];
         if self.setup.resolve.is_some() {
             requests.extend([abi::SET_CPUID, abi::SET_CPUID2]);
         }

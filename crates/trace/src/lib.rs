@@ -51,6 +51,18 @@ const LONGEST: u64 = 1 << 20;
 /// What is said of a last line that is not all there.
 const BREAKS_OFF: &str = "the line breaks off: the trace was cut short";
 
+/// Which of the guest's accesses a trace has, where none is lost.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Coverage {
+    /// Every access that the filter can stop.
+    All,
+    /// The first access of each VM to an MSR in a direction, and each that faulted.
+    First,
+    /// What a policy decided, and each access that faulted: not what the policy left to the kernel.
+    Decided,
+}
+
 /// What a trace says of itself in its first line. All but the version may be missing.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct Header {
@@ -71,6 +83,21 @@ pub struct Header {
     /// How the accesses were seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
+    /// Which accesses the trace has; all where it does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coverage: Option<Coverage>,
+    /// When the trace was begun: date and time in UTC, as RFC 3339 spells them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<String>,
+    /// What the VMM calls the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The process that was the VMM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Whether the host's KVM answered for MSRs that it does not know (`kvm.ignore_msrs`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ignore_msrs: Option<bool>,
     /// The guest's CPU model, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu: Option<String>,
@@ -87,6 +114,11 @@ impl Header {
     pub fn parse_cpuid(&self) -> Option<Result<Cpuid, TraceError>> {
         let text = self.cpuid.as_deref()?;
         Some(Cpuid::parse_raw(text).map_err(|error| TraceError::at(1, format!("its CPUID is malformed: {error}"))))
+    }
+
+    /// Whether accesses with which the guest was served are not in the trace.
+    pub fn is_partial(&self) -> bool {
+        self.coverage == Some(Coverage::Decided)
     }
 
     /// Writes the first line of a trace.

@@ -106,7 +106,9 @@ pub struct Got {
     pub why: Option<FaultCause>,
     /// Why the kernel handed it to user space; `None` where it did not.
     pub reason: Option<Reason>,
-    /// The number of the rule, in the policy that the guest ran under.
+    /// What the policy would do, where the guest ran beside it.
+    pub would: Option<Disposition>,
+    /// The number of the rule, in the policy that the guest ran under or beside.
     pub rule: Option<u32>,
 }
 
@@ -491,9 +493,9 @@ impl Row {
             did: event.did,
             why: event.why,
             reason: event.reason,
+            would: event.would,
             rule: event.rule,
         });
-        // A trace of what a policy would do has the value that the read got all the same.
         if event.op == Op::Write || !event.did.is_fault() || event.value != 0 {
             self.values.add(event.value);
         }

@@ -40,12 +40,13 @@ fn event() -> impl Strategy<Value = Event> {
     let answer = (
         select(dids.to_vec()),
         option::of(select(whys.to_vec())),
+        option::of(select(dids.to_vec())),
         option::of(any::<u32>()),
     );
     let from = (any::<u64>(), any::<u32>(), any::<u32>());
     let known = (option::of(any::<u64>()), option::of(any::<u64>()));
     (access, answer, from, known, option::of(select(Reason::ALL.to_vec()))).prop_map(
-        |((op, msr, value), (did, why, rule), (t, vm, vcpu), (rip, cost), reason)| Event {
+        |((op, msr, value), (did, why, would, rule), (t, vm, vcpu), (rip, cost), reason)| Event {
             t: Nanos(t),
             vm,
             vcpu,
@@ -55,7 +56,7 @@ fn event() -> impl Strategy<Value = Event> {
             reason,
             did,
             why,
-            would: None,
+            would,
             rule,
             rip,
             cost: cost.map(Nanos),

@@ -23,6 +23,8 @@ pub(crate) struct Comparison {
     faults: u64,
     /// How many accesses are missing from the traces.
     lost: u64,
+    /// How many of the traces have only what a policy decided.
+    pub(crate) partial: u64,
 }
 
 /// One MSR in one direction.
@@ -32,6 +34,8 @@ pub(crate) struct Row {
     /// What the policy says, in its words.
     pub(crate) action: &'static str,
     pub(crate) sees: Answers,
+    /// What the guest gets here without the policy.
+    pub(crate) without: Answers,
     pub(crate) recorded: Answers,
     /// Accesses that the policy changed.
     pub(crate) changed: u64,
@@ -86,6 +90,7 @@ impl Comparison {
             rows: BTreeMap::new(),
             faults: 0,
             lost: 0,
+            partial: 0,
         }
     }
 
@@ -118,6 +123,7 @@ impl Comparison {
         row.action = action;
         row.count += 1;
         row.sees.add(ruled.outcome);
+        plain.into_iter().for_each(|outcome| row.without.add(outcome));
         let recorded = recorded(event);
         row.recorded.add(recorded);
         if ruled.outcome == Outcome::Fault {

@@ -18,6 +18,7 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
             "count": row.count,
             "action": row.action,
             "sees": row.sees.text(),
+            "without": row.without.text(),
             "recorded": row.recorded.text(),
             "changed": row.changed,
             "host_differs": row.host_differs,
@@ -29,6 +30,7 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
         "changed": seen.changed(),
         "faults": seen.faults(),
         "lost": seen.lost(),
+        "partial": seen.partial,
         "presets": words::presets(seen.presets()),
         "by_msr": rows.collect::<Vec<_>>(),
     });
@@ -42,7 +44,17 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
 }
 
 pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
-    let mut table = render::table(&["MSR", "name", "op", "count", "policy", "guest saw", "in the trace", ""]);
+    let mut table = render::table(&[
+        "MSR",
+        "name",
+        "op",
+        "count",
+        "policy",
+        "guest saw",
+        "without it",
+        "in the trace",
+        "",
+    ]);
     for (msr, op, row) in seen.rows() {
         table.add_row([
             msr.to_string(),
@@ -51,6 +63,7 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
             row.count.to_string(),
             row.action.to_owned(),
             row.sees.text(),
+            row.without.text(),
             row.recorded.text(),
             remark(row),
         ]);
@@ -86,6 +99,14 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
             out,
             "note: {} missing from the traces, and were not made: what the policy gives them is not known here",
             words::counted(seen.lost(), "access is", "accesses are")
+        )?;
+    }
+    if seen.partial > 0 {
+        writeln!(
+            out,
+            "note: {} only what a policy decided: what that policy left to the kernel was not made, and what this policy \
+             gives it is not known here",
+            words::counted(seen.partial, "trace has", "traces have")
         )?;
     }
     match seen.changed() {

@@ -2,8 +2,8 @@
 
 use msrgate_core::{Disposition, Msr, Op, Verdict};
 use msrgate_policy::{Explanation, explain};
-use msrgate_trace::TraceError;
 use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
+use msrgate_trace::{Coverage, TraceError};
 
 use crate::load::Loaded;
 use crate::words;
@@ -63,8 +63,34 @@ impl Contents {
         counts
     }
 
+    /// What the traces do not have of what the guests did.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let traces = self.files.iter().zip(self.report.traces());
+        let notes = traces.flat_map(|((name, _), trace)| {
+            let coverage = match trace.header.coverage {
+                None | Some(Coverage::All) => None,
+                Some(Coverage::First) => Some(format!(
+                    "{name} has the first access to each MSR in each direction, and each that faulted: it does not tell how often \
+                     the guests were served"
+                )),
+                Some(Coverage::Decided) => Some(format!(
+                    "{name} has what the policy decided, and each access that faulted: what the policy left to the kernel is \
+                     missing"
+                )),
+            };
+            let ignored = (trace.header.ignore_msrs == Some(true)).then(|| {
+                format!(
+                    "{name} is from a host with `kvm.ignore_msrs`: the guests were served with MSRs that KVM does not know, \
+                     and fault there on other hosts"
+                )
+            });
+            coverage.into_iter().chain(ignored)
+        });
+        notes.chain(self.gaps()).collect()
+    }
+
     /// How many accesses are missing from each trace that says so, whose, and when they were lost.
-    pub(super) fn gaps(&self) -> Vec<String> {
+    fn gaps(&self) -> Vec<String> {
         let traces = (0..).zip(&self.files).zip(self.report.traces());
         let gaps = traces.filter(|(_, trace)| trace.lost > 0);
         gaps.map(|((number, (name, _)), trace)| self.gap(number, name, trace.lost))

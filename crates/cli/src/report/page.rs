@@ -190,7 +190,7 @@ fn summary(contents: &Contents) -> Markup {
 }
 
 fn notes(contents: &Contents) -> Markup {
-    let notes = contents.gaps().into_iter().chain(contents.notes());
+    let notes = contents.missing().into_iter().chain(contents.notes());
     let mut notes: Vec<String> = notes.map(|note| short(&note)).collect();
     notes.extend(rows::note(contents));
     html! {

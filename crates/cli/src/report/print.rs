@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::Reason;
+use msrgate_core::{Disposition, Reason};
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
@@ -28,6 +28,11 @@ pub(super) fn json(contents: &Contents) -> Value {
                 "guest": header.guest,
                 "vmm": header.vmm,
                 "mode": header.mode,
+                "coverage": header.coverage,
+                "started": header.started,
+                "name": header.name,
+                "pid": header.pid,
+                "ignore_msrs": header.ignore_msrs,
                 "cpu": header.cpu,
                 "policy": header.policy,
                 "accesses": trace.events,
@@ -64,6 +69,7 @@ pub(super) fn json(contents: &Contents) -> Value {
                 "did": got.did.name(),
                 "why": got.why.map(|why| why.name()),
                 "reason": got.reason.map(Reason::name),
+                "would": got.would.map(Disposition::name),
                 "rule": got.rule,
                 "count": count,
             })).collect::<Vec<_>>(),
@@ -116,7 +122,7 @@ pub(super) fn json(contents: &Contents) -> Value {
         },
         "by_msr": rows.collect::<Vec<_>>(),
         "rules": rules(contents),
-        "notes": contents.gaps().into_iter().chain(contents.notes()).collect::<Vec<_>>(),
+        "notes": contents.missing().into_iter().chain(contents.notes()).collect::<Vec<_>>(),
     })
 }
 
@@ -171,7 +177,14 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
     let several = report.traces().len() > 1;
     for (number, ((name, _), trace)) in contents.files.iter().zip(report.traces()).enumerate() {
         let header = &trace.header;
-        let parts = [&header.guest, &header.vmm, &header.host, &header.kernel, &header.mode];
+        let parts = [
+            &header.guest,
+            &header.vmm,
+            &header.host,
+            &header.kernel,
+            &header.started,
+            &header.mode,
+        ];
         let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
         let number = if several { format!("{number}: ") } else { String::new() };
         writeln!(
@@ -181,7 +194,7 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
             words::plain(&parts.join("; "))
         )?;
     }
-    for note in contents.gaps() {
+    for note in contents.missing() {
         writeln!(out, "note: {}", words::plain(&note))?;
     }
     let has_rules = report
@@ -285,10 +298,11 @@ pub(super) fn got(row: &Row) -> String {
 
 /// What was done, with what there is to say of it.
 pub(super) fn word(got: &Got) -> String {
+    let would = got.would.map(|would| format!("; policy: {would}")).unwrap_or_default();
     match (got.why, got.reason) {
-        (Some(why), _) => format!("{}: {why}", got.did),
-        (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason})", got.did),
-        (None, _) => got.did.to_string(),
+        (Some(why), _) => format!("{}: {why}{would}", got.did),
+        (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason}){would}", got.did),
+        (None, _) => format!("{}{would}", got.did),
     }
 }
 

@@ -63,6 +63,21 @@ impl Resolved {
         Ok(resolved)
     }
 
+    /// Whether the policy decides every access, and leaves none to the kernel: then all of them are seen.
+    pub(crate) fn is_whole(&self, plan: &Plan) -> bool {
+        let reads = self
+            .map
+            .reads()
+            .iter()
+            .all(|(_, decision)| decision.action != ReadAction::Allow);
+        let writes = self
+            .map
+            .writes()
+            .iter()
+            .all(|(_, decision)| decision.action != WriteAction::Allow);
+        self.resolve.is_none() && plan.presets().is_empty() && reads && writes
+    }
+
     /// The plan of the map, if `run` can carry it out; what is wrong with the policy is printed. Whether there is KVM is
     /// not asked: the VMM may not need it.
     pub(crate) fn plan(&self) -> Result<Plan, Failure> {

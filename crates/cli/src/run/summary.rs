@@ -154,8 +154,8 @@ impl Summary {
         );
         if faulted > 0 {
             text.push_str(&format!(
-                "msrgate: {} #GP of an MSR:\n",
-                counted(faulted, "time the guest got", "times the guest got")
+                "msrgate: the guests got #GP {}:\n",
+                counted(faulted, "time", "times")
             ));
             for ((msr, op), tally) in tallies {
                 if let Some(faults) = tally.faults {

@@ -1,13 +1,15 @@
 //! Where events go: a file, or standard error.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, BufWriter, Seek, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use msrgate_core::{Event, Gap, LogLimiter, Op};
 use msrgate_supervise::{Entry, Mode};
-use msrgate_trace::{Header, write_event, write_gap};
+use msrgate_trace::{Coverage, Header, write_event, write_gap};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
@@ -18,31 +20,57 @@ pub(crate) const PASSED_ON: &str = "every access is denied to the guest and pass
                                     KVM_SET_MSRS, which is not always what the guest's own instruction would have got";
 
 /// What a trace says of itself.
-pub(crate) fn header(vmm: &Path, mode: Mode, policy: Option<String>) -> Header {
+///
+/// `whole` where the policy leaves no access to the kernel.
+pub(crate) fn header(vmm: &Path, arguments: &[OsString], mode: Mode, policy: Option<String>, whole: bool) -> Header {
     let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned()).ok();
     let kernel = read("/proc/sys/kernel/osrelease");
     Header {
         msrgate_trace: msrgate_trace::VERSION,
         kernel: kernel.map(|release| format!("Linux {release}")),
         vmm: Some(vmm.display().to_string()),
+        name: name(arguments),
         mode: Some(
             match mode {
-                Mode::Enforce => "what the policy decides; what it leaves to the kernel makes no event",
+                Mode::Enforce => {
+                    "what the policy decides, and what the kernel refuses; what the policy leaves to the kernel and the \
+                     kernel carries out makes no event"
+                }
                 Mode::Audit => {
                     "the first touch of each MSR and direction that the policy does not leave to the kernel, with what \
-                     the policy would do; the guest gets the kernel's own answer, and values read are the host's view"
+                     the policy would do, and each access that faults; the guest gets the kernel's own answer, and \
+                     values read are the host's view"
                 }
                 Mode::Learn => {
-                    "the first touch of each MSR and direction; the guest gets the kernel's own answer, and values read \
-                     are the host's view"
+                    "the first touch of each MSR and direction, and each access that faults; the guest gets the kernel's \
+                     own answer, and values read are the host's view"
                 }
                 Mode::LearnAll => PASSED_ON,
             }
             .to_owned(),
         ),
+        coverage: Some(match (mode, whole) {
+            (Mode::LearnAll, _) | (Mode::Enforce, true) => Coverage::All,
+            (Mode::Learn, _) | (Mode::Audit, true) => Coverage::First,
+            (Mode::Enforce | Mode::Audit, false) => Coverage::Decided,
+        }),
+        host: read("/proc/sys/kernel/hostname"),
+        ignore_msrs: read("/sys/module/kvm/parameters/ignore_msrs").map(|value| value == "Y"),
         policy: policy.filter(|_| matches!(mode, Mode::Enforce | Mode::Audit)),
         ..Header::default()
     }
+}
+
+/// The VM's name among the VMM's arguments: `-name` of QEMU, `--name` and `--id` of others.
+fn name(arguments: &[OsString]) -> Option<String> {
+    let mut arguments = arguments.iter().map(|argument| argument.to_string_lossy());
+    arguments.find(|argument| matches!(argument.as_ref(), "-name" | "--name" | "--id"))?;
+    let value = arguments.next()?;
+    // `-name guest=NAME,process=…`, or the name alone.
+    let mut parts = value.split(',');
+    let first = parts.clone().next()?;
+    let guest = parts.find_map(|part| part.strip_prefix("guest=")).unwrap_or(first);
+    Some(guest.to_owned())
 }
 
 /// Where events go.
@@ -95,6 +123,15 @@ impl Trace {
             unwritten: None,
             limiter: LogLimiter::new(rules),
         })
+    }
+
+    /// The VMM is this process.
+    pub(crate) fn of(&mut self, pid: u32) {
+        if let To::File(lines) = &mut self.to
+            && let Some(header) = &mut lines.header
+        {
+            header.pid = Some(pid);
+        }
     }
 
     pub(crate) fn is_file(&self) -> bool {
@@ -222,6 +259,10 @@ impl Lines {
             self.file.get_ref().set_permissions(Permissions::from_mode(0o600))?;
             self.file.get_mut().rewind()?;
         }
+        let header = Header {
+            started: Some(words::date(SystemTime::now())),
+            ..header
+        };
         header.write(&mut self.file)?;
         self.file.flush()
     }

@@ -78,6 +78,12 @@ impl Writer {
         (writer, Lines(sender))
     }
 
+    /// The VMM is this process.
+    pub(crate) fn of(mut self, pid: u32) -> Writer {
+        self.trace.of(pid);
+        self
+    }
+
     /// Whether somebody waits for events.
     pub(crate) fn every(self, tells: bool) -> Writer {
         let every = if tells { DRAIN } else { REST };

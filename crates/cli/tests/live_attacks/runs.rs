@@ -100,11 +100,8 @@ fn refusals_of_a_kind_are_told_a_few_times_and_counted() {
     let mut command = under(&folder, &["-p", "policy.toml"], &program, &["fork", "100", "r:0x8b"]);
     let ran = Ran::of(&mut command).code(0);
     assert_eq!(ran.out, "ended 0\n");
-    let told = ran
-        .err
-        .lines()
-        .filter(|line| line.starts_with("msrgate: no VM is made"))
-        .count();
+    // Such a line may begin within one of the VMM's, which the C library writes in parts.
+    let told = ran.err.matches("msrgate: no VM is made").count();
     assert_eq!(told, 10, "{}", ran.err);
     ran.says(&[
         "msrgate: 90 times more: no VM is made",

@@ -158,7 +158,10 @@ fn an_audit_changes_nothing_and_tells_what_the_policy_would_do() {
         ("0x174", "wrmsr", 1, "allow"),
     ];
     assert_eq!(rows(&summary), expected);
-    let would: Vec<_> = list(&summary, "by_msr").iter().map(|row| row["would"].clone()).collect();
+    let would: Vec<_> = list(&summary, "by_msr")
+        .iter()
+        .map(|row| row["would"].clone())
+        .collect();
     assert_eq!(would, ["deny", "zero", "deny"]);
 }
 

@@ -118,8 +118,10 @@ impl Summary {
         if is_summary {
             Summary::read_rows(whole)
         } else {
+            let lines = Lines::new(whole)?;
             let mut observer = Observer::default();
-            for record in Lines::new(whole)? {
+            observer.summary.partial = lines.header().is_partial().into();
+            for record in lines {
                 match record? {
                     Record::Event(event) => observer.see(&event)?,
                     Record::Gap(gap) => observer.miss(&gap),

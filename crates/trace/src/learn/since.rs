@@ -158,9 +158,9 @@ impl Learned {
             .fold(0, |sum, (_, count)| sum.saturating_add(*count));
         let traces = text::counted(self.summary.traces, "trace");
         let names = text::names(self.summary.names.iter(), self.summary.traces);
-        let missing = match self.summary.lost {
-            0 => "",
-            _ => ", from which accesses are missing",
+        let missing = match self.summary.is_complete() {
+            true => "",
+            false => ", from which accesses are missing",
         };
         match faults {
             0 => format!("{then}; not touched in {traces} since{names}{missing}"),

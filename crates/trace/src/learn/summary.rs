@@ -142,6 +142,8 @@ pub struct Summary {
     /// How many accesses are missing from the traces, as far as they tell. If any are, what is learned may deny what the
     /// guests did.
     pub lost: u64,
+    /// How many of the traces have only what a policy decided ([`crate::Coverage::Decided`]). If any are, likewise.
+    pub partial: u64,
     /// The MSRs and directions that were served.
     pub seen: BTreeMap<(Msr, Op), Seen>,
     /// How often an MSR and direction faulted; the smallest 4096 of them.
@@ -149,6 +151,11 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Whether nothing is known to be missing from the traces.
+    pub fn is_complete(&self) -> bool {
+        self.lost == 0 && self.partial == 0
+    }
+
     /// Adds what another summary counted.
     pub fn merge(&mut self, other: &Summary) -> Result<(), LearnError> {
         add(&mut self.traces, other.traces);
@@ -157,6 +164,7 @@ impl Summary {
         add(&mut self.faults, other.faults);
         add(&mut self.unfiltered, other.unfiltered);
         add(&mut self.lost, other.lost);
+        add(&mut self.partial, other.partial);
         for (key, seen) in &other.seen {
             match self.seen.get_mut(key) {
                 Some(ours) => ours.merge(seen),
@@ -193,6 +201,9 @@ impl Summary {
         )?;
         if self.lost > 0 {
             write!(to, ",\"lost\":{}", self.lost)?;
+        }
+        if self.partial > 0 {
+            write!(to, ",\"partial\":{}", self.partial)?;
         }
         writeln!(to, ",\"rows\":{rows}}}")?;
         for ((msr, op), seen) in &self.seen {
@@ -266,6 +277,7 @@ impl Summary {
             summary.faults = first.faults;
             summary.unfiltered = first.unfiltered;
             summary.lost = first.lost;
+            summary.partial = first.partial;
             header = Some(first);
         }
         let rows = (summary.seen.len() + summary.faulted.len()) as u64;
@@ -316,6 +328,8 @@ struct Header {
     unfiltered: u64,
     #[serde(default)]
     lost: u64,
+    #[serde(default)]
+    partial: u64,
     rows: u64,
 }
 

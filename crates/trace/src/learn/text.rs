@@ -33,6 +33,19 @@ impl fmt::Display for Learned {
                 ),
             )?;
         }
+        if summary.partial > 0 {
+            writeln!(f, "#")?;
+            print::comment(
+                f,
+                &format!(
+                    "Incomplete: {} only what a policy decided and not what it left to the kernel, which this one denies.",
+                    match summary.partial {
+                        1 => "1 trace has".to_owned(),
+                        count => format!("{count} traces have"),
+                    }
+                ),
+            )?;
+        }
         writeln!(f, "#")?;
         let widened = self.rules.iter().any(|rule| !rule.unseen.is_empty());
         print::comment(
