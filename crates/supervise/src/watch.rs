@@ -40,6 +40,21 @@ pub(crate) fn opened(filter: &Filter, msr: Msr, op: Op) -> Option<Filter> {
     Filter::new(filter.default_verdict(), ranges).ok()
 }
 
+/// The filter with an access denied again that [`opened`] has allowed; `None` where that takes a new plan.
+pub(crate) fn closed(filter: &Filter, msr: Msr, op: Op) -> Option<Filter> {
+    let (Verdict::Allow, DecidedBy::Range { slot, bit }) = filter.decide(msr, op) else {
+        return None;
+    };
+    let mut ranges = filter.ranges().to_vec();
+    let range = ranges
+        .get_mut(usize::from(slot))
+        .filter(|range| range.ops() == Ops::of(op))?;
+    let mut words = range.bitmap().to_vec();
+    *words.get_mut(bit as usize / 64)? &= !(1 << (bit % 64));
+    *range = FilterRange::new(range.base(), range.nmsrs(), range.ops(), words).ok()?;
+    Filter::new(filter.default_verdict(), ranges).ok()
+}
+
 /// A range that says of each MSR what the filter says, and allows `msr`.
 fn with(filter: &Filter, span: MsrRange, msr: Msr, op: Op) -> Option<FilterRange> {
     let count = u32::try_from(span.len()).ok()?;
@@ -78,6 +93,9 @@ mod tests {
                 let (msr, op) = (Msr(msr), if write { Op::Write } else { Op::Read });
                 let Some(next) = opened(&filter, msr, op) else { continue };
                 prop_assert_eq!(next.verdict(msr, op), Verdict::Allow);
+                let again = closed(&next, msr, op).unwrap();
+                prop_assert_eq!(again.verdict(msr, op), Verdict::Deny);
+                prop_assert_eq!(opened(&again, msr, op), Some(next.clone()));
                 let near = (msr.0.saturating_sub(2500)..=msr.0.saturating_add(2500)).chain(0..0x300).chain(0x2e00..0x3400);
                 for other in near.map(Msr) {
                     for each in Op::ALL {

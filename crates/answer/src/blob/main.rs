@@ -306,7 +306,11 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 let pair = if why == u64::from(abi::REASON_UNKNOWN) { 2 } else { 4 };
                 entry = at(tables, table::DEFAULTS + (pair + usize::from(write)) * table::ENTRY);
             }
-            let kind = if known { word(entry, table::KIND) } else { table::FAULT };
+            let mut kind = if known { word(entry, table::KIND) } else { table::FAULT };
+            // Another value may be carried out, which is to be told too.
+            if again && why == u64::from(abi::REASON_INVALID) {
+                kind = table::ASK | 0xffff_ffff << 32;
+            }
             let mut told = if known { word(entry, table::TOLD) } else { UNKNOWN_REASON };
             let mut rule = kind >> 32;
             let mut log = word(entry, table::LOG);

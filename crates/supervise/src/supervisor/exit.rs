@@ -8,7 +8,7 @@ use msrgate_kvm::HostMsrs;
 
 use super::{Refusal, Supervisor, denies, put_in_force};
 use crate::hands::Hands;
-use crate::policy::{Owner, Touch};
+use crate::policy::{Mode, Owner, Touch};
 use crate::seccomp::Waiting;
 use crate::stopped::Stopped;
 use crate::target::{self, Object};
@@ -177,6 +177,9 @@ impl Supervisor {
         if owner == Owner::Vmm {
             return Verdict::of(reply::VMM);
         }
+        if policy.mode() != Mode::Enforce {
+            return self.refused(waiting, process, vm_tag, access, stopped);
+        }
         let Some(vcpu) = self.vcpus.get_mut(&tag) else {
             return nobody;
         };
@@ -300,6 +303,52 @@ impl Supervisor {
             rule: would.and_then(|(_, rule)| rule),
             log: Log::None,
         }
+    }
+
+    /// The kernel refuses the value of a first touch: the next one is the first one again, since the kernel may carry it out.
+    fn refused(
+        &mut self,
+        waiting: &Waiting<'_>,
+        process: i32,
+        vm_tag: u64,
+        access: Access,
+        stopped: &mut Option<Stopped>,
+    ) -> Verdict {
+        let verdict = Verdict::answered(Answer::fault(FaultCause::KernelRefused, None));
+        let (msr, op) = (access.msr(), access.op());
+        let Some(vm) = self.vms.get_mut(&vm_tag).filter(|vm| !vm.state.blind) else {
+            return verdict;
+        };
+        if !vm.state.open.remove(&(msr, op)) {
+            return verdict;
+        }
+        let mut reach = Reach {
+            hands: &mut self.hands,
+            host: None,
+            waiting,
+            process,
+            stopped,
+            refused: None,
+        };
+        let Some((hands, thread)) = reach.thread() else {
+            vm.state.open.insert((msr, op));
+            return verdict;
+        };
+        let (mask, reasons) = (vm.mask, vm.reasons);
+        let closed = match (
+            vm.descriptor(waiting.thread, vm_tag),
+            watch::closed(&vm.in_force, msr, op),
+        ) {
+            (None, _) => false,
+            (Some(fd), Some(filter)) => put_in_force(hands, thread, fd, vm, &filter, reasons).is_ok(),
+            (Some(fd), None) => stopped
+                .as_mut()
+                .is_some_and(|thread| self.compose(thread, fd, vm_tag, mask).is_ok()),
+        };
+        if !closed && let Some(vm) = self.vms.get_mut(&vm_tag) {
+            vm.state.open.insert((msr, op));
+        }
+        verdict
     }
 
     /// A plan for all that was touched; where there is no room for it nothing is watched any more: rather that than a
