@@ -1,6 +1,7 @@
 //! `msrgate explain`: from an access back to the rule that decides it.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use msrgate_core::{DecidedBy, Msr, Op};
 use msrgate_guest::NoPreset;
@@ -64,7 +65,14 @@ fn msr(text: &str) -> Result<Msr, Failure> {
             .map(Msr)
             .map_err(|_| Failure::input(format!("`{text}` is too large for an MSR index, which has 32 bits")));
     }
-    msrgate_msrs::by_name(text).map(|entry| entry.msr).ok_or_else(|| {
+    let named = msrgate_msrs::by_name(text).map(|entry| entry.msr);
+    named.or_else(|| msrgate_msrs::printed(text)).ok_or_else(|| {
+        if Path::new(text).exists() {
+            return Failure::input(format!(
+                "`{text}` is no MSR but a file; the policy comes first: `msrgate explain {} MSR`",
+                words::quoted(Path::new(text))
+            ));
+        }
         let near = msrgate_msrs::nearest(text)
             .map(|near| format!("; did you mean `{near}`?"))
             .unwrap_or_default();

@@ -203,7 +203,33 @@ fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Ref
         true => Path::new(input::STDIN),
         false => path,
     };
-    accepted(Policy::load(path, &Disk { path, given }))
+    accepted(Policy::load(
+        path,
+        &Disk {
+            path,
+            given: given.and_then(no_trace),
+        },
+    ))
+}
+
+/// What was named in place of a policy, in words, where it is clear by its beginning.
+fn no_trace(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+    let head = bytes.get(..4096).unwrap_or(&bytes);
+    let head = head.trim_ascii_start();
+    let what = match head {
+        [b'{', ..] if head.windows(15).any(|word| word == b"\"msrgate_trace\"") => {
+            "it is a trace and no policy: `msrgate report` and `msrgate learn` read traces"
+        }
+        [b'{', ..] if head.windows(17).any(|word| word == b"\"msrgate_summary\"") => {
+            "it is a summary of traces and no policy: `msrgate learn` makes a policy of it"
+        }
+        [b'{' | b'[', ..] if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_ok() => {
+            "it is JSON and no policy: `msrgate decompile` makes a policy of a plan or a filter, `msrgate import` of other tools' files"
+        }
+        [0x7f, b'E', b'L', b'F', ..] => "it is a program and no policy",
+        _ => return Ok(bytes),
+    };
+    Err(what.to_owned())
 }
 
 fn resolved(policy: &Policy, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Box<Refused>> {

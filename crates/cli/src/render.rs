@@ -9,9 +9,10 @@ use msrgate_policy::{Diagnostic, Place, Severity, Source};
 
 use crate::{stream, words};
 
-/// Whether a stream gets colour: a terminal does, unless NO_COLOR says otherwise.
+/// Whether a stream gets colour: a terminal does, unless NO_COLOR is set or TERM says that the terminal has none.
 pub(crate) fn colour(stream: &impl IsTerminal) -> bool {
-    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
+    stream.is_terminal() && unset("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// How many findings people get at once.

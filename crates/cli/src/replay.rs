@@ -116,6 +116,13 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     }
     Ok(match (&broken, &comparison) {
         (Some(_), _) => Exit::Input,
+        (None, Some(seen)) if seen.accesses() == 0 => {
+            writeln!(
+                stream::err(),
+                "msrgate: no access is in the traces, so nothing was replayed"
+            )?;
+            Exit::Input
+        }
         (None, Some(seen)) if seen.changed() > 0 => Exit::No,
         _ => Exit::Yes,
     })

@@ -409,10 +409,26 @@ fn a_trace_needs_a_header_of_a_known_version() {
 }
 
 #[test]
-fn a_trace_without_events_changes_nothing() {
+fn a_trace_without_events_does_not_say_that_nothing_changes() {
     let folder = Folder::furnished();
     folder.write("quiet.jsonl", "{\"msrgate_trace\":1}\n");
-    assert_eq!(count(&replay(&folder, "quiet.jsonl").code(0).json(), "accesses"), 0);
+    let ran = replay(&folder, "quiet.jsonl").code(2).says(&["nothing was replayed"]);
+    assert_eq!(count(&ran.json(), "accesses"), 0);
+    // Neither does the text of another event.
+    folder.write(
+        "other.txt",
+        "  swapper  0 [000]  1.000001: irq:irq_handler_entry: irq=1 name=i8042\n",
+    );
+    for command in [
+        &["learn"][..],
+        &["report"],
+        &["replay", "-p", "policies/linux-microvm.toml"],
+    ] {
+        folder
+            .run(&[command, &["other.txt"]].concat())
+            .code(2)
+            .says(&["no event of kvm:kvm_msr"]);
+    }
 }
 
 #[test]
@@ -525,4 +541,21 @@ fn what_is_no_earlier_scan_is_told_before_anything_is_scanned() {
         folder.write("before.json", &whole[..length]);
         folder.run(&["scan", "--against", "before.json"]).code(2);
     }
+}
+
+#[test]
+fn what_is_no_policy_is_told_by_what_it_is() {
+    let folder = Folder::furnished();
+    folder.write("plan.json", "{\"ranges\":[]}");
+    folder.write("program", "\u{7f}ELF and more");
+    for (file, what) in [
+        ("traces/linux-6.1-microvm.jsonl", "it is a trace and no policy"),
+        ("plan.json", "it is JSON and no policy"),
+        ("program", "it is a program and no policy"),
+    ] {
+        let ran = folder.run(&["check", file]).code(2).says(&[what]);
+        assert!(ran.err.lines().count() < 12, "{}", ran.err);
+    }
+    let ran = folder.run(&["explain", "IA32_EFER", "policies/sandbox.toml"]).code(2);
+    ran.says(&["the policy comes first", "msrgate explain policies/sandbox.toml MSR"]);
 }

@@ -12,7 +12,7 @@ use crate::entry::{Entry, all, bare};
 use crate::lookup::{by_msr, by_name, class, glob};
 use crate::number;
 
-/// The MSRs that a text may mean, by index: those of an index (`0x8b`, `139`, `c0000080`), a range (`0x400..=0x47f`), a class
+/// The MSRs that a text may mean, by index: those of an index (`0x8b`, `139`, or as [`printed`]), a range (`0x400..=0x47f`), a class
 /// (`@pmu`), a pattern (`IA32_MC*`) or a name; else those with all of its words in a name, and those of a class that is called
 /// so; else those of which all of its words are said: in names, classes and what these are for, makers, features.
 pub fn search(text: &str) -> Vec<&'static Entry> {
@@ -36,7 +36,7 @@ pub fn search(text: &str) -> Vec<&'static Entry> {
     if text.contains(['*', '?']) {
         return glob(text).collect();
     }
-    if let Some(entry) = by_name(text).or_else(|| by_digits(text)) {
+    if let Some(entry) = by_name(text).or_else(|| printed(text).and_then(by_msr)) {
         return vec![entry];
     }
     let words: Vec<String> = text
@@ -119,11 +119,19 @@ fn one(text: &str) -> Option<Msr> {
     }
 }
 
-/// An index as manuals and logs of KVM print it, without `0x`.
-fn by_digits(text: &str) -> Option<&'static Entry> {
-    let digits = text.bytes().all(|byte| byte.is_ascii_hexdigit()) && text.bytes().any(|byte| byte.is_ascii_digit());
-    let index = u32::from_str_radix(text, 16).ok().filter(|_| digits)?;
-    by_msr(Msr(index))
+/// An index in hexadecimal without `0x`, as manuals and logs print it: Intel's `48DH`, AMD's `MSRC001_0015` and `C001_0015`,
+/// and `c0010015` of KVM's log. `None` for what may be a name.
+pub fn printed(text: &str) -> Option<Msr> {
+    let text = text.strip_prefix("MSR").unwrap_or(text);
+    let text = text.strip_suffix(['H', 'h']).unwrap_or(text);
+    let halves = text
+        .split_once('_')
+        .filter(|(high, low)| (high.len(), low.len()) == (4, 4));
+    let digits = halves.map_or_else(|| text.to_owned(), |(high, low)| [high, low].concat());
+    let hexadecimal = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let has_digit = digits.bytes().any(|byte| byte.is_ascii_digit());
+    let index = u32::from_str_radix(&digits, 16).ok();
+    index.filter(|_| hexadecimal && has_digit).map(Msr)
 }
 
 /// All that is said of an MSR, in capitals.

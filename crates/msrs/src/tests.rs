@@ -480,3 +480,36 @@ fn some_facts_that_are_known_well() {
         !of("IA32_X2APIC_TPR").is_filterable() && !of("SEV_STATUS").is_filterable() && of("IA32_TSC").is_filterable()
     );
 }
+
+#[test]
+fn an_index_is_read_as_manuals_and_logs_print_it() {
+    for (text, index) in [
+        ("48DH", 0x48d),
+        ("48dh", 0x48d),
+        ("C0010015", 0xc001_0015),
+        ("c0000080", 0xc000_0080),
+        ("C001_0015", 0xc001_0015),
+        ("MSRC001_0015", 0xc001_0015),
+        ("MSR0000_0010", 0x10),
+    ] {
+        assert_eq!(crate::printed(text), Some(Msr(index)), "{text}");
+        assert!(
+            crate::search(text).iter().all(|entry| entry.msr == Msr(index)),
+            "{text}"
+        );
+    }
+    for text in [
+        "",
+        "H",
+        "FEED",
+        "MSR",
+        "IA32_EFER",
+        "C001_00",
+        "1_2",
+        "0x10",
+        "123456789",
+        "MSR_K7_HWCR",
+    ] {
+        assert_eq!(crate::printed(text), None, "{text}");
+    }
+}

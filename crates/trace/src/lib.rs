@@ -437,6 +437,13 @@ impl<R: BufRead> Iterator for Lines<R> {
                     Some(record) => break Some(record),
                     None => continue,
                 },
+                Ok(false) if self.tracepoint.as_ref().is_some_and(Threads::is_empty) => {
+                    break Some(Err(TraceError::at(
+                        self.number,
+                        "no event of kvm:kvm_msr, msr:read_msr or msr:write_msr is in it: record on the host with `perf record \
+                         -e kvm:kvm_msr`, or in the guest with `perf record -e 'msr:*'`",
+                    )));
+                }
                 Ok(false) => break None,
                 Err(error) => break Some(Err(error)),
             }

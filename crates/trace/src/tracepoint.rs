@@ -9,6 +9,15 @@
 //!
 //! The format is the kernel's, `TRACE_EVENT(kvm_msr)` in `arch/x86/kvm/trace.h`. The tracepoint sees what KVM carries
 //! out: not what the hardware passes through, and not what goes to user space.
+//!
+//! The guest's own tracepoints `msr:read_msr` and `msr:write_msr` are read too, whose threads are CPUs:
+//!
+//! ```text
+//!  swapper     0 [000]     1.000001: msr:read_msr: 1b, value fee00900
+//!  swapper     0 [003]     1.000002: msr:write_msr: 6e0, value 1234 #GP
+//! ```
+//!
+//! These are `DECLARE_EVENT_CLASS(msr_trace_class)` in `arch/x86/include/asm/msr-trace.h`.
 
 mod head;
 
@@ -30,7 +39,7 @@ pub(super) fn begins(line: &str) -> bool {
 /// Whether a last line, which no newline ends, was cut short: what it is of, or its mark of a fault, is not all there.
 pub(super) fn breaks_off(line: &str) -> bool {
     match split(line) {
-        Some((_, payload)) => payload
+        Some((_, _, payload)) => payload
             .split_whitespace()
             .next_back()
             .is_some_and(|word| word.starts_with('(') && !word.starts_with("(#GP)")),
@@ -41,10 +50,35 @@ pub(super) fn breaks_off(line: &str) -> bool {
     }
 }
 
-/// What stands before the event's name, and what behind it.
-fn split(line: &str) -> Option<(&str, &str)> {
-    let (head, payload) = line.split_once("kvm_msr:").or_else(|| line.split_once("kvm_msr("))?;
-    Some((head.trim_end().trim_end_matches("kvm:"), payload))
+/// Who saw an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    /// The host: `kvm:kvm_msr`.
+    Host,
+    /// The guest, with its tracepoint of this direction.
+    Guest(Op),
+}
+
+/// What stands before the event's name, which event it is, and what stands behind its name.
+fn split(line: &str) -> Option<(&str, Source, &str)> {
+    const EVENTS: [(&str, Source); 3] = [
+        ("kvm_msr", Source::Host),
+        ("read_msr", Source::Guest(Op::Read)),
+        ("write_msr", Source::Guest(Op::Write)),
+    ];
+    EVENTS.into_iter().find_map(|(name, source)| {
+        let (at, _) = line.match_indices(name).find(|(at, _)| {
+            let before = line.get(..*at).and_then(|before| before.chars().next_back());
+            before.is_none_or(|before| before == ':' || before.is_whitespace())
+        })?;
+        let payload = line.get(at + name.len()..)?.strip_prefix([':', '('])?;
+        let head = line.get(..at)?.trim_end();
+        Some((
+            head.strip_suffix("kvm:").or(head.strip_suffix("msr:")).unwrap_or(head),
+            source,
+            payload,
+        ))
+    })
 }
 
 /// The vCPUs that were met so far.
@@ -56,17 +90,32 @@ pub(super) struct Threads {
     /// The VM of each process, and how many of its threads did not say which vCPU they are.
     processes: HashMap<String, (u32, u32)>,
     unnamed: u32,
+    /// There was an event.
+    events: bool,
 }
 
 impl Threads {
+    /// Whether there was no event so far.
+    pub(super) fn is_empty(&self) -> bool {
+        !self.events
+    }
+
     /// The event of a line; `None` if the line is of something else.
     pub(super) fn event(&mut self, line: &str) -> Result<Option<Event>, String> {
-        let Some((head, payload)) = split(line) else {
-            return foreign(line, !self.known.is_empty()).map(|()| None);
+        let Some((head, source, payload)) = split(line) else {
+            return foreign(line, !self.is_empty()).map(|()| None);
         };
-        let access = Access::read(payload)?;
+        let access = match source {
+            Source::Host => Access::read(payload),
+            Source::Guest(op) => Access::read_in_guest(op, payload),
+        }?;
+        let cpu = head::cpu(head).filter(|_| source != Source::Host);
         let head = Head::read(head);
-        let (vm, vcpu) = self.vcpu(&head)?;
+        let (vm, vcpu) = match cpu {
+            Some(cpu) => (0, cpu),
+            None => self.vcpu(&head)?,
+        };
+        self.events = true;
         Ok(Some(Event {
             t: Nanos(head.t.unwrap_or(0)),
             vm,
@@ -145,6 +194,45 @@ impl Access {
             msr,
             value,
             faulted,
+        })
+    }
+
+    /// `1b, value fee00900 #GP` as the guest's kernel prints it, or the fields `msr`, `val` and `failed` by their names.
+    fn read_in_guest(op: Op, payload: &str) -> Result<Access, String> {
+        let mut words = payload
+            .split([' ', '\t', ',', ':', '=', ')'])
+            .filter(|word| !word.is_empty());
+        let bare = |word: Option<&str>, what: &str| {
+            let word = word.unwrap_or_default();
+            let digits = word.strip_prefix("0x").unwrap_or(word);
+            u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
+        };
+        if payload.contains("value ") {
+            let msr = index(bare(words.next(), "index")?)?;
+            let value = bare(words.find(|word| *word == "value").and(words.next()), "value")?;
+            let faulted = words.next() == Some("#GP");
+            return Ok(Access {
+                op,
+                msr,
+                value,
+                faulted,
+            });
+        }
+        let mut fields = [("msr", None), ("val", None), ("failed", None)];
+        while let Some(key) = words.next() {
+            if let Some((_, field)) = fields.iter_mut().find(|(name, _)| *name == key) {
+                let word = words.next().unwrap_or_default();
+                *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
+            }
+        }
+        let [Some(msr), value, failed] = fields.map(|(_, field)| field) else {
+            return Err("there is neither an index nor a value".to_owned());
+        };
+        Ok(Access {
+            op,
+            msr: index(msr)?,
+            value: value.unwrap_or(0),
+            faulted: failed.is_some_and(|failed| failed != 0),
         })
     }
 
@@ -288,6 +376,31 @@ mod tests {
         }
         let faulted = event(" CPU 0/KVM-1 [001] ..... 5.000001: kvm_msr: msr_read 1a6 = 0x0 (#GP)");
         assert_eq!((faulted.op, faulted.did), (Op::Read, Disposition::Fault));
+    }
+
+    #[test]
+    fn the_guests_own_tracepoints_are_read_by_cpu() {
+        for (line, access) in [
+            (
+                "         swapper     0 [000]     1.000001: msr:read_msr: 1b, value fee00900",
+                (0, Op::Read, 0x1b, 0xfee0_0900, Disposition::Allow),
+            ),
+            (
+                "  <idle>-0       [003] d..2.     1.000002: write_msr: 6e0, value 1234 #GP",
+                (3, Op::Write, 0x6e0, 0x1234, Disposition::Fault),
+            ),
+            (
+                "  systemd-1      [002] .....     2.5: read_msr: msr=0x10a val=0x0 failed=1",
+                (2, Op::Read, 0x10a, 0, Disposition::Fault),
+            ),
+        ] {
+            let event = event(line);
+            assert_eq!(
+                (event.vm, event.vcpu, event.op, event.msr.0, event.value, event.did),
+                (0, access.0, access.1, access.2, access.3, access.4),
+                "{line}"
+            );
+        }
     }
 
     #[test]

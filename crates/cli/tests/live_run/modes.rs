@@ -142,7 +142,7 @@ fn learned(folder: &Folder, printed: &[(u32, Op, bool)]) {
         let explained = folder
             .run(&["explain", "--json", "learned.toml", &format!("{msr:#x}"), op_word(*op)])
             .json();
-        let served = printed.iter().any(|other| *other == (*msr, *op, false));
+        let served = printed.contains(&(*msr, *op, false));
         assert_eq!(
             text(&explained, "action") == "allow",
             served,

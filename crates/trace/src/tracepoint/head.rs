@@ -50,6 +50,12 @@ impl<'a> Head<'a> {
     }
 }
 
+/// The CPU of a line, which stands in brackets.
+pub(super) fn cpu(head: &str) -> Option<u32> {
+    let mut words = head.split_whitespace().rev();
+    words.find_map(|word| word.strip_prefix('[')?.strip_suffix(']')?.parse().ok())
+}
+
 /// When a line says that it was, in nanoseconds.
 pub(super) fn time(line: &str) -> Option<u64> {
     if let Some((milliseconds, _)) = since_start(line) {
