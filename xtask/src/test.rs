@@ -549,7 +549,7 @@ fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (Strin
     // The nested lane sees all files of this machine as they are; the other has what it is given.
     let bare = lane == Lane::Intel;
     // Seconds for one binary, so that one which hangs does not take the others' time.
-    let patience = 600;
+    let patience = 900;
     let mut script = String::from("export MSRGATE_LANE_REQUIRE=1\n");
     script.push_str(&format!(
         "export MSRGATE_BIN={}\n",

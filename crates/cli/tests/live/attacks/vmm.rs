@@ -100,7 +100,7 @@ pub(crate) fn vmm(name: &str, way: Way) -> Option<PathBuf> {
         return None;
     }
     if std::env::var("MSRGATE_LANE").is_ok_and(|lane| lane != "host") {
-        println!("skipped: an emulated processor takes minutes for it; live_run has what depends on the vendor");
+        println!("skipped: an emulated processor takes minutes for it; live/run.rs has what depends on the vendor");
         return None;
     }
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
