@@ -61,7 +61,7 @@ what this machine cannot measure is named as skipped.";
 #[value(rename_all = "snake_case")]
 enum Key {
     /// A verdict, beside the kernel's walk over the ranges
-    FlatFilter,
+    Lookup,
     /// Instructions of the access path, counted by valgrind
     Instructions,
     /// An access that user space answers, beside the same loop by hand; needs KVM
@@ -152,7 +152,7 @@ fn main() -> ExitCode {
             eprintln!("measuring {}", key.name());
         }
         let measured = match key {
-            Key::FlatFilter => lookup::measure(effort),
+            Key::Lookup => lookup::measure(effort),
             Key::Instructions => instructions::measure(effort),
             Key::RunExit => run_exit::measure(effort),
             Key::Boot => boot::measure(effort),

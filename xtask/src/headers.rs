@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::binary::SCOPE;
 use crate::package::{self, Need};
 use crate::test::{Ending, cargo, checked, watched};
 
@@ -22,7 +23,8 @@ pub(crate) fn compare() -> Result<Ending, String> {
         Ok(folder) => folder,
         Err(why) => return Ok(Ending::Skipped(why)),
     };
-    let mut command = cargo(&["test", "--package", "msrgate-msrs", "--test", "headers"]);
+    // In the scope of the other tests, so that nothing is built anew.
+    let mut command = cargo(&[&["test"], &SCOPE[..], &["--test", "headers"]].concat());
     command.args(["--", "--ignored", "--show-output"]);
     let (passed, text) = watched(command.env("MSRGATE_HEADERS", &folder))?;
     let name = folder.file_name().unwrap_or_default();

@@ -1,5 +1,6 @@
 //! Child processes that never outlive us.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{Command, ExitStatus, Stdio};
@@ -35,6 +36,29 @@ pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     ))
 }
 
+thread_local! {
+    /// What this thread's commands wrote, where it is kept back.
+    static KEPT: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Keeps back what commands of this thread write meanwhile, so that it stands together.
+pub(crate) fn kept<T>(run: impl FnOnce() -> T) -> (T, String) {
+    KEPT.set(Some(String::new()));
+    let result = run();
+    (result, KEPT.take().unwrap_or_default())
+}
+
+/// Prints, or keeps what is to be printed.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    KEPT.with_borrow_mut(|kept| match kept {
+        Some(kept) => {
+            kept.push_str(text);
+            Ok(())
+        }
+        None => io::stdout().write_all(text.as_bytes()),
+    })
+}
+
 /// Runs `command`, passing on each line that it writes to either stream, and returns them all.
 ///
 /// # Errors
@@ -48,8 +72,9 @@ pub(crate) fn watch(command: &mut Command) -> io::Result<(ExitStatus, String)> {
     let mut reader = BufReader::new(reader);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? != 0 {
-        io::stdout().write_all(&line)?;
-        text.push_str(&String::from_utf8_lossy(&line));
+        let line_text = String::from_utf8_lossy(&line);
+        print(&line_text)?;
+        text.push_str(&line_text);
         line.clear();
     }
     Ok((child.wait()?, text))

@@ -82,6 +82,14 @@ impl Stage {
             .map_or_else(String::new, |value| value.get_name().to_string())
     }
 
+    /// Whether it keeps one CPU busy for most of its time, so that others run beside it.
+    fn beside(self) -> bool {
+        matches!(
+            self,
+            Self::Loom | Self::Fuzz | Self::Memory | Self::Browser | Self::Host
+        ) || self.lane().is_some()
+    }
+
     /// The lane that it runs in an emulator.
     fn lane(self) -> Option<Lane> {
         match self {
@@ -128,22 +136,18 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         }
     };
     let chosen = |stage: &&Stage| arguments.only.is_empty() || arguments.only.contains(stage);
-    let (emulated, alone): (Vec<Stage>, Vec<Stage>) = Stage::value_variants()
+    let (beside, alone): (Vec<Stage>, Vec<Stage>) = Stage::value_variants()
         .iter()
         .filter(chosen)
-        .partition(|stage| stage.lane().is_some());
+        .partition(|stage| stage.beside());
     let mut reports = Vec::new();
     for stage in alone {
         println!("== {}", stage.name());
         let began = Instant::now();
-        let ending = run(stage);
+        let ending = run(stage, &Ok(None));
         reports.push(Report::new(stage, stage.name(), ending, began, &required));
     }
-    let jobs: Vec<_> = emulated
-        .iter()
-        .flat_map(|stage| stage.kernels().iter().map(|series| (*stage, *series)))
-        .collect();
-    reports.extend(side_by_side(&jobs, arguments.fast, &required));
+    reports.extend(side_by_side(&beside, arguments.fast, &required));
     sum_up(&reports)
 }
 
@@ -249,7 +253,7 @@ fn required(list: &str) -> Result<Vec<Stage>, String> {
     Ok(stages.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-fn run(stage: Stage) -> Ending {
+fn run(stage: Stage, work: &Result<Option<Work>, String>) -> Ending {
     let result = match stage {
         Stage::Fmt => check("fmt", &["--all", "--check"]),
         Stage::House => house::check(),
@@ -270,7 +274,7 @@ fn run(stage: Stage) -> Ending {
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),
         Stage::Browser => browser(),
-        Stage::Host => host(),
+        Stage::Host => host(work),
         Stage::Nested | Stage::Qemu | Stage::Intel => Err("a lane in an emulator runs beside the others".into()),
     };
     result.unwrap_or_else(broken)
@@ -278,46 +282,93 @@ fn run(stage: Stage) -> Ending {
 
 /// A stage that could not be carried out.
 fn broken(why: String) -> Ending {
-    println!("{why}");
+    let _ = process::print(&format!("{why}\n"));
     one(false, why.lines().next().unwrap_or_default().to_string())
 }
 
-/// Runs the lanes in emulators, as many at a time as there are CPUs: each keeps one busy.
-fn side_by_side(jobs: &[(Stage, Series)], left_out: bool, required: &[Stage]) -> Vec<Report> {
+/// A stage, and the kernel on which it runs where it has several.
+type Step = (Stage, Option<Series>);
+
+/// What runs side by side, the longest first. The steps of one follow each other.
+fn chains(stages: &[Stage]) -> Vec<Vec<Step>> {
+    // Tests of the first change parameters of this machine's KVM that those of the second depend on.
+    const ON_THIS_KVM: [Stage; 2] = [Stage::Host, Stage::Memory];
+    const LONGEST_FIRST: [Stage; 6] = [
+        Stage::Intel,
+        Stage::Nested,
+        Stage::Qemu,
+        Stage::Fuzz,
+        Stage::Loom,
+        Stage::Browser,
+    ];
+    let chosen = |stage: &&Stage| stages.contains(stage);
+    let mut chains = Vec::new();
+    for stage in LONGEST_FIRST.iter().filter(chosen) {
+        match stage.kernels() {
+            [] => chains.push(vec![(*stage, None)]),
+            kernels => chains.extend(kernels.iter().map(|series| vec![(*stage, Some(*series))])),
+        }
+    }
+    let on_this_kvm: Vec<Step> = ON_THIS_KVM.iter().filter(chosen).map(|stage| (*stage, None)).collect();
+    if !on_this_kvm.is_empty() {
+        let after_intel = chains
+            .iter()
+            .filter(|chain| chain.iter().any(|(stage, _)| *stage == Stage::Intel))
+            .count();
+        chains.insert(after_intel, on_this_kvm);
+    }
+    chains
+}
+
+/// Runs stages that keep one CPU busy each, as many at a time as there are CPUs.
+fn side_by_side(stages: &[Stage], left_out: bool, required: &[Stage]) -> Vec<Report> {
+    let chains = chains(stages);
+    let omitted = |stage: Stage| left_out && stage.lane().is_some();
     // What they run is built first, and once.
-    let work = if left_out || jobs.is_empty() {
-        Ok(None)
-    } else {
+    let works = |stage: &Stage| *stage == Stage::Host || stage.lane().is_some() && !left_out;
+    let work = if stages.iter().any(works) {
         Work::find()
+    } else {
+        Ok(None)
     };
+    let workers = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(chains.len()));
     let next = AtomicUsize::new(0);
     let printing = Mutex::new(Vec::new());
     let worker = || {
-        while let Some((place, &(stage, series))) = jobs.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
-            let name = format!("{} {}", stage.name(), series.name());
-            println!("starting {name}");
-            let began = Instant::now();
-            let (text, ending) = match (&work, stage.lane()) {
-                _ if left_out => (String::new(), Ok(Ending::Skipped("left out by --fast".into()))),
-                (Ok(Some(work)), Some(lane)) => emulated(lane, series, work, work.tests(stage)),
-                (Err(why), _) => (String::new(), Err(why.clone())),
-                (Ok(None), _) | (_, None) => (String::new(), Ok(no_live_tests())),
-            };
-            let mut reports = printing.lock().unwrap_or_else(PoisonError::into_inner);
-            println!("== {name}\n{text}");
-            let ending = ending.unwrap_or_else(broken);
-            reports.push((place, Report::new(stage, name, ending, began, required)));
+        while let Some(chain) = chains.get(next.fetch_add(1, Ordering::Relaxed)) {
+            for &(stage, series) in chain {
+                let name = series.map_or(stage.name(), |series| format!("{} {}", stage.name(), series.name()));
+                println!("starting {name}");
+                let began = Instant::now();
+                let step = || match (stage.lane(), series) {
+                    _ if omitted(stage) => Ending::Skipped("left out by --fast".into()),
+                    (Some(lane), Some(series)) => match &work {
+                        Ok(Some(work)) => emulated(lane, series, work, work.tests(stage)).unwrap_or_else(broken),
+                        Ok(None) => no_live_tests(),
+                        Err(why) => broken(why.clone()),
+                    },
+                    _ => run(stage, &work),
+                };
+                // What several write at once is printed when each is over.
+                let (ending, text) = if workers > 1 {
+                    process::kept(step)
+                } else {
+                    (step(), String::new())
+                };
+                let mut reports = printing.lock().unwrap_or_else(PoisonError::into_inner);
+                println!("== {name}\n{text}");
+                reports.push(Report::new(stage, name, ending, began, required));
+            }
         }
     };
-    let workers = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(jobs.len()));
     thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(worker);
         }
     });
     let mut reports = printing.into_inner().unwrap_or_else(PoisonError::into_inner);
-    reports.sort_by_key(|(place, _)| *place);
-    reports.into_iter().map(|(_, report)| report).collect()
+    reports.sort_by(|a, b| (a.stage as usize, &a.name).cmp(&(b.stage as usize, &b.name)));
+    reports
 }
 
 /// A stage that is one check.
@@ -424,7 +475,7 @@ fn doctest() -> Result<Ending, String> {
     })
 }
 
-fn host() -> Result<Ending, String> {
+fn host(work: &Result<Option<Work>, String>) -> Result<Ending, String> {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         return Ok(Ending::Skipped(format!("/dev/kvm does not open: {error}")));
     }
@@ -442,12 +493,12 @@ fn host() -> Result<Ending, String> {
         .and_then(|line| line.split_once(": "))
         .map_or("?", |(_, name)| name);
     let note = format!("Linux {}, {vendor}, {model}", release.trim());
-    let Some(work) = Work::find()? else {
+    let Some(work) = work.as_ref().map_err(Clone::clone)? else {
         return Ok(no_live_tests());
     };
     let mut count = Count::default();
     for binary in &work.live {
-        println!("running {}", binary.name);
+        let _ = process::print(&format!("running {}\n", binary.name));
         let program = work.program.to_string_lossy();
         let settings = [
             ("MSRGATE_LANE", "host"),
@@ -544,12 +595,12 @@ impl Work {
 const BEGIN: &str = "@@ begin ";
 const END: &str = "@@ end ";
 
-/// What a lane's tests wrote, and how it ended.
-fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (String, Result<Ending, String>) {
+/// Runs tests in a lane, and prints what they wrote.
+fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> Result<Ending, String> {
     // The nested lane sees all files of this machine as they are; the other has what it is given.
     let bare = lane == Lane::Intel;
     // Seconds for one binary, so that one which hangs does not take the others' time.
-    let patience = 600;
+    let patience = 900;
     let mut script = String::from("export MSRGATE_LANE_REQUIRE=1\n");
     script.push_str(&format!(
         "export MSRGATE_BIN={}\n",
@@ -592,17 +643,18 @@ fn emulated(lane: Lane, series: Series, work: &Work, tests: &[Binary]) -> (Strin
     };
     let done = match lane::run(lane, &job) {
         Ok(done) => done,
-        Err(Failure::Unavailable(why)) => return (String::new(), Ok(Ending::Skipped(why))),
-        Err(Failure::Broken(why)) => return (String::new(), Err(format!("the lane failed, not a test: {why}"))),
+        Err(Failure::Unavailable(why)) => return Ok(Ending::Skipped(why)),
+        Err(Failure::Broken(why)) => return Err(format!("the lane failed, not a test: {why}")),
     };
-    let text = String::from_utf8_lossy(&done.output).into_owned();
+    let text = String::from_utf8_lossy(&done.output);
+    let _ = process::print(&text);
     let (version, module) = (&done.version, lane.vendor_module());
     let mut note = format!("Linux {version}, {module}, up after {:.1} s", done.boot.as_secs_f64());
     if done.status.is_none() {
         note.push_str(&format!(", out of time after {} s", job.timeout.as_secs()));
     }
     let count = parts(&text, tests.len());
-    (text, Ok(Ending::Ran { count, note }))
+    Ok(Ending::Ran { count, note })
 }
 
 /// Counts each binary's part of a lane's output; one whose part has no end has failed.
@@ -654,6 +706,21 @@ mod tests {
     fn an_exit_status_other_than_0_fails_a_binary_whose_tests_passed() {
         let text = format!("@@ begin a\n{GOOD}@@ end 1\n");
         assert_eq!(parts(&text, 1).failed, 1);
+    }
+
+    #[test]
+    fn each_stage_beside_others_runs_once_on_each_kernel_and_one_at_a_time_on_this_machines_kvm() {
+        let beside: Vec<Stage> = Stage::value_variants()
+            .iter()
+            .copied()
+            .filter(|stage| stage.beside())
+            .collect();
+        let chains = chains(&beside);
+        for stage in beside {
+            let steps = chains.concat().into_iter().filter(|step| step.0 == stage).count();
+            assert_eq!(steps, stage.kernels().len().max(1), "{}", stage.name());
+        }
+        assert!(chains.contains(&vec![(Stage::Host, None), (Stage::Memory, None)]));
     }
 
     #[test]

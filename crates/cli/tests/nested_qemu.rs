@@ -10,7 +10,6 @@
 
 #[allow(unused_macros, reason = "a part of it")]
 mod command;
-#[path = "live/policies.rs"]
 mod policies;
 
 use std::fs;

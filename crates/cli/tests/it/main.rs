@@ -1,0 +1,23 @@
+//! The command's tests that any machine runs: modules of one program, since each program is linked by itself.
+
+#[path = "../allows/mod.rs"]
+mod allows;
+#[path = "../command/mod.rs"]
+mod command;
+#[path = "../filter/mod.rs"]
+mod filter;
+
+mod bad_input;
+mod decompile;
+mod diff;
+mod documents;
+mod formats;
+mod inputs;
+mod json;
+mod learn;
+mod plan;
+mod replay;
+mod report;
+mod run;
+mod terminal;
+mod usage;

@@ -1,0 +1,9 @@
+//! The policy language, from outside.
+
+mod agreement;
+
+mod docs;
+mod effort;
+mod faults;
+mod policies;
+mod properties;

@@ -1,0 +1,4 @@
+//! Traces and policies learned from them, from outside.
+
+mod policies;
+mod properties;
