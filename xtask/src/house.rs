@@ -40,8 +40,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// How many crates of others `core`, `plan` and `kvm` may bring along by default; the aim is 2.
-const MOST_OTHERS: usize = 14;
+/// How many crates of others `core`, `plan` and `kvm` may bring along by default.
+const MOST_OTHERS: usize = 2;
 
 /// Circles that are left, by crate: they may only lose modules.
 const CIRCLES: &[(&str, &str)] = &[

@@ -233,7 +233,7 @@ impl Handler for ComesBack {
         SELF.with_borrow(|own| {
             let (gate, run) = own.as_ref().unwrap();
             // SAFETY: the page of the vCPU that is being dispatched, on its thread; the outer call holds no reference.
-            let Dispatch::Answered(answered) = (unsafe { gate.dispatch_raw(*run) }) else {
+            let Dispatch::Answered(answered) = (unsafe { gate.dispatch_raw(run.cast()) }) else {
                 panic!("not taken for an MSR exit")
             };
             // SAFETY: as above.
@@ -267,7 +267,7 @@ fn a_handler_that_dispatches_its_own_exit_is_told_so_and_the_outer_answer_counts
             let page: *mut kvm_bindings::kvm_run = run;
             SELF.set(Some((vcpu.clone(), page)));
             // SAFETY: this vCPU's page, which this thread alone touches; the reference it came from is gone.
-            let dispatch = unsafe { vcpu.dispatch_raw(page) };
+            let dispatch = unsafe { vcpu.dispatch_raw(page.cast()) };
             assert!(matches!(dispatch, Dispatch::Answered(_)));
             // Inside, the fault stood ready.
             assert_eq!(INNER.take(), Some((FaultCause::ReEntered, 1)));
