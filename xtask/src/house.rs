@@ -19,6 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("policy", &["core", "msrs", "plan"]),
     ("trace", &["core", "msrs", "plan", "policy"]),
     ("kvm", &["core", "plan"]),
+    ("msrgate", &["core", "kvm", "msrs", "plan", "policy"]),
     ("guest", &["core", "kvm", "msrs", "plan"]),
     ("answer", &["core"]),
     ("supervise", &["answer", "core", "kvm", "plan"]),
