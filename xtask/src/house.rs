@@ -1,4 +1,5 @@
-//! How the house is built: which crates use which, no circle of modules, few crates of others, and how large it is.
+//! How the house is built: which crates use which, no circle of modules, few crates of others, what is public, and how large it
+//! is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::api;
 use crate::modules::{Modules, Name};
 use crate::process;
 use crate::test::{self, Ending};
@@ -104,6 +106,7 @@ pub(crate) fn check() -> Result<Ending, String> {
         println!("{lines:6} lines of {name}");
     }
     println!("{:6} lines in crates/ without tests", lines.values().sum::<usize>());
+    wrong.extend(api::changes()?);
     for line in &wrong {
         println!("{line}");
     }
