@@ -8,7 +8,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
+use kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr;
+use kvm_ioctls::VcpuFd;
 use msrgate_core::{
     Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Log, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
     Reasons, abi,
@@ -120,8 +121,9 @@ pub(crate) fn repeat(case: Case, times: usize) -> Result<(), String> {
         }
         Case::Dispatch => {
             let kvm = kvm_ioctls::Kvm::new().map_err(|error| failed(&error))?;
-            let gate = Looping::new(&kvm, Effort::Quick)?.gate(&kvm, plan()?)?;
-            dispatches(times, &gate)?;
+            let mut guest = Looping::new(&kvm, Effort::Quick)?;
+            let gate = guest.gate(&kvm, plan()?)?;
+            dispatches(times, &gate, guest.vcpu()?)?;
         }
         Case::EngineAllowed => engine(times, Filter::allow_all()),
         Case::EngineDenied => engine(times, plan()?.filter().clone()),
@@ -172,18 +174,18 @@ fn answers(times: usize, table: &ActionTable) {
     });
 }
 
-fn dispatches(times: usize, gate: &VcpuGate) -> Result<(), String> {
-    let mut run = kvm_run::default();
+fn dispatches(times: usize, gate: &VcpuGate, vcpu: &mut VcpuFd) -> Result<(), String> {
     let mut answered = 0;
     again(times, || {
         // What the kernel leaves.
+        let run = vcpu.get_kvm_run();
         run.exit_reason = abi::EXIT_X86_RDMSR;
         run.__bindgen_anon_1.msr = kvm_run_msr {
             reason: Reason::Filter as u32,
             index: FIXED.0,
             ..Default::default()
         };
-        answered += usize::from(matches!(gate.dispatch(black_box(&mut run)), Dispatch::Answered(_)));
+        answered += usize::from(matches!(gate.dispatch_vcpu(black_box(vcpu)), Dispatch::Answered(_)));
     });
     if answered == times {
         Ok(())

@@ -140,10 +140,15 @@ impl Looping {
         gate.vcpu(self.guest.vcpu(0).map_err(text)?.fd(), 0).map_err(text)
     }
 
+    pub(crate) fn vcpu(&mut self) -> Result<&mut VcpuFd, String> {
+        Ok(self.guest.vcpu(0).map_err(text)?.fd_mut())
+    }
+
     /// Nanoseconds of a read whose exit, where it makes one, a gate answers.
     fn by_gate(&mut self, gate: &VcpuGate) -> Result<f64, String> {
-        let vcpu = self.guest.vcpu(0).map_err(text)?.fd_mut();
-        nanoseconds(self.reads, || {
+        let reads = self.reads;
+        let vcpu = self.vcpu()?;
+        nanoseconds(reads, || {
             loop {
                 match vcpu.run() {
                     Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => _ = gate.dispatch_vcpu(vcpu),
@@ -156,8 +161,9 @@ impl Looping {
 
     /// The same without a gate.
     fn by_hand(&mut self) -> Result<f64, String> {
-        let vcpu: &mut VcpuFd = self.guest.vcpu(0).map_err(text)?.fd_mut();
-        nanoseconds(self.reads, || {
+        let reads = self.reads;
+        let vcpu = self.vcpu()?;
+        nanoseconds(reads, || {
             loop {
                 match vcpu.run() {
                     Ok(VcpuExit::X86Rdmsr(exit)) => {

@@ -33,7 +33,7 @@ fn run(words: &[String]) -> Result<ExitCode, String> {
                 "build",
                 "--release",
                 "--package",
-                "msrgate",
+                "msrgate-cli",
                 "--package",
                 "msrgate-bench",
             ][..],

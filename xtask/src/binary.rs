@@ -70,7 +70,7 @@ pub(crate) fn tests() -> Result<Vec<Binary>, String> {
 /// # Errors
 /// That it does not compile, or that there is none.
 pub(crate) fn released() -> Result<PathBuf, String> {
-    let programs = built(&["build", "--release", "--package", "msrgate", "--bin", "msrgate"])?;
+    let programs = built(&["build", "--release", "--package", "msrgate-cli", "--bin", "msrgate"])?;
     let program = programs.into_iter().next().ok_or("cargo built no msrgate")?;
     Ok(program.executable)
 }

@@ -1,4 +1,5 @@
-//! How the house is built: which crates use which, no circle of modules, few crates of others, and how large it is.
+//! How the house is built: which crates use which, no circle of modules, few crates of others, what is public, and how large it
+//! is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::api;
 use crate::modules::{Modules, Name};
 use crate::process;
 use crate::test::{self, Ending};
@@ -19,6 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("policy", &["core", "msrs", "plan"]),
     ("trace", &["core", "msrs", "plan", "policy"]),
     ("kvm", &["core", "plan"]),
+    ("msrgate", &["core", "kvm", "msrs", "plan", "policy"]),
     ("guest", &["core", "kvm", "msrs", "plan"]),
     ("answer", &["core"]),
     ("supervise", &["answer", "core", "kvm", "plan"]),
@@ -40,8 +43,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// How many crates of others `core`, `plan` and `kvm` may bring along by default; the aim is 2.
-const MOST_OTHERS: usize = 14;
+/// How many crates of others `core`, `plan` and `kvm` may bring along by default.
+const MOST_OTHERS: usize = 2;
 
 /// Circles that are left, by crate: they may only lose modules.
 const CIRCLES: &[(&str, &str)] = &[
@@ -58,7 +61,7 @@ const CIRCLES: &[(&str, &str)] = &[
 /// Holds the source against what ARCHITECTURE.md says of it.
 pub(crate) fn check() -> Result<Ending, String> {
     let root = crate::root();
-    let mut wrong = arrows()?;
+    let mut wrong = manifests()?;
     let mut lines = BTreeMap::new();
     let mut left = 0;
     for directory in directories(&root.join("crates"))? {
@@ -103,6 +106,7 @@ pub(crate) fn check() -> Result<Ending, String> {
         println!("{lines:6} lines of {name}");
     }
     println!("{:6} lines in crates/ without tests", lines.values().sum::<usize>());
+    wrong.extend(api::changes()?);
     for line in &wrong {
         println!("{line}");
     }
@@ -151,8 +155,8 @@ fn roots(source: &Path) -> Result<Vec<PathBuf>, String> {
     Ok(roots)
 }
 
-/// Arrows between crates that the table does not have, in what users build.
-fn arrows() -> Result<Vec<String>, String> {
+/// Arrows between crates that the table does not have, in what users build, and what a crate needs to be published.
+fn manifests() -> Result<Vec<String>, String> {
     let text = process::output(&mut test::cargo(&["metadata", "--format-version=1", "--no-deps"]))?;
     let metadata: Value = serde_json::from_str(&text).map_err(|error| format!("cargo metadata: {error}"))?;
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
@@ -170,6 +174,21 @@ fn arrows() -> Result<Vec<String>, String> {
             continue;
         };
         let name = name.trim_end_matches("/Cargo.toml");
+        let shown = [
+            "description",
+            "keywords",
+            "categories",
+            "license",
+            "readme",
+            "rust_version",
+        ];
+        let lacks = |key: &&&str| package[**key].is_null() || package[**key].as_array().is_some_and(Vec::is_empty);
+        let lacking = shown.iter().filter(lacks);
+        wrong.extend(lacking.map(|key| format!("{name}'s page in the registry would have no {key}")));
+        let licences = ["LICENSE-APACHE", "LICENSE-MIT"]
+            .into_iter()
+            .filter(|file| !crates.join(name).join(file).is_file());
+        wrong.extend(licences.map(|file| format!("{name}'s package would have no {file}")));
         let Some(row) = ARROWS.iter().position(|(other, _)| *other == name) else {
             wrong.push(format!("{name} is not in the table of crates"));
             continue;

@@ -4,6 +4,7 @@
 //!   without std, licences, and the tests that need a live KVM, in every lane that this machine has.
 //! - `bench` measures what msrgate costs, each figure beside its baseline.
 //! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
+//! - `api` lists the public API of the crates; a stage of `test` compares the listing.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
 //!   on a machine that needs no virtualization of its own.
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod no_std;
 mod checker;
 mod fuzz;
 mod headers;
+mod api;
 mod house;
 mod modules;
 mod toolchain;
@@ -56,6 +58,8 @@ enum Chore {
     Fuzz(fuzz::Arguments),
     /// Run the tests of the crates with unsafe code under AddressSanitizer, or else valgrind
     CheckMemory,
+    /// Compare the crates' public API with its listing, or write that anew
+    Api(api::Arguments),
     /// Replace a filter in every order of steps, under loom
     CheckOrders,
     /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Chore::Bench(arguments) => bench::main(&arguments),
         Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
         Chore::CheckMemory => test::tell(checker::memory()),
+        Chore::Api(arguments) => api::main(&arguments),
         Chore::CheckOrders => test::tell(checker::orders()),
         Chore::Nested(arguments) => lane::main(lane::Lane::Nested, &arguments.into()),
         Chore::Intel(arguments) => lane::main(lane::Lane::Intel, &arguments.into()),

@@ -118,7 +118,7 @@ impl Checked {
         let stem = Path::new(&shown).file_stem();
         let stem = stem.map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
-        let hash = self.loaded.as_ref().map(|loaded| words::hex(&loaded.plan.hash()));
+        let hash = self.loaded.as_ref().map(|loaded| words::hex(&loaded.plan.map().hash()));
         let mut object = json!({
             "ok": self.exit == Exit::Yes,
             "policy": { "name": name, "hash": hash },

@@ -124,7 +124,7 @@ fn json(loaded: &Loaded) -> Value {
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
-        "hash": words::hex(&plan.hash()),
+        "hash": words::hex(&plan.map().hash()),
     })
 }
 
@@ -174,7 +174,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         out,
         "policy   {}, hash {}",
         loaded.policy.name,
-        words::hex(&plan.hash())
+        words::hex(&plan.map().hash())
     )?;
     writeln!(out, "default  {}", filter.default_verdict().name())?;
     let minimum = plan.minimum();

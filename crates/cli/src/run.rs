@@ -56,7 +56,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         resolved.options = resolved.options.with_presets(held.collect());
     }
     let plan = resolved.plan()?;
-    let known = resolved.resolve.is_none().then(|| words::hex(&plan.hash()));
+    let known = resolved.resolve.is_none().then(|| words::hex(&plan.map().hash()));
     let inputs = [
         args.policy.as_deref(),
         args.cpuid.cpuid.as_deref(),

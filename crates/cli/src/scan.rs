@@ -50,7 +50,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
         let loaded = load::policy_for_host(path, cpuid.as_ref(), &[])?;
         facts.policy = Some(Ruled {
             name: loaded.policy.name.clone(),
-            hash: words::hex(&loaded.plan.hash()),
+            hash: words::hex(&loaded.plan.map().hash()),
         });
         tell_of_handlers(&loaded.plan)?;
         let handlers = Handlers::faulting(loaded.plan.table().handlers());

@@ -4,7 +4,7 @@
 //! elsewhere. `cargo xtask test --only qemu` runs it there; or, to look at one test:
 //!
 //! ```text
-//! cargo test -p msrgate --no-run
+//! cargo test -p msrgate-cli --no-run
 //! cargo xtask nested --mem 1536 -- MSRGATE_BIN=$PWD/target/debug/msrgate target/debug/deps/nested_qemu-… --nocapture NAME
 //! ```
 

@@ -1,4 +1,4 @@
-//! `msrgate_core::abi` against the kernel's headers, as kvm-bindings has them: a number that differs does not compile.
+//! `msrgate_core::abi` against the kernel's headers, as kvm-bindings has them: where a number differs the tests do not compile.
 
 use std::mem::{offset_of, size_of};
 

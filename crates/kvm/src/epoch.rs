@@ -102,11 +102,6 @@ impl Epoch {
         self.plan.table()
     }
 
-    /// The name of what the plan means.
-    pub(crate) fn hash(&self) -> [u8; 32] {
-        self.plan.hash()
-    }
-
     /// Whether the kernel, holding this plan, makes such an exit, or did while its mask was wider than this plan's.
     fn hands_over(&self, access: Access, reason: Reason) -> bool {
         match reason {

@@ -5,32 +5,27 @@
 
 #![expect(unsafe_code, reason = "the page is shared with the kernel, and its exit is a union")]
 
-use kvm_bindings::kvm_run;
 use msrgate_core::abi::{self, RawExit, kvm_run as field};
 use msrgate_core::{ReadOutcome, WriteOutcome};
 
 /// The exit that waits in `run`, if it is one of an MSR.
 ///
 /// # Safety
-/// `run` points to a `kvm_run` that may be read, and nothing writes to it during the call.
-pub(crate) unsafe fn read(run: *mut kvm_run) -> Option<RawExit> {
+/// `run` is the first byte of a `kvm_run` that may be read, and nothing writes to it during the call.
+pub(crate) unsafe fn read(run: *mut u8) -> Option<RawExit> {
     // SAFETY: within the `kvm_run` that the caller vouches for, at the field's own offset and so aligned.
-    let exit = unsafe { run.wrapping_byte_add(field::EXIT_REASON).cast::<u32>().read() };
+    let exit = unsafe { run.wrapping_add(field::EXIT_REASON).cast::<u32>().read() };
     // SAFETY: bytes within the `kvm_run` that the caller vouches for.
-    let msr = unsafe {
-        run.wrapping_byte_add(field::MSR)
-            .cast::<[u8; field::MSR_BYTES]>()
-            .read()
-    };
+    let msr = unsafe { run.wrapping_add(field::MSR).cast::<[u8; field::MSR_BYTES]>().read() };
     RawExit::read(exit, &msr)
 }
 
 /// Lets the next KVM_RUN fault the guest, unless another answer follows.
 ///
 /// # Safety
-/// `run` points to a `kvm_run` that may be written, holds an MSR exit, and nothing else reads or writes it during the
+/// `run` is the first byte of a `kvm_run` that may be written, holds an MSR exit, and nothing else reads or writes it during the
 /// call.
-pub(crate) unsafe fn fail_closed(run: *mut kvm_run) {
+pub(crate) unsafe fn fail_closed(run: *mut u8) {
     // SAFETY: the caller's promise.
     unsafe { error(run, 1) };
 }
@@ -39,13 +34,9 @@ pub(crate) unsafe fn fail_closed(run: *mut kvm_run) {
 ///
 /// # Safety
 /// As for [`fail_closed`].
-pub(crate) unsafe fn answer_read(run: *mut kvm_run, outcome: ReadOutcome) {
+pub(crate) unsafe fn answer_read(run: *mut u8, outcome: ReadOutcome) {
     // SAFETY: within the `kvm_run` that the caller vouches for, at the field's own offset and so aligned.
-    unsafe {
-        run.wrapping_byte_add(field::DATA)
-            .cast::<u64>()
-            .write(outcome.unwrap_or(0))
-    };
+    unsafe { run.wrapping_add(field::DATA).cast::<u64>().write(outcome.unwrap_or(0)) };
     // SAFETY: the caller's promise.
     unsafe { error(run, outcome.is_err().into()) };
 }
@@ -54,7 +45,7 @@ pub(crate) unsafe fn answer_read(run: *mut kvm_run, outcome: ReadOutcome) {
 ///
 /// # Safety
 /// As for [`fail_closed`].
-pub(crate) unsafe fn answer_write(run: *mut kvm_run, outcome: WriteOutcome) {
+pub(crate) unsafe fn answer_write(run: *mut u8, outcome: WriteOutcome) {
     // SAFETY: the caller's promise.
     unsafe { error(run, outcome.is_err().into()) };
 }
@@ -64,18 +55,14 @@ pub(crate) unsafe fn answer_write(run: *mut kvm_run, outcome: WriteOutcome) {
 ///
 /// # Safety
 /// As for [`fail_closed`].
-pub(crate) unsafe fn finish(run: *mut kvm_run) {
+pub(crate) unsafe fn finish(run: *mut u8) {
     // SAFETY: within the `kvm_run` that the caller vouches for, at the field's own offset and so aligned.
-    unsafe {
-        run.wrapping_byte_add(field::EXIT_REASON)
-            .cast::<u32>()
-            .write(abi::EXIT_INTR)
-    };
+    unsafe { run.wrapping_add(field::EXIT_REASON).cast::<u32>().write(abi::EXIT_INTR) };
 }
 
 /// # Safety
 /// As for [`fail_closed`].
-unsafe fn error(run: *mut kvm_run, error: u8) {
+unsafe fn error(run: *mut u8, error: u8) {
     // SAFETY: a byte within the `kvm_run` that the caller vouches for.
-    unsafe { run.wrapping_byte_add(field::ERROR).cast::<u8>().write(error) };
+    unsafe { run.wrapping_add(field::ERROR).write(error) };
 }

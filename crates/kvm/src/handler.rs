@@ -36,6 +36,17 @@ impl Handlers {
         self
     }
 
+    /// Adds a handler of two functions: what the guest reads, and whether it may write a value.
+    #[must_use]
+    pub fn with_fns(
+        self,
+        name: &str,
+        read: impl Fn(u32, Msr) -> ReadOutcome + Send + Sync + 'static,
+        write: impl Fn(u32, Msr, u64) -> WriteOutcome + Send + Sync + 'static,
+    ) -> Handlers {
+        self.with(name, Fns { read, write })
+    }
+
     /// A handler for each of these names that faults: for programs that have no code for what a policy names.
     pub fn faulting<'a>(names: impl IntoIterator<Item = &'a str>) -> Handlers {
         let names = names.into_iter();
@@ -45,6 +56,36 @@ impl Handlers {
     /// The handler of this name.
     pub(crate) fn find(&self, name: &str) -> Option<&dyn Handler> {
         self.by_name.get(name).map(|handler| &**handler)
+    }
+}
+
+/// A handler that the VMM keeps a hold of.
+impl<H: Handler + ?Sized> Handler for Arc<H> {
+    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome {
+        (**self).read(vcpu, msr)
+    }
+
+    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome {
+        (**self).write(vcpu, msr, value)
+    }
+}
+
+struct Fns<R, W> {
+    read: R,
+    write: W,
+}
+
+impl<R, W> Handler for Fns<R, W>
+where
+    R: Fn(u32, Msr) -> ReadOutcome + Send + Sync,
+    W: Fn(u32, Msr, u64) -> WriteOutcome + Send + Sync,
+{
+    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome {
+        (self.read)(vcpu, msr)
+    }
+
+    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome {
+        (self.write)(vcpu, msr, value)
     }
 }
 

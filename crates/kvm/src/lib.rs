@@ -1,15 +1,15 @@
 //! Puts a plan in force on a Linux KVM guest, and answers the MSR accesses that the kernel hands back.
 //!
 //! ```text
-//! /dev/kvm ─probe→ Probed ─install(VM, plan, handlers)→ Gate ─vcpu→ VcpuGate, one for each vCPU
-//!                    ↑                          replace ↺  │
-//!                    └───────────── remove ────────────────┘
+//! /dev/kvm ─probe→ Capabilities ─install(VM, plan, handlers)→ Gate ─vcpu→ VcpuGate, one for each vCPU
+//!                       ↑                          replace ↺  │
+//!                       └───────────── remove ────────────────┘
 //!
-//! KVM_RUN ─exit 29, 30→ VcpuGate::dispatch ─answer in kvm_run→ KVM_RUN
+//! KVM_RUN ─exit 29, 30→ VcpuGate::dispatch_vcpu ─answer in kvm_run→ KVM_RUN
 //! ```
 //!
 //! Three calls put it into a VMM. This one uses the kvm-ioctls crate; one that does not passes its descriptors to the
-//! same calls, and its mapped `kvm_run` to [`VcpuGate::dispatch`] (in C: to [`VcpuGate::dispatch_raw`]).
+//! same calls, and the address of its mapped `kvm_run` to [`VcpuGate::dispatch_raw`].
 //!
 //! ```
 //! # use std::sync::Arc;
@@ -58,7 +58,7 @@
 //! - Dispatch after a KVM_RUN that succeeded, and only then. One that gave EINTR has completed the pending access and
 //!   says nothing new, but the kernel leaves the old `exit_reason` beside it. An exit that was dispatched no longer
 //!   looks like one, so that a VMM which looks all the same does not answer twice.
-//! - Before registers are saved or shown, [`VcpuGate::drain`]: no ioctl saves a pending access.
+//! - Before registers are saved or shown, [`VcpuGate::drain_raw`]: no ioctl saves a pending access.
 //! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install the plan anew;
 //!   [`VcpuGate::save`] gives what the vCPU remembers, and [`VcpuGate::restore`] takes it, under the same policy alone.
 //! - Of KVM's own registers, a VMM saves those that the guest can reach ([`Plan::reaches`](msrgate_plan::Plan::reaches)).
@@ -124,7 +124,12 @@
 //! - x86-64 only. KVM's calls work in the process that made the VM alone.
 //!
 //! # Features
-//! `kvm-ioctls` (on): calls that take that crate's `VcpuFd`.
+//! `kvm-ioctls` (off): calls that take that crate's `VcpuFd`. Its version is a range; where cargo picks a newer one than the
+//! VMM has, `cargo update -p kvm-ioctls@NEWER --precise OLDER` makes them one.
+//!
+//! Descriptors are taken of everything that has [`AsRawFd`](std::os::fd::AsRawFd): a `File`, a `BorrowedFd`, a `VmFd` of any
+//! version. A state is saved and restored only under a plan that has a hash: the feature `hash` of `msrgate-plan` where the plan
+//! is compiled.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod probe;
@@ -138,6 +143,7 @@ mod host;
 mod preset;
 mod state;
 mod ioctl;
+#[cfg(test)]
 mod bindings;
 mod error;
 

@@ -20,6 +20,8 @@ pub const STATE_VERSION: u32 = 1;
 /// The most bytes of a state: more than a table can remember.
 const MOST_BYTES: usize = 32 << 20;
 
+const NO_HASH: &str = "the plan has no hash: compile it where msrgate-plan has the feature `hash`";
+
 /// The text of what `state` remembers.
 pub(crate) fn write(policy: &[u8; 32], table: &ActionTable, state: &VcpuState) -> String {
     let mut memories: Vec<EmulatedState> = table.emulated_states(state).collect();
@@ -146,6 +148,8 @@ pub enum StateError {
     EmulatedState(EmulatedStateError),
     /// The vCPU is being answered for: the call came from within a handler.
     InHandler,
+    /// The plan in force has no hash to compare with.
+    NoHash,
 }
 
 impl fmt::Display for StateError {
@@ -165,6 +169,7 @@ impl fmt::Display for StateError {
             ),
             StateError::EmulatedState(error) => error.fmt(f),
             StateError::InHandler => f.write_str("a handler cannot save or restore the vCPU that waits for it"),
+            StateError::NoHash => f.write_str(NO_HASH),
         }
     }
 }
@@ -183,6 +188,8 @@ pub enum SaveError {
     Run(std::io::Error),
     /// The vCPU is being answered for: the call came from within a handler.
     InHandler,
+    /// The plan in force has no hash by which the state could be told.
+    NoHash,
 }
 
 impl fmt::Display for SaveError {
@@ -192,6 +199,7 @@ impl fmt::Display for SaveError {
             SaveError::Exit => "another exit is in `kvm_run`: handle it, and save again",
             SaveError::Run(_) => "KVM_RUN failed",
             SaveError::InHandler => "a handler cannot save the vCPU that waits for it",
+            SaveError::NoHash => NO_HASH,
         })
     }
 }

@@ -2,12 +2,11 @@
 
 #![expect(unsafe_code, reason = "the mapped `kvm_run`")]
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
-use kvm_bindings::kvm_run;
+use msrgate_core::abi::kvm_run as field;
 use msrgate_core::{Access, Answer, Event, FaultCause, Nanos, Outcome, Reason, VcpuState};
 
 use crate::epoch::{Epoch, Published, Shared};
@@ -17,14 +16,14 @@ use crate::{SaveError, StateError, ioctl, state};
 
 /// Answers the MSR exits of one vCPU, and keeps what its MSRs remember.
 ///
-/// Made by [`crate::Gate::vcpu`]; goes to the vCPU's thread.
+/// Made by [`crate::Gate::vcpu`]; used by the thread that runs the vCPU, or by another while the vCPU is stopped.
 #[derive(Debug)]
 pub struct VcpuGate {
     vcpu: OwnedFd,
     id: u32,
     shared: Arc<Shared>,
-    /// Borrowed while an answer is made; who finds it borrowed was called from inside a handler.
-    held: RefCell<Held>,
+    /// Taken while an answer is made; who finds it taken was called from inside a handler. Nobody waits for it.
+    held: Mutex<Held>,
 }
 
 /// What a vCPU answers by.
@@ -108,7 +107,7 @@ impl VcpuGate {
             vcpu,
             id,
             shared,
-            held: RefCell::new(Held {
+            held: Mutex::new(Held {
                 generation,
                 published,
                 epoch,
@@ -117,23 +116,17 @@ impl VcpuGate {
         }
     }
 
-    /// Answers the exit in `run`, the vCPU's mapped page, if it is one of an MSR. Call it after a KVM_RUN that returned
-    /// success.
+    /// Answers the exit in `run`, the vCPU's mapped `kvm_run`, if it is one of an MSR. Call it after a KVM_RUN that
+    /// returned success.
     ///
-    /// What cannot be answered faults the guest: an unknown reason, an MSR that no rule names, a handler that panics.
-    /// After EINTR there is nothing to answer; a call then does no harm, since an answered exit no longer looks like
-    /// one. Allocates and locks only where the plan was replaced since the last call.
-    pub fn dispatch(&self, run: &mut kvm_run) -> Dispatch {
-        // SAFETY: a `kvm_run`, and the exclusive borrow lasts for the call.
-        unsafe { self.dispatch_raw(run) }
-    }
-
-    /// [`VcpuGate::dispatch`] for who has the page as a pointer. A handler may come back here, and is told that it did.
+    /// What cannot be answered faults the guest: an unknown reason, an MSR that no rule names, a handler that panics, a
+    /// handler that comes back here. After EINTR there is nothing to answer; a call then does no harm, since an answered
+    /// exit no longer looks like one. Allocates and locks only where the plan was replaced since the last call.
     ///
     /// # Safety
-    /// `run` points to this vCPU's mapped `kvm_run`, and nothing but this thread reads or writes it, nor runs the vCPU,
-    /// until the call returns.
-    pub unsafe fn dispatch_raw(&self, run: *mut kvm_run) -> Dispatch {
+    /// `run` is the first byte of this vCPU's mapped `kvm_run`, and nothing but this thread reads or writes it, nor runs
+    /// the vCPU, until the call returns.
+    pub unsafe fn dispatch_raw(&self, run: *mut u8) -> Dispatch {
         // SAFETY: the caller's promise; nothing writes in between, since this thread is here.
         let Some(exit) = (unsafe { exit::read(run) }) else {
             return Dispatch::NotAnMsrExit;
@@ -149,7 +142,7 @@ impl VcpuGate {
                 answer,
             })
         };
-        let Ok(mut held) = self.held.try_borrow_mut() else {
+        let Some(mut held) = self.take() else {
             // A handler's own dispatch: the exit is the outer call's to finish.
             return answered(Answer::fault(FaultCause::ReEntered, None));
         };
@@ -164,14 +157,24 @@ impl VcpuGate {
     }
 
     /// Whether the plan that answers for such an access, which a filter denied, passes it on to the kernel. As cheap as
-    /// [`VcpuGate::dispatch`].
+    /// [`VcpuGate::dispatch_raw`].
     pub fn passes(&self, access: Access) -> bool {
-        let Ok(mut held) = self.held.try_borrow_mut() else {
+        let Some(mut held) = self.take() else {
             return false;
         };
         self.catch_up(&mut held);
         let epoch = held.published.deciding(&held.epoch, access, Reason::Filter);
         epoch.table().passes(access.msr(), access.op())
+    }
+
+    /// What the vCPU answers by, unless it is answering: one atomic exchange, which never waits.
+    fn take(&self) -> Option<MutexGuard<'_, Held>> {
+        match self.held.try_lock() {
+            Ok(held) => Some(held),
+            // What panicked was a caller's code between two whole states.
+            Err(TryLockError::Poisoned(held)) => Some(held.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn catch_up(&self, held: &mut Held) {
@@ -184,7 +187,7 @@ impl VcpuGate {
 
     /// # Safety
     /// As for [`exit::fail_closed`].
-    unsafe fn answer(&self, run: *mut kvm_run, access: Access, reason: Reason, held: &mut Held) -> Answer {
+    unsafe fn answer(&self, run: *mut u8, access: Access, reason: Reason, held: &mut Held) -> Answer {
         self.catch_up(held);
         let epoch = held.published.deciding(&held.epoch, access, reason);
         if !Arc::ptr_eq(epoch, &held.epoch) {
@@ -219,7 +222,7 @@ impl VcpuGate {
     ///
     /// From within a handler it does nothing.
     pub fn reset(&self) {
-        if let Ok(mut held) = self.held.try_borrow_mut() {
+        if let Some(mut held) = self.take() {
             held.state = held.epoch.table().vcpu_state();
         }
     }
@@ -229,15 +232,23 @@ impl VcpuGate {
     ///
     /// Runs the vCPU with `immediate_exit` set, and leaves that as it was. Fails with the kernel's error where KVM_RUN
     /// fails otherwise than with EINTR.
-    pub fn drain(&self, run: &mut kvm_run) -> io::Result<DrainStatus> {
-        // SAFETY: a `kvm_run`, borrowed exclusively.
+    ///
+    /// # Safety
+    /// As for [`VcpuGate::dispatch_raw`].
+    pub unsafe fn drain_raw(&self, run: *mut u8) -> io::Result<DrainStatus> {
+        // SAFETY: the caller's promise; nothing writes in between, since this thread is here.
         if unsafe { exit::read(run) }.is_some() {
             return Ok(DrainStatus::Unanswered);
         }
-        let before = run.immediate_exit;
-        set_immediate_exit(run, 1);
+        let immediate_exit = run.wrapping_add(field::IMMEDIATE_EXIT);
+        // SAFETY: a byte within the `kvm_run` that the caller vouches for.
+        let before = unsafe { immediate_exit.read() };
+        // Volatile, since it is the kernel that reads it, in a call that does not name the page.
+        // SAFETY: as above.
+        unsafe { immediate_exit.write_volatile(1) };
         let result = ioctl::run(&self.vcpu);
-        set_immediate_exit(run, before);
+        // SAFETY: as above.
+        unsafe { immediate_exit.write_volatile(before) };
         match result {
             Ok(()) => Ok(DrainStatus::Exit),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(DrainStatus::Idle),
@@ -245,19 +256,16 @@ impl VcpuGate {
         }
     }
 
-    /// What MSRs remember (`shadow`, `once`), as text to be saved with the vCPU, with the hash of the policy. Drains the
-    /// vCPU first ([`VcpuGate::drain`]), whose registers would not be whole without.
+    /// What MSRs remember (`shadow`, `once`), as text to be saved with the vCPU, with the hash of the policy.
     ///
-    /// The text is as valuable as the rest of a saved guest: who can change it can open an MSR again that is locked.
-    pub fn save(&self, run: &mut kvm_run) -> Result<String, SaveError> {
-        match self.drain(run).map_err(SaveError::Run)? {
-            DrainStatus::Idle => {}
-            DrainStatus::Exit => return Err(SaveError::Exit),
-            DrainStatus::Unanswered => return Err(SaveError::Unanswered),
-        }
-        let mut held = self.held.try_borrow_mut().map_err(|_| SaveError::InHandler)?;
+    /// Call it while the vCPU is stopped and drained ([`VcpuGate::drain_raw`]): the registers of one that is not drained
+    /// are those of before its last access, and the text is that of after it. The text is as valuable as the rest of a
+    /// saved guest: who can change it can open an MSR again that is locked.
+    pub fn save(&self) -> Result<String, SaveError> {
+        let mut held = self.take().ok_or(SaveError::InHandler)?;
         self.settle(&mut held);
-        Ok(state::write(&held.epoch.hash(), held.epoch.table(), &held.state))
+        let hash = held.epoch.plan.hash().ok_or(SaveError::NoHash)?;
+        Ok(state::write(&hash, held.epoch.table(), &held.state))
     }
 
     /// Puts what a saved vCPU remembered in place of what this one does: call it after [`crate::Gate::vcpu`] and before
@@ -267,9 +275,10 @@ impl VcpuGate {
     /// MSR that is locked here stays locked, whatever the state says. On an error nothing has changed; the vCPU must not
     /// run then, since what it had locked is open.
     pub fn restore(&self, state: &[u8]) -> Result<(), StateError> {
-        let mut held = self.held.try_borrow_mut().map_err(|_| StateError::InHandler)?;
+        let mut held = self.take().ok_or(StateError::InHandler)?;
         self.settle(&mut held);
-        let memories = state::read(state, &held.epoch.hash())?;
+        let hash = held.epoch.plan.hash().ok_or(StateError::NoHash)?;
+        let memories = state::read(state, &hash)?;
         let Held { epoch, state, .. } = &mut *held;
         epoch
             .table()
@@ -288,28 +297,39 @@ impl VcpuGate {
         }
     }
 
-    /// [`VcpuGate::dispatch`] with the vCPU of the kvm-ioctls crate.
+    /// [`VcpuGate::dispatch_raw`] with the vCPU of the kvm-ioctls crate.
     #[cfg(feature = "kvm-ioctls")]
     pub fn dispatch_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Dispatch {
-        self.dispatch(vcpu.get_kvm_run())
+        // SAFETY: `page` is a vCPU's, and its exclusive borrow lasts for the call.
+        unsafe { self.dispatch_raw(page(vcpu)) }
     }
 
-    /// [`VcpuGate::drain`] with the vCPU of the kvm-ioctls crate.
+    /// [`VcpuGate::drain_raw`] with the vCPU of the kvm-ioctls crate.
     #[cfg(feature = "kvm-ioctls")]
     pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<DrainStatus> {
-        self.drain(vcpu.get_kvm_run())
+        // SAFETY: likewise.
+        unsafe { self.drain_raw(page(vcpu)) }
     }
 
-    /// [`VcpuGate::save`] with the vCPU of the kvm-ioctls crate.
+    /// [`VcpuGate::drain_vcpu`], and [`VcpuGate::save`] where that leaves the vCPU at rest.
     #[cfg(feature = "kvm-ioctls")]
     pub fn save_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Result<String, SaveError> {
-        self.save(vcpu.get_kvm_run())
+        match self.drain_vcpu(vcpu).map_err(SaveError::Run)? {
+            DrainStatus::Idle => self.save(),
+            DrainStatus::Exit => Err(SaveError::Exit),
+            DrainStatus::Unanswered => Err(SaveError::Unanswered),
+        }
     }
 }
 
-/// Volatile, since it is the kernel that reads it, in a call that does not name the page.
-fn set_immediate_exit(run: &mut kvm_run, value: u8) {
-    let field: *mut u8 = &raw mut run.immediate_exit;
-    // SAFETY: a field of a `kvm_run` that is borrowed exclusively.
-    unsafe { field.write_volatile(value) };
+/// The vCPU's mapped `kvm_run`, for as long as `vcpu` is borrowed.
+#[cfg(feature = "kvm-ioctls")]
+fn page(vcpu: &mut kvm_ioctls::VcpuFd) -> *mut u8 {
+    std::ptr::from_mut(vcpu.get_kvm_run()).cast()
 }
+
+/// VMMs keep what runs a vCPU in a type that threads share (`trait Vcpu: Send + Sync` in Cloud Hypervisor).
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<VcpuGate>();
+};

@@ -2,8 +2,8 @@
 //!
 //! Little-endian and without padding. A map is a magic number, the reads, the writes, and what `unknown` and `invalid` say.
 //! Reads and writes are a count and, for each interval, its first MSR, rule, log and action: its number ([`Disposition`]) and its
-//! arguments in their order. A plan is a magic number, its map, the filter, the reasons, the presets, what is spilled, and how
-//! many ranges are needed. The last byte is followed by nothing.
+//! arguments in their order. A plan is a magic number, its map, the filter, the reasons, the presets, what is spilled, how many
+//! ranges are needed, and the hash of the map, if whoever compiled it had one. The last byte is followed by nothing.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -13,7 +13,6 @@ use msrgate_core::{
     Argument, Arguments, Disposition, Filter, FilterRange, Log, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction,
     Reasons, Verdict, WriteAction,
 };
-use sha2::{Digest, Sha256};
 
 use crate::plan::Parts;
 use crate::{CompileOptions, Decision, DecisionMap, Intervals, Minimum, Plan, PlanError, Preset, Spillable};
@@ -54,6 +53,7 @@ impl DecisionMap {
     /// the kernel holds.
     ///
     /// SHA-256 over the bytes of the map without its rules and logs.
+    #[cfg(feature = "hash")]
     pub fn hash(&self) -> [u8; 32] {
         let mut bytes = b"msrgate decision map 2\n".to_vec();
         put_intervals(
@@ -67,7 +67,7 @@ impl DecisionMap {
             put_write,
         );
         self.put_fallbacks(&mut bytes);
-        Sha256::digest(&bytes).into()
+        <sha2::Sha256 as sha2::Digest>::digest(&bytes).into()
     }
 
     /// Reads a map back. Whatever the bytes hold, the answer is a whole map or an error.
@@ -119,13 +119,16 @@ impl Plan {
         bytes.push(u8::from(minimum.proved));
         bytes.push(u8::from(minimum.witness.is_some()));
         put_accesses(&mut bytes, minimum.witness.as_deref().unwrap_or_default());
+        bytes.push(u8::from(self.hash().is_some()));
+        bytes.extend(self.hash().iter().flatten());
         bytes
     }
 
     /// Reads a plan back, and proves again that it does what the map in the bytes says: nothing is searched. Whatever the
     /// bytes hold, the answer is a plan that is right or an error.
     ///
-    /// How many ranges are needed ([`Plan::minimum`]) is as the bytes say, and so is what may be spilled. A note on what is
+    /// How many ranges are needed ([`Plan::minimum`]) is as the bytes say, and so is what may be spilled; without the
+    /// feature `hash` also the hash. A note on what is
     /// spilled does not tell what a profile told.
     pub fn from_bytes(bytes: &[u8]) -> Result<Plan, LoadError> {
         let mut rest = Rest(bytes);
@@ -167,6 +170,10 @@ impl Plan {
                 (false, _) => return Err(DecodeError.into()),
             },
         };
+        let hash = match rest.flag()? {
+            true => Some(rest.array()?),
+            false => None,
+        };
         rest.end()?;
         if let Some((msr, op)) = spilled.iter().find(|(msr, op)| !map.allows(*msr, *op)) {
             return Err(PlanError::NotProven { msr: *msr, op: *op }.into());
@@ -190,7 +197,12 @@ impl Plan {
                 .collect(),
             minimum,
         };
-        Ok(Plan::proven(&map, &options, parts)?)
+        let plan = Plan::proven(&map, &options, parts)?;
+        match (plan.hash(), hash) {
+            (None, told) => Ok(plan.with_hash(told)),
+            (Some(own), Some(told)) if own != told => Err(DecodeError.into()),
+            _ => Ok(plan),
+        }
     }
 }
 
@@ -627,6 +639,19 @@ mod tests {
         assert_eq!(map(0, 1).hash(), map(1, 1).hash());
         assert_ne!(map(0, 1).hash(), map(0, 2).hash());
         assert_ne!(map(0, 1).hash(), DecisionMap::allow_all().hash());
+    }
+
+    #[test]
+    fn a_plan_has_the_hash_of_its_map_whatever_its_bytes_say() {
+        let plan = Plan::compile(&DecisionMap::allow_all()).unwrap();
+        let bytes = plan.to_bytes();
+        assert_eq!(Plan::from_bytes(&bytes).unwrap(), plan);
+        let (without, hash) = bytes.split_at(bytes.len() - 33);
+        assert_eq!(hash[1..], plan.hash().unwrap());
+        // Compiled where there was no hash.
+        assert_eq!(Plan::from_bytes(&[without, &[0]].concat()).unwrap(), plan);
+        let other = [without, &[1], &[7; 32]].concat();
+        assert_eq!(Plan::from_bytes(&other), Err(LoadError::Malformed));
     }
 
     /// Each action and each of its fields by the first bytes of the hash of a map that has it, which is what a saved vCPU

@@ -22,6 +22,11 @@
 //! ```
 //!
 //! Knows nothing of text. What no filter can stop is named in [`Plan::notes`].
+//!
+//! # Features
+//! `hash` (off): `DecisionMap::hash`, a name for what a map means, which every plan then has. A state of `shadow` and `once`
+//! is saved under that name. A program that reads plans which were compiled before ([`Plan::from_bytes`]) finds it there and
+//! does without the feature.
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(

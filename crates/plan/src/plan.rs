@@ -43,7 +43,7 @@ pub struct Plan {
     presets: Vec<Preset>,
     notes: Vec<Note>,
     minimum: Minimum,
-    hash: [u8; 32],
+    hash: Option<[u8; 32]>,
     map: DecisionMap,
 }
 
@@ -138,7 +138,7 @@ impl Plan {
             reasons,
             presets,
             minimum,
-            hash: map.hash(),
+            hash: hash(map),
             map: map.clone(),
         };
         match proof::first_difference(map, options, &plan) {
@@ -244,10 +244,26 @@ impl Plan {
         &self.minimum
     }
 
-    /// The name of what the plan means: [`DecisionMap::hash`].
-    pub fn hash(&self) -> [u8; 32] {
+    /// The name of what the plan means, `DecisionMap::hash`; `None` where whoever compiled it did so without the feature
+    /// `hash`. A saved vCPU is told by it.
+    pub fn hash(&self) -> Option<[u8; 32]> {
         self.hash
     }
+
+    /// The plan with the hash that its bytes have.
+    pub(crate) fn with_hash(self, hash: Option<[u8; 32]>) -> Plan {
+        Plan { hash, ..self }
+    }
+}
+
+#[cfg(feature = "hash")]
+fn hash(map: &DecisionMap) -> Option<[u8; 32]> {
+    Some(map.hash())
+}
+
+#[cfg(not(feature = "hash"))]
+fn hash(_: &DecisionMap) -> Option<[u8; 32]> {
+    None
 }
 
 /// What the entry that covers `msr` gives it.

@@ -32,6 +32,7 @@ mod diagnostic;
 mod pattern;
 mod policy;
 mod parse;
+mod errors;
 mod schema;
 mod oracle;
 pub mod print;

@@ -20,7 +20,7 @@ pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "/* The MSR filter of the policy `{}`, made by msrgate.",
         comment(&loaded.policy.name)
     )?;
-    writeln!(out, " * Policy hash {}.", words::hex(&plan.hash()))?;
+    writeln!(out, " * Policy hash {}.", words::hex(&plan.map().hash()))?;
     writeln!(out, " *")?;
     writeln!(
         out,
@@ -83,7 +83,7 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "// The MSR filter of the policy `{}`, made by msrgate.",
         comment(&loaded.policy.name)
     )?;
-    writeln!(out, "// Policy hash {}.", words::hex(&plan.hash()))?;
+    writeln!(out, "// Policy hash {}.", words::hex(&plan.map().hash()))?;
     writeln!(out, "//")?;
     writeln!(
         out,

@@ -37,7 +37,7 @@ pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
         })
     });
     json!({
-        "policy": { "name": loaded.policy.name, "hash": words::hex(&loaded.plan.hash()) },
+        "policy": { "name": loaded.policy.name, "hash": words::hex(&loaded.plan.map().hash()) },
         "save": save.collect::<Vec<_>>(),
         "drop": drop.collect::<Vec<_>>(),
         "emulated": emulated.collect::<Vec<_>>(),
@@ -58,7 +58,7 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
         out,
         "policy   {}, hash {}\n",
         loaded.policy.name,
-        words::hex(&loaded.plan.hash())
+        words::hex(&loaded.plan.map().hash())
     )?;
     if state.emulated.is_empty() && !state.fallback {
         writeln!(out, "the gates of vCPUs remember nothing\n")?;

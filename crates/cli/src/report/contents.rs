@@ -130,7 +130,7 @@ impl Contents {
                 notes.push(format!("{name}: {error}; what came before it is in the report"));
             }
             if let (Some(loaded), Some(hash)) = (&self.policy, &trace.header.policy)
-                && *hash != words::hex(&loaded.plan.hash())
+                && *hash != words::hex(&loaded.plan.map().hash())
             {
                 notes.push(format!(
                     "{name} was made under another policy: its numbers of rules are not those of `{}`",

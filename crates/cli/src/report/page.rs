@@ -176,7 +176,7 @@ fn summary(contents: &Contents) -> Markup {
             @if let Some(Loaded { policy, plan, .. }) = &contents.policy {
                 p {
                     "Held against the policy " b { (plain(&policy.name)) } " "
-                    code.hash { (words::hex(&plan.hash()).chars().take(16).collect::<String>()) "…" }
+                    code.hash { (words::hex(&plan.map().hash()).chars().take(16).collect::<String>()) "…" }
                     @let broken = contents.broken();
                     @if broken > 0 {
                         ", which denies " b { (counted(broken, "access", "accesses")) } " that the guest was served with."

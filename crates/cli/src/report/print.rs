@@ -92,7 +92,7 @@ pub(super) fn json(contents: &Contents) -> Value {
         "traces": traces.collect::<Vec<_>>(),
         "policy": contents.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
             "name": policy.name,
-            "hash": words::hex(&plan.hash()),
+            "hash": words::hex(&plan.map().hash()),
         })),
         "accesses": report.accesses(),
         "allowed": of(report.kinds(), Kind::Allowed),

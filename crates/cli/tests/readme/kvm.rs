@@ -3,13 +3,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use msrgate_kvm::{Handlers, probe};
-use msrgate_plan::Plan;
-use msrgate_policy::Policy;
+use msrgate::{Handlers, Plan, Policy, probe};
 
 /// Runs a vCPU of `vm` under a policy until it makes an exit that is not of an MSR.
 pub fn run(kvm: &Kvm, vm: &impl AsRawFd, vcpu: &mut VcpuFd, policy: &str) -> Result<(), Box<dyn Error>> {
-    let policy = Policy::parse("policy.toml", policy).map_err(|rejected| format!("{rejected:#?}"))?;
+    let policy = Policy::parse("policy.toml", policy)?;
     let plan = Arc::new(Plan::compile_for(&policy.decision_map(None)?, &policy.options())?);
     let gate = probe(kvm)?.install(vm, plan, Handlers::new())?;
     let vcpu_gate = gate.vcpu(vcpu, 0)?;

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use msrgate_core::{Disposition, FaultCause, Msr, Nanos, OnLockedBits, Outcome, ReadAction, Reason, WriteAction};
 use msrgate_guest::Mode;
@@ -219,6 +220,37 @@ fn a_handler_answers_and_its_fault_and_its_panic_are_faults() {
     assert_eq!(did(&seen[4]), (Disposition::Fault, Some(FaultCause::HandlerFault)));
 }
 
+#[test]
+fn functions_answer_and_so_does_a_handler_that_the_vmm_keeps_a_hold_of() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let last = Arc::new(AtomicU64::new(0));
+    let written = Arc::clone(&last);
+    let handlers = Handlers::new().with("kept", Arc::new(Cores)).with_fns(
+        "last",
+        |vcpu, msr| Ok(u64::from(vcpu) << 32 | u64::from(msr.0)),
+        move |_, _, value| match value {
+            0 => Err(Fault),
+            _ => {
+                written.store(value, Ordering::Relaxed);
+                Ok(())
+            }
+        },
+    );
+    let cores = Msr(0x35);
+    let reads = [
+        (cores, ReadAction::Handler("kept".into())),
+        (MICROCODE, ReadAction::Handler("last".into())),
+    ];
+    let writes = [(MICROCODE, WriteAction::Handler("last".into()))];
+    let (mut guest, _gate, vcpu) = gated(&kvm, probed, Mode::Real, plan(&map(&reads, &writes)), handlers);
+    let accesses = [read(cores), read(MICROCODE), write(MICROCODE, 5), write(MICROCODE, 0)];
+    let seen = outcomes(&run(&mut guest, &vcpu, &accesses));
+    let by_kept = Outcome::Value(7 << 32 | 0x10);
+    let by_function = Outcome::Value(7 << 32 | 0x8b);
+    assert_eq!(seen, [by_kept, by_function, Outcome::Done, Outcome::Fault]);
+    assert_eq!(last.load(Ordering::Relaxed), 5);
+}
+
 thread_local! {
     /// What a handler needs to come back.
     static SELF: RefCell<Option<(Rc<VcpuGate>, *mut kvm_bindings::kvm_run)>> = const { RefCell::new(None) };
@@ -233,7 +265,7 @@ impl Handler for ComesBack {
         SELF.with_borrow(|own| {
             let (gate, run) = own.as_ref().unwrap();
             // SAFETY: the page of the vCPU that is being dispatched, on its thread; the outer call holds no reference.
-            let Dispatch::Answered(answered) = (unsafe { gate.dispatch_raw(*run) }) else {
+            let Dispatch::Answered(answered) = (unsafe { gate.dispatch_raw(run.cast()) }) else {
                 panic!("not taken for an MSR exit")
             };
             // SAFETY: as above.
@@ -267,7 +299,7 @@ fn a_handler_that_dispatches_its_own_exit_is_told_so_and_the_outer_answer_counts
             let page: *mut kvm_bindings::kvm_run = run;
             SELF.set(Some((vcpu.clone(), page)));
             // SAFETY: this vCPU's page, which this thread alone touches; the reference it came from is gone.
-            let dispatch = unsafe { vcpu.dispatch_raw(page) };
+            let dispatch = unsafe { vcpu.dispatch_raw(page.cast()) };
             assert!(matches!(dispatch, Dispatch::Answered(_)));
             // Inside, the fault stood ready.
             assert_eq!(INNER.take(), Some((FaultCause::ReEntered, 1)));

@@ -146,6 +146,7 @@ fn a_state_of_another_policy_is_refused_and_changes_nothing() {
     let hash: String = here
         .gate
         .plan()
+        .map()
         .hash()
         .iter()
         .map(|byte| format!("{byte:02x}"))
