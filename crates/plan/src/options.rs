@@ -2,9 +2,38 @@
 
 use alloc::vec::Vec;
 
-use msrgate_core::{MsrRange, Op};
+use msrgate_core::{Msr, MsrRange, Op};
 
-use crate::{AccessCount, Preset, Spillable};
+/// A value that is put into the kernel's own MSR before the guest runs, so that a fixed answer costs no exit.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Preset {
+    /// The register.
+    pub msr: Msr,
+    /// Its value.
+    pub value: u64,
+}
+
+/// An access that may be passed through.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Spillable {
+    /// The register.
+    pub msr: Msr,
+    /// The direction.
+    pub op: Op,
+    /// How dear it is beside others, where a profile does not tell them apart.
+    pub weight: u16,
+}
+
+/// How often a guest touches a register.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct AccessCount {
+    /// The register.
+    pub msr: Msr,
+    /// The direction.
+    pub op: Op,
+    /// How often.
+    pub count: u64,
+}
 
 /// What a plan is compiled for: a kernel, a guest's habits, and what may be done where 16 ranges do not hold it all. Without
 /// any of them ([`CompileOptions::default`]) a plan is right everywhere.

@@ -11,7 +11,7 @@ use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Msr, MsrRange};
 
 use crate::Direction;
-use crate::cover::Segment;
+use crate::segment::Segment;
 
 /// A kind, the first MSR and the first one after the last.
 type Span = (Direction, u64, u64);

@@ -1,11 +1,11 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use msrgate_core::{Log, ReadAction, Reason, Reasons, Verdict, WriteAction};
+use msrgate_core::{Log, Msr, ReadAction, Reason, Reasons, Verdict, WriteAction};
 
 use super::*;
 use crate::CompileOptions;
-use crate::{Decision, NoteCode, Plan};
+use crate::{AccessCount, Decision, NoteCode, Plan};
 
 fn range(first: u32, last: u32) -> MsrRange {
     MsrRange::new(Msr(first), Msr(last)).unwrap()
