@@ -22,7 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("guest", &["core", "kvm", "msrs", "plan"]),
     ("answer", &["core"]),
     ("supervise", &["answer", "core", "kvm", "plan"]),
-    ("verify", &["core", "engine", "guest", "kvm", "plan"]),
+    ("verify", &["core", "engine", "guest", "kvm", "msrs", "plan"]),
     (
         "cli",
         &[

@@ -114,7 +114,7 @@ fn json(loaded: &Loaded) -> Value {
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
-        "notes": plan.notes().iter().map(|note| json!({
+        "notes": msrgate_policy::notes(plan).iter().map(|note| json!({
             "code": note.code.code(),
             "message": note.message,
         })).collect::<Vec<_>>(),
@@ -288,7 +288,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             writeln!(out, "what the kernel {when}: rdmsr {read}, wrmsr {write}\n")?;
         }
     }
-    for note in plan.notes() {
+    for note in msrgate_policy::notes(plan) {
         writeln!(out, "note {}: {}", note.code, note.message)?;
     }
     Ok(())

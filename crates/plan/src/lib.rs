@@ -21,7 +21,7 @@
 //! # Ok::<(), msrgate_plan::PlanError>(())
 //! ```
 //!
-//! Knows nothing of text. What no filter can stop is named in [`Plan::notes`].
+//! Knows nothing of text, nor of single MSRs. What no filter can stop of a map is named in [`Plan::notes`].
 #![no_std]
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -56,7 +56,7 @@ pub use error::{Group, PlanError, SpillError};
 pub use form::{DecodeError, LoadError};
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
-pub use note::{Note, NoteCode};
+pub use note::Note;
 pub use options::{AccessCount, CompileOptions, Preset, Spillable};
 pub use plan::{Minimum, Plan};
 pub use segment::Direction;

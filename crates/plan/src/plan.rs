@@ -35,7 +35,8 @@ pub struct Minimum {
 
 /// A filter, the reasons for which the kernel hands accesses to user space, and what user space answers then.
 ///
-/// Compiled from a [`DecisionMap`] and proven equal to it, but for what its notes name.
+/// Compiled from a [`DecisionMap`] and proven equal to it, but for what its notes name and what the database of MSRs says
+/// that passes a filter.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plan {
     filter: Filter,
@@ -189,7 +190,7 @@ impl Plan {
         &self.presets
     }
 
-    /// What no filter can do of what the map asks for.
+    /// What whoever relies on the plan must know.
     pub fn notes(&self) -> &[Note] {
         &self.notes
     }

@@ -260,11 +260,10 @@ pub struct CpuidNeeded {
 impl CpuidNeeded {
     /// As a finding, at the first rule that asks.
     pub fn diagnostic(&self) -> Diagnostic {
-        let diagnostic = match &self.place {
+        match &self.place {
             Some(place) => Diagnostic::at(Code::CpuidNeeded, place.clone(), self.to_string()),
             None => Diagnostic::whole(Code::CpuidNeeded, self.to_string()),
-        };
-        diagnostic.help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest, or with a trace of one")
+        }
     }
 }
 

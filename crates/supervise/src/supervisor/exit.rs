@@ -6,7 +6,7 @@ use msrgate_answer::layout::reply;
 use msrgate_core::{Access, Answer, Disposition, Exit, FaultCause, Log, Msr, MsrBackend, Op, Outcome, Reason};
 use msrgate_kvm::HostMsrs;
 
-use super::{Refusal, Supervisor, denies, put_in_force};
+use super::{Refusal, Remark, Supervisor, denies, put_in_force};
 use crate::hands::Hands;
 use crate::policy::{Owner, Touch};
 use crate::seccomp::Waiting;
@@ -305,7 +305,9 @@ impl Supervisor {
             return Ok(());
         };
         if let Refusal::Line(line) = &refusal {
-            (self.say)(format!("what the guests touch from here on is not told: {line}"));
+            (self.say)(Remark::Line(format!(
+                "what the guests touch from here on is not told: {line}"
+            )));
         }
         if let Some(vm) = self.vms.get_mut(&vm_tag) {
             vm.state.blind = true;
