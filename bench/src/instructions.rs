@@ -10,7 +10,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use kvm_bindings::{kvm_run, kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr};
 use msrgate_core::{
-    Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Log, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
+    Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
     Reasons, abi,
 };
 use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Vcpu, Vm};
@@ -147,11 +147,7 @@ fn walks(times: usize, linear: &Linear, msr: Msr) {
 /// Every second of 200 MSRs reads as its own number.
 fn plan() -> Result<Plan, String> {
     let reads = (0..100).map(|rule: u32| {
-        let decision = Decision {
-            action: ReadAction::Value(rule.into()),
-            rule: Some(rule),
-            log: Log::None,
-        };
+        let decision = Decision::of(ReadAction::Value(rule.into())).by(rule);
         (MsrRange::single(Msr(0x4000_0000 + 2 * rule)), decision)
     });
     let map = DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), reads));
@@ -163,10 +159,7 @@ const FIXED: Msr = Msr(0x4000_0000 + 2 * 77);
 
 fn answers(times: usize, table: &ActionTable) {
     let mut state = table.vcpu_state();
-    let exit = Exit {
-        access: Access::Read { msr: FIXED },
-        reason: Reason::Filter,
-    };
+    let exit = Exit::new(Access::Read { msr: FIXED }, Reason::Filter);
     again(times, || {
         _ = black_box(table.answer(black_box(exit), &mut state, &mut Nobody))
     });

@@ -121,6 +121,7 @@ fn json(loaded: &Loaded) -> Value {
         "minimum": {
             "ranges": minimum.ranges,
             "proved": minimum.proved,
+            "bytes_proved": minimum.bytes_proved,
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
@@ -178,10 +179,10 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     )?;
     writeln!(out, "default  {}", filter.default_verdict().name())?;
     let minimum = plan.minimum();
-    let proved = if minimum.proved {
-        "no fewer are possible"
-    } else {
-        "fewer may be possible"
+    let proved = match (minimum.proved, minimum.bytes_proved) {
+        (true, true) => "no fewer are possible",
+        (true, false) => "no fewer are possible, but perhaps fewer bytes",
+        (false, _) => "fewer may be possible",
     };
     writeln!(
         out,

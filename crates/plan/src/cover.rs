@@ -16,7 +16,7 @@ use alloc::vec::Vec;
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Msr, MsrRange, Op, Verdict};
 
-use crate::pack::packed;
+use crate::pack::{all_ways, packed};
 use crate::segment::{Segment, WORD, segments};
 use crate::{Direction, Intervals};
 
@@ -27,6 +27,8 @@ pub(crate) struct RangeSet {
     pub(crate) ranges: Vec<(Direction, MsrRange)>,
     /// What covering reads and writes apart would take.
     pub(crate) separate: u64,
+    /// Whether as many ranges cannot take fewer bytes.
+    pub(crate) bytes_proved: bool,
     /// As many accesses as there are ranges, all to be served and each too far from the others for one range to serve
     /// two of them: whoever sees it need not trust the search. `None` where it is not distance that asks for so many
     /// ranges, but reads and writes that differ.
@@ -126,6 +128,7 @@ pub(crate) fn cover(
     Ok(RangeSet {
         ranges,
         separate,
+        bytes_proved: all_ways(&segments),
         witness,
     })
 }
@@ -382,10 +385,16 @@ pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, Ra
     let free = [MsrRange::X2APIC];
     let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
     match (of(Verdict::Deny), of(Verdict::Allow)) {
-        (Ok(deny), Ok(allow)) if (allow.ranges.len(), allow.words()) < (deny.ranges.len(), deny.words()) => {
-            Ok((Verdict::Allow, allow))
+        (Ok(deny), Ok(allow)) => {
+            let size = |set: &RangeSet| (set.ranges.len(), set.words());
+            let (default, mut set, other) = match size(&allow) < size(&deny) {
+                true => (Verdict::Allow, allow, deny),
+                false => (Verdict::Deny, deny, allow),
+            };
+            set.bytes_proved &= other.bytes_proved || other.ranges.len() > set.ranges.len();
+            Ok((default, set))
         }
-        (Ok(deny), _) => Ok((Verdict::Deny, deny)),
+        (Ok(deny), Err(_)) => Ok((Verdict::Deny, deny)),
         (Err(_), Ok(allow)) => Ok((Verdict::Allow, allow)),
         (Err(deny), Err(allow)) => Err(if allow.at_least < deny.at_least { allow } else { deny }),
     }

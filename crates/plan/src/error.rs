@@ -47,6 +47,7 @@ pub enum PlanError {
 
 /// One range of a filter that would have too many, and who asks for it.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Group {
     /// Which directions it would serve.
     pub direction: Direction,

@@ -6,11 +6,11 @@
 //! map, over intervals that leave no MSR out.
 //!
 //! ```
-//! use msrgate_core::{Log, MsrRange, Msr, Op, ReadAction, Verdict, WriteAction};
+//! use msrgate_core::{MsrRange, Msr, Op, ReadAction, Verdict, WriteAction};
 //! use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 //!
 //! let by_default = Decision::of(ReadAction::Allow);
-//! let microcode = Decision { action: ReadAction::Value(1 << 32), rule: Some(0), log: Log::None };
+//! let microcode = Decision::of(ReadAction::Value(1 << 32)).by(0);
 //! let map = DecisionMap::new(
 //!     Intervals::first_match(by_default, [(MsrRange::single(Msr(0x8b)), microcode)]),
 //!     Intervals::uniform(Decision::of(WriteAction::Allow)),

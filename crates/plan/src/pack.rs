@@ -59,6 +59,13 @@ pub(crate) fn packed(
     ranges
 }
 
+/// Whether [`packed`] finds the fewest words: where reads and writes agree each range serves both, and all ways to deal these
+/// out are looked at. A range's greatest length is a whole number of words, so that none is lost where two ranges meet.
+pub(crate) fn all_ways(segments: &[Segment]) -> bool {
+    let pieces = segments.iter().filter(|segment| segment.needs()).count();
+    pieces <= MOST_PIECES && !segments.iter().any(Segment::mixed)
+}
+
 /// What would be wrong without the ranges of `kind`, cut where others begin or end, in order.
 fn pieces(ranges: &[Span], segments: &[Segment], kind: Direction) -> Vec<(u64, u64)> {
     let mut pieces = Vec::new();

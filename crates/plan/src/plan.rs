@@ -20,11 +20,15 @@ use crate::{
 
 /// How many ranges the map needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Minimum {
     /// Ranges of the smallest filter.
     pub ranges: u64,
     /// Whether the search left no smaller filter out.
     pub proved: bool,
+    /// Whether as many ranges cannot take fewer bytes either; which ranges reads and writes share is not tried in all ways, so
+    /// it is only told where they agree.
+    pub bytes_proved: bool,
     /// What planning reads and writes apart would take.
     pub separate: u64,
     /// As many accesses as `ranges`, each 12288 MSRs or more from the others, that all differ from the filter's default:
@@ -93,6 +97,7 @@ impl Plan {
         let minimum = Minimum {
             ranges: ranges.len() as u64,
             proved: true,
+            bytes_proved: covering.bytes_proved,
             separate: covering.separate,
             witness: covering.witness.clone(),
         };
@@ -350,12 +355,7 @@ fn entries<A: Clone + Eq>(
     with_spilled
         .iter()
         .filter(|(_, (decision, spilled))| *spilled || !allow(&decision.action))
-        .map(|(range, (decision, _))| Entry {
-            range,
-            action: decision.action.clone(),
-            rule: decision.rule,
-            log: decision.log,
-        })
+        .map(|(range, (decision, _))| Entry::new(range, decision.action.clone(), decision.rule, decision.log))
         .collect()
 }
 

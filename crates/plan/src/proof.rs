@@ -100,9 +100,15 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
 /// same for whichever reason, since user space is not told it.
 fn not_to_be_passed(map: &DecisionMap, options: &CompileOptions, table: &ActionTable) -> Option<(Msr, Op)> {
     let spillable = options.spillable().unwrap_or_default();
-    spilled_in(table).find_map(|(range, op)| {
+    let [reads, writes] = Op::ALL.map(|op| {
         let of = spillable.iter().filter(|spillable| spillable.op == op);
-        let named = Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)));
+        Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)))
+    });
+    spilled_in(table).find_map(|(range, op)| {
+        let named = match op {
+            Op::Read => &reads,
+            Op::Write => &writes,
+        };
         let (part, _) = named
             .within(range)
             .find(|(_, named)| !**named || map.unknown() != map.invalid())?;

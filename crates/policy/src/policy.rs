@@ -184,7 +184,7 @@ impl Policy {
     /// What the policy says of how its decision map is compiled: what may be passed through, if anything.
     pub fn options(&self) -> CompileOptions {
         let options = CompileOptions::default();
-        let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable { msr, op, weight });
+        let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable::new(msr, op, weight));
         match self.spill {
             Spill::UserSpace => options.spilling(spillable.collect()),
             Spill::Refuse => options,
@@ -238,16 +238,9 @@ fn decisions<'a, A: Clone>(
     log: Log,
 ) -> impl Iterator<Item = (MsrRange, Decision<A>)> + use<'a, A> {
     action.into_iter().flat_map(move |action| {
-        rule.ranges().into_iter().map(move |range| {
-            (
-                range,
-                Decision {
-                    action: action.clone(),
-                    rule: Some(index),
-                    log,
-                },
-            )
-        })
+        rule.ranges()
+            .into_iter()
+            .map(move |range| (range, Decision::of(action.clone()).by(index).logged(log)))
     })
 }
 

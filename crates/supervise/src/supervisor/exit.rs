@@ -179,7 +179,7 @@ impl Supervisor {
             stopped,
             refused: None,
         };
-        let answer = plan.table().answer(Exit { access, reason }, state, &mut reach);
+        let answer = plan.table().answer(Exit::new(access, reason), state, &mut reach);
         if let Some(line) = reach.refused {
             self.tell(
                 waiting.thread,
@@ -231,13 +231,7 @@ impl Supervisor {
                 Access::Write { msr, value } => reach.kernel_write(msr, value).map(|()| Outcome::Done),
             };
             return Verdict::answered(match outcome {
-                Ok(outcome) => Answer {
-                    outcome,
-                    did: Disposition::Pass,
-                    why: None,
-                    rule: None,
-                    log: Log::None,
-                },
+                Ok(outcome) => Answer::passed(outcome),
                 Err(why) => Answer::fault(why, None),
             });
         }
