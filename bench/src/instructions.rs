@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_23 as kvm_run_msr;
 use kvm_ioctls::VcpuFd;
 use msrgate_core::{
-    Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Log, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
+    Access, ActionTable, Exit, FaultCause, Filter, FlatFilter, Msr, MsrBackend, MsrRange, Op, ReadAction, Reason,
     Reasons, abi,
 };
 use msrgate_engine::{Instruction, Intercepts, Msrs, Path, Refusal, Vcpu, Vm};
@@ -149,11 +149,7 @@ fn walks(times: usize, linear: &Linear, msr: Msr) {
 /// Every second of 200 MSRs reads as its own number.
 fn plan() -> Result<Plan, String> {
     let reads = (0..100).map(|rule: u32| {
-        let decision = Decision {
-            action: ReadAction::Value(rule.into()),
-            rule: Some(rule),
-            log: Log::None,
-        };
+        let decision = Decision::of(ReadAction::Value(rule.into())).by(rule);
         (MsrRange::single(Msr(0x4000_0000 + 2 * rule)), decision)
     });
     let map = DecisionMap::allow_all().with_reads(Intervals::first_match(Decision::of(ReadAction::Allow), reads));
@@ -165,10 +161,7 @@ const FIXED: Msr = Msr(0x4000_0000 + 2 * 77);
 
 fn answers(times: usize, table: &ActionTable) {
     let mut state = table.vcpu_state();
-    let exit = Exit {
-        access: Access::Read { msr: FIXED },
-        reason: Reason::Filter,
-    };
+    let exit = Exit::new(Access::Read { msr: FIXED }, Reason::Filter);
     again(times, || {
         _ = black_box(table.answer(black_box(exit), &mut state, &mut Nobody))
     });

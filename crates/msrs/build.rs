@@ -42,10 +42,11 @@ struct Row {
     essential: bool,
     #[serde(default)]
     changed_in_place: bool,
-    #[serde(default)]
-    bypass: String,
+    bypass: Option<String>,
     #[serde(default)]
     command: String,
+    #[serde(default)]
+    rewrite: String,
     source: String,
     #[serde(default)]
     needs: Vec<Need>,
@@ -139,8 +140,8 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
         writeln!(
             rows,
             "Entry {{ msr: Msr({index}), access: Access::{}, state: State::{}, host: Host::{}, kept: Kept::{}, \
-             passthrough: {:?}, hot: {}, hardware: {}, essential: {}, changed_in_place: {}, names: {own:?}, bypass: {:?}, \
-             command: {:?}, classes: {}, vendors: {}, exists: {}, source: {source} }},",
+             passthrough: {:?}, hot: {}, hardware: {}, essential: {}, changed_in_place: {}, names: {own:?}, bypass: {}, \
+             command: {:?}, rewrite: {:?}, classes: {}, vendors: {}, exists: {}, source: {source} }},",
             word(&row.access, "read-write"),
             word(&row.state, "nothing"),
             word(&row.host, "nothing"),
@@ -150,8 +151,12 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             row.hardware,
             row.essential,
             row.changed_in_place,
-            place(&mut texts, &row.bypass),
+            match &row.bypass {
+                Some(word) => format!("Some(Bypass::{})", variant(word)),
+                None => "None".to_owned(),
+            },
             place(&mut texts, &row.command),
+            place(&mut texts, &row.rewrite),
             number(&mut classes, slice("Class", &row.class)),
             number(&mut vendors, slice("Vendor", &row.vendor)),
             number(&mut exists, when),

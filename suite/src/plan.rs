@@ -62,10 +62,7 @@ impl Subject for Guest {
             (Ok(outcome), _) => outcome,
             (Err(_), None) => Outcome::Fault,
             (Err(_), Some(reason)) => {
-                let exit = Exit {
-                    access: step.access,
-                    reason,
-                };
+                let exit = Exit::new(step.access, reason);
                 self.plan
                     .table()
                     .answer(exit, &mut self.state, &mut self.machine)

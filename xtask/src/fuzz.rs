@@ -14,7 +14,7 @@ use crate::test::{Ending, watched};
 use crate::{process, toolchain};
 
 /// The targets, each a program of `fuzz/` and a folder of `testdata/fuzz/`.
-const TARGETS: [&str; 5] = ["filter", "policy", "trace", "map", "raw"];
+const TARGETS: [&str; 6] = ["filter", "policy", "trace", "map", "plan", "raw"];
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -24,7 +24,7 @@ What else is new goes to fuzz/corpus/TARGET, from which the next run starts.";
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Run only these targets: filter, policy, trace, map
+    /// Run only these targets: filter, policy, trace, map, plan, raw
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(TARGETS))]
     targets: Vec<String>,
     /// How long each target runs

@@ -12,7 +12,7 @@ use crate::args::CheckArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::refusal::{self, TooMany};
-use crate::{cpuid, input, render, stream, trace, words};
+use crate::{cpuid, hint, input, render, stream, trace, words};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let cpuid = cpuid::given(&args.cpuid)?;
@@ -46,6 +46,8 @@ struct Checked {
     exit: Exit,
     sources: Vec<Source>,
     findings: Vec<Diagnostic>,
+    /// On the plan.
+    notes: Vec<Diagnostic>,
     loaded: Option<Loaded>,
     too_many: Option<Box<TooMany>>,
 }
@@ -63,6 +65,7 @@ fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked
                 exit,
                 sources: loaded.policy.sources.clone(),
                 findings,
+                notes: msrgate_policy::notes(&loaded.plan),
                 loaded: Some(loaded),
                 too_many: None,
             }
@@ -71,6 +74,7 @@ fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked
             exit: refused.exit,
             sources: refused.sources,
             findings: refused.diagnostics,
+            notes: Vec::new(),
             loaded: None,
             too_many: refused.too_many,
         },
@@ -79,7 +83,8 @@ fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked
 
 impl Checked {
     fn json(&self, path: &Path) -> Value {
-        let findings = self.findings.iter().map(|found| {
+        let shown = input::shown(path);
+        let finding = |found: &Diagnostic, whole: Option<&str>| {
             let place = found
                 .place
                 .as_ref()
@@ -88,33 +93,21 @@ impl Checked {
                 let (line, column) = source.line_column(place.span.start);
                 (Some(line), Some(column))
             });
+            let file = place.map(|(_, source)| source.path().display().to_string());
             json!({
                 "code": found.code.code(),
                 "severity": found.severity().name(),
                 "message": found.message,
-                "file": place.map(|(_, source)| source.path().display().to_string()),
+                "file": file.or(whole.map(str::to_owned)),
                 "line": line,
                 "column": column,
-                "help": found.help,
+                "help": hint::help(found),
                 "accepted": found.accepted,
             })
-        });
-        let mut findings: Vec<Value> = findings.collect();
-        if let Some(loaded) = &self.loaded {
-            findings.extend(loaded.plan.notes().iter().map(|note| {
-                json!({
-                    "code": note.code.code(),
-                    "severity": Severity::Note.name(),
-                    "message": note.message,
-                    "file": input::shown(path),
-                    "line": null,
-                    "column": null,
-                    "help": null,
-                    "accepted": null,
-                })
-            }));
-        }
-        let shown = input::shown(path);
+        };
+        let findings = self.findings.iter().map(|found| finding(found, None));
+        let notes = self.notes.iter().map(|note| finding(note, Some(&shown)));
+        let findings: Vec<Value> = findings.chain(notes).collect();
         let stem = Path::new(&shown).file_stem();
         let stem = stem.map(|stem| stem.to_string_lossy().into_owned());
         let name = self.loaded.as_ref().map(|loaded| loaded.policy.name.clone()).or(stem);
@@ -156,7 +149,7 @@ impl Checked {
             },
             ranges.len(),
         )?;
-        for found in &self.findings {
+        for found in self.findings.iter().chain(&self.notes) {
             let place = found.place.as_ref().and_then(|place| {
                 let source = self.sources.get(place.source)?;
                 Some(format!(
@@ -169,13 +162,10 @@ impl Checked {
             match &found.accepted {
                 Some(reason) => writeln!(out, "  accepted {}{place}: {reason}", found.code)?,
                 None if found.severity() == Severity::Note => {
-                    writeln!(out, "  note {}{place}: {}", found.code, found.message)?
+                    writeln!(out, "  note {}{place}: {}", found.code, hint::line(found))?
                 }
                 None => {}
             }
-        }
-        for note in loaded.plan.notes() {
-            writeln!(out, "  note {}: {}", note.code, note.message)?;
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ mod learn;
 mod msr;
 mod manual;
 mod refusal;
+mod hint;
 mod render;
 mod words;
 mod progress;

@@ -114,13 +114,14 @@ fn json(loaded: &Loaded) -> Value {
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
-        "notes": plan.notes().iter().map(|note| json!({
+        "notes": msrgate_policy::notes(plan).iter().map(|note| json!({
             "code": note.code.code(),
             "message": note.message,
         })).collect::<Vec<_>>(),
         "minimum": {
             "ranges": minimum.ranges,
             "proved": minimum.proved,
+            "bytes_proved": minimum.bytes_proved,
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
@@ -178,10 +179,10 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
     )?;
     writeln!(out, "default  {}", filter.default_verdict().name())?;
     let minimum = plan.minimum();
-    let proved = if minimum.proved {
-        "no fewer are possible"
-    } else {
-        "fewer may be possible"
+    let proved = match (minimum.proved, minimum.bytes_proved) {
+        (true, true) => "no fewer are possible",
+        (true, false) => "no fewer are possible, but perhaps fewer bytes",
+        (false, _) => "fewer may be possible",
     };
     writeln!(
         out,
@@ -288,7 +289,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             writeln!(out, "what the kernel {when}: rdmsr {read}, wrmsr {write}\n")?;
         }
     }
-    for note in plan.notes() {
+    for note in msrgate_policy::notes(plan) {
         writeln!(out, "note {}: {}", note.code, note.message)?;
     }
     Ok(())

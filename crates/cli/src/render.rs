@@ -7,7 +7,7 @@ use annotate_snippets::{AnnotationKind, Element, Group, Level, Origin, Renderer,
 use comfy_table::{ContentArrangement, Table, presets};
 use msrgate_policy::{Diagnostic, Place, Severity, Source};
 
-use crate::{stream, words};
+use crate::{hint, stream, words};
 
 /// Whether a stream gets colour: a terminal does, unless NO_COLOR is set or TERM says that the terminal has none.
 pub(crate) fn colour(stream: &impl IsTerminal) -> bool {
@@ -61,8 +61,8 @@ fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
             None => group = group.element(snippet(at, &[primary])),
         }
     }
-    if let Some(help) = &found.help {
-        group = group.element(Level::HELP.message(plain(help)));
+    if let Some(help) = hint::help(found) {
+        group = group.element(Level::HELP.message(plain(&help)));
     }
     report.push(group);
     let renderer = if colour(&io::stderr()) {

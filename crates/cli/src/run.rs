@@ -14,7 +14,7 @@ use crate::run::monitor::Monitor;
 use crate::run::resolve::Resolved;
 use crate::run::trace::Trace;
 use crate::run::writer::Writer;
-use crate::{load, words};
+use crate::{hint, load, words};
 
 mod child;
 mod end;
@@ -87,7 +87,12 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         resolve: resolved.resolve,
     };
     let told = lines.clone();
-    let supervisor = Supervisor::new(setup, marks, ledger, Box::new(move |line| told.say(line)));
+    let supervisor = Supervisor::new(
+        setup,
+        marks,
+        ledger,
+        Box::new(move |remark| told.say(hint::remark(&remark))),
+    );
     let mut command = Command::new(&program);
     command.arg0(name).args(arguments);
     let vmm = child::Vmm {

@@ -67,6 +67,6 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<AccessCount>, Failure> {
     }
     let touched = counts
         .into_iter()
-        .map(|((msr, op), count)| AccessCount { msr, op, count });
+        .map(|((msr, op), count)| AccessCount::new(msr, op, count));
     Ok(touched.collect())
 }

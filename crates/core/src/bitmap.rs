@@ -8,6 +8,7 @@ use crate::{Filter, Msr, MsrRange, Op, Ops, Verdict};
 
 /// MSRs that the hypervisor passes through to the hardware where no filter forbids it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct PassthroughMsr {
     /// The MSRs.
     pub range: MsrRange,

@@ -90,11 +90,19 @@ impl Reasons {
 
 /// An access that waits for user space.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub struct Exit {
     /// What the guest tries.
     pub access: Access,
     /// Why the kernel does not answer it.
     pub reason: Reason,
+}
+
+impl Exit {
+    /// An access that the kernel hands over, and why.
+    pub const fn new(access: Access, reason: Reason) -> Exit {
+        Exit { access, reason }
+    }
 }
 
 /// The guest gets #GP(0).

@@ -15,6 +15,7 @@ use crate::{
 
 /// What the accesses of a range of MSRs get.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub struct Entry<A> {
     /// The MSRs.
     pub range: MsrRange,
@@ -24,6 +25,18 @@ pub struct Entry<A> {
     pub rule: Option<u32>,
     /// How much is logged.
     pub log: Log,
+}
+
+impl<A> Entry<A> {
+    /// What a range of MSRs gets, by which rule, and how much of it is logged.
+    pub const fn new(range: MsrRange, action: A, rule: Option<u32>, log: Log) -> Entry<A> {
+        Entry {
+            range,
+            action,
+            rule,
+            log,
+        }
+    }
 }
 
 /// What user space answers to each access that the kernel hands to it.
@@ -448,6 +461,7 @@ pub trait MsrBackend {
 /// What an exit gets, and what an event says of it.
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Answer<O = Outcome> {
     /// What the guest gets.
     pub outcome: O,
@@ -462,6 +476,17 @@ pub struct Answer<O = Outcome> {
 }
 
 impl Answer {
+    /// What the kernel gave to an access that user space passed on to it.
+    pub const fn passed(outcome: Outcome) -> Answer {
+        Answer {
+            outcome,
+            did: Disposition::Pass,
+            why: None,
+            rule: None,
+            log: Log::None,
+        }
+    }
+
     /// A fault that the policy did not ask for.
     pub const fn fault(why: FaultCause, rule: Option<u32>) -> Answer {
         Answer {

@@ -6,6 +6,7 @@ use crate::{Errno, UserMemory, Vm};
 
 /// Who makes an ioctl, and on what.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Caller {
     /// The calling process.
     pub process: Process,
@@ -14,6 +15,11 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// A process with a descriptor.
+    pub const fn new(process: Process, descriptor: Descriptor) -> Caller {
+        Caller { process, descriptor }
+    }
+
     /// A 64-bit process with the VM's descriptor.
     pub const NATIVE: Caller = Caller {
         process: Process::Native,

@@ -36,6 +36,7 @@ struct Pending {
 /// What a vCPU enters the guest with.
 #[must_use]
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct PickUp<'a> {
     /// The interception bitmap that belongs to [`Vcpu::filter`].
     pub intercepts: &'a Intercepts,
@@ -68,6 +69,7 @@ pub enum Interruption {
 /// What a drained KVM_RUN leaves, which always fails with [`crate::Errno::Eintr`].
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Drained {
     /// How the pending access ended; `None` where none was pending.
     pub completion: Option<Completion>,
@@ -187,7 +189,7 @@ impl Vcpu {
         Ok(match result {
             Ok(value) => Step::Complete(done(instruction.register(), access, value, path.advance())),
             Err(reason) if self.deflects(reason) => {
-                let exit = Exit { access, reason };
+                let exit = Exit::new(access, reason);
                 self.pending = Some(Pending {
                     exit,
                     register: instruction.register(),

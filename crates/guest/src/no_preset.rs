@@ -89,10 +89,7 @@ mod tests {
 
     #[test]
     fn each_fixed_answer_is_a_preset_or_has_its_reason() {
-        let zero = |log| Decision {
-            log,
-            ..Decision::of(ReadAction::Value(0))
-        };
+        let zero = |log| Decision::of(ReadAction::Value(0)).logged(log);
         let range = |first, last| MsrRange::new(Msr(first), Msr(last)).unwrap();
         let map = DecisionMap::new(
             Intervals::first_match(

@@ -150,12 +150,8 @@ fn pass(pending: &mut Pending<'_>) {
 /// Reads or writes of these registers are handed to user space.
 fn with_exit_reasons(op: Op, msrs: &[Msr]) -> DecisionMap {
     fn handed<A: Clone + Eq>(allow: A, deny: A, msrs: &[Msr]) -> Intervals<Decision<A>> {
-        let handed = Decision {
-            action: deny,
-            rule: None,
-            // A denial that is logged is handed over.
-            log: Log::All,
-        };
+        // A denial that is logged is handed over.
+        let handed = Decision::of(deny).logged(Log::All);
         let msrs = msrs.iter().map(|msr| (MsrRange::single(*msr), handed.clone()));
         Intervals::first_match(Decision::of(allow), msrs)
     }

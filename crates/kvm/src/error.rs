@@ -10,6 +10,7 @@ use msrgate_plan::Preset;
 
 /// What was being done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Step {
     /// Duplicating the descriptor that the caller gave.
     Duplicate,

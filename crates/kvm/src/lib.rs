@@ -14,7 +14,7 @@
 //! ```
 //! # use std::sync::Arc;
 //! # use kvm_ioctls::{Kvm, VcpuExit};
-//! # use msrgate_core::{Access, Log, Msr, MsrRange, ReadAction};
+//! # use msrgate_core::{Access, Msr, MsrRange, ReadAction};
 //! # use msrgate_guest::{Guest, Mode, Options};
 //! # use msrgate_kvm::Handlers;
 //! # use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
@@ -23,7 +23,7 @@
 //! #     println!("skipped: /dev/kvm does not open");
 //! #     return Ok(());
 //! # };
-//! # let microcode = Decision { action: ReadAction::Value(0x1234), rule: Some(0), log: Log::None };
+//! # let microcode = Decision::of(ReadAction::Value(0x1234)).by(0);
 //! # let reads = Intervals::first_match(Decision::of(ReadAction::Allow), [(MsrRange::single(Msr(0x8b)), microcode)]);
 //! # let plan = Arc::new(Plan::compile(&DecisionMap::allow_all().with_reads(reads))?);
 //! # let mut guest = Guest::new(&kvm, Mode::Real, &Options::default())?;
@@ -67,7 +67,7 @@
 //! ```
 //! # use std::sync::Arc;
 //! # use kvm_ioctls::Kvm;
-//! # use msrgate_core::{Access, Log, Msr, MsrRange, Outcome, ReadAction, WriteAction};
+//! # use msrgate_core::{Access, Msr, MsrRange, Outcome, ReadAction, WriteAction};
 //! # use msrgate_guest::{Guest, Mode, Options};
 //! # use msrgate_kvm::Handlers;
 //! # use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
@@ -78,7 +78,7 @@
 //! # };
 //! # let msr = Msr(0xc001_0015);
 //! # fn shadow<A: Clone + Eq>(msr: Msr, allow: A, action: A) -> Intervals<Decision<A>> {
-//! #     let decision = Decision { action, rule: Some(0), log: Log::None };
+//! #     let decision = Decision::of(action).by(0);
 //! #     Intervals::first_match(Decision::of(allow), [(MsrRange::single(msr), decision)])
 //! # }
 //! # let plan = Arc::new(Plan::compile(&DecisionMap::new(

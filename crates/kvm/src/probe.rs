@@ -51,6 +51,7 @@ pub fn probe(kvm: &impl AsRawFd) -> Result<Capabilities, ProbeError> {
 
 /// What msrgate needs of the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Capability {
     /// `KVM_CAP_X86_USER_SPACE_MSR`: accesses that fail can be answered from user space.
     UserSpaceMsr,

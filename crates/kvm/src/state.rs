@@ -222,11 +222,9 @@ mod tests {
     const POLICY: [u8; 32] = [0xa5; 32];
 
     fn table() -> ActionTable {
-        let entry = |first, last, action| Entry {
-            range: MsrRange::new(Msr(first), Msr(last)).unwrap(),
-            action,
-            rule: None,
-            log: Log::None,
+        let entry = |first, last, action| {
+            let range = MsrRange::new(Msr(first), Msr(last)).unwrap();
+            Entry::new(range, action, None, Log::None)
         };
         let writes = vec![
             entry(0x20, 0x2f, WriteAction::Shadow),

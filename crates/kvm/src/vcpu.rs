@@ -47,6 +47,7 @@ pub enum Dispatch {
 
 /// An access and its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Answered {
     /// Which vCPU.
     pub vcpu: u32,

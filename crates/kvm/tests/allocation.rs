@@ -56,11 +56,7 @@ fn rules<A: Clone + Eq>(allow: A, actions: &[A]) -> Intervals<Decision<A>> {
     Intervals::first_match(
         Decision::of(allow),
         rules.map(|(action, msr)| {
-            let decision = Decision {
-                action: action.clone(),
-                rule: Some(0),
-                log: Log::All,
-            };
+            let decision = Decision::of(action.clone()).by(0).logged(Log::All);
             (MsrRange::single(Msr(msr)), decision)
         }),
     )

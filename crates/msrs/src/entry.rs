@@ -6,7 +6,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 
 use crate::class::Class;
 use crate::cpuid::{CpuVendor, Cpuid};
-use crate::facts::{Host, Kept, State};
+use crate::facts::{Bypass, Host, Kept, State};
 use crate::need::{Need, System};
 
 include!(concat!(env!("OUT_DIR"), "/table.rs"));
@@ -63,6 +63,8 @@ pub struct Entry {
     pub host: Host,
     /// What KVM does with the value.
     pub kept: Kept,
+    /// What passes a KVM filter by a property of this MSR; [`unfiltered`](Entry::unfiltered) says all that does.
+    pub bypass: Option<Bypass>,
     passthrough: [bool; 2],
     hot: bool,
     hardware: bool,
@@ -70,8 +72,8 @@ pub struct Entry {
     changed_in_place: bool,
     // Places in `TEXTS`.
     names: (u32, u16),
-    bypass: (u32, u16),
     command: (u32, u16),
+    rewrite: (u32, u16),
     // Places in `CLASSES`, `VENDORS`, `EXISTS` and `SOURCES`.
     classes: u16,
     vendors: u16,
@@ -279,10 +281,15 @@ impl Entry {
         Some(text(self.command)).filter(|command| !command.is_empty())
     }
 
+    /// What it does to a guest that a value which was read is written back; `None` where that is nothing.
+    pub fn rewrite(&self) -> Option<&'static str> {
+        Some(text(self.rewrite)).filter(|rewrite| !rewrite.is_empty())
+    }
+
     /// Whether a KVM filter can stop every access to it, on every kernel that is known, except where
     /// [`unfiltered`](Entry::unfiltered) says otherwise.
     pub fn is_filterable(&self) -> bool {
-        !(MsrRange::X2APIC.contains(self.msr) || self.msr == Msr::MAX || self.msr == SEV_STATUS)
+        !(MsrRange::X2APIC.contains(self.msr) || self.msr == Msr::MAX || self.bypass == Some(Bypass::Hardware))
     }
 
     /// What passes a KVM filter nevertheless, in a sentence; `None` if nothing does.
@@ -290,7 +297,7 @@ impl Entry {
         match self.msr {
             msr if MsrRange::X2APIC.contains(msr) => Some("KVM answers 0x800..=0x8ff before it asks the filter"),
             Msr::MAX => Some("no range of a filter can hold this index"),
-            _ => Some(text(self.bypass)).filter(|bypass| !bypass.is_empty()),
+            _ => self.bypass.map(Bypass::sentence),
         }
     }
 
@@ -310,6 +317,3 @@ impl Entry {
         }
     }
 }
-
-/// AMD's processors do not intercept reads of it.
-const SEV_STATUS: Msr = Msr(0xc001_0131);

@@ -104,3 +104,39 @@ pub enum Kept {
     /// KVM has one answer, as long as nobody writes it.
     Constant,
 }
+
+/// What passes a KVM filter that stops RDMSR and WRMSR of an MSR.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Bypass {
+    /// RDTSC reads it.
+    Rdtsc,
+    /// RDTSCP and RDPID read it.
+    Rdtscp,
+    /// WRFSBASE and WRGSBASE change it.
+    Fsgsbase,
+    /// SWAPGS changes it.
+    Swapgs,
+    /// Some kernels complete writes on a fast path, before they ask the filter: kvm_intel where it uses the VMX preemption
+    /// timer, and from Linux 6.18 kvm_amd.
+    Fastpath,
+    /// A guest with SEV-ES talks through it to the hypervisor without WRMSR exits.
+    Ghcb,
+    /// The processor answers reads itself.
+    Hardware,
+}
+
+impl Bypass {
+    /// What passes, in a sentence.
+    pub const fn sentence(self) -> &'static str {
+        match self {
+            Bypass::Rdtsc => "RDTSC reads it too",
+            Bypass::Rdtscp => "RDTSCP and RDPID read it too",
+            Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change it too",
+            Bypass::Swapgs => "SWAPGS changes it too",
+            Bypass::Fastpath => "some kernels carry out writes before they ask the filter; reads are always filtered",
+            Bypass::Ghcb => "a guest with SEV-ES talks through it to the hypervisor without WRMSR exits",
+            Bypass::Hardware => "AMD's processors answer reads themselves",
+        }
+    }
+}

@@ -35,7 +35,7 @@ mod lookup;
 
 pub use self::class::{Class, UnknownClass};
 pub use self::entry::{Access, Entry, Exists, Vendor, all, needs};
-pub use self::facts::{Host, Kept, State};
+pub use self::facts::{Bypass, Host, Kept, State};
 pub use self::lookup::{by_msr, by_name, class, classes, command, glob, spillable, within};
 pub use self::need::{Need, System};
 pub use self::search::{around, near, nearest, nearest_of, printed, search};

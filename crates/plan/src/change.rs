@@ -12,6 +12,7 @@ use crate::{Decision, DecisionMap, Intervals, Plan};
 ///
 /// [`DecisionMap::smallest_change`] compiles the changed map before it gives one of these.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Change {
     /// In order of MSR, reads before writes; each decided by one rule.
     pub parts: Vec<ChangedPart>,
@@ -23,6 +24,7 @@ pub struct Change {
 
 /// Accesses that are to be given another verdict.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct ChangedPart {
     /// The MSRs.
     pub range: MsrRange,

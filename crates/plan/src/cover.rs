@@ -13,71 +13,26 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use msrgate_core::abi::MAX_RANGES;
-use msrgate_core::{Msr, MsrRange, Op, Ops};
+use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::{Msr, MsrRange, Op, Verdict};
 
-use crate::Intervals;
-use crate::pack::packed;
-
-/// A stretch of MSRs of equal treatment.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Segment {
-    pub(crate) first: u64,
-    /// The first MSR after it.
-    pub(crate) end: u64,
-    /// Whether reads are allowed.
-    read: bool,
-    /// Whether writes are allowed.
-    write: bool,
-    /// Whether reads differ from the default and must be served by a range.
-    pub(crate) need_read: bool,
-    /// The same for writes.
-    pub(crate) need_write: bool,
-}
-
-impl Segment {
-    pub(crate) fn mixed(&self) -> bool {
-        self.read != self.write
-    }
-
-    pub(crate) fn needs(&self) -> bool {
-        self.need_read || self.need_write
-    }
-}
-
-/// Which directions a range of a covering serves.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Direction {
-    /// Reads alone.
-    Read,
-    /// Writes alone.
-    Write,
-    /// Both, with one bit an MSR.
-    Both,
-}
-
-impl Direction {
-    /// The flags of such a filter range.
-    pub const fn ops(self) -> Ops {
-        match self {
-            Direction::Read => Ops::READ,
-            Direction::Write => Ops::WRITE,
-            Direction::Both => Ops::BOTH,
-        }
-    }
-}
+use crate::pack::{all_ways, packed};
+use crate::segment::{Segment, WORD, segments};
+use crate::{Direction, Intervals};
 
 /// The smallest set of ranges for one default.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct RangeSet {
+pub(crate) struct RangeSet {
     /// One-direction ranges first, since they override the two-direction ones; each kind in order of MSR.
-    pub ranges: Vec<(Direction, MsrRange)>,
+    pub(crate) ranges: Vec<(Direction, MsrRange)>,
     /// What covering reads and writes apart would take.
-    pub separate: u64,
+    pub(crate) separate: u64,
+    /// Whether as many ranges cannot take fewer bytes.
+    pub(crate) bytes_proved: bool,
     /// As many accesses as there are ranges, all to be served and each too far from the others for one range to serve
     /// two of them: whoever sees it need not trust the search. `None` where it is not distance that asks for so many
     /// ranges, but reads and writes that differ.
-    pub witness: Option<Vec<(Msr, Op)>>,
+    pub(crate) witness: Option<Vec<(Msr, Op)>>,
 }
 
 impl RangeSet {
@@ -173,26 +128,9 @@ pub(crate) fn cover(
     Ok(RangeSet {
         ranges,
         separate,
+        bytes_proved: all_ways(&segments),
         witness,
     })
-}
-
-/// The map as segments that differ from their neighbours; the last MSR of all needs nothing, since no range reaches it.
-fn segments(allowed: &Intervals<(bool, bool)>, default: bool, free: &[MsrRange]) -> Vec<Segment> {
-    let last = MsrRange::single(Msr::MAX);
-    let no_effect = Intervals::first_match(false, free.iter().chain([&last]).map(|range| (*range, true)));
-    let treated = allowed.zip(&no_effect, |pair, free| if *free { (default, default) } else { *pair });
-    treated
-        .iter()
-        .map(|(range, (read, write))| Segment {
-            first: u64::from(range.first().0),
-            end: u64::from(range.last().0) + 1,
-            read: *read,
-            write: *write,
-            need_read: *read != default,
-            need_write: *write != default,
-        })
-        .collect()
 }
 
 /// The fewest ranges that cover what `needs` says, by taking the first MSR that is not covered yet as the next start.
@@ -442,8 +380,25 @@ fn trim(chosen: &[(Direction, u64, u64)], segments: &[Segment]) -> Vec<(Directio
     ranges
 }
 
-/// The bits that a bitmap grows by.
-pub(crate) const WORD: u64 = 64;
+/// The covering under the default that takes fewer ranges, or as many and fewer bytes.
+pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, RangeSet), TooMany> {
+    let free = [MsrRange::X2APIC];
+    let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
+    match (of(Verdict::Deny), of(Verdict::Allow)) {
+        (Ok(deny), Ok(allow)) => {
+            let size = |set: &RangeSet| (set.ranges.len(), set.words());
+            let (default, mut set, other) = match size(&allow) < size(&deny) {
+                true => (Verdict::Allow, allow, deny),
+                false => (Verdict::Deny, deny, allow),
+            };
+            set.bytes_proved &= other.bytes_proved || other.ranges.len() > set.ranges.len();
+            Ok((default, set))
+        }
+        (Ok(deny), Err(_)) => Ok((Verdict::Deny, deny)),
+        (Err(_), Ok(allow)) => Ok((Verdict::Allow, allow)),
+        (Err(deny), Err(allow)) => Err(if allow.at_least < deny.at_least { allow } else { deny }),
+    }
+}
 
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,7 @@ pub enum By {
 
 /// All accesses that two maps treat differently. Ranges are in order, as long as they can be, and leave no MSR out.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Differences {
     /// Reads, with what each map gives.
     pub reads: Vec<(MsrRange, ReadAction, ReadAction)>,
@@ -32,6 +33,7 @@ pub struct Differences {
 
 /// A difference in what accesses get after the kernel has declined them; `None` where there is none.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub struct Fallback {
     /// Of reads.
     pub read: Option<(ReadAction, ReadAction)>,

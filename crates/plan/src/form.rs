@@ -21,7 +21,7 @@ use crate::{CompileOptions, Decision, DecisionMap, Intervals, Minimum, Plan, Pla
 const MAGIC: [u8; 8] = *b"msrgate4";
 
 /// Names a plan's format and its version.
-const PLAN_MAGIC: [u8; 8] = *b"msrplan1";
+const PLAN_MAGIC: [u8; 8] = *b"msrplan2";
 
 /// Stands for a decision that no rule made.
 const NO_RULE: u32 = u32::MAX;
@@ -70,12 +70,10 @@ impl DecisionMap {
         <sha2::Sha256 as sha2::Digest>::digest(&bytes).into()
     }
 
-    /// Reads a map back. Whatever the bytes hold, the answer is a whole map or an error.
+    /// Reads a map back. Whatever the bytes hold, the answer is an error or a map that is written as these bytes.
     pub fn from_bytes(bytes: &[u8]) -> Result<DecisionMap, DecodeError> {
-        let mut rest = Rest(bytes);
-        let map = DecisionMap::read(&mut rest)?;
-        rest.end()?;
-        Ok(map)
+        let map = DecisionMap::read(&mut Rest(bytes))?;
+        (map.to_bytes() == bytes).then_some(map).ok_or(DecodeError)
     }
 
     fn read(rest: &mut Rest<'_>) -> Result<DecisionMap, DecodeError> {
@@ -117,6 +115,7 @@ impl Plan {
         bytes.extend(minimum.ranges.to_le_bytes());
         bytes.extend(minimum.separate.to_le_bytes());
         bytes.push(u8::from(minimum.proved));
+        bytes.push(u8::from(minimum.bytes_proved));
         bytes.push(u8::from(minimum.witness.is_some()));
         put_accesses(&mut bytes, minimum.witness.as_deref().unwrap_or_default());
         bytes.push(u8::from(self.hash().is_some()));
@@ -125,7 +124,7 @@ impl Plan {
     }
 
     /// Reads a plan back, and proves again that it does what the map in the bytes says: nothing is searched. Whatever the
-    /// bytes hold, the answer is a plan that is right or an error.
+    /// bytes hold, the answer is an error or a plan that is right and is written as these bytes.
     ///
     /// How many ranges are needed ([`Plan::minimum`]) is as the bytes say, and so is what may be spilled; without the
     /// feature `hash` also the hash. A note on what is
@@ -164,6 +163,7 @@ impl Plan {
             ranges: rest.u64()?,
             separate: rest.u64()?,
             proved: rest.flag()?,
+            bytes_proved: rest.flag()?,
             witness: match (rest.flag()?, rest.accesses()?) {
                 (true, witness) => Some(witness),
                 (false, none) if none.is_empty() => None,
@@ -174,7 +174,6 @@ impl Plan {
             true => Some(rest.array()?),
             false => None,
         };
-        rest.end()?;
         if let Some((msr, op)) = spilled.iter().find(|(msr, op)| !map.allows(*msr, *op)) {
             return Err(PlanError::NotProven { msr: *msr, op: *op }.into());
         }
@@ -198,11 +197,11 @@ impl Plan {
             minimum,
         };
         let plan = Plan::proven(&map, &options, parts)?;
-        match (plan.hash(), hash) {
-            (None, told) => Ok(plan.with_hash(told)),
-            (Some(own), Some(told)) if own != told => Err(DecodeError.into()),
-            _ => Ok(plan),
-        }
+        let plan = match (plan.hash(), hash) {
+            (None, told) => plan.with_hash(told),
+            (Some(_), _) => plan,
+        };
+        (plan.to_bytes() == bytes).then_some(plan).ok_or(LoadError::Malformed)
     }
 }
 
@@ -355,10 +354,6 @@ impl<'a> Rest<'a> {
 
     fn magic(&mut self, wanted: [u8; 8]) -> Result<(), DecodeError> {
         (self.array()? == wanted).then_some(()).ok_or(DecodeError)
-    }
-
-    fn end(&self) -> Result<(), DecodeError> {
-        self.0.is_empty().then_some(()).ok_or(DecodeError)
     }
 
     fn flag(&mut self) -> Result<bool, DecodeError> {
@@ -543,7 +538,7 @@ mod tests {
                 let mut changed = bytes.clone();
                 changed[at] ^= flip;
                 if let Ok(map) = DecisionMap::from_bytes(&changed) {
-                    assert_eq!(DecisionMap::from_bytes(&map.to_bytes()), Ok(map));
+                    assert_eq!(map.to_bytes(), changed);
                 }
             }
         }
@@ -605,7 +600,7 @@ mod tests {
                     let mut changed = bytes.clone();
                     changed[at] ^= flip;
                     if let Ok(plan) = Plan::from_bytes(&changed) {
-                        assert_eq!(Plan::from_bytes(&plan.to_bytes()), Ok(plan));
+                        assert_eq!(plan.to_bytes(), changed);
                     }
                 }
             }
@@ -619,6 +614,31 @@ mod tests {
         };
         let wrong = Plan::proven(&DecisionMap::deny_all(), &CompileOptions::default(), parts);
         assert!(matches!(wrong, Err(PlanError::NotProven { .. })));
+    }
+
+    #[test]
+    fn what_is_written_otherwise_is_an_error() {
+        // Two intervals that are one.
+        let mut map = DecisionMap::allow_all().to_bytes();
+        let count = MAGIC.len();
+        let interval = map[count + 4..].iter().take(4 + 4 + 5 + 1).copied();
+        let mut second: Vec<u8> = interval.collect();
+        second[0] = 1;
+        map[count] = 2;
+        let at = count + 4 + second.len();
+        map.splice(at..at, second);
+        assert!(DecisionMap::read(&mut Rest(&map)).is_ok());
+        assert_eq!(DecisionMap::from_bytes(&map), Err(DecodeError));
+        // What is spilled, twice.
+        let plan = plans().pop().unwrap();
+        let mut bytes = plan.to_bytes();
+        let tail = 8 + 8 + 3 + 4 + 5 * plan.minimum().witness.as_ref().map_or(0, Vec::len);
+        let at = bytes.len() - tail;
+        let access: Vec<u8> = bytes[at - 5..at].to_vec();
+        assert_eq!(bytes[at - 9], 1);
+        bytes[at - 9] = 2;
+        bytes.splice(at..at, access);
+        assert_eq!(Plan::from_bytes(&bytes), Err(LoadError::Malformed));
     }
 
     #[test]

@@ -6,11 +6,11 @@
 //! map, over intervals that leave no MSR out.
 //!
 //! ```
-//! use msrgate_core::{Log, MsrRange, Msr, Op, ReadAction, Verdict, WriteAction};
+//! use msrgate_core::{MsrRange, Msr, Op, ReadAction, Verdict, WriteAction};
 //! use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 //!
 //! let by_default = Decision::of(ReadAction::Allow);
-//! let microcode = Decision { action: ReadAction::Value(1 << 32), rule: Some(0), log: Log::None };
+//! let microcode = Decision::of(ReadAction::Value(1 << 32)).by(0);
 //! let map = DecisionMap::new(
 //!     Intervals::first_match(by_default, [(MsrRange::single(Msr(0x8b)), microcode)]),
 //!     Intervals::uniform(Decision::of(WriteAction::Allow)),
@@ -21,7 +21,7 @@
 //! # Ok::<(), msrgate_plan::PlanError>(())
 //! ```
 //!
-//! Knows nothing of text. What no filter can stop is named in [`Plan::notes`].
+//! Knows nothing of text, nor of single MSRs. What no filter can stop of a map is named in [`Plan::notes`].
 //!
 //! # Features
 //! `hash` (off): `DecisionMap::hash`, a name for what a map means, which every plan then has. A state of `shadow` and `once`
@@ -39,28 +39,29 @@ extern crate alloc;
 mod intervals;
 mod map;
 mod options;
-mod cover;
+mod segment;
 mod pack;
+mod cover;
+mod error;
 mod shortfall;
 mod preset;
-mod plan;
-mod proof;
-mod change;
 mod spill;
 mod order;
 mod note;
+mod proof;
+mod plan;
+mod change;
 mod compose;
 mod differ;
 mod form;
 
 pub use change::{Change, ChangedPart};
-pub use cover::{Direction, RangeSet};
 pub use differ::{By, Differences, Fallback};
+pub use error::{Group, PlanError, SpillError};
 pub use form::{DecodeError, LoadError};
 pub use intervals::Intervals;
 pub use map::{Decision, DecisionMap};
-pub use note::{Note, NoteCode};
-pub use options::CompileOptions;
-pub use plan::{Group, Minimum, Plan, PlanError};
-pub use preset::Preset;
-pub use spill::{AccessCount, SpillError, Spillable};
+pub use note::Note;
+pub use options::{AccessCount, CompileOptions, Preset, Spillable};
+pub use plan::{Minimum, Plan};
+pub use segment::Direction;

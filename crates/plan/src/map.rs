@@ -6,6 +6,7 @@ use crate::Intervals;
 
 /// What an access gets, and what says so.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Decision<A> {
     /// What it gets.
     pub action: A,
@@ -23,6 +24,21 @@ impl<A> Decision<A> {
             rule: None,
             log: Log::None,
         }
+    }
+
+    /// The decision, made by this rule; `None` for the default.
+    #[must_use]
+    pub fn by(self, rule: impl Into<Option<u32>>) -> Decision<A> {
+        Decision {
+            rule: rule.into(),
+            ..self
+        }
+    }
+
+    /// The decision with this much of it logged.
+    #[must_use]
+    pub fn logged(self, log: Log) -> Decision<A> {
+        Decision { log, ..self }
     }
 }
 

@@ -2,9 +2,62 @@
 
 use alloc::vec::Vec;
 
-use msrgate_core::{MsrRange, Op};
+use msrgate_core::{Msr, MsrRange, Op};
 
-use crate::{AccessCount, Preset, Spillable};
+/// A value that is put into the kernel's own MSR before the guest runs, so that a fixed answer costs no exit.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+pub struct Preset {
+    /// The register.
+    pub msr: Msr,
+    /// Its value.
+    pub value: u64,
+}
+
+impl Preset {
+    /// The preset of a register.
+    pub const fn new(msr: Msr, value: u64) -> Preset {
+        Preset { msr, value }
+    }
+}
+
+/// An access that may be passed through.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+pub struct Spillable {
+    /// The register.
+    pub msr: Msr,
+    /// The direction.
+    pub op: Op,
+    /// How dear it is beside others, where a profile does not tell them apart.
+    pub weight: u16,
+}
+
+impl Spillable {
+    /// An access that may be passed through, and how dear it is.
+    pub const fn new(msr: Msr, op: Op, weight: u16) -> Spillable {
+        Spillable { msr, op, weight }
+    }
+}
+
+/// How often a guest touches a register.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+pub struct AccessCount {
+    /// The register.
+    pub msr: Msr,
+    /// The direction.
+    pub op: Op,
+    /// How often.
+    pub count: u64,
+}
+
+impl AccessCount {
+    /// An access, and how often a guest makes it.
+    pub const fn new(msr: Msr, op: Op, count: u64) -> AccessCount {
+        AccessCount { msr, op, count }
+    }
+}
 
 /// What a plan is compiled for: a kernel, a guest's habits, and what may be done where 16 ranges do not hold it all. Without
 /// any of them ([`CompileOptions::default`]) a plan is right everywhere.

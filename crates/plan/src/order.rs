@@ -5,8 +5,7 @@ use alloc::vec::Vec;
 
 use msrgate_core::{MsrRange, Op};
 
-use crate::spill::AccessCount;
-use crate::{Direction, Intervals};
+use crate::{AccessCount, Direction, Intervals};
 
 /// How many of the accesses of `profile` each range decides; `ranges` as a covering has them, one-direction ranges first.
 pub(crate) fn visits(ranges: &[(Direction, MsrRange)], profile: &[AccessCount]) -> Vec<u64> {

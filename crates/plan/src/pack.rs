@@ -11,7 +11,7 @@ use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Msr, MsrRange};
 
 use crate::Direction;
-use crate::cover::Segment;
+use crate::segment::Segment;
 
 /// A kind, the first MSR and the first one after the last.
 type Span = (Direction, u64, u64);
@@ -57,6 +57,13 @@ pub(crate) fn packed(
     let mut ranges: Vec<(Direction, MsrRange)> = spans.iter().filter_map(range).collect();
     ranges.sort_unstable();
     ranges
+}
+
+/// Whether [`packed`] finds the fewest words: where reads and writes agree each range serves both, and all ways to deal these
+/// out are looked at. A range's greatest length is a whole number of words, so that none is lost where two ranges meet.
+pub(crate) fn all_ways(segments: &[Segment]) -> bool {
+    let pieces = segments.iter().filter(|segment| segment.needs()).count();
+    pieces <= MOST_PIECES && !segments.iter().any(Segment::mixed)
 }
 
 /// What would be wrong without the ranges of `kind`, cut where others begin or end, in order.

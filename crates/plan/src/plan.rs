@@ -2,28 +2,33 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
-use core::fmt;
 
-use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
+use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{
     ActionTable, DecidedBy, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason,
-    Reasons, TableError, Verdict, WriteAction,
+    Reasons, Verdict, WriteAction,
 };
 
-use crate::cover::{RangeSet, TooMany, cover};
+use crate::cover::{RangeSet, TooMany, smallest};
+use crate::note::notes;
 use crate::order::by_visits;
+use crate::proof::{Realised, first_difference};
+use crate::spill::{spilled_in, spilled_of};
 use crate::{
-    AccessCount, CompileOptions, Decision, DecisionMap, Direction, Intervals, Note, Preset, SpillError, note, preset,
-    proof, spill,
+    AccessCount, CompileOptions, Decision, DecisionMap, Direction, Group, Intervals, Note, PlanError, Preset, preset,
 };
 
 /// How many ranges the map needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct Minimum {
     /// Ranges of the smallest filter.
     pub ranges: u64,
     /// Whether the search left no smaller filter out.
     pub proved: bool,
+    /// Whether as many ranges cannot take fewer bytes either; which ranges reads and writes share is not tried in all ways, so
+    /// it is only told where they agree.
+    pub bytes_proved: bool,
     /// What planning reads and writes apart would take.
     pub separate: u64,
     /// As many accesses as `ranges`, each 12288 MSRs or more from the others, that all differ from the filter's default:
@@ -34,7 +39,8 @@ pub struct Minimum {
 
 /// A filter, the reasons for which the kernel hands accesses to user space, and what user space answers then.
 ///
-/// Compiled from a [`DecisionMap`] and proven equal to it, but for what its notes name.
+/// Compiled from a [`DecisionMap`] and proven equal to it, but for what its notes name and what the database of MSRs says
+/// that passes a filter.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Plan {
     filter: Filter,
@@ -91,6 +97,7 @@ impl Plan {
         let minimum = Minimum {
             ranges: ranges.len() as u64,
             proved: true,
+            bytes_proved: covering.bytes_proved,
             separate: covering.separate,
             witness: covering.witness.clone(),
         };
@@ -131,20 +138,26 @@ impl Plan {
             &spilled,
             Op::Write,
         );
-        let plan = Plan {
-            table: ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())?,
-            notes: note::notes(map, options, &presets, &spilled),
+        let table = ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())?;
+        let realised = Realised {
+            filter: &filter,
+            reasons,
+            table: &table,
+            presets: &presets,
+        };
+        if let Some((msr, op)) = first_difference(map, options, &realised) {
+            return Err(PlanError::NotProven { msr, op });
+        }
+        Ok(Plan {
+            notes: notes(map, options, &presets, &spilled),
+            table,
             filter,
             reasons,
             presets,
             minimum,
             hash: hash(map),
             map: map.clone(),
-        };
-        match proof::first_difference(map, options, &plan) {
-            None => Ok(plan),
-            Some((msr, op)) => Err(PlanError::NotProven { msr, op }),
-        }
+        })
     }
 
     /// The plan with accesses handed to user space for `reasons` too: those that another owner of the VM asked for.
@@ -182,7 +195,7 @@ impl Plan {
         &self.presets
     }
 
-    /// What no filter can do of what the map asks for.
+    /// What whoever relies on the plan must know.
     pub fn notes(&self) -> &[Note] {
         &self.notes
     }
@@ -212,18 +225,7 @@ impl Plan {
     /// What the map leaves to the kernel and user space passes on to it, since the filter has no room to allow it: in
     /// order of MSR, reads first. Their entries in the table say `Allow`.
     pub fn spilled(&self) -> impl Iterator<Item = (MsrRange, Op)> {
-        let reads = self
-            .table
-            .reads()
-            .iter()
-            .filter(|entry| entry.action == ReadAction::Allow);
-        let writes = self
-            .table
-            .writes()
-            .iter()
-            .filter(|entry| entry.action == WriteAction::Allow);
-        let reads = reads.map(|entry| (entry.range, Op::Read));
-        reads.chain(writes.map(|entry| (entry.range, Op::Write)))
+        spilled_in(&self.table)
     }
 
     /// How many of the accesses of `profile` each range of the filter decides, by slot.
@@ -271,20 +273,6 @@ fn action<A>(entries: &[Entry<A>], msr: Msr) -> Option<&A> {
     let after = entries.partition_point(|entry| entry.range.last() < msr);
     let entry = entries.get(after).filter(|entry| entry.range.contains(msr))?;
     Some(&entry.action)
-}
-
-/// The covering under the default that takes fewer ranges, or as many and fewer bytes.
-pub(crate) fn smallest(allowed: &Intervals<(bool, bool)>) -> Result<(Verdict, RangeSet), TooMany> {
-    let free = [MsrRange::X2APIC];
-    let of = |default: Verdict| cover(allowed, default == Verdict::Allow, &free, u64::from(MAX_RANGE_MSRS));
-    match (of(Verdict::Deny), of(Verdict::Allow)) {
-        (Ok(deny), Ok(allow)) if (allow.ranges.len(), allow.words()) < (deny.ranges.len(), deny.words()) => {
-            Ok((Verdict::Allow, allow))
-        }
-        (Ok(deny), _) => Ok((Verdict::Deny, deny)),
-        (Err(_), Ok(allow)) => Ok((Verdict::Allow, allow)),
-        (Err(deny), Err(allow)) => Err(if allow.at_least < deny.at_least { allow } else { deny }),
-    }
 }
 
 /// The smallest covering, if the kernel can hold it.
@@ -378,17 +366,12 @@ fn entries<A: Clone + Eq>(
     spilled: &[(MsrRange, Op)],
     op: Op,
 ) -> Vec<Entry<A>> {
-    let spilled = spill::spilled_of(spilled, op);
+    let spilled = spilled_of(spilled, op);
     let with_spilled = decisions.zip(&spilled, |decision, spilled| (decision.clone(), *spilled));
     with_spilled
         .iter()
         .filter(|(_, (decision, spilled))| *spilled || !allow(&decision.action))
-        .map(|(range, (decision, _))| Entry {
-            range,
-            action: decision.action.clone(),
-            rule: decision.rule,
-            log: decision.log,
-        })
+        .map(|(range, (decision, _))| Entry::new(range, decision.action.clone(), decision.rule, decision.log))
         .collect()
 }
 
@@ -414,19 +397,6 @@ fn reasons(map: &DecisionMap, spilled: &[(MsrRange, Op)]) -> Reasons {
         reasons = reasons.union(Reasons::of(Reason::Invalid));
     }
     reasons
-}
-
-/// One range of a filter that would have too many, and who asks for it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Group {
-    /// Which directions it would serve.
-    pub direction: Direction,
-    /// The MSRs that it would span.
-    pub range: MsrRange,
-    /// The rules that differ from the default there, each once.
-    pub rules: Vec<u32>,
-    /// How many accesses there differ from the default.
-    pub accesses: u64,
 }
 
 impl Group {
@@ -458,90 +428,6 @@ impl Group {
             rules,
             accesses,
         }
-    }
-}
-
-/// Why a decision map has no plan.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum PlanError {
-    /// 16 ranges of 12288 MSRs do not suffice.
-    TooManyRanges {
-        /// How many are needed, or at least how many.
-        needed: u64,
-        /// Whether `needed` is the exact number.
-        exact: bool,
-        /// What planning reads and writes apart would take.
-        separate: u64,
-        /// As [`Minimum::witness`].
-        witness: Option<Vec<(Msr, Op)>>,
-        /// The ranges that would be needed; empty where they are too many to search.
-        groups: Vec<Group>,
-    },
-    /// 16 ranges do not suffice, and what does not fit cannot be passed through from user space.
-    Spill {
-        /// How many ranges are needed, or at least how many.
-        needed: u64,
-        /// Why.
-        why: SpillError,
-    },
-    /// More MSRs are to keep a state for each vCPU than a filter can cover.
-    Table(TableError),
-    /// The planner made something that the kernel would refuse: a bug of the planner, and nothing was installed.
-    Filter(FilterError),
-    /// The plan does not do what the map says: a bug of the planner, and nothing was installed.
-    NotProven {
-        /// Where.
-        msr: Msr,
-        /// In which direction.
-        op: Op,
-    },
-}
-
-impl fmt::Display for PlanError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            PlanError::TooManyRanges { needed, exact, .. } => write!(
-                f,
-                "the policy needs {}{needed} filter ranges of at most {MAX_RANGE_MSRS} MSRs, and the kernel holds {MAX_RANGES}",
-                if *exact { "" } else { "at least " }
-            ),
-            PlanError::Spill {
-                needed,
-                why: SpillError::NotFaithful(_),
-            } => write!(
-                f,
-                "the policy needs at least {needed} filter ranges, the kernel holds {MAX_RANGES}, and what does not fit is not known \
-                 to be the same for the guest when user space passes it through"
-            ),
-            PlanError::Spill {
-                needed,
-                why: SpillError::Fallbacks,
-            } => write!(
-                f,
-                "the policy needs at least {needed} filter ranges, the kernel holds {MAX_RANGES}, and what user space passes through \
-                 cannot get `unknown` and `invalid` apart"
-            ),
-            PlanError::Table(error) => error.fmt(f),
-            PlanError::Filter(error) => write!(f, "bug in the planner: {error}"),
-            PlanError::NotProven { msr, op } => {
-                write!(f, "bug in the planner: the plan differs from the policy at {op} {msr}")
-            }
-        }
-    }
-}
-
-impl core::error::Error for PlanError {}
-
-impl From<FilterError> for PlanError {
-    fn from(error: FilterError) -> PlanError {
-        PlanError::Filter(error)
-    }
-}
-
-impl From<TableError> for PlanError {
-    fn from(error: TableError) -> PlanError {
-        PlanError::Table(error)
     }
 }
 

@@ -5,17 +5,8 @@ use alloc::vec::Vec;
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{Log, Msr, MsrRange, ReadAction, Verdict, WriteAction};
 
-use crate::plan::smallest;
-use crate::{Decision, DecisionMap, Intervals};
-
-/// A value that is put into the kernel's own MSR before the guest runs, so that a fixed answer costs no exit.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Preset {
-    /// The register.
-    pub msr: Msr,
-    /// Its value.
-    pub value: u64,
-}
+use crate::cover::smallest;
+use crate::{Decision, DecisionMap, Intervals, Preset};
 
 impl DecisionMap {
     /// The preset that would do what the map says of reads of `msr`, if the kernel holds it: reads get one value and

@@ -1,17 +1,26 @@
 //! The proof that a plan does what its map says, for every MSR and direction.
 
-use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
+use msrgate_core::{ActionTable, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction};
 
-use crate::{CompileOptions, DecisionMap, Intervals, Plan};
+use crate::spill::spilled_in;
+use crate::{CompileOptions, DecisionMap, Intervals, Preset};
+
+/// What a plan does.
+pub(crate) struct Realised<'a> {
+    pub(crate) filter: &'a Filter,
+    pub(crate) reasons: Reasons,
+    pub(crate) table: &'a ActionTable,
+    pub(crate) presets: &'a [Preset],
+}
 
 /// The first access that the plan treats otherwise than the map; `None` proves that there is none.
 ///
 /// Walks intervals on which neither the filter nor the map nor the table changes, so it leaves no access out. What no
 /// filter decides is excepted: x2APIC's registers, and MSR 0xffffffff, which gets the filter's default. Of a preset it
 /// proves that the map wants this value and that no write gets to it; that the kernel holds it, who installs proves.
-pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan: &Plan) -> Option<(Msr, Op)> {
-    let deflects = plan.reasons().contains(Reason::Filter);
-    let table = plan.table();
+pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan: &Realised<'_>) -> Option<(Msr, Op)> {
+    let deflects = plan.reasons.contains(Reason::Filter);
+    let table = plan.table;
     let reads = Intervals::first_match(
         None,
         table
@@ -26,10 +35,10 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
             .iter()
             .map(|entry| (entry.range, Some((&entry.action, entry.rule, entry.log)))),
     );
-    let read_verdicts = Intervals::of_filter(plan.filter(), Op::Read);
-    let write_verdicts = Intervals::of_filter(plan.filter(), Op::Write);
+    let read_verdicts = Intervals::of_filter(plan.filter, Op::Read);
+    let write_verdicts = Intervals::of_filter(plan.filter, Op::Write);
 
-    let presets = plan.presets().iter();
+    let presets = plan.presets.iter();
     let presets = Intervals::first_match(
         None,
         presets.map(|preset| (MsrRange::single(preset.msr), Some(preset.value))),
@@ -57,7 +66,7 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
     // The kernel goes on to hold a preset only if no write gets to its register.
     let kept = |write: &WriteAction| matches!(write, WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow);
     let overwritten = plan
-        .presets()
+        .presets
         .iter()
         .find(|preset| !kept(&map.writes().get(preset.msr).action));
     let overwritten = overwritten.map(|preset| (preset.msr, Op::Write));
@@ -77,23 +86,29 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
     let write = differs(&write_right, &write_verdicts).map(|msr| (msr, Op::Write));
     let fallbacks = table.unknown() == map.unknown() && table.invalid() == map.invalid();
     let kernels = (ReadAction::Deny, WriteAction::Deny);
-    let handed_over = |reason, pair: &_| *pair == kernels || plan.reasons().contains(reason);
+    let handed_over = |reason, pair: &_| *pair == kernels || plan.reasons.contains(reason);
     let fallbacks =
         fallbacks && handed_over(Reason::Unknown, map.unknown()) && handed_over(Reason::Invalid, map.invalid());
     let fallback = (!fallbacks).then_some((Msr::MIN, Op::Read));
     read.or(write)
         .or(overwritten)
         .or(fallback)
-        .or_else(|| not_to_be_passed(map, options, plan))
+        .or_else(|| not_to_be_passed(map, options, table))
 }
 
 /// The first access that is passed on and may not be: the options have to name it, and what the kernel refuses has to get the
 /// same for whichever reason, since user space is not told it.
-fn not_to_be_passed(map: &DecisionMap, options: &CompileOptions, plan: &Plan) -> Option<(Msr, Op)> {
+fn not_to_be_passed(map: &DecisionMap, options: &CompileOptions, table: &ActionTable) -> Option<(Msr, Op)> {
     let spillable = options.spillable().unwrap_or_default();
-    plan.spilled().find_map(|(range, op)| {
+    let [reads, writes] = Op::ALL.map(|op| {
         let of = spillable.iter().filter(|spillable| spillable.op == op);
-        let named = Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)));
+        Intervals::first_match(false, of.map(|spillable| (MsrRange::single(spillable.msr), true)))
+    });
+    spilled_in(table).find_map(|(range, op)| {
+        let named = match op {
+            Op::Read => &reads,
+            Op::Write => &writes,
+        };
         let (part, _) = named
             .within(range)
             .find(|(_, named)| !**named || map.unknown() != map.invalid())?;

@@ -8,43 +8,10 @@
 use alloc::vec::Vec;
 
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
-use msrgate_core::{Msr, MsrRange, Op};
+use msrgate_core::{ActionTable, Entry, MsrRange, Op, ReadAction, WriteAction};
 
 use crate::shortfall::{NEVER, shortfall};
-use crate::{CompileOptions, DecisionMap, Intervals, PlanError};
-
-/// An access that may be passed through.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Spillable {
-    /// The register.
-    pub msr: Msr,
-    /// The direction.
-    pub op: Op,
-    /// How dear it is beside others, where a profile does not tell them apart.
-    pub weight: u16,
-}
-
-/// How often a guest touches a register.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct AccessCount {
-    /// The register.
-    pub msr: Msr,
-    /// The direction.
-    pub op: Op,
-    /// How often.
-    pub count: u64,
-}
-
-/// Why nothing can be spilled.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum SpillError {
-    /// These accesses would have to be passed through, and may not be: in order of MSR.
-    NotFaithful(Vec<(MsrRange, Op)>),
-    /// The kernel does not tell user space whether it does not know a register or refuses an access, and the map gives
-    /// the two different answers.
-    Fallbacks,
-}
+use crate::{CompileOptions, DecisionMap, Intervals, PlanError, SpillError, Spillable};
 
 /// What a denial costs that is not to be: more than all that may be.
 const NOT_FAITHFUL: u64 = 1 << 42;
@@ -125,6 +92,16 @@ fn price_of(options: &CompileOptions, spillable: &Spillable) -> u64 {
     let exits = options.touches(MsrRange::single(spillable.msr), spillable.op);
     let exits = exits.unwrap_or(0).min(NOT_FAITHFUL >> 24 >> 1);
     exits << 12 | u64::from(spillable.weight.min(0xfff))
+}
+
+/// What a table passes on to the kernel: reads first.
+pub(crate) fn spilled_in(table: &ActionTable) -> impl Iterator<Item = (MsrRange, Op)> {
+    fn of<A: PartialEq>(entries: &[Entry<A>], allow: A, op: Op) -> impl Iterator<Item = (MsrRange, Op)> {
+        let passed = entries.iter().filter(move |entry| entry.action == allow);
+        passed.map(move |entry| (entry.range, op))
+    }
+    let writes = of(table.writes(), WriteAction::Allow, Op::Write);
+    of(table.reads(), ReadAction::Allow, Op::Read).chain(writes)
 }
 
 /// Where accesses of one direction are spilled.

@@ -67,10 +67,8 @@ fn logs_nothing(rule: &Rule) -> Option<Diagnostic> {
     let reads = rule.read.as_ref().is_none_or(|action| *action == ReadAction::Allow);
     let writes = rule.write.as_ref().is_none_or(|action| *action == WriteAction::Allow);
     let message = "the kernel answers what this rule allows, which makes no exit, so there is nothing to log";
-    (rule.log != Log::None && reads && writes).then(|| {
-        Diagnostic::at(Code::LogsNothing, rule.place.clone(), message)
-            .help("leave `log` out; `msrgate run --learn` shows what a guest touches")
-    })
+    (rule.log != Log::None && reads && writes)
+        .then(|| Diagnostic::at(Code::LogsNothing, rule.place.clone(), message).help("leave `log` out"))
 }
 
 fn half_a_shadow(shadows: &Shadows, rule: &Rule) -> Option<Diagnostic> {

@@ -69,6 +69,15 @@ pub enum Code {
     DeniesShown,
     TakenForDone,
     Nowhere,
+    NeverFiltered,
+    PassesUnseen,
+    LastMsr,
+    NoSevEs,
+    NotIntercepted,
+    ChangesOtherwise,
+    HostView,
+    PresetsHeld,
+    PassedOn,
     NoGuestStarts,
     StateUnlisted,
     StateKept,
@@ -76,7 +85,7 @@ pub enum Code {
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 41] = [
+    const ALL: [(Code, &'static str, &'static str); 50] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -166,6 +175,35 @@ impl Code {
             "W014",
             "nothing is known to have an MSR where a rule names one",
         ),
+        (Code::NeverFiltered, "N001", "the x2APIC is never filtered"),
+        (
+            Code::PassesUnseen,
+            "N002",
+            "writes of IA32_TSC_DEADLINE may pass unseen",
+        ),
+        (Code::LastMsr, "N003", "no range covers MSR 0xffffffff"),
+        (Code::NoSevEs, "N004", "an SEV-ES guest needs its GHCB MSR"),
+        (
+            Code::NotIntercepted,
+            "N005",
+            "AMD's processors do not intercept SEV_STATUS",
+        ),
+        (
+            Code::ChangesOtherwise,
+            "N006",
+            "FS and GS bases change by other ways too",
+        ),
+        (
+            Code::HostView,
+            "N007",
+            "some actions go through the host's view of a register",
+        ),
+        (
+            Code::PresetsHeld,
+            "N008",
+            "presets hold as long as nobody else sets the registers",
+        ),
+        (Code::PassedOn, "N009", "accesses are passed through from user space"),
         (
             Code::NoGuestStarts,
             "N020",

@@ -184,7 +184,7 @@ impl Policy {
     /// What the policy says of how its decision map is compiled: what may be passed through, if anything.
     pub fn options(&self) -> CompileOptions {
         let options = CompileOptions::default();
-        let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable { msr, op, weight });
+        let spillable = msrgate_msrs::spillable().map(|(msr, op, weight)| Spillable::new(msr, op, weight));
         match self.spill {
             Spill::UserSpace => options.spilling(spillable.collect()),
             Spill::Refuse => options,
@@ -238,16 +238,9 @@ fn decisions<'a, A: Clone>(
     log: Log,
 ) -> impl Iterator<Item = (MsrRange, Decision<A>)> + use<'a, A> {
     action.into_iter().flat_map(move |action| {
-        rule.ranges().into_iter().map(move |range| {
-            (
-                range,
-                Decision {
-                    action: action.clone(),
-                    rule: Some(index),
-                    log,
-                },
-            )
-        })
+        rule.ranges()
+            .into_iter()
+            .map(move |range| (range, Decision::of(action.clone()).by(index).logged(log)))
     })
 }
 
@@ -260,11 +253,10 @@ pub struct CpuidNeeded {
 impl CpuidNeeded {
     /// As a finding, at the first rule that asks.
     pub fn diagnostic(&self) -> Diagnostic {
-        let diagnostic = match &self.place {
+        match &self.place {
             Some(place) => Diagnostic::at(Code::CpuidNeeded, place.clone(), self.to_string()),
             None => Diagnostic::whole(Code::CpuidNeeded, self.to_string()),
-        };
-        diagnostic.help("give `--cpuid host`, or `--cpuid FILE` with what `cpuid -r -1` printed in such a guest, or with a trace of one")
+        }
     }
 }
 

@@ -42,4 +42,4 @@ pub use policy::Mode;
 pub use seccomp::{Expected, Listener, Marks, notify};
 pub use spawn::{Forked, bind, fork, no_signal_for_stops};
 pub use stopped::may_administer;
-pub use supervisor::{Leaf, Resolve, Setup, Supervisor};
+pub use supervisor::{Leaf, Remark, Resolve, Setup, Supervisor};

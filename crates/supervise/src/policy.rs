@@ -152,12 +152,8 @@ impl Policy {
         allow: A,
         deny: A,
     ) -> Intervals<Decision<A>> {
-        let handed = Decision {
-            action: deny,
-            rule: None,
-            // A denial that is logged is handed over, where another would stay in the kernel.
-            log: Log::All,
-        };
+        // A denial that is logged is handed over, where another would stay in the kernel.
+        let handed = Decision::of(deny).logged(Log::All);
         let open = open.iter().filter(|(_, touched)| *touched == op);
         let open = open.map(|(msr, _)| (MsrRange::single(*msr), Decision::of(allow.clone())));
         let kernels = |(range, verdict): (MsrRange, &Verdict)| {

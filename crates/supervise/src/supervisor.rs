@@ -73,12 +73,31 @@ impl fmt::Debug for Setup {
     }
 }
 
+/// What whoever runs the VMM is to know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Remark {
+    /// The policy depends on the guest's CPUID, and the VMM runs a vCPU of which it has not set it.
+    NoCpuid,
+    /// A line for people.
+    Line(String),
+}
+
+impl fmt::Display for Remark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Remark::NoCpuid => "no vCPU runs whose CPUID the VMM has not set, since the policy depends on it",
+            Remark::Line(line) => line,
+        })
+    }
+}
+
 /// Keeps a policy in force on the VMs of all processes of a VMM.
 pub struct Supervisor {
     setup: Setup,
     policy: Arc<Policy>,
     ledger: Arc<Ledger>,
-    say: Box<dyn Fn(String) + Send>,
+    say: Box<dyn Fn(Remark) + Send>,
     hands: Hands,
     /// What the next VM or vCPU is called.
     next: u64,
@@ -150,9 +169,9 @@ impl From<Errno> for Refusal {
 }
 
 impl Supervisor {
-    /// `say` gets lines for people, and must not wait.
+    /// `say` must not wait.
     ///
-    pub fn new(setup: Setup, marks: Marks, ledger: Arc<Ledger>, say: Box<dyn Fn(String) + Send>) -> Supervisor {
+    pub fn new(setup: Setup, marks: Marks, ledger: Arc<Ledger>, say: Box<dyn Fn(Remark) + Send>) -> Supervisor {
         let policy = Policy::new(setup.plan.clone(), setup.options.clone(), setup.mode);
         let this = std::process::id().cast_signed();
         let stopper = Stopper {
@@ -318,7 +337,7 @@ impl Supervisor {
     fn tell(&self, thread: i32, what: &str, line: &str) -> bool {
         let program = target::program(thread);
         if let Some(program) = &program {
-            (self.say)(format!("{what}: {line} (`{program}`, thread {thread})"));
+            (self.say)(Remark::Line(format!("{what}: {line} (`{program}`, thread {thread})")));
         }
         program.is_some()
     }
@@ -540,7 +559,7 @@ impl Supervisor {
             && !mem::replace(&mut vm.state.told, true)
         {
             let line = "the VMM allows MSRs that its own filter denied before; the policy stays in force";
-            (self.say)(line.to_owned());
+            (self.say)(Remark::Line(line.to_owned()));
         }
     }
 

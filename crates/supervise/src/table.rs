@@ -70,6 +70,7 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
             action,
             rule,
             log,
+            ..
         } in table.reads()
         {
             for (range, cell) in parts(policy, *range, matches!(action, ReadAction::Shadow(_))) {
@@ -96,6 +97,7 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
             action,
             rule,
             log,
+            ..
         } in table.writes()
         {
             for (range, cell) in parts(policy, *range, *action == WriteAction::Shadow) {
@@ -278,14 +280,14 @@ mod tests {
             exits in prop::collection::vec((0..40_u32, any::<bool>(), 0..3_usize, 0..4_u64), 1..60),
         ) {
             let range = |first: u32, count: u32| MsrRange::new(Msr(first), Msr(first + count)).unwrap();
-            let log = |action, rule| Decision { action, rule: Some(rule), log: Log::None };
+            let log = |action, rule: u32| Decision::of(action).by(rule);
             let map = DecisionMap::new(Intervals::first_match(
                     Decision::of(ReadAction::Allow),
                     parts.iter().zip(0..).map(|((first, count, read, _), rule)| (range(*first, *count), log(read.clone(), rule))),
                 ), Intervals::first_match(
                     Decision::of(WriteAction::Allow),
                     parts.iter().zip(0..).map(|((first, count, _, write), rule)| {
-                        (range(*first, *count), Decision { action: write.clone(), rule: Some(rule), log: Log::None })
+                        (range(*first, *count), Decision::of(write.clone()).by(rule))
                     }),
                 )).with_unknown(unknown);
             let policy = Policy::new(Plan::compile(&map).unwrap(), CompileOptions::default(), Mode::Enforce);
@@ -296,7 +298,7 @@ mod tests {
             for (msr, write, reason, value) in exits {
                 let msr = Msr(msr);
                 let access = if write { Access::Write { msr, value } } else { Access::Read { msr } };
-                let exit = Exit { access, reason: [Reason::Filter, Reason::Unknown, Reason::Invalid][reason] };
+                let exit = Exit::new(access, [Reason::Filter, Reason::Unknown, Reason::Invalid][reason]);
                 let Some((outcome, told)) = carried_out(&words, exit, &mut cells) else { continue };
                 let answer: Answer = table.answer(exit, &mut state, &mut Nobody);
                 prop_assert_eq!(outcome, answer.outcome, "{:?}", exit);

@@ -296,10 +296,7 @@ impl Call {
         (request, argp): (Request, u64),
         arena: &Arena,
     ) -> Option<CallResult> {
-        let caller = Caller {
-            process,
-            descriptor: self.on.in_engine()?,
-        };
+        let caller = Caller::new(process, self.on.in_engine()?);
         Some(vm.ioctl(request.number(), argp, &memory(arena), caller).into())
     }
 

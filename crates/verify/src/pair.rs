@@ -11,29 +11,10 @@ use crate::live::{AccessResult, Live};
 use crate::unfiltered::Unfiltered;
 use crate::{Kernel, Machine};
 
-/// MSRs that the guest does not write where the kernel would carry the write out, and why. All others get back what
-/// they hold.
-const LEFT_ALONE: [(MsrRange, &str); 6] = [
-    (MsrRange::single(Msr(0x10)), "sets the guest's clock back"),
-    (MsrRange::single(Msr(0x3b)), "moves the guest's clock"),
-    (
-        MsrRange::single(Msr(0x1b)),
-        "can turn the local APIC off, and cannot turn it on again",
-    ),
-    (MsrRange::X2APIC, "sends interrupts where the APIC is in x2APIC mode"),
-    (
-        MsrRange::single(Msr(0x4000_0003)),
-        "resets a guest of Hyper-V's interface",
-    ),
-    (
-        MsrRange::single(Msr(0x4000_0105)),
-        "reports a crash of a guest of Hyper-V's interface",
-    ),
-];
-
-/// Whether the guest leaves the MSR alone where its write would be carried out.
+/// Whether the guest does not write the MSR where the kernel would carry the write out: all others get back what they hold,
+/// and by the x2APIC's a guest sends interrupts.
 pub(crate) fn left_alone(msr: Msr) -> bool {
-    LEFT_ALONE.iter().any(|(range, _)| range.contains(msr))
+    MsrRange::X2APIC.contains(msr) || msrgate_msrs::by_msr(msr).is_some_and(|entry| entry.rewrite().is_some())
 }
 
 /// What the live kernel and the engine made of the same thing.

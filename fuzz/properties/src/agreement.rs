@@ -23,6 +23,14 @@ pub(crate) fn plan_is_map(map: &DecisionMap, options: &CompileOptions) {
         Err(error) => panic!("{error}"),
     };
     assert_eq!(plan.hash(), Some(map.hash()));
+    assert_eq!(plan.map(), map);
+    holds(&plan);
+    assert_eq!(Plan::from_bytes(&plan.to_bytes()), Ok(plan));
+}
+
+/// Holds the plan against its map.
+pub(crate) fn holds(plan: &Plan) {
+    let map = plan.map().with_presets(plan.presets());
     let reads = map.reads().iter().map(|(range, _)| range);
     let writes = map.writes().iter().map(|(range, _)| range);
     let slots = plan.filter().ranges().iter().filter_map(|range| range.span());

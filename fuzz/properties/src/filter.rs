@@ -98,18 +98,17 @@ fn make_call(call: u32, input: &mut Input<'_>, vm: &Vm, kernel: &mut Kernel, msr
     };
     memory.map(ARGP, structure);
 
-    let caller = Caller {
-        process: if process_is_32_bit {
-            Process::Compat
-        } else {
-            Process::Native
-        },
-        descriptor: match on {
-            On::System => Descriptor::System,
-            On::Vm => Descriptor::Vm,
-            On::Vcpu => Descriptor::Vcpu,
-        },
+    let process = if process_is_32_bit {
+        Process::Compat
+    } else {
+        Process::Native
     };
+    let descriptor = match on {
+        On::System => Descriptor::System,
+        On::Vm => Descriptor::Vm,
+        On::Vcpu => Descriptor::Vcpu,
+    };
+    let caller = Caller::new(process, descriptor);
     let engine = vm.ioctl(request, argp, &memory, caller).map_err(|errno| errno as i32);
     let naive = kernel.ioctl(on, process_is_32_bit, request, argp, &memory).map(|()| 0);
     assert_eq!(engine, naive, "call {call}: {request:#x} with {argp:#x} by {caller:?}");

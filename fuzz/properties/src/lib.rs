@@ -9,6 +9,7 @@ mod filter;
 mod policy;
 mod trace;
 mod map;
+mod plan;
 mod raw;
 
 mod kernel;
@@ -60,4 +61,10 @@ pub const RAW: Target = Target {
 pub const MAP: Target = Target {
     name: "map",
     check: map::check,
+};
+
+/// The bytes of plans: a plan that is written as these bytes and is what its map says, or an error, never a panic.
+pub const PLAN: Target = Target {
+    name: "plan",
+    check: plan::check,
 };

@@ -8,8 +8,6 @@ pub(crate) fn check(bytes: &[u8]) {
     let Ok(map) = DecisionMap::from_bytes(bytes) else {
         return;
     };
-    let again = DecisionMap::from_bytes(&map.to_bytes()).expect("a map that was written");
-    assert_eq!(again, map);
-    assert_eq!(again.hash(), map.hash());
+    assert_eq!(map.to_bytes(), bytes);
     plan_is_map(&map, &CompileOptions::default());
 }

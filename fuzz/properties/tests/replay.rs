@@ -7,7 +7,7 @@ use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use msrgate_fuzz_properties::{FILTER, MAP, POLICY, RAW, Random, TRACE, Target};
+use msrgate_fuzz_properties::{FILTER, MAP, PLAN, POLICY, RAW, Random, TRACE, Target};
 
 fn folder(target: Target) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -93,6 +93,16 @@ fn kept_maps_read_back_and_compile_to_themselves() {
 #[test]
 fn made_maps_read_back_and_compile_to_themselves() {
     holds_for_made_inputs(MAP, 3000);
+}
+
+#[test]
+fn kept_plans_are_written_as_they_were_read_and_do_what_their_maps_say() {
+    holds_for_kept_inputs(PLAN);
+}
+
+#[test]
+fn made_plans_are_written_as_they_were_read_and_do_what_their_maps_say() {
+    holds_for_made_inputs(PLAN, 3000);
 }
 
 #[test]

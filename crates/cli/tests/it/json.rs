@@ -218,7 +218,10 @@ fn is_a_plan(plan: &Value) {
         keys(note, &["code", "message"]);
         assert!(text(note, "code").starts_with('N'));
     }
-    keys(&plan["minimum"], &["ranges", "proved", "separate", "witness"]);
+    keys(
+        &plan["minimum"],
+        &["ranges", "proved", "bytes_proved", "separate", "witness"],
+    );
     assert!(plan["minimum"]["proved"].as_bool().unwrap());
     assert!(count(&plan["minimum"], "ranges") <= count(&plan["minimum"], "separate"));
 }

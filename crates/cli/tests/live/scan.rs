@@ -551,10 +551,9 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
             let policy = Policy::load(&path, &Disk).expect("a policy");
             let map = policy.decision_map(Some(&cpuid)).expect("has a CPUID");
             let reads = map.reads().map(|decision| match decision.action {
-                ReadAction::Host => Decision {
-                    action: ReadAction::Value(HOST),
-                    ..decision.clone()
-                },
+                ReadAction::Host => Decision::of(ReadAction::Value(HOST))
+                    .by(decision.rule)
+                    .logged(decision.log),
                 _ => decision.clone(),
             });
             let map = map.with_reads(reads);

@@ -22,6 +22,7 @@ pub struct KvmRunMsr {
 
 /// An exit as the kernel gives it: whether the reason is one that is known has not been looked at.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct RawExit {
     /// What the guest tries.
     pub access: Access,

@@ -88,10 +88,7 @@ fn before_5_19_a_mask_was_cut_to_32_bits_and_its_unknown_bits_were_kept_without_
 fn both_capabilities_are_present_on_the_system_and_on_a_vm() {
     let vm = Vm::new();
     for descriptor in [Descriptor::System, Descriptor::Vm] {
-        let caller = Caller {
-            descriptor,
-            ..Caller::NATIVE
-        };
+        let caller = Caller::new(Kind::Native, descriptor);
         for (cap, expected) in [(188, 1), (189, 1), (187, 0), (190, 0), ((1 << 32) + 188, 0)] {
             let result = vm.ioctl(abi::CHECK_EXTENSION, cap, &Process::new(), caller);
             assert_eq!(result, Ok(expected), "{cap}");
@@ -160,7 +157,7 @@ fn the_system_and_a_vcpu_refuse_the_requests_of_a_vm() {
     for process in [Kind::Native, Kind::Compat] {
         for descriptor in [Descriptor::System, Descriptor::Vcpu] {
             for request in [abi::SET_MSR_FILTER, abi::SET_MSR_FILTER_COMPAT, abi::ENABLE_CAP] {
-                let caller = Caller { process, descriptor };
+                let caller = Caller::new(process, descriptor);
                 check_request(Profile::NEWEST, caller, request, Err(Errno::Einval));
             }
         }
@@ -169,10 +166,7 @@ fn the_system_and_a_vcpu_refuse_the_requests_of_a_vm() {
 
 #[test]
 fn a_vcpu_copies_a_capability_before_it_refuses_it() {
-    let caller = Caller {
-        descriptor: Descriptor::Vcpu,
-        ..Caller::NATIVE
-    };
+    let caller = Caller::new(Kind::Native, Descriptor::Vcpu);
     let result = Vm::new().ioctl(abi::ENABLE_CAP, WILD, &Process::new(), caller);
     assert_eq!(result, Err(Errno::Efault));
 }
@@ -183,17 +177,11 @@ fn a_dead_vm_answers_no_request_but_the_system_does() {
     vm.kill();
     for descriptor in [Descriptor::Vm, Descriptor::Vcpu] {
         for request in [abi::SET_MSR_FILTER, abi::ENABLE_CAP, abi::CHECK_EXTENSION, 0] {
-            let caller = Caller {
-                descriptor,
-                ..Caller::NATIVE
-            };
+            let caller = Caller::new(Kind::Native, descriptor);
             assert_eq!(vm.ioctl(request, ARGP, &process(), caller), Err(Errno::Eio));
         }
     }
-    let caller = Caller {
-        descriptor: Descriptor::System,
-        ..Caller::NATIVE
-    };
+    let caller = Caller::new(Kind::Native, Descriptor::System);
     assert_eq!(vm.ioctl(abi::CHECK_EXTENSION, 188, &process(), caller), Ok(1));
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use msrgate_core::{Access, Exit, Fault, Filter, FilterRange, Msr, Op, Ops, Outcome, Reason, Reasons, Verdict};
 use msrgate_engine::{
-    Advance, Completion, Drained, Errno, Instruction, Intercepts, Interruption, KvmRunMsr, Path, Step, StillPending,
+    Advance, Completion, Errno, Instruction, Intercepts, Interruption, KvmRunMsr, Path, Step, StillPending,
     UnknownMsrs, Vcpu, Vm, Written,
 };
 
@@ -67,7 +67,7 @@ fn check_row(msr: u32, reason: Reason, clear: impl Fn(Op, Path) -> Step) {
         for instruction in [rdmsr(msr), wrmsr(msr)] {
             let access = instruction.access();
             let step = vcpu(Reasons::of(reason)).execute(instruction, path, &mut Machine::default());
-            assert_eq!(step, Ok(Step::Exit(Exit { access, reason })), "{path:?}");
+            assert_eq!(step, Ok(Step::Exit(Exit::new(access, reason))), "{path:?}");
             for mask in [all_but(reason), Reasons::NONE] {
                 let mut vcpu = vcpu(mask);
                 let step = vcpu.execute(instruction, path, &mut Machine::default());
@@ -96,10 +96,7 @@ fn an_invalid_access_exits_with_invalid_or_faults() {
 #[test]
 fn a_failing_msr_exits_with_invalid_and_else_faults_a_read_and_fails_kvm_run_for_a_write() {
     for (instruction, clear) in [(rdmsr(BROKEN), FAULT), (wrmsr(BROKEN), Step::Failed(Errno::Enomem))] {
-        let exit = Exit {
-            access: instruction.access(),
-            reason: Reason::Invalid,
-        };
+        let exit = Exit::new(instruction.access(), Reason::Invalid);
         for (mask, expected) in [
             (Reasons::of(Reason::Invalid), Step::Exit(exit)),
             (all_but(Reason::Invalid), clear),
@@ -154,13 +151,7 @@ fn ignoring_unknown_msrs_neither_hides_denials_nor_invalid_accesses() {
     for (msr, reason) in [(DENIED, Reason::Filter), (INVALID, Reason::Invalid)] {
         let mut vcpu = Vcpu::new(vm.clone(), Intercepts::all());
         let step = vcpu.execute(rdmsr(msr), Path::VmExit, &mut Machine::default());
-        assert_eq!(
-            step,
-            Ok(Step::Exit(Exit {
-                access: Access::Read { msr: Msr(msr) },
-                reason
-            }))
-        );
+        assert_eq!(step, Ok(Step::Exit(Exit::new(Access::Read { msr: Msr(msr) }, reason))));
     }
 }
 
@@ -340,10 +331,7 @@ fn any_error_faults() {
 #[test]
 fn fields_left_alone_let_a_read_give_zero_and_a_write_succeed() {
     for (instruction, written) in [(rdmsr(DENIED), rax_rdx(0)), (wrmsr(DENIED), Written::Nothing)] {
-        let exit = Exit {
-            access: instruction.access(),
-            reason: Reason::Filter,
-        };
+        let exit = Exit::new(instruction.access(), Reason::Filter);
         let run = KvmRunMsr::from(exit);
         check_completion(
             instruction,
@@ -477,13 +465,7 @@ fn a_second_drain_does_nothing() {
     let _ = vcpu.drain(0, 0, Interruption::ImmediateExit);
     for _ in 0..2 {
         let drained = vcpu.drain(1, 7, Interruption::ImmediateExit);
-        assert_eq!(
-            drained,
-            Drained {
-                completion: None,
-                exit_reason: None
-            }
-        );
+        assert_eq!((drained.completion, drained.exit_reason), (None, None));
     }
 }
 

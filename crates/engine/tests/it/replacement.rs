@@ -244,12 +244,8 @@ fn rules(n: u32) -> (Arc<FlatFilter>, Reasons, Arc<ActionTable>) {
     } else {
         Reasons::NONE
     };
-    let entry = Entry {
-        range: MsrRange::single(Msr(FIRST + n % COUNT)),
-        action: ReadAction::Value(n.into()),
-        rule: None,
-        log: Log::None,
-    };
+    let range = MsrRange::single(Msr(FIRST + n % COUNT));
+    let entry = Entry::new(range, ReadAction::Value(n.into()), None, Log::None);
     let deny = (ReadAction::Deny, WriteAction::Deny);
     let table = ActionTable::new(vec![entry], vec![], deny.clone(), deny).unwrap();
     (filter(n).into(), reasons, table.into())

@@ -13,7 +13,7 @@ mod state;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Disposition, FaultCause, Log, Msr, MsrRange, Outcome, ReadAction, WriteAction};
+use msrgate_core::{Access, Disposition, FaultCause, Msr, MsrRange, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options, Pending, Seen};
 use msrgate_kvm::{Capabilities, Gate, Handlers, VcpuGate, probe};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
@@ -51,11 +51,7 @@ pub(crate) fn write(msr: Msr, value: u64) -> Access {
 
 pub(crate) fn by_rule<A: Clone + Eq>(allow: A, rules: &[(Msr, A)]) -> Intervals<Decision<A>> {
     let rules = rules.iter().zip(0..).map(|((msr, action), rule)| {
-        let decision = Decision {
-            action: action.clone(),
-            rule: Some(rule),
-            log: Log::None,
-        };
+        let decision = Decision::of(action.clone()).by(rule);
         (MsrRange::single(*msr), decision)
     });
     Intervals::first_match(Decision::of(allow), rules)

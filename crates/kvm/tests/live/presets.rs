@@ -42,7 +42,7 @@ fn the_microcode_revision_of_a_policy_is_read_without_an_exit_whatever_the_guest
     ] {
         let map = fixed(&[(MICROCODE, value)], write);
         let presets = held(&kvm, &map, None).unwrap();
-        assert_eq!(presets, [Preset { msr: MICROCODE, value }]);
+        assert_eq!(presets, [Preset::new(MICROCODE, value)]);
         let plan = with_presets(&map, presets);
         for mode in [Mode::Real, Mode::Long] {
             let (mut guest, _gate, vcpu) = gated(&kvm, probed, mode, Arc::clone(&plan), Handlers::new());
@@ -126,7 +126,7 @@ fn what_changes_by_itself_or_is_not_the_kernels_is_not_held() {
 fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
     let Some((kvm, probed)) = kvm() else { return };
     for msr in [TSC, Msr(0xdead_beef)] {
-        let preset = Preset { msr, value: 5 };
+        let preset = Preset::new(msr, 5);
         let map = fixed(&[(msr, 5)], WriteAction::Deny);
         let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
         let plan = with_presets(&map, vec![preset]);
@@ -142,10 +142,7 @@ fn a_preset_that_the_vcpu_does_not_hold_is_an_error() {
 #[test]
 fn a_plan_that_takes_the_place_of_another_neither_brings_a_preset_nor_shows_one() {
     let Some((kvm, probed)) = kvm() else { return };
-    let preset = Preset {
-        msr: MICROCODE,
-        value: 7,
-    };
+    let preset = Preset::new(MICROCODE, 7);
     let without = fixed(&[(MICROCODE, 7)], WriteAction::Deny);
     let with = with_presets(&without, vec![preset]);
     let without = plan(&without);

@@ -16,11 +16,7 @@ fn seventeen() -> Plan {
     let msrs: Vec<Msr> = (1..=16).map(|i| Msr(i * 0x10000)).chain([PAT]).collect();
     let reads: Vec<_> = msrs.iter().map(|msr| (*msr, ReadAction::Allow)).collect();
     let writes: Vec<_> = msrs.iter().map(|msr| (*msr, WriteAction::Allow)).collect();
-    let spillable = |op| Spillable {
-        msr: PAT,
-        op,
-        weight: 1,
-    };
+    let spillable = |op| Spillable::new(PAT, op, 1);
     let map = DecisionMap::new(by_rule(ReadAction::Deny, &reads), by_rule(WriteAction::Deny, &writes));
     let options = CompileOptions::default().spilling(Op::ALL.map(spillable).to_vec());
     Plan::compile_for(&map, &options).unwrap()

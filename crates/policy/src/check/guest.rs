@@ -92,9 +92,10 @@ fn offered_elsewhere(rule: &Rule, needs: &[&Need]) -> Option<Diagnostic> {
         first.system,
         first.why
     );
-    Some(Diagnostic::at(Code::InterfaceDenied, rule.place.clone(), message).help(
-        "take the interface from the guest's CPUID too, as QEMU does with `kvmclock=off`; with `--cpuid` it is looked at",
-    ))
+    Some(
+        Diagnostic::at(Code::InterfaceDenied, rule.place.clone(), message)
+            .help("take the interface from the guest's CPUID too, as QEMU does with `kvmclock=off`"),
+    )
 }
 
 fn none_starts(needs: &[&Need]) -> Option<Diagnostic> {

@@ -85,7 +85,7 @@ fn kept(map: &DecisionMap) -> Option<Diagnostic> {
     let kept: Vec<String> = kept.map(|(range, _)| name(range)).collect();
     (!kept.is_empty()).then(|| {
         let message = format!(
-            "what `shadow` and `once` remember of {} is no state of KVM's; `msrgate plan --state` says what to save",
+            "what `shadow` and `once` remember of {} is no state of KVM's",
             some(&kept)
         );
         Diagnostic::whole(Code::StateKept, message)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use msrgate_core::abi::FILTER_DEFAULT_DENY;
-use msrgate_core::{Arguments, Disposition, Log, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction, WriteAction};
+use msrgate_core::{Arguments, Disposition, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction, WriteAction};
 use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
@@ -162,7 +162,7 @@ fn map(object: &Object) -> Result<(DecisionMap, Vec<Preset>), RawError> {
             let msr = Msr(u32_of(required(object, "msr", &at)?, &format!("{at}.msr"))?);
             let value = u64_of(required(object, "value", &at)?, &format!("{at}.value"))?;
             reads.push((MsrRange::single(msr), Decision::of(ReadAction::Value(value))));
-            held.push(Preset { msr, value });
+            held.push(Preset::new(msr, value));
         }
     }
     for (i, value) in list(required(object, "actions", "")?, "actions")?.iter().enumerate() {
@@ -199,11 +199,7 @@ fn map(object: &Object) -> Result<(DecisionMap, Vec<Preset>), RawError> {
 }
 
 fn decision<A>(action: A, rule: Option<u32>) -> Decision<A> {
-    Decision {
-        action,
-        rule,
-        log: Log::None,
-    }
+    Decision::of(action).by(rule)
 }
 
 fn disjoint<A>(entries: &[(MsrRange, Decision<A>)], op: Op) -> Result<(), RawError> {

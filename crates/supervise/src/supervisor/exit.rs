@@ -6,7 +6,7 @@ use msrgate_answer::layout::{reply, vcpu};
 use msrgate_core::{Access, Answer, Disposition, Exit, FaultCause, Log, Msr, MsrBackend, Op, Outcome, Reason};
 use msrgate_kvm::HostMsrs;
 
-use super::{Refusal, Supervisor, denies, put_in_force};
+use super::{Refusal, Remark, Supervisor, denies, put_in_force};
 use crate::hands::Hands;
 use crate::policy::{Mode, Owner, Touch};
 use crate::seccomp::Waiting;
@@ -192,7 +192,7 @@ impl Supervisor {
             stopped,
             refused: None,
         };
-        let answer = plan.table().answer(Exit { access, reason }, state, &mut reach);
+        let answer = plan.table().answer(Exit::new(access, reason), state, &mut reach);
         if let Some(line) = reach.refused {
             self.tell(
                 waiting.thread,
@@ -244,13 +244,7 @@ impl Supervisor {
                 Access::Write { msr, value } => reach.kernel_write(msr, value).map(|()| Outcome::Done),
             };
             return Verdict::answered(match outcome {
-                Ok(outcome) => Answer {
-                    outcome,
-                    did: Disposition::Pass,
-                    why: None,
-                    rule: None,
-                    log: Log::None,
-                },
+                Ok(outcome) => Answer::passed(outcome),
                 Err(why) => Answer::fault(why, None),
             });
         }
@@ -365,7 +359,9 @@ impl Supervisor {
             return Ok(());
         };
         if let Refusal::Line(line) = &refusal {
-            (self.say)(format!("what the guests touch from here on is not told: {line}"));
+            (self.say)(Remark::Line(format!(
+                "what the guests touch from here on is not told: {line}"
+            )));
         }
         if let Some(vm) = self.vms.get_mut(&vm_tag) {
             vm.state.blind = true;

@@ -8,7 +8,7 @@ use msrgate_answer::layout::{image, question, reply, slot};
 use msrgate_core::abi;
 use nix::errno::Errno;
 
-use super::Supervisor;
+use super::{Remark, Supervisor};
 use crate::hands::Hands;
 use crate::ledger::Ring;
 use crate::policy::Mode;
@@ -209,11 +209,7 @@ impl Supervisor {
     fn not_ready(&mut self, waiting: &Waiting<'_>, tag: u64) {
         let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get_mut(&vcpu.vm));
         if vm.is_some_and(|vm| !mem::replace(&mut vm.state.told_of_cpuid, true)) {
-            (self.say)(
-                "no vCPU runs whose CPUID the VMM has not set, since the policy depends on it: if this VMM never does, \
-                 give `msrgate run` the option --cpuid"
-                    .to_owned(),
-            );
+            (self.say)(Remark::NoCpuid);
         }
         let _ = waiting.give(i64::from(-EACCES));
     }

@@ -112,10 +112,7 @@ struct EngineCalls(Arc<Vm>);
 
 impl Calls for EngineCalls {
     fn call(&self, on: Descriptor, request: Request, argp: u64, arena: &Arena) -> Result<(), i32> {
-        let caller = Caller {
-            process: Process::Native,
-            descriptor: on,
-        };
+        let caller = Caller::new(Process::Native, on);
         let result = self.0.ioctl(request.number(), argp, &memory(arena), caller);
         result.map(|_| ()).map_err(|errno| errno as i32)
     }
@@ -132,10 +129,7 @@ impl Hypervisor for Engine {
 
     fn check_extension(&self, on: Descriptor, capability: u32) -> u32 {
         let nothing = |_: u64, _: &mut [u8]| Err(Fault);
-        let caller = Caller {
-            process: Process::Native,
-            descriptor: on,
-        };
+        let caller = Caller::new(Process::Native, on);
         let result = self.vm.ioctl(abi::CHECK_EXTENSION, capability.into(), &nothing, caller);
         result.unwrap_or(0)
     }

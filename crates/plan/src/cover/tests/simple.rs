@@ -1,10 +1,9 @@
 //! The planner against the obvious one, on maps that nobody chose.
 
 use msrgate_core::abi::MAX_RANGE_MSRS;
-use msrgate_core::{Filter, FilterRange, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Filter, FilterRange, Ops, ReadAction, Verdict, WriteAction};
 
 use super::*;
-use crate::plan::smallest;
 use crate::{Decision, DecisionMap, Plan, PlanError};
 
 type Map = Intervals<(bool, bool)>;

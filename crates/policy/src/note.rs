@@ -1,0 +1,163 @@
+//! What no filter can do of what a policy asks for: the notes of its plan, and what the database says of its MSRs.
+
+use msrgate_core::Op;
+use msrgate_msrs::{Bypass, Entry};
+use msrgate_plan::{DecisionMap, Note, Plan};
+
+use crate::{Code, Diagnostic};
+
+/// The notes on a plan, in order of their codes.
+pub fn notes(plan: &Plan) -> Vec<Diagnostic> {
+    let of_plan = plan.notes().iter().filter_map(of_plan);
+    let passing = msrgate_msrs::all().iter().filter_map(|entry| passes(plan.map(), entry));
+    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).collect();
+    notes.sort_by_key(|note| note.code);
+    notes.dedup_by_key(|note| note.code);
+    notes
+}
+
+/// A note on what passes the filter by a property of an MSR.
+fn passes(map: &DecisionMap, entry: &Entry) -> Option<Diagnostic> {
+    let shown = format!("{} ({})", entry.msr, entry.name());
+    let (ops, code, message): (&[Op], _, _) = match entry.bypass? {
+        Bypass::Fastpath => (
+            &[Op::Write],
+            Code::PassesUnseen,
+            format!(
+                "a write of {shown} may pass the filter unseen: kvm_intel completes it ahead of the filter where it uses \
+                 the preemption timer, and from Linux 6.18 kvm_amd too; reads are filtered"
+            ),
+        ),
+        Bypass::Ghcb => (
+            &Op::ALL,
+            Code::NoSevEs,
+            format!(
+                "{} (the GHCB MSR) is not left to the kernel: an SEV-ES guest cannot run under this policy",
+                entry.msr
+            ),
+        ),
+        Bypass::Hardware => (
+            &[Op::Read],
+            Code::NotIntercepted,
+            format!("a read of {shown} is not intercepted by AMD's hardware, so no filter sees it"),
+        ),
+        Bypass::Fsgsbase | Bypass::Swapgs => (
+            &[Op::Write],
+            Code::ChangesOtherwise,
+            "FS, GS and kernel GS base also change by WRFSBASE, WRGSBASE and SWAPGS, which no filter sees".to_owned(),
+        ),
+        _ => return None,
+    };
+    let closed = ops.iter().any(|op| !map.allows(entry.msr, *op));
+    closed.then(|| Diagnostic::whole(code, message))
+}
+
+fn of_plan(note: &Note) -> Option<Diagnostic> {
+    let (code, message) = match note {
+        Note::X2apic => (
+            Code::NeverFiltered,
+            "0x800..=0x8ff (x2APIC) are never filtered: the kernel answers them whatever the policy says".to_owned(),
+        ),
+        Note::LastMsr => (
+            Code::LastMsr,
+            "0xffffffff cannot be in a filter range, so it gets what MSRs without a rule get".to_owned(),
+        ),
+        Note::HostView => (
+            Code::HostView,
+            "`mask`, `only` and `once` reach the kernel's register as the host does (KVM_GET_MSRS, KVM_SET_MSRS), which \
+             may differ from what the guest's own instruction would have done"
+                .to_owned(),
+        ),
+        Note::Presets => (
+            Code::PresetsHeld,
+            "a preset holds as long as nothing on the host writes the register: a VMM that sets it by itself \
+             (KVM_SET_MSRS) gives the guest another value than the policy does"
+                .to_owned(),
+        ),
+        Note::Spilled { accesses, exits, .. } => {
+            let cost = match exits {
+                None => "how often the guest makes them, a profile would tell".to_owned(),
+                Some(exits) => format!("that is {exits} exits in the profile"),
+            };
+            let message = format!(
+                "{accesses} accesses that are left to the kernel do not fit into 16 ranges and are passed on to it from \
+                 user space, one exit each time; {cost}"
+            );
+            (Code::PassedOn, message)
+        }
+        _ => return None,
+    };
+    Some(Diagnostic::whole(code, message))
+}
+
+#[cfg(test)]
+mod tests {
+    use msrgate_core::Msr;
+    use msrgate_plan::CompileOptions;
+
+    use super::*;
+    use crate::Policy;
+
+    fn map(default: &str, rules: &str) -> DecisionMap {
+        let text = format!("version = 1\ndefault = \"{default}\"\n{rules}");
+        Policy::parse("p", &text).unwrap().decision_map(None).unwrap()
+    }
+
+    fn codes(default: &str, rules: &str) -> Vec<Code> {
+        let plan = Plan::compile(&map(default, rules)).unwrap();
+        notes(&plan).iter().map(|note| note.code).collect()
+    }
+
+    #[test]
+    fn what_no_filter_can_decide_is_named() {
+        let rule = |msr: &str, action: &str| format!("[[rule]]\nmsr = {msr}\n{action}\n");
+        assert_eq!(codes("allow", ""), []);
+        let all = [
+            Code::NeverFiltered,
+            Code::PassesUnseen,
+            Code::NoSevEs,
+            Code::NotIntercepted,
+            Code::ChangesOtherwise,
+        ];
+        assert_eq!(codes("deny", ""), all);
+        assert_eq!(codes("allow", &rule("0x830", "read = \"deny\"")), [Code::NeverFiltered]);
+        assert_eq!(codes("allow", &rule("0xffffffff", "read = \"deny\"")), [Code::LastMsr]);
+        for (msr, code) in [
+            ("0x6e0", Code::PassesUnseen),
+            ("0xc0000100", Code::ChangesOtherwise),
+            ("0xc0000101", Code::ChangesOtherwise),
+            ("0xc0000102", Code::ChangesOtherwise),
+        ] {
+            assert_eq!(codes("allow", &rule(msr, "write = \"ignore\"")), [code]);
+            assert_eq!(codes("allow", &rule(msr, "read = \"zero\"")), []);
+        }
+        for direction in ["read", "write"] {
+            let rule = rule("0xc0010130", &format!("{direction} = \"deny\""));
+            assert_eq!(codes("allow", &rule), [Code::NoSevEs]);
+        }
+        assert_eq!(
+            codes("allow", &rule("0xc0010131", "read = \"zero\"")),
+            [Code::NotIntercepted]
+        );
+        assert_eq!(codes("allow", &rule("0xc0010131", "write = \"deny\"")), []);
+        assert_eq!(codes("allow", &rule("0x10", "read = \"zero\"\nwrite = \"deny\"")), []);
+    }
+
+    #[test]
+    fn a_preset_is_noted() {
+        let rule = "[[rule]]\nmsr = 0x8b\nread = { value = 1 }\nwrite = \"ignore\"\n";
+        let map = map("allow", rule);
+        let options = CompileOptions::default().with_presets(map.preset(Msr(0x8b)).into_iter().collect());
+        let plan = Plan::compile_for(&map, &options).unwrap();
+        let codes: Vec<Code> = notes(&plan).iter().map(|note| note.code).collect();
+        assert_eq!(codes, [Code::PresetsHeld]);
+    }
+
+    #[test]
+    fn the_register_that_passes_unseen_is_the_one_that_the_engine_lets_pass() {
+        let passing = msrgate_msrs::all()
+            .iter()
+            .filter(|entry| entry.bypass == Some(Bypass::Fastpath));
+        assert_eq!(passing.map(|entry| entry.msr).collect::<Vec<_>>(), [Msr::TSC_DEADLINE]);
+    }
+}
