@@ -8,16 +8,16 @@ use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
 
-use super::{RawError, RawFilter, RawInput, RawRange, hex, kernel_name};
+use super::bytes::hex;
+use super::error::RawError;
+use super::filter::{RawFilter, RawInput, RawRange, kernel_name};
 
 type Object = Map<String, Value>;
 
 /// Reads what `plan --json` prints, or the filter alone.
 pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| RawError {
-        line: Some(error.line()),
-        ..RawError::new(format!("this is no JSON: {error}"))
-    })?;
+    let value: Value = serde_json::from_slice(bytes)
+        .map_err(|error| RawError::new(format!("this is no JSON: {error}")).at(error.line()))?;
     let object = value
         .as_object()
         .ok_or_else(|| RawError::new("this is no JSON object"))?;
