@@ -44,7 +44,10 @@ mod limiter;
 pub mod abi;
 
 pub use access::{Access, Op, Ops};
-pub use action::{Argument, Arguments, Disposition, OnLockedBits, ReadAction, WriteAction};
+pub use action::{
+    Action, ActionForm, Argument, ArgumentKey, ArgumentKind, Arguments, Disposition, Keeps, OnLockedBits, Parameter,
+    ReadAction, ReadSource, WriteAction, WriteTarget,
+};
 pub use bitmap::{PassthroughMsr, SvmPermissionMap, VmxBitmap};
 pub use event::{Event, Gap, Log, Nanos};
 pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};

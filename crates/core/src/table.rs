@@ -9,7 +9,7 @@ use core::fmt;
 
 pub use self::emulated_state::{EmulatedState, EmulatedStateError};
 use crate::{
-    Access, Disposition, Exit, Fault, FaultCause, Log, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction,
+    Access, Disposition, Exit, Fault, FaultCause, Keeps, Log, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction,
     ReadOutcome, Reason, WriteAction, WriteOutcome,
 };
 
@@ -72,18 +72,18 @@ impl ActionTable {
         let keeps = [&unknown, &invalid];
         let spare = keeps
             .iter()
-            .any(|(read, write)| matches!(read, ReadAction::Shadow(_)) || matches!(write, WriteAction::Shadow));
+            .any(|(read, write)| read.keeps() == Some(Keeps::Shadow) || write.keeps() == Some(Keeps::Shadow));
         let mut ranges: Vec<MsrRange> = Vec::new();
         ranges.extend(
             reads
                 .iter()
-                .filter(|entry| matches!(entry.action, ReadAction::Shadow(_)))
+                .filter(|entry| entry.action.keeps().is_some())
                 .map(|entry| entry.range),
         );
         ranges.extend(
             writes
                 .iter()
-                .filter(|entry| matches!(entry.action, WriteAction::Shadow | WriteAction::Once))
+                .filter(|entry| entry.action.keeps().is_some())
                 .map(|entry| entry.range),
         );
         ranges.sort_unstable();
@@ -156,16 +156,10 @@ impl ActionTable {
         let writes = self.writes.iter().map(|entry| &entry.action);
         let reads = reads
             .chain([&self.unknown.0, &self.invalid.0])
-            .filter_map(|action| match action {
-                ReadAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
+            .filter_map(ReadAction::handler);
         let writes = writes
             .chain([&self.unknown.1, &self.invalid.1])
-            .filter_map(|action| match action {
-                WriteAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
+            .filter_map(WriteAction::handler);
         reads.chain(writes)
     }
 

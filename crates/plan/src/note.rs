@@ -5,7 +5,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Msr, MsrRange, Op, ReadSource, WriteTarget};
 
 use crate::{CompileOptions, DecisionMap, Preset};
 
@@ -137,13 +137,11 @@ pub(crate) fn notes(
     let read = map
         .reads()
         .iter()
-        .any(|(_, decision)| matches!(decision.action, ReadAction::Mask { .. }));
-    let write = map.writes().iter().any(|(_, decision)| {
-        matches!(
-            decision.action,
-            WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
-        )
-    });
+        .any(|(_, decision)| decision.action.needs_exit() && decision.action.source() == ReadSource::Register);
+    let write = map
+        .writes()
+        .iter()
+        .any(|(_, decision)| decision.action.needs_exit() && decision.action.target() == WriteTarget::Register);
     if read || write {
         note(
             NoteCode::HostView,

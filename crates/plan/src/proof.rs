@@ -1,6 +1,6 @@
 //! The proof that a plan does what its map says, for every MSR and direction.
 
-use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction};
+use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, Reason, Verdict, WriteAction, WriteTarget};
 
 use crate::{CompileOptions, DecisionMap, Intervals, Plan};
 
@@ -55,7 +55,7 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
         }
     });
     // The kernel goes on to hold a preset only if no write gets to its register.
-    let kept = |write: &WriteAction| matches!(write, WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow);
+    let kept = |write: &WriteAction| write.target() == WriteTarget::Elsewhere;
     let overwritten = plan
         .presets()
         .iter()

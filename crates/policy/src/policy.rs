@@ -120,15 +120,8 @@ impl Policy {
         let rules = self.rules.iter().map(|rule| (rule.read.as_ref(), rule.write.as_ref()));
         let others = [&self.unknown, &self.invalid].map(|(read, write)| (Some(read), Some(write)));
         rules.chain(others).flat_map(|(read, write)| {
-            let read = read.and_then(|action| match action {
-                ReadAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
-            let write = write.and_then(|action| match action {
-                WriteAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
-            read.into_iter().chain(write)
+            let read = read.and_then(ReadAction::handler);
+            read.into_iter().chain(write.and_then(WriteAction::handler))
         })
     }
 
