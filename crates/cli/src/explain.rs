@@ -98,11 +98,11 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
         "msr": explanation.msr.to_string(),
         "name": words::name(explanation.msr),
         "op": explanation.op.name(),
-        "action": explanation.action,
+        "action": explanation.action.name(),
         "rule": rule,
         "verdict": explanation.verdict.name(),
         "range": range,
-        "sees": explanation.sees,
+        "sees": explanation.sees.to_string(),
         "exits": explanation.exits,
         "no_preset": no_preset.map(NoPreset::name),
         "touches": explanation.touches,
@@ -129,7 +129,7 @@ fn print(
         }
         None => writeln!(out, "  rule     none; the default decides")?,
     }
-    writeln!(out, "  action   {}", explanation.action_text)?;
+    writeln!(out, "  action   {}", explanation.action)?;
     let decider = match explanation.decider {
         DecidedBy::X2apic => "before any range: x2APIC is never filtered".to_owned(),
         DecidedBy::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),

@@ -3,9 +3,10 @@
 mod emit;
 mod state;
 
+use std::fmt;
 use std::io::Write;
 
-use msrgate_core::{Argument, Disposition, Entry, FilterRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Argument, ArgumentKey, Disposition, Entry, FilterRange, Op, ReadAction, WriteAction};
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -72,7 +73,7 @@ fn json(loaded: &Loaded) -> Value {
             action(
                 entry,
                 Op::Read,
-                done(entry.action.name()),
+                done(entry.action.did(), entry.action.name()),
                 arguments(entry.action.arguments()),
             ),
         ));
@@ -82,7 +83,12 @@ fn json(loaded: &Loaded) -> Value {
         actions.push((
             entry.range.first().0,
             Op::Write,
-            action(entry, Op::Write, done(entry.action.name()), arguments),
+            action(
+                entry,
+                Op::Write,
+                done(entry.action.did(), entry.action.name()),
+                arguments,
+            ),
         ));
     }
     actions.sort_by_key(|(first, op, _)| (*first, *op));
@@ -129,7 +135,7 @@ fn json(loaded: &Loaded) -> Value {
     })
 }
 
-fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>) -> Value {
+fn action<A>(entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
     let mut object = Map::new();
     object.insert("first".to_owned(), entry.range.first().to_string().into());
     object.insert("last".to_owned(), entry.range.last().to_string().into());
@@ -140,25 +146,25 @@ fn action<A>(entry: &Entry<A>, op: Op, name: &str, arguments: Map<String, Value>
     Value::Object(object)
 }
 
-/// What user space does where the policy says `action`: what it leaves to the kernel is passed on to it.
-fn done(action: &str) -> &str {
-    match action {
-        "allow" => Disposition::Pass.name(),
-        action => action,
+/// What user space does for an action, which is called `action`: what it leaves to the kernel is passed on to it.
+fn done(did: Disposition, action: impl fmt::Display) -> String {
+    match did {
+        Disposition::Allow => Disposition::Pass.to_string(),
+        _ => action.to_string(),
     }
 }
 
-/// What an action is given, under the keys of the policy language.
-fn arguments<'a>(given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Map<String, Value> {
+/// What an action is given, by its keys.
+fn arguments<'a>(given: impl Iterator<Item = (ArgumentKey, Argument<'a>)>) -> Map<String, Value> {
     given
         .map(|(key, argument)| {
             let value = match argument {
-                Argument::Number(value) => number(value),
+                Argument::Number(value) | Argument::Implied(value) => number(value),
                 Argument::Numbers(values) => values.iter().map(|value| number(*value)).collect(),
                 Argument::Name(name) => name.into(),
                 Argument::OnLockedBits(otherwise) => otherwise.name().into(),
             };
-            (key.to_owned(), value)
+            (key.name.to_owned(), value)
         })
         .collect()
 }
@@ -222,7 +228,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             loaded,
             entry,
             Op::Read,
-            done(&entry.action.to_string()).to_owned(),
+            done(entry.action.did(), &entry.action),
         ));
     }
     for entry in plan.table().writes() {
@@ -230,7 +236,7 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             loaded,
             entry,
             Op::Write,
-            done(&entry.action.to_string()).to_owned(),
+            done(entry.action.did(), &entry.action),
         ));
     }
     if table.row_count() > 0 {

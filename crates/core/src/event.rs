@@ -1,8 +1,6 @@
 //! The record of one access.
 
-use core::fmt;
-
-use crate::{FaultCause, Msr, Op, Reason};
+use crate::{Disposition, FaultCause, Msr, Op, Reason};
 
 /// How much of a rule's accesses is logged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -15,99 +13,6 @@ pub enum Log {
     First,
     /// At most this many a second.
     PerSecond(u32),
-}
-
-/// What was done with an access: an action, or what came of it.
-///
-/// The numbers stand in saved plans and in the hashes of policies: a new one goes to the end.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[repr(u8)]
-pub enum Disposition {
-    /// The kernel answered.
-    Allow,
-    /// The policy says to fault.
-    Deny,
-    /// Read as zero.
-    Zero,
-    /// Read as a fixed value.
-    Value,
-    /// Answered from, or kept in, the vCPU's shadow register.
-    Shadow,
-    /// Passed on to the kernel's register through a mask.
-    Mask,
-    /// Read from the physical CPU.
-    Host,
-    /// Answered by a named handler.
-    Handler,
-    /// The write went nowhere.
-    Ignore,
-    /// Written, the value being one of those allowed.
-    Only,
-    /// Written, for the first and last time.
-    Once,
-    /// Passed on to the kernel's register as the host would.
-    Pass,
-    /// Faulted although the policy does not say `deny`; [`Event::why`] tells.
-    Fault,
-}
-
-impl Disposition {
-    /// All of them, each at the place of its number.
-    pub const ALL: [Disposition; 13] = [
-        Disposition::Allow,
-        Disposition::Deny,
-        Disposition::Zero,
-        Disposition::Value,
-        Disposition::Shadow,
-        Disposition::Mask,
-        Disposition::Host,
-        Disposition::Handler,
-        Disposition::Ignore,
-        Disposition::Only,
-        Disposition::Once,
-        Disposition::Pass,
-        Disposition::Fault,
-    ];
-
-    /// The word that policies, traces and JSON use.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Disposition::Allow => "allow",
-            Disposition::Deny => "deny",
-            Disposition::Zero => "zero",
-            Disposition::Value => "value",
-            Disposition::Shadow => "shadow",
-            Disposition::Mask => "mask",
-            Disposition::Host => "host",
-            Disposition::Handler => "handler",
-            Disposition::Ignore => "ignore",
-            Disposition::Only => "only",
-            Disposition::Once => "once",
-            Disposition::Pass => "pass",
-            Disposition::Fault => "fault",
-        }
-    }
-
-    /// From the word; `None` for another.
-    pub fn from_name(name: &str) -> Option<Disposition> {
-        Disposition::ALL.into_iter().find(|did| did.name() == name)
-    }
-
-    /// From the number; `None` for another.
-    pub fn from_number(number: u8) -> Option<Disposition> {
-        Disposition::ALL.get(usize::from(number)).copied()
-    }
-
-    /// Whether the guest got #GP.
-    pub const fn is_fault(self) -> bool {
-        matches!(self, Disposition::Deny | Disposition::Fault)
-    }
-}
-
-impl fmt::Display for Disposition {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
 }
 
 /// Nanoseconds: a length of time, or a moment as the time since a start that the source of an event chose.

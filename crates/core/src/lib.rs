@@ -37,20 +37,23 @@ mod flat_filter;
 mod bitmap;
 mod exit;
 mod action;
+mod fault_cause;
 mod table;
 mod event;
 mod limiter;
 pub mod abi;
 
 pub use access::{Access, Op, Ops};
-pub use action::{Argument, Arguments, OnLockedBits, ReadAction, WriteAction};
+pub use action::{
+    Action, ActionForm, Argument, ArgumentKey, ArgumentKind, Arguments, Disposition, Keeps, OnLockedBits, Parameter,
+    ReadAction, ReadSource, WriteAction, WriteTarget,
+};
 pub use bitmap::{PassthroughMsr, SvmPermissionMap, VmxBitmap};
-pub use event::{Disposition, Event, Gap, Log, Nanos};
+pub use event::{Event, Gap, Log, Nanos};
 pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};
+pub use fault_cause::FaultCause;
 pub use filter::{DecidedBy, Filter, FilterError, FilterRange, Verdict};
 pub use flat_filter::FlatFilter;
 pub use limiter::LogLimiter;
 pub use msr::{Msr, MsrRange};
-pub use table::{
-    ActionTable, Answer, EmulatedState, EmulatedStateError, Entry, FaultCause, MsrBackend, TableError, VcpuState,
-};
+pub use table::{ActionTable, Answer, EmulatedState, EmulatedStateError, Entry, MsrBackend, TableError, VcpuState};

@@ -9,8 +9,8 @@ use core::fmt;
 
 pub use self::emulated_state::{EmulatedState, EmulatedStateError};
 use crate::{
-    Access, Disposition, Exit, Fault, Log, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction, ReadOutcome, Reason,
-    WriteAction, WriteOutcome,
+    Access, Disposition, Exit, Fault, FaultCause, Keeps, Log, Msr, MsrRange, OnLockedBits, Op, Outcome, ReadAction,
+    ReadOutcome, Reason, WriteAction, WriteOutcome,
 };
 
 /// What the accesses of a range of MSRs get.
@@ -85,18 +85,18 @@ impl ActionTable {
         let keeps = [&unknown, &invalid];
         let spare = keeps
             .iter()
-            .any(|(read, write)| matches!(read, ReadAction::Shadow(_)) || matches!(write, WriteAction::Shadow));
+            .any(|(read, write)| read.keeps() == Some(Keeps::Shadow) || write.keeps() == Some(Keeps::Shadow));
         let mut ranges: Vec<MsrRange> = Vec::new();
         ranges.extend(
             reads
                 .iter()
-                .filter(|entry| matches!(entry.action, ReadAction::Shadow(_)))
+                .filter(|entry| entry.action.keeps().is_some())
                 .map(|entry| entry.range),
         );
         ranges.extend(
             writes
                 .iter()
-                .filter(|entry| matches!(entry.action, WriteAction::Shadow | WriteAction::Once))
+                .filter(|entry| entry.action.keeps().is_some())
                 .map(|entry| entry.range),
         );
         ranges.sort_unstable();
@@ -169,16 +169,10 @@ impl ActionTable {
         let writes = self.writes.iter().map(|entry| &entry.action);
         let reads = reads
             .chain([&self.unknown.0, &self.invalid.0])
-            .filter_map(|action| match action {
-                ReadAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
+            .filter_map(ReadAction::handler);
         let writes = writes
             .chain([&self.unknown.1, &self.invalid.1])
-            .filter_map(|action| match action {
-                WriteAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
+            .filter_map(WriteAction::handler);
         reads.chain(writes)
     }
 
@@ -532,84 +526,6 @@ impl<O: Into<Outcome>> Answer<O> {
             rule: self.rule,
             log: self.log,
         }
-    }
-}
-
-/// Why an access faulted where the policy does not say `deny`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[non_exhaustive]
-#[repr(u8)]
-pub enum FaultCause {
-    /// No rule says what user space answers.
-    NoRule,
-    /// The kernel gave a reason that is not one known bit.
-    UnknownReason,
-    /// The kernel's register could not be read or written.
-    KernelRefused,
-    /// The physical CPU's register could not be read.
-    HostUnreadable,
-    /// A write would change a bit outside `may_change`.
-    BitsLocked,
-    /// The value is none of `only`.
-    ValueNotListed,
-    /// `once`, and it was written before.
-    AlreadyWritten,
-    /// No handler of the name is there.
-    NoHandler,
-    /// The handler answered with a fault.
-    HandlerFault,
-    /// The handler panicked.
-    HandlerPanicked,
-    /// The vCPU was asked to answer while it was answering.
-    ReEntered,
-    /// No room for another shadow register.
-    ShadowFull,
-}
-
-impl FaultCause {
-    /// All of them, each at the place of its number.
-    pub const ALL: [FaultCause; 12] = [
-        FaultCause::NoRule,
-        FaultCause::UnknownReason,
-        FaultCause::KernelRefused,
-        FaultCause::HostUnreadable,
-        FaultCause::BitsLocked,
-        FaultCause::ValueNotListed,
-        FaultCause::AlreadyWritten,
-        FaultCause::NoHandler,
-        FaultCause::HandlerFault,
-        FaultCause::HandlerPanicked,
-        FaultCause::ReEntered,
-        FaultCause::ShadowFull,
-    ];
-
-    /// The word that traces and JSON use.
-    pub const fn name(self) -> &'static str {
-        match self {
-            FaultCause::NoRule => "no-rule",
-            FaultCause::UnknownReason => "unknown-reason",
-            FaultCause::KernelRefused => "kernel-refused",
-            FaultCause::HostUnreadable => "host-unreadable",
-            FaultCause::BitsLocked => "bits-locked",
-            FaultCause::ValueNotListed => "value-not-listed",
-            FaultCause::AlreadyWritten => "already-written",
-            FaultCause::NoHandler => "no-handler",
-            FaultCause::HandlerFault => "handler-fault",
-            FaultCause::HandlerPanicked => "handler-panicked",
-            FaultCause::ReEntered => "re-entered",
-            FaultCause::ShadowFull => "shadow-full",
-        }
-    }
-
-    /// From the word; `None` for another.
-    pub fn from_name(name: &str) -> Option<FaultCause> {
-        FaultCause::ALL.into_iter().find(|why| why.name() == name)
-    }
-}
-
-impl fmt::Display for FaultCause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
     }
 }
 

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Msr, MsrRange, Op, Outcome, Verdict, WriteAction};
+use msrgate_core::{Access, Msr, MsrRange, Op, Outcome, Verdict, WriteTarget};
 use msrgate_kvm::{Capabilities, Gate, Handlers, InstallError, VcpuGate};
 use msrgate_plan::Plan;
 
@@ -244,12 +244,7 @@ fn kept_from_kernel(plan: &Plan, msr: Msr) -> bool {
     let after = writes.partition_point(|entry| entry.range.last() < msr);
     let action = writes.get(after).filter(|entry| entry.range.contains(msr));
     plan.filter().verdict(msr, Op::Write) == Verdict::Deny
-        && action.is_none_or(|entry| {
-            matches!(
-                entry.action,
-                WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow
-            )
-        })
+        && action.is_none_or(|entry| entry.action.target() == WriteTarget::Elsewhere)
 }
 
 fn read(msr: Msr) -> Access {

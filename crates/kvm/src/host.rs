@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use msrgate_core::{ActionTable, Msr, ReadAction};
+use msrgate_core::{ActionTable, Msr, ReadSource};
 
 use crate::InstallError;
 
@@ -18,7 +18,7 @@ impl HostMsrs {
     pub fn for_table(table: &ActionTable) -> Result<Option<HostMsrs>, InstallError> {
         let entries = table.reads().iter().map(|entry| &entry.action);
         let mut actions = entries.chain([&table.unknown().0, &table.invalid().0]);
-        if !actions.any(|action| matches!(action, ReadAction::Host)) {
+        if !actions.any(|action| action.source() == ReadSource::Host) {
             return Ok(None);
         }
         // Such as "0-3": CPUs that are there or may come.

@@ -10,8 +10,8 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use msrgate_core::{
-    Argument, Arguments, Disposition, Filter, FilterRange, Log, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction,
-    Reasons, Verdict, WriteAction,
+    Argument, ArgumentKey, Arguments, Disposition, Filter, FilterRange, Log, Msr, MsrRange, OnLockedBits, Op, Ops,
+    ReadAction, Reasons, Verdict, WriteAction,
 };
 
 use crate::plan::Parts;
@@ -290,15 +290,11 @@ fn put_accesses(bytes: &mut Vec<u8>, accesses: &[(Msr, Op)]) {
     }
 }
 
-fn put_action<'a>(
-    bytes: &mut Vec<u8>,
-    did: Disposition,
-    arguments: impl Iterator<Item = (&'static str, Argument<'a>)>,
-) {
+fn put_action<'a>(bytes: &mut Vec<u8>, did: Disposition, arguments: impl Iterator<Item = (ArgumentKey, Argument<'a>)>) {
     bytes.push(did as u8);
     for (_, argument) in arguments {
         match argument {
-            Argument::Number(number) => bytes.extend(number.to_le_bytes()),
+            Argument::Number(number) | Argument::Implied(number) => bytes.extend(number.to_le_bytes()),
             Argument::Numbers(numbers) => {
                 put_count(bytes, numbers.len());
                 bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
@@ -388,22 +384,26 @@ impl<'a> Rest<'a> {
 impl Arguments for Rest<'_> {
     type Error = DecodeError;
 
-    fn number(&mut self, _: &'static str) -> Result<u64, DecodeError> {
+    fn number(&mut self, _: ArgumentKey) -> Result<u64, DecodeError> {
         self.u64()
     }
 
-    fn numbers(&mut self, _: &'static str) -> Result<Arc<[u64]>, DecodeError> {
+    fn implied(&mut self, _: ArgumentKey, _: u64) -> Result<u64, DecodeError> {
+        self.u64()
+    }
+
+    fn numbers(&mut self, _: ArgumentKey) -> Result<Arc<[u64]>, DecodeError> {
         let count = self.count()?;
         self.words(count)
     }
 
-    fn name(&mut self, _: &'static str) -> Result<Arc<str>, DecodeError> {
+    fn name(&mut self, _: ArgumentKey) -> Result<Arc<str>, DecodeError> {
         let count = self.count()?;
         let name = core::str::from_utf8(self.take(count)?);
         name.map(Arc::from).map_err(|_| DecodeError)
     }
 
-    fn otherwise(&mut self, _: &'static str) -> Result<OnLockedBits, DecodeError> {
+    fn otherwise(&mut self, _: ArgumentKey) -> Result<OnLockedBits, DecodeError> {
         let number = usize::from(self.byte()?);
         OnLockedBits::ALL.get(number).copied().ok_or(DecodeError)
     }

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Msr, MsrRange, Op, ReadSource, WriteTarget};
 
 use crate::{CompileOptions, DecisionMap, Preset};
 
@@ -45,13 +45,11 @@ pub(crate) fn notes(
     let read = map
         .reads()
         .iter()
-        .any(|(_, decision)| matches!(decision.action, ReadAction::Mask { .. }));
-    let write = map.writes().iter().any(|(_, decision)| {
-        matches!(
-            decision.action,
-            WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
-        )
-    });
+        .any(|(_, decision)| decision.action.needs_exit() && decision.action.source() == ReadSource::Register);
+    let write = map
+        .writes()
+        .iter()
+        .any(|(_, decision)| decision.action.needs_exit() && decision.action.target() == WriteTarget::Register);
     let mut exits = spilled.iter().map(|(range, op)| options.touches(*range, *op));
     let of_spilled = Note::Spilled {
         accesses: spilled.iter().map(|(range, _)| range.len()).sum(),

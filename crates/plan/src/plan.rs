@@ -5,8 +5,8 @@ use alloc::vec::Vec;
 
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{
-    ActionTable, DecidedBy, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction, Reason,
-    Reasons, Verdict, WriteAction,
+    ActionTable, DecidedBy, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction,
+    ReadSource, Reason, Reasons, Verdict, WriteAction, WriteTarget,
 };
 
 use crate::cover::{RangeSet, TooMany, smallest};
@@ -211,14 +211,10 @@ impl Plan {
             return op == Op::Write || !preset;
         }
         match op {
-            Op::Read => matches!(
-                action(self.table.reads(), msr),
-                Some(ReadAction::Allow | ReadAction::Mask { .. })
-            ),
-            Op::Write => matches!(
-                action(self.table.writes(), msr),
-                Some(WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once)
-            ),
+            Op::Read => action(self.table.reads(), msr).is_some_and(|action| action.source() == ReadSource::Register),
+            Op::Write => {
+                action(self.table.writes(), msr).is_some_and(|action| action.target() == WriteTarget::Register)
+            }
         }
     }
 

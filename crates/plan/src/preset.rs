@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use msrgate_core::abi::MAX_RANGES;
-use msrgate_core::{Log, Msr, MsrRange, ReadAction, Verdict, WriteAction};
+use msrgate_core::{Log, Msr, MsrRange, ReadAction, Verdict, WriteAction, WriteTarget};
 
 use crate::cover::smallest;
 use crate::{Decision, DecisionMap, Intervals, Preset};
@@ -23,10 +23,7 @@ impl DecisionMap {
 
     /// Whether no write that gets this reaches the kernel's register.
     pub fn keeps_register(write: &Decision<WriteAction>) -> bool {
-        matches!(
-            write.action,
-            WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow
-        )
+        write.action.target() == WriteTarget::Elsewhere
     }
 
     /// The map with reads left to the kernel where `presets` answer them, once `presets` are in its registers.

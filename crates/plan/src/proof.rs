@@ -1,6 +1,8 @@
 //! The proof that a plan does what its map says, for every MSR and direction.
 
-use msrgate_core::{ActionTable, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction};
+use msrgate_core::{
+    ActionTable, Filter, Log, Msr, MsrRange, Op, ReadAction, Reason, Reasons, Verdict, WriteAction, WriteTarget,
+};
 
 use crate::spill::spilled_in;
 use crate::{CompileOptions, DecisionMap, Intervals, Preset};
@@ -64,7 +66,7 @@ pub(crate) fn first_difference(map: &DecisionMap, options: &CompileOptions, plan
         }
     });
     // The kernel goes on to hold a preset only if no write gets to its register.
-    let kept = |write: &WriteAction| matches!(write, WriteAction::Deny | WriteAction::Ignore | WriteAction::Shadow);
+    let kept = |write: &WriteAction| write.target() == WriteTarget::Elsewhere;
     let overwritten = plan
         .presets
         .iter()

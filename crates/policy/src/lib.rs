@@ -31,6 +31,7 @@
 mod diagnostic;
 mod pattern;
 mod policy;
+mod written;
 mod parse;
 mod errors;
 mod schema;
@@ -48,7 +49,7 @@ pub mod foreign;
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};
 pub use diagnostic::{Acceptance, Code, Diagnostic, Files, Place, Severity, Source};
-pub use explain::{Explanation, explain};
+pub use explain::{Explanation, Sees, explain};
 pub use fit::{FitAdvice, Without};
 pub use note::notes;
 pub use parse::PolicyErrors;

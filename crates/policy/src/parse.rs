@@ -75,7 +75,19 @@ impl File {
     }
 }
 
-pub(crate) fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
+impl Policy {
+    /// Reads a policy and those it extends, or says all that is wrong with them.
+    pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
+        load(path, files)
+    }
+
+    /// Reads a policy that extends no other from a text; `name` stands for the file in what is reported.
+    pub fn parse(name: &str, text: &str) -> Result<Policy, PolicyErrors> {
+        load(Path::new(name), &(name, text))
+    }
+}
+
+fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
     let mut loading = Loading {
         files,
         sources: Vec::new(),

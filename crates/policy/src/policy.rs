@@ -1,14 +1,12 @@
 //! A policy: ordered rules over a default.
 
 use std::fmt;
-use std::path::Path;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
-use crate::parse::{self, PolicyErrors};
-use crate::{Acceptance, Code, Diagnostic, Files, Pattern, Place, Source};
+use crate::{Acceptance, Code, Diagnostic, Pattern, Place, Source};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
 #[derive(Clone, Debug)]
@@ -112,16 +110,6 @@ impl When {
 }
 
 impl Policy {
-    /// Reads a policy and those it extends, or says all that is wrong with them.
-    pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
-        parse::load(path, files)
-    }
-
-    /// Reads a policy that extends no other from a text; `name` stands for the file in what is reported.
-    pub fn parse(name: &str, text: &str) -> Result<Policy, PolicyErrors> {
-        parse::load(Path::new(name), &(name, text))
-    }
-
     /// Whether what it means depends on the guest's CPUID, and where that is said.
     pub fn asks_cpuid(&self) -> bool {
         self.valid == Validity::CpuModel || self.rules.iter().any(|rule| !rule.when.is_always())
@@ -132,15 +120,8 @@ impl Policy {
         let rules = self.rules.iter().map(|rule| (rule.read.as_ref(), rule.write.as_ref()));
         let others = [&self.unknown, &self.invalid].map(|(read, write)| (Some(read), Some(write)));
         rules.chain(others).flat_map(|(read, write)| {
-            let read = read.and_then(|action| match action {
-                ReadAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
-            let write = write.and_then(|action| match action {
-                WriteAction::Handler(name) => Some(&**name),
-                _ => None,
-            });
-            read.into_iter().chain(write)
+            let read = read.and_then(ReadAction::handler);
+            read.into_iter().chain(write.and_then(WriteAction::handler))
         })
     }
 

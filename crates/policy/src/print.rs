@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use msrgate_core::{Argument, Disposition, Log, ReadAction, WriteAction};
+use msrgate_core::{Argument, ArgumentKey, Disposition, Log, ReadAction, WriteAction};
 use toml::Value;
 use toml::map::Map;
 
 use crate::policy::When;
+use crate::written::is_flag;
 use crate::{Acceptance, Policy, Rule, Spill, Validity};
 
 /// How wide a line gets.
@@ -178,24 +179,26 @@ pub(crate) fn write_action(action: &WriteAction) -> Value {
 }
 
 /// The word of an action; with what it is given, if it is given anything.
-fn action_of<'a>(did: Disposition, given: impl Iterator<Item = (&'static str, Argument<'a>)>) -> Value {
-    let mut given: Vec<(&str, Value)> = given.map(|(key, argument)| (key, argument_of(argument))).collect();
-    match (did, given.len()) {
-        (Disposition::Once, _) => table([(did.name(), Value::Boolean(true))]),
-        // The word says the value.
-        (Disposition::Zero, _) | (_, 0) => text(did.name()),
-        (_, 1) => table(given.pop().map(|(_, only)| (did.name(), only))),
+fn action_of<'a>(did: Disposition, given: impl Iterator<Item = (ArgumentKey, Argument<'a>)>) -> Value {
+    let given = given.filter_map(|(key, argument)| Some((key.name, argument_of(argument)?)));
+    let mut given: Vec<(&str, Value)> = given.collect();
+    match given.len() {
+        0 if is_flag(did) => table([(did.name(), Value::Boolean(true))]),
+        0 => text(did.name()),
+        1 => table(given.pop().map(|(_, only)| (did.name(), only))),
         _ => table([(did.name(), table(given))]),
     }
 }
 
-fn argument_of(argument: Argument<'_>) -> Value {
-    match argument {
+/// `None` where the action's word says it.
+fn argument_of(argument: Argument<'_>) -> Option<Value> {
+    Some(match argument {
+        Argument::Implied(_) => return None,
         Argument::Number(number) => value(number),
         Argument::Numbers(numbers) => list(numbers.iter().map(|number| value(*number))),
         Argument::Name(name) => text(name),
         Argument::OnLockedBits(otherwise) => text(otherwise.name()),
-    }
+    })
 }
 
 fn when(when: &When) -> Value {

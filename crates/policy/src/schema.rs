@@ -3,10 +3,15 @@
 //! The parser does not go through these types, since it must report all mistakes at once and with their places; a test
 //! holds their keys against the parser's.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use schemars::{JsonSchema, Schema, schema_for};
+use msrgate_core::{ArgumentKind, OnLockedBits, Parameter};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema, schema_for};
 use serde::Deserialize;
+use serde_json::Map;
+
+use crate::written::{READS, WRITES, With, Written};
 
 /// The schema of a policy file.
 pub fn schema() -> Schema {
@@ -118,76 +123,84 @@ enum Pattern {
 }
 
 /// What a read gets.
-#[derive(JsonSchema, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Deserialize)]
 #[expect(dead_code, reason = "only the schema is made of it")]
-enum Read {
-    /// The kernel's own answer.
-    Allow,
-    /// #GP(0).
-    Deny,
-    /// 0.
-    Zero,
-    /// The physical CPU's value.
-    Host,
-    /// This value.
-    Value(Number),
-    /// What the vCPU last wrote, and this before it has.
-    Shadow(Number),
-    /// The kernel's value: its bits of `keep`, with those of `set` added.
-    Mask(ReadMask),
-    /// What the handler of this name answers.
-    Handler(String),
-}
+struct Read(toml::Value);
 
-#[derive(JsonSchema, Deserialize)]
-#[schemars(deny_unknown_fields)]
-#[expect(dead_code, reason = "only the schema is made of it")]
-struct ReadMask {
-    /// Bits that show through; all where it is left out.
-    keep: Option<Number>,
-    /// Bits that are always one; none where it is left out.
-    set: Option<Number>,
+impl JsonSchema for Read {
+    fn schema_name() -> Cow<'static, str> {
+        "Read".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        actions("What a read gets.", &READS, generator)
+    }
 }
 
 /// What a write gets.
-#[derive(JsonSchema, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Deserialize)]
 #[expect(dead_code, reason = "only the schema is made of it")]
-enum Write {
-    /// The kernel carries it out.
-    Allow,
-    /// #GP(0).
-    Deny,
-    /// Nothing happens, and the guest goes on.
-    Ignore,
-    /// Kept for this vCPU's reads.
-    Shadow,
-    /// Only these bits reach the kernel's register.
-    Mask(WriteMask),
-    /// These values reach the kernel's register; another faults.
-    Only(OneOrMore<Number>),
-    /// The first write of each vCPU counts; later ones fault.
-    Once(bool),
-    /// What the handler of this name does.
-    Handler(String),
+struct Write(toml::Value);
+
+impl JsonSchema for Write {
+    fn schema_name() -> Cow<'static, str> {
+        "Write".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        actions("What a write gets.", &WRITES, generator)
+    }
 }
 
-#[derive(JsonSchema, Deserialize)]
-#[schemars(deny_unknown_fields)]
-#[expect(dead_code, reason = "only the schema is made of it")]
-struct WriteMask {
-    /// Bits that the guest may change.
-    may_change: Number,
-    /// What a write gets that would change another bit; `deny` where it is left out.
-    otherwise: Option<OnLockedBits>,
+/// One of these actions.
+fn actions(description: &str, actions: &[Written], generator: &mut SchemaGenerator) -> Schema {
+    let mut each = Vec::new();
+    for action in actions {
+        let word = action.did.name();
+        let with = match &action.with {
+            With::Nothing => {
+                each.push(json_schema!({ "description": action.meaning, "type": "string", "const": word }));
+                continue;
+            }
+            With::True => json_schema!({ "type": "boolean" }),
+            With::One(one) => argument(one, generator),
+            With::Several(several) => {
+                let required = several.iter().filter(|each| each.required).map(|each| each.key.name);
+                let required: Vec<&str> = required.collect();
+                let mut properties = Map::new();
+                for each in several {
+                    let mut schema = argument(each, generator);
+                    schema.insert("description".to_owned(), each.key.meaning.into());
+                    properties.insert(each.key.name.to_owned(), schema.into());
+                }
+                json_schema!({
+                    "type": "object",
+                    "properties": properties,
+                    "additionalProperties": false,
+                    "required": required,
+                })
+            }
+        };
+        each.push(json_schema!({
+            "description": action.meaning,
+            "type": "object",
+            "properties": { word: with },
+            "additionalProperties": false,
+            "required": [word],
+        }));
+    }
+    json_schema!({ "description": description, "oneOf": each })
 }
 
-#[derive(JsonSchema, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum OnLockedBits {
-    Deny,
-    Drop,
+fn argument(parameter: &Parameter, generator: &mut SchemaGenerator) -> Schema {
+    match parameter.kind {
+        ArgumentKind::Number => generator.subschema_for::<Number>(),
+        ArgumentKind::Numbers => generator.subschema_for::<OneOrMore<Number>>(),
+        ArgumentKind::Name => generator.subschema_for::<String>(),
+        ArgumentKind::OnLockedBits => {
+            json_schema!({ "type": "string", "enum": OnLockedBits::ALL.map(OnLockedBits::name) })
+        }
+    }
 }
 
 /// A word for both directions, or an action for each.
@@ -212,9 +225,9 @@ enum FallbackWord {
 #[schemars(deny_unknown_fields)]
 #[expect(dead_code, reason = "only the schema is made of it")]
 struct FallbackActions {
-    /// Not `allow` or `mask`, which ask the kernel.
+    /// None that asks the kernel, such as `allow` and `mask`.
     read: Option<Read>,
-    /// Not `allow`, `mask`, `only` or `once`, which ask the kernel.
+    /// None that asks the kernel, such as `allow`, `mask`, `only` and `once`.
     write: Option<Write>,
 }
 
@@ -283,6 +296,40 @@ mod tests {
         assert_eq!(keys(&schema["$defs"]["Rule"]), sorted(&parse::RULE_KEYS));
         assert_eq!(keys(&schema["$defs"]["When"]), sorted(&parse::WHEN_KEYS));
         assert_eq!(schema["$defs"]["Accept"]["propertyNames"]["pattern"], "^W[0-9]{3}$");
+    }
+
+    /// What the schema describes of one action, read by the parser: each word, with a value of each kind.
+    #[test]
+    fn the_schema_has_the_actions_that_the_parser_reads() {
+        let schema: Value = schema().into();
+        let some = |kind: &Value| match kind["type"].as_str() {
+            Some("string") => format!("{:?}", kind["enum"][0].as_str().unwrap_or("x")),
+            Some("boolean") => "true".to_owned(),
+            _ => "1".to_owned(),
+        };
+        for (direction, def) in [("read", "Read"), ("write", "Write")] {
+            let actions = schema["$defs"][def]["oneOf"].as_array().unwrap();
+            assert_eq!(actions.len(), 8);
+            for action in actions {
+                let written = match action["const"].as_str() {
+                    Some(word) => format!("{word:?}"),
+                    None => {
+                        let (word, with) = action["properties"].as_object().unwrap().iter().next().unwrap();
+                        let with = match with["properties"].as_object() {
+                            Some(several) => {
+                                let each = several.iter().map(|(key, kind)| format!("{key} = {}", some(kind)));
+                                format!("{{ {} }}", each.collect::<Vec<_>>().join(", "))
+                            }
+                            None => some(with),
+                        };
+                        format!("{{ {word} = {with} }}")
+                    }
+                };
+                let text = format!("version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = 1\n{direction} = {written}\n");
+                let read = crate::Policy::parse("p.toml", &text);
+                assert!(read.is_ok(), "{text}: {:?}", read.err());
+            }
+        }
     }
 
     #[test]

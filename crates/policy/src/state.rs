@@ -12,7 +12,7 @@
 //! assert!(state.drop.iter().any(|entry| entry.name() == "IA32_PAT"));
 //! ```
 
-use msrgate_core::{MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Keeps, MsrRange, Op};
 use msrgate_plan::Plan;
 
 use msrgate_msrs::Entry;
@@ -94,30 +94,27 @@ impl State {
             }
         }
         let table = plan.table();
-        let reads = table.reads().iter().filter_map(|entry| {
-            let kind = match &entry.action {
-                ReadAction::Shadow(_) => Kind::Shadow,
-                ReadAction::Handler(name) => Kind::Handler(name.to_string()),
-                _ => return None,
-            };
-            Some((entry.range, kind))
-        });
-        let writes = table.writes().iter().filter_map(|entry| {
-            let kind = match &entry.action {
-                WriteAction::Shadow => Kind::Shadow,
-                WriteAction::Once => Kind::Once,
-                WriteAction::Handler(name) => Kind::Handler(name.to_string()),
-                _ => return None,
-            };
-            Some((entry.range, kind))
-        });
+        let reads = table.reads().iter();
+        let reads = reads.map(|entry| (entry.range, kind(entry.action.keeps(), entry.action.handler())));
+        let writes = table.writes().iter();
+        let writes = writes.map(|entry| (entry.range, kind(entry.action.keeps(), entry.action.handler())));
+        let kept = reads.chain(writes).filter_map(|(range, kind)| Some((range, kind?)));
         let fallbacks = [table.unknown(), table.invalid()];
         State {
             save,
             drop,
-            emulated: joined(reads.chain(writes).collect()),
-            fallback: fallbacks.iter().any(|(_, write)| *write == WriteAction::Shadow),
+            emulated: joined(kept.collect()),
+            fallback: fallbacks.iter().any(|(_, write)| write.keeps() == Some(Keeps::Shadow)),
         }
+    }
+}
+
+/// What user space keeps for an action.
+fn kind(keeps: Option<Keeps>, handler: Option<&str>) -> Option<Kind> {
+    match keeps {
+        Some(Keeps::Shadow) => Some(Kind::Shadow),
+        Some(Keeps::Once) => Some(Kind::Once),
+        None => handler.map(|name| Kind::Handler(name.to_owned())),
     }
 }
 

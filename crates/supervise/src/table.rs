@@ -125,12 +125,13 @@ fn parts(policy: &Policy, range: MsrRange, keeps: bool) -> Vec<(MsrRange, u64)> 
     cells.filter_map(part).collect()
 }
 
+/// What is not known here is asked for.
 fn read(action: &ReadAction) -> Kind {
     match action {
         ReadAction::Deny => Kind::Fault(None),
         ReadAction::Value(value) => Kind::Answer(*value),
         ReadAction::Shadow(initial) => Kind::Load(*initial),
-        ReadAction::Allow | ReadAction::Mask { .. } | ReadAction::Host | ReadAction::Handler(_) => Kind::Ask,
+        _ => Kind::Ask,
     }
 }
 
@@ -139,11 +140,7 @@ fn write(action: &WriteAction) -> Kind {
         WriteAction::Deny => Kind::Fault(None),
         WriteAction::Ignore => Kind::Done,
         WriteAction::Shadow => Kind::Store,
-        WriteAction::Allow
-        | WriteAction::Mask { .. }
-        | WriteAction::Only(_)
-        | WriteAction::Once
-        | WriteAction::Handler(_) => Kind::Ask,
+        _ => Kind::Ask,
     }
 }
 

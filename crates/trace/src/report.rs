@@ -73,17 +73,9 @@ impl Kind {
     /// The kind of what was done.
     pub const fn of(did: Disposition) -> Kind {
         match did {
-            Disposition::Allow | Disposition::Pass => Kind::Allowed,
-            Disposition::Deny | Disposition::Fault => Kind::Faulted,
-            Disposition::Zero
-            | Disposition::Value
-            | Disposition::Shadow
-            | Disposition::Mask
-            | Disposition::Host
-            | Disposition::Handler
-            | Disposition::Ignore
-            | Disposition::Only
-            | Disposition::Once => Kind::Emulated,
+            _ if did.is_fault() => Kind::Faulted,
+            _ if did.is_kernels() => Kind::Allowed,
+            _ => Kind::Emulated,
         }
     }
 }

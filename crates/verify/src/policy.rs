@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use msrgate_core::{Access, Exit as MsrExit, Msr, MsrRange, Op, Outcome, ReadAction, WriteAction, abi::MAX_RANGE_MSRS};
+use msrgate_core::{
+    Access, Exit as MsrExit, Msr, MsrRange, Op, Outcome, ReadAction, ReadSource, WriteAction, WriteTarget,
+    abi::MAX_RANGE_MSRS,
+};
 use msrgate_engine::Path;
 use msrgate_kvm::{Handlers, InstallError};
 use msrgate_plan::{DecisionMap, Plan};
@@ -176,10 +179,7 @@ fn values(action: &WriteAction, engine: &mut Engine, unfiltered: &mut Unfiltered
     if op == Op::Read {
         return vec![0];
     }
-    let reaches = matches!(
-        action,
-        WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
-    );
+    let reaches = action.needs_exit() && action.target() == WriteTarget::Register;
     let allowed = engine.allows(msr, op);
     if (allowed || reaches) && left_alone(msr) {
         return Vec::new();
@@ -214,10 +214,10 @@ fn by_itself(got: &Both<AccessResult>, access: Access, action: &ReadAction, unfi
         sees: engine.sees,
         ..live.clone()
     } == *engine;
-    let follows = match action {
+    let follows = match action.source() {
         // The CPU that runs this thread may be another one.
-        ReadAction::Host => true,
-        ReadAction::Mask { .. } => unfiltered.moves(access.msr()),
+        ReadSource::Host => true,
+        ReadSource::Register => action.needs_exit() && unfiltered.moves(access.msr()),
         _ => false,
     };
     same_but_value && follows && access.op() == Op::Read

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use msrgate_core::{Disposition, Event, Gap, Msr, Op, Outcome, ReadAction};
+use msrgate_core::{Disposition, Event, Gap, Msr, Op, Outcome, ReadSource};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
 
@@ -111,16 +111,13 @@ impl Comparison {
             Op::Read => {
                 let action = &self.map.reads().get(event.msr).action;
                 // Answers that follow the register itself, and so change as it does.
-                let live = matches!(
-                    action,
-                    ReadAction::Mask { .. } | ReadAction::Host | ReadAction::Handler(_)
-                );
-                (action.name(), live)
+                let live = action.needs_exit() && action.source() != ReadSource::Policy;
+                (action.did(), live)
             }
-            Op::Write => (self.map.writes().get(event.msr).action.name(), false),
+            Op::Write => (self.map.writes().get(event.msr).action.did(), false),
         };
         let row = self.rows.entry((event.msr, event.op)).or_default();
-        row.action = action;
+        row.action = action.name();
         row.count += 1;
         row.sees.add(ruled.outcome);
         plain.into_iter().for_each(|outcome| row.without.add(outcome));
@@ -130,7 +127,7 @@ impl Comparison {
             self.faults += 1;
         }
         // An access that the filter allowed may still be answered by `unknown` or `invalid`.
-        let left_to_kernel = action == "allow" && ruled.answer.is_none_or(|answer| answer.did == Disposition::Deny);
+        let left_to_kernel = action.is_kernels() && ruled.answer.is_none_or(|answer| answer.did == Disposition::Deny);
         if left_to_kernel {
             row.host_differs += u64::from(plain[0] != recorded && by_itself(plain, recorded).is_none());
         } else if differs(plain, ruled.outcome, live) {

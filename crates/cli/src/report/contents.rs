@@ -1,6 +1,6 @@
 //! What a report says, in whatever form.
 
-use msrgate_core::{Disposition, Msr, Op, Verdict};
+use msrgate_core::{Msr, Op, Verdict};
 use msrgate_policy::{Explanation, explain};
 use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
 use msrgate_trace::{Coverage, TraceError};
@@ -31,9 +31,7 @@ impl Contents {
     /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.
     pub(super) fn decides(&self, row: &Row) -> Kind {
         match self.explain(row.msr, row.op) {
-            Some(explained) if explained.verdict == Verdict::Deny => {
-                Disposition::from_name(explained.action).map_or(Kind::Faulted, Kind::of)
-            }
+            Some(explained) if explained.verdict == Verdict::Deny => Kind::of(explained.action.did()),
             _ => Kind::Allowed,
         }
     }

@@ -81,9 +81,9 @@ pub(super) fn json(contents: &Contents) -> Value {
             "rips": values(&row.rips, "rip"),
             "other_rips": row.rips.others(),
             "policy": explained.map(|explained| json!({
-                "action": explained.action,
+                "action": explained.action.name(),
                 "rule": explained.rule.map(|(number, _)| number),
-                "sees": explained.sees,
+                "sees": explained.sees.to_string(),
                 "exits": explained.exits,
             })),
         })
@@ -228,9 +228,9 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
         cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.rule {
             Some((number, rule)) => {
                 let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
-                words::plain(&format!("{}, rule {number}{why}", explained.action))
+                words::plain(&format!("{}, rule {number}{why}", explained.action.name()))
             }
-            None => format!("{}, by default", explained.action),
+            None => format!("{}, by default", explained.action.name()),
         }));
         table.add_row(cells);
     }

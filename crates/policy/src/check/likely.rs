@@ -1,6 +1,6 @@
 //! Answers by which a guest goes on and fails later, and places where there is no MSR.
 
-use msrgate_core::{Msr, ReadAction, WriteAction};
+use msrgate_core::{Msr, ReadSource, WriteTarget};
 use msrgate_msrs::Entry;
 use msrgate_plan::DecisionMap;
 
@@ -18,13 +18,15 @@ fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
     let written: Vec<&Entry> = named_by(rule, Entry::is_essential)
         .filter(|entry| {
             let decision = map.writes().get(entry.msr);
-            decision.rule == Some(index) && matches!(decision.action, WriteAction::Ignore | WriteAction::Shadow)
+            decision.rule == Some(index)
+                && decision.action.needs_exit()
+                && decision.action.target() == WriteTarget::Elsewhere
         })
         .collect();
     let read: Vec<&Entry> = named_by(rule, Entry::is_changed_in_place)
         .filter(|entry| {
             let decision = map.reads().get(entry.msr);
-            decision.rule == Some(index) && matches!(decision.action, ReadAction::Value(_) | ReadAction::Shadow(_))
+            decision.rule == Some(index) && decision.action.source() == ReadSource::Policy
         })
         .collect();
     let message = if !written.is_empty() {

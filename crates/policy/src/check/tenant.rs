@@ -1,6 +1,6 @@
 //! What a policy lets one guest learn of others, and what must travel when a guest is saved.
 
-use msrgate_core::{MsrRange, ReadAction, WriteAction};
+use msrgate_core::{MsrRange, ReadAction, ReadSource, WriteTarget};
 use msrgate_msrs::{Entry, Host, State};
 use msrgate_plan::DecisionMap;
 
@@ -27,9 +27,11 @@ fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
     let named_by_rule = |entry: &&&Entry| {
         let names = |pattern: &Pattern| pattern.ranges().iter().any(|range| range.contains(entry.msr));
         let meant = |pattern: &&Pattern| !matches!(pattern, Pattern::Range(range) if range.len() > 1);
-        match rule.read {
-            Some(ReadAction::Host) => rule.msrs.iter().any(names),
-            Some(ReadAction::Allow) => entry.hardware_reaches_guest() && rule.msrs.iter().filter(meant).any(names),
+        match rule.read.as_ref().map(|read| (read.source(), read.needs_exit())) {
+            Some((ReadSource::Host, _)) => rule.msrs.iter().any(names),
+            Some((ReadSource::Register, false)) => {
+                entry.hardware_reaches_guest() && rule.msrs.iter().filter(meant).any(names)
+            }
             _ => false,
         }
     };
@@ -43,8 +45,8 @@ fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
             what.push(kind.to_string());
         }
     }
-    let how = match rule.read {
-        Some(ReadAction::Host) => "gives the guest the physical CPU's",
+    let how = match rule.read.as_ref().map(ReadAction::source) {
+        Some(ReadSource::Host) => "gives the guest the physical CPU's",
         _ => "lets the guest have the physical CPU's, where the VMM turns exits off,",
     };
     let message = format!("this rule {how} {}: {}", named(&told), what.join("; "));
@@ -57,12 +59,8 @@ fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
 fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
     let reaches_kernel = |entry: &&Entry| {
         let decision = map.writes().get(entry.msr);
-        let stored = matches!(
-            decision.action,
-            WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once
-        );
         // What no rule names is as without a policy.
-        stored && decision.rule.is_some()
+        decision.action.target() == WriteTarget::Register && decision.rule.is_some()
     };
     let unlisted = msrgate_msrs::all()
         .iter()
@@ -79,7 +77,7 @@ fn unlisted(map: &DecisionMap) -> Option<Diagnostic> {
 
 fn kept(map: &DecisionMap) -> Option<Diagnostic> {
     let keeps = map.reads().zip(map.writes(), |read, write| {
-        matches!(read.action, ReadAction::Shadow(_)) || matches!(write.action, WriteAction::Shadow | WriteAction::Once)
+        read.action.keeps().is_some() || write.action.keeps().is_some()
     });
     let kept = keeps.iter().filter(|(_, keeps)| **keeps);
     let kept: Vec<String> = kept.map(|(range, _)| name(range)).collect();

@@ -1,13 +1,18 @@
 //! Typed values out of TOML, with a finding for each that is not what it should be.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::Arc;
 
-use msrgate_core::{OnLockedBits, ReadAction, WriteAction};
+use msrgate_core::{
+    ArgumentKey, Arguments, Disposition, OnLockedBits, ReadAction, ReadSource, WriteAction, WriteTarget,
+};
 use msrgate_msrs::nearest_of;
 use msrgate_msrs::number::{self, NumberError};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::written::{READS, WRITES, With, Written, choices, table};
 use crate::{Code, Diagnostic, Pattern, Place};
 
 type Value<'a> = Spanned<DeValue<'a>>;
@@ -30,8 +35,11 @@ pub(super) struct Text {
     pub(super) place: Place,
 }
 
-const READS: &str = "a read gets `allow`, `deny`, `zero`, `host`, { value = … }, { shadow = … }, { mask = { keep = …, set = … } } or { handler = \"…\" }";
-const WRITES: &str = "a write gets `allow`, `deny`, `ignore`, `shadow`, { mask = { may_change = …, otherwise = \"deny\" } }, { only = [ … ] }, { once = true } or { handler = \"…\" }";
+/// Words of one direction that are taken for another's: the direction, the word, and what is said.
+const MISTAKEN: [(&str, &str, &str); 2] = [
+    ("read", "ignore", "a read that the kernel is not asked for gets `zero`"),
+    ("write", "zero", "a write that goes nowhere gets `ignore`"),
+];
 
 impl Reader {
     pub(super) fn new(source: usize, ranges_left: usize) -> Reader {
@@ -169,148 +177,72 @@ impl Reader {
         }
     }
 
-    /// The only key of a table that names an action, and what it is given.
-    fn only_key<'v, 'a>(&mut self, value: &'v Value<'a>, actions: &str) -> Option<(String, Place, &'v Value<'a>)> {
-        let DeValue::Table(table) = value.get_ref() else {
-            let message = format!("this is {}, and an action is wanted", kind(value.get_ref()));
-            let place = self.place(value);
-            self.found(Diagnostic::at(Code::WrongType, place, message).help(actions));
-            return None;
-        };
-        let mut entries = table.iter();
-        match (entries.next(), entries.next()) {
-            (Some((key, argument)), None) => Some((key.get_ref().to_string(), self.place(key), argument)),
-            _ => {
-                let place = self.place(value);
-                let message = "an action with arguments is a table of exactly one key";
-                self.found(Diagnostic::at(Code::UnknownAction, place, message).help(actions));
-                None
-            }
-        }
-    }
-
-    fn no_action<T>(&mut self, place: Place, name: &str, direction: &str, help: &str) -> Option<T> {
-        let message = format!("a {direction} has no action `{name}`");
-        self.found(Diagnostic::at(Code::UnknownAction, place, message).help(help));
-        None
-    }
-
     pub(super) fn read_action(&mut self, value: &Value<'_>) -> Option<ReadAction> {
-        if let DeValue::String(word) = value.get_ref() {
-            let place = self.place(value);
-            return match word.as_ref() {
-                "allow" => Some(ReadAction::Allow),
-                "deny" => Some(ReadAction::Deny),
-                "zero" => Some(ReadAction::Value(0)),
-                "host" => Some(ReadAction::Host),
-                "ignore" => self.no_action(
-                    place,
-                    "ignore",
-                    "read",
-                    "a read that the kernel is not asked for gets `zero`",
-                ),
-                "shadow" => self.no_action(place, "shadow", "read", "say what it reads at first: { shadow = 0 }"),
-                other => self.no_action(place, other, "read", READS),
-            };
-        }
-        let (key, place, argument) = self.only_key(value, READS)?;
-        match key.as_str() {
-            "value" => self.integer(argument).map(ReadAction::Value),
-            "shadow" => self.integer(argument).map(ReadAction::Shadow),
-            "handler" => self.handler(argument).map(|name| ReadAction::Handler(name.into())),
-            "mask" => {
-                let DeValue::Table(table) = argument.get_ref() else {
-                    return self.wrong_type(argument, "{ keep = …, set = … }");
-                };
-                self.known_keys(table, &["keep", "set"], "a read's mask");
-                let keep = table.get("keep").map(|keep| self.integer(keep));
-                let set = table.get("set").map(|set| self.integer(set));
-                if keep.is_none() && set.is_none() {
-                    let place = self.place(argument);
-                    self.found(
-                        Diagnostic::at(Code::MissingKey, place, "a read's mask says neither `keep` nor `set`")
-                            .help("`keep` are the bits that show through, `set` those that are always one"),
-                    );
-                    return None;
-                }
-                Some(ReadAction::Mask {
-                    keep: keep.unwrap_or(Some(u64::MAX))?,
-                    set: set.unwrap_or(Some(0))?,
-                })
-            }
-            other => self.no_action(place, other, "read", READS),
-        }
+        self.action(value, "read", &READS, |did, given| ReadAction::of(did, given))
     }
 
     pub(super) fn write_action(&mut self, value: &Value<'_>) -> Option<WriteAction> {
-        if let DeValue::String(word) = value.get_ref() {
-            let place = self.place(value);
-            return match word.as_ref() {
-                "allow" => Some(WriteAction::Allow),
-                "deny" => Some(WriteAction::Deny),
-                "ignore" => Some(WriteAction::Ignore),
-                "shadow" => Some(WriteAction::Shadow),
-                "zero" => self.no_action(place, "zero", "write", "a write that goes nowhere gets `ignore`"),
-                "once" => self.no_action(place, "once", "write", "write { once = true }"),
-                other => self.no_action(place, other, "write", WRITES),
+        self.action(value, "write", &WRITES, |did, given| WriteAction::of(did, given))
+    }
+
+    /// One of `actions`, which `of` makes of what stands with its word.
+    fn action<A>(
+        &mut self,
+        value: &Value<'_>,
+        direction: &'static str,
+        actions: &'static [Written],
+        of: impl Fn(Disposition, &mut Given<'_, '_, '_>) -> Result<Option<A>, Infallible>,
+    ) -> Option<A> {
+        let (word, place, argument) = match value.get_ref() {
+            DeValue::String(word) => (word.to_string(), self.place(value), None),
+            DeValue::Table(table) => {
+                let mut entries = table.iter();
+                let (Some((key, argument)), None) = (entries.next(), entries.next()) else {
+                    let message = "an action with arguments is a table of exactly one key";
+                    let place = self.place(value);
+                    let found = Diagnostic::at(Code::UnknownAction, place, message);
+                    self.found(found.help(choices(direction, actions)));
+                    return None;
+                };
+                (key.get_ref().to_string(), self.place(key), Some(argument))
+            }
+            other => {
+                let message = format!("this is {}, and an action is wanted", kind(other));
+                let found = Diagnostic::at(Code::WrongType, self.place(value), message);
+                self.found(found.help(choices(direction, actions)));
+                return None;
+            }
+        };
+        let action = actions.iter().find(|action| action.did.name() == word);
+        let Some(action) = action.filter(|action| action.is_text() == argument.is_none()) else {
+            let mistaken = MISTAKEN
+                .iter()
+                .find(|(of, other, _)| (*of, *other) == (direction, &*word));
+            let (message, help) = match (action, mistaken) {
+                (Some(action), _) => (
+                    format!("a {direction}'s `{word}` is not written so"),
+                    format!("write {action}"),
+                ),
+                (None, mistaken) => (
+                    format!("a {direction} has no action `{word}`"),
+                    mistaken.map_or_else(|| choices(direction, actions), |(.., help)| (*help).to_owned()),
+                ),
             };
-        }
-        let (key, place, argument) = self.only_key(value, WRITES)?;
-        match key.as_str() {
-            "only" => {
-                let items = self.items(argument);
-                let values: Vec<Option<u64>> = items.iter().map(|item| self.integer(item)).collect();
-                let values: Vec<u64> = values.into_iter().collect::<Option<_>>()?;
-                if values.is_empty() {
-                    let place = self.place(argument);
-                    self.found(
-                        Diagnostic::at(Code::MissingKey, place, "`only` lists no value")
-                            .help("to allow none, write `write = \"deny\"`"),
-                    );
-                    return None;
-                }
-                Some(WriteAction::Only(values.into()))
-            }
-            "once" => match argument.get_ref() {
-                DeValue::Boolean(true) => Some(WriteAction::Once),
-                _ => {
-                    let place = self.place(argument);
-                    self.found(
-                        Diagnostic::at(Code::WrongType, place, "`once` can only be true")
-                            .help("write { once = true }, or leave it out"),
-                    );
-                    None
-                }
-            },
-            "handler" => self.handler(argument).map(|name| WriteAction::Handler(name.into())),
-            "mask" => {
-                let DeValue::Table(table) = argument.get_ref() else {
-                    return self.wrong_type(argument, "{ may_change = …, otherwise = \"deny\" }");
-                };
-                self.known_keys(table, &["may_change", "otherwise"], "a write's mask");
-                let Some(may_change) = table.get("may_change") else {
-                    let place = self.place(argument);
-                    self.found(
-                        Diagnostic::at(Code::MissingKey, place, "a write's mask does not say `may_change`")
-                            .help("`may_change` are the bits that the guest may change"),
-                    );
-                    return None;
-                };
-                let may_change = self.integer(may_change);
-                let otherwise = match table.get("otherwise") {
-                    Some(otherwise) => {
-                        let words = [("deny", OnLockedBits::Deny), ("drop", OnLockedBits::Drop)];
-                        self.word(otherwise, &words, "`otherwise`")
-                    }
-                    None => Some(OnLockedBits::Deny),
-                };
-                Some(WriteAction::Mask {
-                    may_change: may_change?,
-                    otherwise: otherwise?,
-                })
-            }
-            other => self.no_action(place, other, "write", WRITES),
-        }
+            self.found(Diagnostic::at(Code::UnknownAction, place, message).help(help));
+            return None;
+        };
+        let mut given = Given {
+            place: argument.map_or(place, |argument| self.place(argument)),
+            reader: self,
+            direction,
+            word: action.did.name(),
+            argument,
+            table: None,
+            broken: false,
+        };
+        given.check(&action.with)?;
+        let Ok(made) = of(action.did, &mut given);
+        made.filter(|_| !given.broken)
     }
 
     fn handler(&mut self, value: &Value<'_>) -> Option<String> {
@@ -347,14 +279,14 @@ impl Reader {
             let help = "`deny`, `zero` or `ignore`, a value, a shadow or a handler can stand here";
             self.found(Diagnostic::at(Code::ActionNotHere, place, message).help(help));
         };
-        if let Some((value, Some(action @ (ReadAction::Allow | ReadAction::Mask { .. })))) = &read {
+        if let Some((value, Some(action))) = &read
+            && action.source() == ReadSource::Register
+        {
             refused(value, action.name());
             return None;
         }
-        if let Some((
-            value,
-            Some(action @ (WriteAction::Allow | WriteAction::Mask { .. } | WriteAction::Only(_) | WriteAction::Once)),
-        )) = &write
+        if let Some((value, Some(action))) = &write
+            && action.target() == WriteTarget::Register
         {
             refused(value, action.name());
             return None;
@@ -363,6 +295,126 @@ impl Reader {
         let write = write.map_or(Some(WriteAction::Deny), |(_, action)| action);
         Some((read?, write?))
     }
+}
+
+/// What stands with an action's word.
+struct Given<'r, 'v, 'a> {
+    reader: &'r mut Reader,
+    direction: &'static str,
+    word: &'static str,
+    place: Place,
+    argument: Option<&'v Value<'a>>,
+    /// The argument, where it is a table of several.
+    table: Option<&'v DeTable<'a>>,
+    /// Whether an argument is missing or wrong, which has been reported.
+    broken: bool,
+}
+
+impl Given<'_, '_, '_> {
+    /// Whether it is of the kind that belongs with the word; `None` where it is not, which has been reported.
+    fn check(&mut self, with: &With) -> Option<()> {
+        let Some(argument) = self.argument else { return Some(()) };
+        match (with, argument.get_ref()) {
+            (With::Nothing | With::One(_), _) | (With::True, DeValue::Boolean(true)) => {}
+            (With::True, _) => {
+                let message = format!("`{}` can only be true", self.word);
+                let help = format!("write {{ {} = true }}, or leave it out", self.word);
+                self.missing(Code::WrongType, message, help);
+                return None;
+            }
+            (With::Several(several), DeValue::Table(table)) => {
+                let names: Vec<&str> = several.iter().map(|each| each.key.name).collect();
+                let what = format!("a {}'s {}", self.direction, self.word);
+                self.reader.known_keys(table, &names, &what);
+                if !several
+                    .iter()
+                    .any(|each| each.required || table.contains_key(each.key.name))
+                {
+                    let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+                    let message = format!("{what} says neither {}", names.join(" nor "));
+                    let meanings = several.iter().map(|each| each.key).map(meaning);
+                    let help = meanings.collect::<Vec<_>>().join("; ");
+                    self.missing(Code::MissingKey, message, help);
+                    return None;
+                }
+                self.table = Some(table);
+            }
+            (With::Several(several), _) => return self.reader.wrong_type(argument, &table(several)),
+        }
+        Some(())
+    }
+
+    fn missing(&mut self, code: Code, message: String, help: String) {
+        self.broken = true;
+        self.reader
+            .found(Diagnostic::at(code, self.place.clone(), message).help(help));
+    }
+
+    /// What `read` makes of an argument; `default` where it is not there, which is reported if it is `required`.
+    fn argument<T>(
+        &mut self,
+        key: ArgumentKey,
+        required: bool,
+        default: T,
+        read: impl FnOnce(&mut Reader, &Value<'_>) -> Option<T>,
+    ) -> Result<T, Infallible> {
+        let value = match self.table {
+            Some(table) => table.get(key.name),
+            None => self.argument,
+        };
+        let read = value.map(|value| read(self.reader, value));
+        if read.is_none() && required {
+            let message = format!("a {}'s {} does not say `{}`", self.direction, self.word, key.name);
+            self.missing(Code::MissingKey, message, meaning(key));
+        }
+        self.broken |= matches!(read, Some(None));
+        Ok(read.flatten().unwrap_or(default))
+    }
+}
+
+impl Arguments for Given<'_, '_, '_> {
+    type Error = Infallible;
+
+    fn number(&mut self, key: ArgumentKey) -> Result<u64, Infallible> {
+        self.argument(key, true, 0, Reader::integer)
+    }
+
+    fn number_or(&mut self, key: ArgumentKey, default: u64) -> Result<u64, Infallible> {
+        self.argument(key, false, default, Reader::integer)
+    }
+
+    fn numbers(&mut self, key: ArgumentKey) -> Result<Arc<[u64]>, Infallible> {
+        let (word, direction) = (self.word, self.direction);
+        self.argument(key, true, Arc::default(), |reader, value| {
+            let items = reader.items(value);
+            let numbers: Vec<Option<u64>> = items.iter().map(|item| reader.integer(item)).collect();
+            if numbers.is_empty() {
+                let place = reader.place(value);
+                let nothing = Diagnostic::at(Code::MissingKey, place, format!("`{word}` lists no value"));
+                reader.found(nothing.help(format!("to allow none, write `{direction} = \"deny\"`")));
+                return None;
+            }
+            numbers.into_iter().collect()
+        })
+    }
+
+    fn name(&mut self, key: ArgumentKey) -> Result<Arc<str>, Infallible> {
+        self.argument(key, true, Arc::from(""), |reader, value| {
+            reader.handler(value).map(Arc::from)
+        })
+    }
+
+    fn otherwise(&mut self, key: ArgumentKey) -> Result<OnLockedBits, Infallible> {
+        let words = OnLockedBits::ALL.map(|each| (each.name(), each));
+        self.argument(key, false, OnLockedBits::Deny, |reader, value| {
+            reader.word(value, &words, &format!("`{}`", key.name))
+        })
+    }
+}
+
+/// What an argument is, as help.
+fn meaning(key: ArgumentKey) -> String {
+    format!("`{}`: {}", key.name, key.meaning)
 }
 
 fn kind(value: &DeValue<'_>) -> &'static str {

@@ -2,7 +2,8 @@
 
 use msrgate_core::abi::{self, Layout, MAX_RANGE_MSRS};
 
-use super::{RawError, RawFilter, RawInput, RawRange, hex};
+use super::error::RawError;
+use super::filter::{RawFilter, RawInput, RawRange};
 
 /// Reads the structure, with the bitmaps behind it.
 ///
@@ -114,10 +115,7 @@ pub(super) fn undump(text: &str) -> Result<Vec<u8>, RawError> {
     }
     let mut bytes = Vec::new();
     for (number, line) in (1..).zip(text.lines()) {
-        let error = |message: &str| RawError {
-            line: Some(number),
-            ..RawError::new(message)
-        };
+        let error = |message: &str| RawError::new(message).at(number);
         if line.trim() == "*" {
             return Err(error("`*` stands for lines that were left out: print all, with `-v`"));
         }
@@ -217,4 +215,18 @@ pub(super) fn string(mut rest: &str) -> Option<(Vec<u8>, &str)> {
             other => bytes.extend(other.to_string().bytes()),
         }
     }
+}
+
+/// Bytes from pairs of hexadecimal digits.
+pub(super) fn hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    let (pairs, rest) = digits.as_chunks::<2>();
+    let digit = |byte: u8| (byte as char).to_digit(16);
+    if !rest.is_empty() {
+        return None;
+    }
+    pairs
+        .iter()
+        .map(|[high, low]| u8::try_from(digit(*high)? << 4 | digit(*low)?).ok())
+        .collect()
 }

@@ -9,7 +9,8 @@ mod token;
 use initialiser::Reader;
 use token::{Kind, error};
 
-use super::{RawError, RawFilter, RawInput};
+use super::error::RawError;
+use super::filter::{RawFilter, RawInput};
 
 pub(super) fn read(text: &str) -> Result<RawInput, RawError> {
     let tokens = token::tokens(text)?;

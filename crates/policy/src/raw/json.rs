@@ -3,21 +3,23 @@
 use std::sync::Arc;
 
 use msrgate_core::abi::FILTER_DEFAULT_DENY;
-use msrgate_core::{Arguments, Disposition, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction, WriteAction};
+use msrgate_core::{
+    ArgumentKey, Arguments, Disposition, Msr, MsrRange, OnLockedBits, Op, Ops, ReadAction, WriteAction,
+};
 use msrgate_msrs::number;
 use msrgate_plan::{By, Decision, DecisionMap, Intervals, Preset};
 use serde_json::{Map, Value};
 
-use super::{RawError, RawFilter, RawInput, RawRange, hex, kernel_name};
+use super::bytes::hex;
+use super::error::RawError;
+use super::filter::{RawFilter, RawInput, RawRange, kernel_name};
 
 type Object = Map<String, Value>;
 
 /// Reads what `plan --json` prints, or the filter alone.
 pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| RawError {
-        line: Some(error.line()),
-        ..RawError::new(format!("this is no JSON: {error}"))
-    })?;
+    let value: Value = serde_json::from_slice(bytes)
+        .map_err(|error| RawError::new(format!("this is no JSON: {error}")).at(error.line()))?;
     let object = value
         .as_object()
         .ok_or_else(|| RawError::new("this is no JSON object"))?;
@@ -245,58 +247,46 @@ struct Beside<'a>(&'a Object, &'a str);
 impl Arguments for Beside<'_> {
     type Error = RawError;
 
-    fn number(&mut self, key: &'static str) -> Result<u64, RawError> {
+    fn number(&mut self, key: ArgumentKey) -> Result<u64, RawError> {
         let Beside(given, at) = self;
-        u64_of(required(given, key, at)?, &format!("{at}.{key}"))
+        u64_of(required(given, key.name, at)?, &format!("{at}.{}", key.name))
     }
 
-    fn numbers(&mut self, key: &'static str) -> Result<Arc<[u64]>, RawError> {
+    fn numbers(&mut self, key: ArgumentKey) -> Result<Arc<[u64]>, RawError> {
         let Beside(given, at) = self;
-        let at = format!("{at}.{key}");
-        let values = list(required(given, key, self.1)?, &at)?;
+        let at = format!("{at}.{}", key.name);
+        let values = list(required(given, key.name, self.1)?, &at)?;
         values.iter().map(|value| u64_of(value, &at)).collect()
     }
 
-    fn name(&mut self, key: &'static str) -> Result<Arc<str>, RawError> {
+    fn name(&mut self, key: ArgumentKey) -> Result<Arc<str>, RawError> {
         let Beside(given, at) = self;
-        text(required(given, key, at)?, &format!("{at}.{key}")).map(Arc::from)
+        text(required(given, key.name, at)?, &format!("{at}.{}", key.name)).map(Arc::from)
     }
 
-    fn otherwise(&mut self, key: &'static str) -> Result<OnLockedBits, RawError> {
+    fn otherwise(&mut self, key: ArgumentKey) -> Result<OnLockedBits, RawError> {
         let Beside(given, at) = self;
-        let word = text(required(given, key, at)?, &format!("{at}.{key}"))?;
+        let word = text(required(given, key.name, at)?, &format!("{at}.{}", key.name))?;
         let found = OnLockedBits::ALL.into_iter().find(|otherwise| otherwise.name() == word);
-        found.ok_or_else(|| RawError::new(format!("`{at}.{key}` is `{word}`, neither `deny` nor `drop`")))
+        found.ok_or_else(|| RawError::new(format!("`{at}.{}` is `{word}`, neither `deny` nor `drop`", key.name)))
     }
 }
 
-/// The word of an action; what is passed on to the kernel is allowed.
+/// What an event says of this word; what is passed on to the kernel is allowed.
 fn did(word: &str) -> Option<Disposition> {
-    Disposition::from_name(word).map(|did| {
-        if did == Disposition::Pass {
-            Disposition::Allow
-        } else {
-            did
-        }
-    })
+    Disposition::from_name(word).map(Disposition::action)
 }
 
 fn read_action(word: &str, given: &Object, at: &str) -> Result<ReadAction, RawError> {
-    let action = match did(word) {
-        // The word says the value.
-        Some(Disposition::Zero) => Some(ReadAction::Value(0)),
-        Some(did) => ReadAction::of(did, &mut Beside(given, at))?,
-        None => None,
-    };
-    action.ok_or_else(|| RawError::new(format!("`{at}`: no read gets `{word}`")))
+    let action = did(word).map(|did| ReadAction::of(did, &mut Beside(given, at)));
+    let none = || RawError::new(format!("`{at}`: no read gets `{word}`"));
+    action.transpose()?.flatten().ok_or_else(none)
 }
 
 fn write_action(word: &str, given: &Object, at: &str) -> Result<WriteAction, RawError> {
-    let action = match did(word) {
-        Some(did) => WriteAction::of(did, &mut Beside(given, at))?,
-        None => None,
-    };
-    action.ok_or_else(|| RawError::new(format!("`{at}`: no write gets `{word}`")))
+    let action = did(word).map(|did| WriteAction::of(did, &mut Beside(given, at)));
+    let none = || RawError::new(format!("`{at}`: no write gets `{word}`"));
+    action.transpose()?.flatten().ok_or_else(none)
 }
 
 fn only(object: &Object, known: &[&str], at: &str) -> Result<(), RawError> {

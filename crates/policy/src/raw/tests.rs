@@ -1,4 +1,4 @@
-use msrgate_core::{Msr, Op};
+use msrgate_core::{Filter, Msr, Op, Verdict};
 
 use super::*;
 

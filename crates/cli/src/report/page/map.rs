@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use maud::{Markup, html};
-use msrgate_core::{Disposition, Msr, MsrRange, Op};
+use msrgate_core::{Msr, MsrRange, Op};
 use msrgate_plan::Intervals;
 use msrgate_trace::report::{Kind, Row};
 
@@ -36,10 +36,9 @@ struct Decided {
 impl Decided {
     fn new(contents: &Contents) -> Option<Decided> {
         let map = contents.policy.as_ref()?.plan.map();
-        let kind = |action: &str| Disposition::from_name(action).map_or(Kind::Faulted, Kind::of);
         Some(Decided {
-            reads: map.reads().map(|decision| kind(decision.action.name())),
-            writes: map.writes().map(|decision| kind(decision.action.name())),
+            reads: map.reads().map(|decision| Kind::of(decision.action.did())),
+            writes: map.writes().map(|decision| Kind::of(decision.action.did())),
         })
     }
 

@@ -265,7 +265,7 @@ fn decision(contents: &Contents, row: &Row, broken: bool) -> Markup {
     };
     html! {
         (sign(contents.decides(row)))
-        (explained.action_text) ", "
+        (explained.action.to_string()) ", "
         @match explained.rule {
             Some((number, _)) => a href={ "#rule-" (number) } { "rule " (number) },
             None => "by default",

@@ -6,7 +6,8 @@ use msrgate_core::abi::{Layout, MAX_BITMAP_BYTES, MAX_RANGES};
 
 use super::token::{Kind, Token, error};
 use crate::raw::bytes::string;
-use crate::raw::{RawError, RawFilter, RawRange, kernel_name};
+use crate::raw::error::RawError;
+use crate::raw::filter::{RawFilter, RawRange, kernel_name};
 
 /// The most bytes of an array: as many as a filter with all its bitmaps has.
 const MOST_BYTES: usize = Layout::NATIVE.filter_size + MAX_RANGES * MAX_BITMAP_BYTES as usize;

@@ -1,6 +1,6 @@
 //! C as tokens.
 
-use crate::raw::RawError;
+use crate::raw::error::RawError;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
@@ -26,13 +26,11 @@ pub(super) struct Token<'a> {
 
 /// Why a text is refused.
 pub(super) fn error(line: usize, message: &str) -> RawError {
-    RawError {
-        line: Some(line),
-        ..RawError::new(format!(
-            "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
+    RawError::new(format!(
+        "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
              ioctl is called, or dump its bytes (docs/formats.md)"
-        ))
-    }
+    ))
+    .at(line)
 }
 
 /// The tokens of a text. What would be joined or cut in another way by a compiler is refused.
