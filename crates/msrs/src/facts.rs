@@ -106,14 +106,22 @@ pub enum Kept {
 }
 
 /// What passes a KVM filter that stops RDMSR and WRMSR of an MSR.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Bypass {
     /// RDTSC reads it.
     Rdtsc,
     /// RDTSCP and RDPID read it.
     Rdtscp,
-    /// WRFSBASE and WRGSBASE change it.
+    /// RDPMC reads it.
+    Rdpmc,
+    /// SYSENTER goes by it.
+    Sysenter,
+    /// SYSCALL goes by it.
+    Syscall,
+    /// XSAVES reads it and XRSTORS changes it.
+    Xsaves,
+    /// RDFSBASE and RDGSBASE read it, WRFSBASE and WRGSBASE change it.
     Fsgsbase,
     /// SWAPGS changes it.
     Swapgs,
@@ -132,6 +140,10 @@ impl Bypass {
         match self {
             Bypass::Rdtsc => "RDTSC reads it too",
             Bypass::Rdtscp => "RDTSCP and RDPID read it too",
+            Bypass::Rdpmc => "RDPMC reads it too",
+            Bypass::Sysenter => "SYSENTER goes by it, whatever RDMSR shows",
+            Bypass::Syscall => "SYSCALL goes by it, whatever RDMSR shows",
+            Bypass::Xsaves => "XSAVES reads it and XRSTORS changes it too",
             Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change it too",
             Bypass::Swapgs => "SWAPGS changes it too",
             Bypass::Fastpath => "some kernels carry out writes before they ask the filter; reads are always filtered",

@@ -74,7 +74,7 @@ pub enum Code {
     LastMsr,
     NoSevEs,
     NotIntercepted,
-    ChangesOtherwise,
+    ReachedByInstructions,
     HostView,
     PresetsHeld,
     PassedOn,
@@ -189,9 +189,9 @@ impl Code {
             "AMD's processors do not intercept SEV_STATUS",
         ),
         (
-            Code::ChangesOtherwise,
+            Code::ReachedByInstructions,
             "N006",
-            "FS and GS bases change by other ways too",
+            "instructions reach registers past the filter",
         ),
         (
             Code::HostView,

@@ -1,6 +1,8 @@
 //! What no filter can do of what a policy asks for: the notes of its plan, and what the database says of its MSRs.
 
-use msrgate_core::Op;
+use std::collections::BTreeMap;
+
+use msrgate_core::{Op, ReadAction};
 use msrgate_msrs::{Bypass, Entry};
 use msrgate_plan::{DecisionMap, Note, Plan};
 
@@ -10,7 +12,7 @@ use crate::{Code, Diagnostic};
 pub fn notes(plan: &Plan) -> Vec<Diagnostic> {
     let of_plan = plan.notes().iter().filter_map(of_plan);
     let passing = msrgate_msrs::all().iter().filter_map(|entry| passes(plan.map(), entry));
-    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).collect();
+    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).chain(instructions(plan.map())).collect();
     notes.sort_by_key(|note| note.code);
     notes.dedup_by_key(|note| note.code);
     notes
@@ -24,8 +26,8 @@ fn passes(map: &DecisionMap, entry: &Entry) -> Option<Diagnostic> {
             &[Op::Write],
             Code::PassesUnseen,
             format!(
-                "a write of {shown} may pass the filter unseen: kvm_intel completes it ahead of the filter where it uses \
-                 the preemption timer, and from Linux 6.18 kvm_amd too; reads are filtered"
+                "a write of {shown} may pass the filter unseen: kvm_intel completes it ahead of the filter, before Linux 6.18 \
+                 only where it uses the preemption timer, and from Linux 6.18 kvm_amd too; reads are filtered"
             ),
         ),
         Bypass::Ghcb => (
@@ -41,15 +43,54 @@ fn passes(map: &DecisionMap, entry: &Entry) -> Option<Diagnostic> {
             Code::NotIntercepted,
             format!("a read of {shown} is not intercepted by AMD's hardware, so no filter sees it"),
         ),
-        Bypass::Fsgsbase | Bypass::Swapgs => (
-            &[Op::Write],
-            Code::ChangesOtherwise,
-            "FS, GS and kernel GS base also change by WRFSBASE, WRGSBASE and SWAPGS, which no filter sees".to_owned(),
-        ),
         _ => return None,
     };
     let closed = ops.iter().any(|op| !map.allows(entry.msr, *op));
     closed.then(|| Diagnostic::whole(code, message))
+}
+
+/// A note on the instructions that reach registers which the policy closes.
+fn instructions(map: &DecisionMap) -> Option<Diagnostic> {
+    let mut reached: BTreeMap<Bypass, Vec<&str>> = BTreeMap::new();
+    for entry in msrgate_msrs::all() {
+        let read = &map.reads().get(entry.msr).action;
+        let closed = match entry.bypass {
+            Some(Bypass::Rdtsc | Bypass::Rdtscp | Bypass::Rdpmc) => *read != ReadAction::Allow,
+            // RDMSR shows something else than the instruction goes by.
+            Some(Bypass::Sysenter | Bypass::Syscall) => !matches!(read, ReadAction::Allow | ReadAction::Deny),
+            Some(Bypass::Fsgsbase | Bypass::Swapgs | Bypass::Xsaves) => !map.allows(entry.msr, Op::Write),
+            _ => false,
+        };
+        if let Some(bypass) = entry.bypass.filter(|_| closed) {
+            reached.entry(bypass).or_default().push(entry.name());
+        }
+    }
+    let parts = reached.iter().map(|(bypass, names)| {
+        let what = match bypass {
+            Bypass::Rdtsc => "RDTSC reads",
+            Bypass::Rdtscp => "RDTSCP and RDPID read",
+            Bypass::Rdpmc => "RDPMC reads",
+            Bypass::Sysenter => "SYSENTER goes by",
+            Bypass::Syscall => "SYSCALL goes by",
+            Bypass::Xsaves => "XRSTORS changes",
+            Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change",
+            _ => "SWAPGS changes",
+        };
+        match names.as_slice() {
+            [first, second, rest @ ..] if !rest.is_empty() => {
+                format!("{what} {first}, {second} and {} more", rest.len())
+            }
+            names => format!("{what} {}", names.join(" and ")),
+        }
+    });
+    let parts: Vec<String> = parts.collect();
+    (!parts.is_empty()).then(|| {
+        let message = format!(
+            "no filter sees instructions that reach the kernel's registers: {}",
+            parts.join("; ")
+        );
+        Diagnostic::whole(Code::ReachedByInstructions, message)
+    })
 }
 
 fn of_plan(note: &Note) -> Option<Diagnostic> {
@@ -117,16 +158,16 @@ mod tests {
             Code::PassesUnseen,
             Code::NoSevEs,
             Code::NotIntercepted,
-            Code::ChangesOtherwise,
+            Code::ReachedByInstructions,
         ];
         assert_eq!(codes("deny", ""), all);
         assert_eq!(codes("allow", &rule("0x830", "read = \"deny\"")), [Code::NeverFiltered]);
         assert_eq!(codes("allow", &rule("0xffffffff", "read = \"deny\"")), [Code::LastMsr]);
         for (msr, code) in [
             ("0x6e0", Code::PassesUnseen),
-            ("0xc0000100", Code::ChangesOtherwise),
-            ("0xc0000101", Code::ChangesOtherwise),
-            ("0xc0000102", Code::ChangesOtherwise),
+            ("0xc0000100", Code::ReachedByInstructions),
+            ("0xc0000101", Code::ReachedByInstructions),
+            ("0xc0000102", Code::ReachedByInstructions),
         ] {
             assert_eq!(codes("allow", &rule(msr, "write = \"ignore\"")), [code]);
             assert_eq!(codes("allow", &rule(msr, "read = \"zero\"")), []);
@@ -140,7 +181,44 @@ mod tests {
             [Code::NotIntercepted]
         );
         assert_eq!(codes("allow", &rule("0xc0010131", "write = \"deny\"")), []);
-        assert_eq!(codes("allow", &rule("0x10", "read = \"zero\"\nwrite = \"deny\"")), []);
+        assert_eq!(codes("allow", &rule("0x10", "write = \"deny\"")), []);
+    }
+
+    #[test]
+    fn each_instruction_that_reaches_a_closed_register_is_named() {
+        for (msr, action, says) in [
+            ("IA32_TSC", "read = { value = 0x1000 }", "RDTSC reads IA32_TSC"),
+            ("TSC_AUX", "read = \"deny\"", "RDTSCP and RDPID read IA32_TSC_AUX"),
+            (
+                "@sysenter",
+                "read = \"zero\"",
+                "SYSENTER goes by IA32_SYSENTER_CS, IA32_SYSENTER_ESP and 1 more",
+            ),
+            ("LSTAR", "read = \"zero\"", "SYSCALL goes by IA32_LSTAR"),
+            (
+                "@cet",
+                "write = \"deny\"",
+                "XRSTORS changes IA32_U_CET, IA32_S_CET and 4 more",
+            ),
+            ("IA32_PMC0", "read = \"zero\"", "RDPMC reads IA32_PMC0"),
+            (
+                "IA32_FS_BASE",
+                "write = \"deny\"",
+                "WRFSBASE and WRGSBASE change IA32_FS_BASE",
+            ),
+            (
+                "KERNEL_GS_BASE",
+                "write = \"ignore\"",
+                "SWAPGS changes IA32_KERNEL_GS_BASE",
+            ),
+        ] {
+            let map = map("allow", &format!("[[rule]]\nmsr = \"{msr}\"\n{action}\n"));
+            let notes = notes(&Plan::compile(&map).unwrap());
+            assert!(
+                notes.iter().any(|note| note.message.ends_with(says)),
+                "{msr}: {notes:?}"
+            );
+        }
     }
 
     #[test]
