@@ -12,7 +12,8 @@ use std::process::Command;
 
 use crate::process;
 
-const CRATES: [&str; 4] = ["core", "engine", "plan", "msrs"];
+/// The crates, and the features that they have on.
+const CRATES: [(&str, &[&str]); 4] = [("core", &[]), ("engine", &[]), ("plan", &["hash"]), ("msrs", &[])];
 
 const BARE_TARGET: &str = "x86_64-unknown-none";
 
@@ -66,7 +67,8 @@ pub(crate) fn build() -> Result<(bool, String), String> {
     } else {
         "this machine's target, with a panic handler that std would collide with"
     };
-    Ok((status.success(), format!("{} for {place}", CRATES.join(", "))))
+    let names = CRATES.map(|(name, _)| name).join(", ");
+    Ok((status.success(), format!("{names} for {place}")))
 }
 
 fn write(root: &Path, folder: &Path) -> std::io::Result<()> {
@@ -75,10 +77,10 @@ fn write(root: &Path, folder: &Path) -> std::io::Result<()> {
          [profile.dev]\npanic = \"abort\"\n\n[workspace]\n\n[dependencies]\n",
     );
     let mut source = String::from(PANIC_HANDLER);
-    for name in CRATES {
+    for (name, features) in CRATES {
         let path = root.join("crates").join(name);
         manifest.push_str(&format!(
-            "msrgate-{name} = {{ path = {path:?}, default-features = false }}\n"
+            "msrgate-{name} = {{ path = {path:?}, default-features = false, features = {features:?} }}\n"
         ));
         source.push_str(&format!("use msrgate_{name} as _;\n"));
     }

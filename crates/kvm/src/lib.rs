@@ -61,6 +61,8 @@
 //! - Before registers are saved or shown, [`VcpuGate::drain_raw`]: no ioctl saves a pending access.
 //! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install the plan anew;
 //!   [`VcpuGate::save`] gives what the vCPU remembers, and [`VcpuGate::restore`] takes it, under the same policy alone.
+//! - A guest that is rolled back in place, to a state of the same vCPU, takes [`VcpuGate::reset`] before `restore`: what was
+//!   locked since is open then, as it was.
 //! - Of KVM's own registers, a VMM saves those that the guest can reach ([`Plan::reaches`](msrgate_plan::Plan::reaches)).
 //!   The others it leaves out: what one kernel holds there, another may have a preset for, or not know.
 //!
@@ -113,6 +115,21 @@
 //! reason that is not known here, an MSR that no rule names, a register that cannot be read, a handler's panic (where
 //! the program unwinds) all fault the guest; [`Answered`] says why. The answer path does not lock, allocate or panic,
 //! apart from handlers and from the first exit of each vCPU after [`Gate::replace`].
+//!
+//! # System calls
+//! For a VMM's seccomp filters. Dropping a gate closes its descriptor.
+//!
+//! | call | makes |
+//! | --- | --- |
+//! | [`probe`] | KVM_CHECK_EXTENSION |
+//! | [`Capabilities::install`] | `fcntl` (F_DUPFD_CLOEXEC), KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` of `/sys/devices/system/cpu/possible` and `/dev/cpu/N/msr` |
+//! | [`Gate::vcpu`] | `fcntl` (F_DUPFD_CLOEXEC); with presets also KVM_GET_MSRS and KVM_SET_MSRS |
+//! | dispatch of `mask`, `only`, `once` and of what is spilled | KVM_GET_MSRS or KVM_SET_MSRS, or both |
+//! | dispatch of `host` | `pread64`, and `getcpu` where the vDSO lacks it |
+//! | dispatch of any other action | none; `futex` after a replacement |
+//! | [`Gate::replace`], [`Gate::remove`] | KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` as above; `futex` |
+//! | [`VcpuGate::drain_raw`] | KVM_RUN |
+//! | [`VcpuGate::save`], [`VcpuGate::restore`], [`VcpuGate::reset`] | none; `futex` after a replacement |
 //!
 //! # Limits
 //! - The kernel cannot be asked what filter or mask a VM holds. Whoever sets another behind the gate's back wins, and
