@@ -3,6 +3,7 @@
 //! - `test` is what continuous integration runs: formatting, lints, tests, documentation, the build
 //!   without std, licences, and the tests that need a live KVM, in every lane that this machine has.
 //! - `bench` measures what msrgate costs, each figure beside its baseline.
+//! - `docs` writes the tables of options in `docs/cli.md`.
 //! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
 //! - `api` lists the public API of the crates; a stage of `test` compares the listing.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
@@ -53,6 +54,8 @@ enum Chore {
     /// Measure what msrgate costs, each figure beside its baseline of the same run
     #[command(disable_help_flag = true)]
     Bench(bench::Arguments),
+    /// Write the tables of options in docs/cli.md from the command line's own description
+    Docs,
     /// Look for inputs that break filters, policies, traces or maps
     #[command(after_help = fuzz::HELP)]
     Fuzz(fuzz::Arguments),
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
     match Arguments::parse().chore {
         Chore::Test(arguments) => test::main(&arguments),
         Chore::Bench(arguments) => bench::main(&arguments),
+        Chore::Docs => test::tell(test::docs()),
         Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
         Chore::CheckMemory => test::tell(checker::memory()),
         Chore::Api(arguments) => api::main(&arguments),

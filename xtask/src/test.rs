@@ -463,6 +463,17 @@ fn unit_by_cargo() -> Result<Ending, String> {
     })
 }
 
+/// Has the test of `docs/cli.md` write what it would compare.
+pub(crate) fn docs() -> Result<Ending, String> {
+    const TEST: &str = "manual::tests::the_documented_options_are_those_of_the_command_line";
+    let mut command = cargo(&[&["test"], &SCOPE[..], &["--bin", "msrgate", "--", "--exact", TEST]].concat());
+    let (passed, text) = watched(command.env("MSRGATE_WRITE_DOCS", "1"))?;
+    Ok(Ending::Ran {
+        count: checked(&text, passed),
+        note: "docs/cli.md".into(),
+    })
+}
+
 fn doctest() -> Result<Ending, String> {
     let (passed, text) = watched(&mut cargo(&[&["test", "--doc"], &SCOPE[..]].concat()))?;
     let mut count = binary::counted(&text);

@@ -126,7 +126,7 @@ pub(crate) struct PlanArgs {
     /// Print one JSON object
     #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,
-    /// Print the filter as source, to build into a VMM
+    /// Print the filter as source, to build into a VMM; not with --host or --state
     #[arg(long, value_enum, conflicts_with = "host")]
     pub(crate) emit: Option<Emit>,
 }

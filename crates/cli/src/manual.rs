@@ -39,3 +39,98 @@ pub(crate) fn schema() -> Result<Exit, Failure> {
     writeln!(io::stdout(), "{schema:#}")?;
     Ok(Exit::Yes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+    use std::fs;
+    use std::path::Path;
+
+    use clap::{Arg, Command};
+
+    use super::*;
+
+    const END: &str = "<!-- end of options -->\n";
+
+    fn options(command: &Command) -> impl Iterator<Item = &Arg> {
+        let options = command.get_arguments().filter(|option| !option.is_positional());
+        options.filter(|option| !option.is_hide_set() && option.get_id() != "help")
+    }
+
+    /// The table of a command's options, as its help describes them.
+    fn table(command: &Command) -> String {
+        let mut table = String::from("| option | is |\n| --- | --- |\n");
+        for option in options(command) {
+            let help = option
+                .get_long_help()
+                .or(option.get_help())
+                .expect("each option has help");
+            let help = help.to_string().replace("\n\n", " ").replace('\n', " ");
+            writeln!(table, "| {} | {} |", spelled(option), escaped(&help)).expect("a String takes all");
+        }
+        table
+    }
+
+    /// How an option is written: `-p`, `--policy POLICY`.
+    fn spelled(option: &Arg) -> String {
+        let mut words = format!("--{}", option.get_long().expect("each option has a long name"));
+        if option.get_action().takes_values() {
+            let possible: Vec<_> = option
+                .get_possible_values()
+                .iter()
+                .map(|value| value.get_name().to_owned())
+                .collect();
+            let names = option.get_value_names().unwrap_or_default().join(" ");
+            let value = if possible.is_empty() { names } else { possible.join("|") };
+            let optional = option.get_num_args().is_some_and(|number| number.min_values() == 0);
+            words.push_str(&if optional {
+                format!("[={value}]")
+            } else {
+                format!(" {value}")
+            });
+        }
+        let short = option.get_short().map(|short| format!("`-{short}`, "));
+        format!("{}`{}`", short.unwrap_or_default(), escaped(&words))
+    }
+
+    /// A bar would end the cell.
+    fn escaped(text: &str) -> String {
+        text.replace('|', "\\|")
+    }
+
+    /// The document with the tables that the command line has now.
+    fn page(document: &str) -> String {
+        let mut command = Args::command();
+        command.build();
+        command.get_subcommands().fold(document.to_owned(), |page, command| {
+            let begin = format!("<!-- options of {} -->\n", command.get_name());
+            let parts = page
+                .split_once(&begin)
+                .and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
+            let has_options = options(command).next().is_some();
+            assert_eq!(
+                parts.is_some(),
+                has_options,
+                "docs/cli.md: `{}` and `{}`",
+                begin.trim(),
+                END.trim()
+            );
+            match parts {
+                Some((before, after)) => format!("{before}{begin}{}{END}{after}", table(command)),
+                None => page,
+            }
+        })
+    }
+
+    #[test]
+    fn the_documented_options_are_those_of_the_command_line() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
+        let document = fs::read_to_string(&path).expect("docs/cli.md");
+        let page = page(&document);
+        if std::env::var_os("MSRGATE_WRITE_DOCS").is_some() {
+            fs::write(&path, page).expect("docs/cli.md is written");
+        } else {
+            assert!(page == document, "docs/cli.md is out of date: run `cargo xtask docs`");
+        }
+    }
+}
