@@ -36,6 +36,7 @@ mod map;
 mod options;
 mod segment;
 mod pack;
+mod share;
 mod cover;
 mod error;
 mod shortfall;
