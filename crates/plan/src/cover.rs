@@ -18,6 +18,7 @@ use msrgate_core::{Msr, MsrRange, Op, Verdict};
 
 use crate::pack::{all_ways, packed};
 use crate::segment::{Segment, WORD, segments};
+use crate::share::{Limits, shared};
 use crate::{Direction, Intervals};
 
 /// The smallest set of ranges for one default.
@@ -38,8 +39,13 @@ pub(crate) struct RangeSet {
 impl RangeSet {
     /// What the ranges' bitmaps take, in words of 64 bits.
     pub(crate) fn words(&self) -> u64 {
-        self.ranges.iter().map(|(_, range)| range.len().div_ceil(WORD)).sum()
+        words(&self.ranges, WORD)
     }
+}
+
+/// What the bitmaps of ranges take, in words of so many bits.
+fn words(ranges: &[(Direction, MsrRange)], word: u64) -> u64 {
+    ranges.iter().map(|(_, range)| range.len().div_ceil(word)).sum()
 }
 
 /// Why there is no covering within the limit.
@@ -121,14 +127,21 @@ pub(crate) fn cover(
     };
     let best = search.run(&segments);
     let mut ranges = trim(&search.chosen(best), &segments);
+    let mut bytes_proved = all_ways(&segments);
     if ranges.len() <= MAX_RANGES {
         ranges = packed(&ranges, &segments, length, WORD);
+        if let Some(least) = shared_within(&ranges, &segments, length, WORD) {
+            bytes_proved = true;
+            if words(&least, WORD) < words(&ranges, WORD) {
+                ranges = least;
+            }
+        }
     }
     let witness = Some(far_apart(&segments, length)).filter(|witness| witness.len() == ranges.len());
     Ok(RangeSet {
         ranges,
         separate,
-        bytes_proved: all_ways(&segments),
+        bytes_proved,
         witness,
     })
 }
@@ -164,6 +177,21 @@ fn far_apart(segments: &[Segment], length: u64) -> Vec<(Msr, Op)> {
         }
     }
     accesses
+}
+
+/// The ranges with the fewest words among as few as these; `None` where it takes too long to tell.
+fn shared_within(
+    ranges: &[(Direction, MsrRange)],
+    segments: &[Segment],
+    length: u64,
+    word: u64,
+) -> Option<Vec<(Direction, MsrRange)>> {
+    let limits = Limits {
+        most: (ranges.len() as u64, words(ranges, word)),
+        length,
+        word,
+    };
+    shared(segments, &limits)
 }
 
 struct Search {

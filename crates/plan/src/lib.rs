@@ -41,6 +41,7 @@ mod map;
 mod options;
 mod segment;
 mod pack;
+mod share;
 mod cover;
 mod error;
 mod shortfall;

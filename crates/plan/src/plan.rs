@@ -26,8 +26,8 @@ pub struct Minimum {
     pub ranges: u64,
     /// Whether the search left no smaller filter out.
     pub proved: bool,
-    /// Whether as many ranges cannot take fewer bytes either; which ranges reads and writes share is not tried in all ways, so
-    /// it is only told where they agree.
+    /// Whether as many ranges cannot take fewer bytes either. Where reads and writes differ at many MSRs, not all ways in which
+    /// they can share ranges are tried.
     pub bytes_proved: bool,
     /// What planning reads and writes apart would take.
     pub separate: u64,
