@@ -39,11 +39,14 @@ impl ArgumentKey {
 
 const VALUE: ArgumentKey = ArgumentKey::new("value", "the value");
 const INITIAL: ArgumentKey = ArgumentKey::new("initial", "what a read gets before the vCPU has written");
-const KEEP: ArgumentKey = ArgumentKey::new("keep", "the bits that show through");
-const SET: ArgumentKey = ArgumentKey::new("set", "the bits that are always one");
+const KEEP: ArgumentKey = ArgumentKey::new("keep", "the bits that show through, all by default");
+const SET: ArgumentKey = ArgumentKey::new("set", "the bits that are always one, none by default");
 const HANDLER: ArgumentKey = ArgumentKey::new("handler", "the handler's name");
 const MAY_CHANGE: ArgumentKey = ArgumentKey::new("may_change", "the bits that the guest may change");
-const OTHERWISE: ArgumentKey = ArgumentKey::new("otherwise", "what a write gets that would change another bit");
+const OTHERWISE: ArgumentKey = ArgumentKey::new(
+    "otherwise",
+    "what a write gets that would change another bit, `deny` by default",
+);
 const VALUES: ArgumentKey = ArgumentKey::new("values", "the values");
 
 /// Where the arguments of an action are read from ([`ReadAction::of`]), in the order of [`ReadAction::arguments`].

@@ -8,13 +8,14 @@ mod rule;
 pub(crate) use rule::{KEYS as RULE_KEYS, WHEN_KEYS};
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{ReadAction, Verdict, WriteAction};
 use toml::de::{DeTable, DeValue};
 
 use crate::{Acceptance, Code, Diagnostic, Files, Place, Policy, Rule, Source, Spill, Validity};
-use reader::{Reader, Text};
+use reader::{HELPED, Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -38,6 +39,8 @@ pub(crate) const KEYS: [&str; 10] = [
 struct File {
     name: Option<String>,
     default: Option<Verdict>,
+    /// Whether there is a default, be it wrong.
+    says_default: bool,
     unknown: Option<(ReadAction, WriteAction)>,
     invalid: Option<(ReadAction, WriteAction)>,
     valid: Option<Validity>,
@@ -52,6 +55,7 @@ impl File {
     /// itself as a whole it does not accept of this one.
     fn extend(&mut self, base: File) {
         self.default = self.default.or(base.default);
+        self.says_default |= base.says_default;
         self.unknown = self.unknown.take().or(base.unknown);
         self.invalid = self.invalid.take().or(base.invalid);
         self.valid = self.valid.or(base.valid);
@@ -124,8 +128,7 @@ fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
         let whole = !diagnostics
             .iter()
             .any(|found| matches!(found.code, Code::Syntax | Code::Unreadable));
-        let said = diagnostics.iter().any(|found| found.message.contains("`default`"));
-        if file.default.is_none() && whole && !said {
+        if whole && !file.says_default {
             diagnostics.push(
                 Diagnostic::at(
                     Code::MissingKey,
@@ -199,16 +202,14 @@ impl Loading<'_> {
         let (document, errors) = DeTable::parse_recoverable(text);
         let broken = !errors.is_empty();
         let mut syntax: Vec<Diagnostic> = Vec::new();
-        for error in errors {
+        for (number, error) in errors.into_iter().enumerate() {
             let span = error.span().unwrap_or(0..0);
-            let duplicate = error.message().starts_with("duplicate key");
-            let (code, help) = if duplicate {
-                (Code::Duplicate, "a key is said once: leave one of them out")
-            } else {
-                (
+            let (code, help) = match number < HELPED && is_repeated_key(text, &span) {
+                true => (Code::Duplicate, "a key is said once: leave one of them out"),
+                false => (
                     Code::Syntax,
                     "a line is `key = value`, a text stands in quotes, and `[[rule]]` begins a rule",
-                )
+                ),
             };
             syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()).help(help));
         }
@@ -241,6 +242,18 @@ impl Loading<'_> {
     }
 }
 
+/// Whether the error at this place is about a key that is there before: it is none of a key with another name.
+fn is_repeated_key(text: &str, place: &Range<usize>) -> bool {
+    let parts = (text.get(..place.start), text.get(place.clone()), text.get(place.end..));
+    let (Some(before), Some(key), Some(behind)) = parts else {
+        return false;
+    };
+    let is_key = || DeTable::parse(&format!("{key} = 0")).is_ok_and(|table| table.get_ref().len() == 1);
+    let renamed = format!("{before}renamed-by-msrgate{behind}");
+    let errors = || DeTable::parse_recoverable(&renamed).1.into_iter();
+    !key.is_empty() && is_key() && errors().all(|error| error.span().is_none_or(|span| span.start != place.start))
+}
+
 fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
     let mut file = File::default();
     let top = Place {
@@ -264,6 +277,7 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
         file.name = reader.text(name, "a name");
     }
     if let Some(default) = document.get("default") {
+        file.says_default = true;
         file.default = reader.word(
             default,
             &[("allow", Verdict::Allow), ("deny", Verdict::Deny)],

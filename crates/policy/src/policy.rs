@@ -78,7 +78,7 @@ impl Rule {
 }
 
 /// For which guests a rule holds; empty lists ask nothing.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Default, Debug)]
 pub struct When {
     /// One of these vendors.
     pub vendor: Vec<CpuVendor>,

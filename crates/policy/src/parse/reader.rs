@@ -26,8 +26,8 @@ pub(super) struct Reader {
     pub(super) ranges_left: usize,
 }
 
-/// With more findings than these no word that may be meant is looked for.
-const HELPED: usize = 100;
+/// With more findings than these it is not looked for what may be meant.
+pub(super) const HELPED: usize = 100;
 
 /// A text and where it stands.
 pub(super) struct Text {

@@ -268,16 +268,12 @@ fn code(error: &PatternError) -> Code {
 /// position, and that of the first such rule.
 pub(super) fn repeated(rules: &[Rule]) -> Vec<(usize, usize)> {
     // The first rule of these MSRs and guests that decides reads, and the first that decides writes.
-    let mut seen: HashMap<(Vec<MsrRange>, String), [Option<usize>; 2]> = HashMap::new();
+    let mut seen: HashMap<(Vec<MsrRange>, &When), [Option<usize>; 2]> = HashMap::new();
     let mut repeated = Vec::new();
     for (position, rule) in rules.iter().enumerate() {
         let mut ranges = rule.ranges();
         ranges.sort_unstable();
-        let when = match rule.when.is_always() {
-            true => String::new(),
-            false => format!("{:?}", rule.when),
-        };
-        let [read, write] = seen.entry((ranges, when)).or_default();
+        let [read, write] = seen.entry((ranges, &rule.when)).or_default();
         let says = [(rule.read.is_some(), read), (rule.write.is_some(), write)];
         let mut first = None;
         let mut counts = false;

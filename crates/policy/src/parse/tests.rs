@@ -238,6 +238,18 @@ fn a_key_said_twice_is_a_duplicate() {
         found("version = 1\ndefault = \"deny\"\ndefault = \"allow\"\n"),
         [("E012", 3)]
     );
+    let rule = "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = 1\n";
+    assert_eq!(
+        found(&format!("{rule}read = \"zero\"\nread = \"deny\"\n")),
+        [("E012", 6)]
+    );
+    assert_eq!(
+        found(&format!("{rule}read = {{ mask = {{ keep = 1, keep = 2 }} }}\n")),
+        [("E012", 5)]
+    );
+    // A value that would be a key elsewhere, and a key without a value.
+    assert_eq!(found(&format!("{rule}read = msr\n")), [("E001", 5)]);
+    assert_eq!(found(&format!("{rule}read = \"zero\"\nmsr\n")), [("E001", 6)]);
 }
 
 #[test]

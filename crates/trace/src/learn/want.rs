@@ -1,8 +1,9 @@
 //! What a policy must give each access so that the guests are served as they were.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use msrgate_core::{Disposition, Msr, MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{ArgumentKey, Arguments, Disposition, Msr, MsrRange, OnLockedBits, Op, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Access, Class};
 
@@ -100,10 +101,7 @@ pub(super) fn wants(summary: &Summary) -> (Wants, Vec<Remark>) {
 
 /// What was always done; [`Disposition::Fault`], which was never, where that changed.
 fn did(seen: &Seen) -> Disposition {
-    let mut dids = seen.did.keys().map(|did| match did {
-        Disposition::Pass => Disposition::Allow,
-        did => *did,
-    });
+    let mut dids = seen.did.keys().map(|did| did.action());
     let first = dids.next().unwrap_or(Disposition::Fault);
     if dids.all(|did| did == first) {
         first
@@ -113,32 +111,59 @@ fn did(seen: &Seen) -> Disposition {
 }
 
 fn read(seen: &Seen, written_to_shadow: bool) -> Result<ReadAction, String> {
-    match (did(seen), seen.values.only()) {
-        (Disposition::Allow, _) => Ok(ReadAction::Allow),
-        (Disposition::Zero, _) => Ok(ReadAction::Value(0)),
-        (Disposition::Value, Some(value)) => Ok(ReadAction::Value(*value)),
-        (Disposition::Shadow, initial) => match (initial, seen.values.iter().next(), written_to_shadow) {
-            // Where nothing was read before a write, any initial value serves.
-            (_, None, true) => Ok(ReadAction::Shadow(0)),
-            (Some(initial), _, true) => Ok(ReadAction::Shadow(*initial)),
-            (Some(value), _, false) => Ok(ReadAction::Value(*value)),
-            _ => Err(several(seen)),
-        },
-        (Disposition::Host, _) => Ok(ReadAction::Host),
-        (did, _) => Err(untold(seen, did)),
-    }
+    let did = match (did(seen), seen.values.iter().next()) {
+        // Where nothing was read before a write, any initial value serves.
+        (Disposition::Shadow, None) if written_to_shadow => return Ok(ReadAction::Shadow(0)),
+        (Disposition::Shadow, Some(_)) if !written_to_shadow => Disposition::Value,
+        (did, _) => did,
+    };
+    let action = ReadAction::of(did, &mut Served(seen, did))?;
+    action.ok_or_else(|| untold(seen, did))
 }
 
 fn write(seen: &Seen, read_from_shadow: bool) -> Result<WriteAction, String> {
-    match did(seen) {
-        Disposition::Allow => Ok(WriteAction::Allow),
-        Disposition::Ignore => Ok(WriteAction::Ignore),
-        Disposition::Shadow if read_from_shadow => Ok(WriteAction::Shadow),
+    let did = match did(seen) {
         // Nobody saw what became of it.
-        Disposition::Shadow => Ok(WriteAction::Ignore),
-        Disposition::Only if !seen.values.more() => Ok(WriteAction::Only(seen.values.iter().copied().collect())),
-        Disposition::Once => Ok(WriteAction::Once),
-        did => Err(untold(seen, did)),
+        Disposition::Shadow if !read_from_shadow => Disposition::Ignore,
+        did => did,
+    };
+    let action = WriteAction::of(did, &mut Served(seen, did))?;
+    action.ok_or_else(|| untold(seen, did))
+}
+
+/// What a trace tells of the arguments of an action: the values that were seen, where they are noted.
+struct Served<'a>(&'a Seen, Disposition);
+
+impl Served<'_> {
+    fn untold<T>(&self) -> Result<T, String> {
+        Err(untold(self.0, self.1))
+    }
+}
+
+impl Arguments for Served<'_> {
+    type Error = String;
+
+    fn number(&mut self, _: ArgumentKey) -> Result<u64, String> {
+        self.0.values.only().map_or_else(|| self.untold(), |value| Ok(*value))
+    }
+
+    fn number_or(&mut self, _: ArgumentKey, _: u64) -> Result<u64, String> {
+        self.untold()
+    }
+
+    fn numbers(&mut self, _: ArgumentKey) -> Result<Arc<[u64]>, String> {
+        match self.0.values.more() {
+            false => Ok(self.0.values.iter().copied().collect()),
+            true => self.untold(),
+        }
+    }
+
+    fn name(&mut self, _: ArgumentKey) -> Result<Arc<str>, String> {
+        self.untold()
+    }
+
+    fn otherwise(&mut self, _: ArgumentKey) -> Result<OnLockedBits, String> {
+        self.untold()
     }
 }
 
@@ -155,7 +180,7 @@ fn untold(seen: &Seen, always: Disposition) -> String {
                 words.join(" and ")
             )
         }
-        Disposition::Value | Disposition::Only => several(seen),
+        Disposition::Value | Disposition::Only | Disposition::Shadow => several(seen),
         did => format!("served by `{did}`, of which a trace does not tell all; it is left to the kernel"),
     }
 }
