@@ -212,8 +212,27 @@ pub(crate) fn summed(text: &str) -> Count {
         passed,
         failed: run.saturating_sub(passed),
         skipped: 0,
-        failures: failures(text),
+        failures: failures_of_nextest(text),
     }
+}
+
+/// The failed tests of nextest's output, and why each panicked.
+fn failures_of_nextest(text: &str) -> String {
+    let mut kept = String::new();
+    let mut panicked = false;
+    let each = text
+        .lines()
+        .take_while(|line| !line.trim_start().starts_with("Summary ["));
+    for line in each.map(str::trim) {
+        panicked = (panicked || line.starts_with("thread '") && line.contains(" panicked at "))
+            && line != "stack backtrace:"
+            && !line.starts_with("note: ");
+        if line.starts_with("FAIL [") || panicked && !kept.is_empty() {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
 }
 
 fn number_before(text: &str, word: &str) -> u64 {
@@ -303,6 +322,25 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         let kept = "---- b stdout ----\nthread 'b' panicked at x.rs:1:1:\ntoo late\n";
         assert_eq!(counted(text).failures.trim_end(), kept.trim_end());
         assert_eq!(counted(&text.repeat(2)).failures.matches("too late").count(), 2);
+    }
+
+    #[test]
+    fn the_end_says_which_of_nextests_tests_failed_and_why() {
+        let text = "\
+        PASS [   0.005s] (1/2) it a
+        FAIL [   0.735s] (2/2) it b
+  stderr ───
+
+    thread 'b' (19456) panicked at x.rs:1:1:
+    too late
+    stack backtrace:
+       0: __rustc::rust_begin_unwind
+────────────
+     Summary [   0.012s] 2 tests run: 1 passed, 1 failed, 0 skipped
+        FAIL [   0.735s] (2/2) it b
+";
+        let kept = "FAIL [   0.735s] (2/2) it b\nthread 'b' (19456) panicked at x.rs:1:1:\ntoo late\n";
+        assert_eq!(summed(text).failures, kept);
     }
 
     #[test]

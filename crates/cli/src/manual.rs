@@ -75,19 +75,16 @@ mod tests {
     fn spelled(option: &Arg) -> String {
         let mut words = format!("--{}", option.get_long().expect("each option has a long name"));
         if option.get_action().takes_values() {
-            let possible: Vec<_> = option
-                .get_possible_values()
-                .iter()
-                .map(|value| value.get_name().to_owned())
-                .collect();
-            let names = option.get_value_names().unwrap_or_default().join(" ");
-            let value = if possible.is_empty() { names } else { possible.join("|") };
-            let optional = option.get_num_args().is_some_and(|number| number.min_values() == 0);
-            words.push_str(&if optional {
-                format!("[={value}]")
-            } else {
-                format!(" {value}")
-            });
+            let name = option.get_value_names().unwrap_or_default().join(" ");
+            let possible = option.get_possible_values();
+            let values: Vec<_> = possible.iter().map(|value| value.get_name()).collect();
+            words.push_str(
+                &match option.get_num_args().is_some_and(|number| number.min_values() == 0) {
+                    true => format!("[=<{name}>]"),
+                    false if values.is_empty() => format!(" {name}"),
+                    false => format!(" {}", values.join("|")),
+                },
+            );
         }
         let short = option.get_short().map(|short| format!("`-{short}`, "));
         format!("{}`{}`", short.unwrap_or_default(), escaped(&words))
