@@ -297,7 +297,7 @@ impl Entry {
         match self.msr {
             msr if MsrRange::X2APIC.contains(msr) => Some("KVM answers 0x800..=0x8ff before it asks the filter"),
             Msr::MAX => Some("no range of a filter can hold this index"),
-            _ => self.bypass.map(Bypass::sentence),
+            _ => self.bypass.and_then(Bypass::sentence),
         }
     }
 

@@ -135,20 +135,19 @@ pub enum Bypass {
 }
 
 impl Bypass {
-    /// What passes, in a sentence.
-    pub const fn sentence(self) -> &'static str {
-        match self {
+    /// What passes, in a sentence; `None` where an instruction goes by the register, and neither shows nor changes it.
+    pub const fn sentence(self) -> Option<&'static str> {
+        Some(match self {
             Bypass::Rdtsc => "RDTSC reads it too",
             Bypass::Rdtscp => "RDTSCP and RDPID read it too",
             Bypass::Rdpmc => "RDPMC reads it too",
-            Bypass::Sysenter => "SYSENTER goes by it, whatever RDMSR shows",
-            Bypass::Syscall => "SYSCALL goes by it, whatever RDMSR shows",
+            Bypass::Sysenter | Bypass::Syscall => return None,
             Bypass::Xsaves => "XSAVES reads it and XRSTORS changes it too",
             Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change it too",
             Bypass::Swapgs => "SWAPGS changes it too",
             Bypass::Fastpath => "some kernels carry out writes before they ask the filter; reads are always filtered",
             Bypass::Ghcb => "a guest with SEV-ES talks through it to the hypervisor without WRMSR exits",
             Bypass::Hardware => "AMD's processors answer reads themselves",
-        }
+        })
     }
 }

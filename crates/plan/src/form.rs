@@ -197,11 +197,17 @@ impl Plan {
             minimum,
         };
         let plan = Plan::proven(&map, &options, parts)?;
-        let plan = match (plan.hash(), hash) {
-            (None, told) => plan.with_hash(told),
-            (Some(_), _) => plan,
-        };
-        (plan.to_bytes() == bytes).then_some(plan).ok_or(LoadError::Malformed)
+        // Compiled where there was no hash, or read where there is none.
+        let own = plan.hash();
+        let as_told = plan.with_hash(hash);
+        if as_told.to_bytes() != bytes {
+            return Err(LoadError::Malformed);
+        }
+        match (own, hash) {
+            (Some(own), Some(told)) if own != told => Err(LoadError::Malformed),
+            (None, told) => Ok(as_told.with_hash(told)),
+            (own, _) => Ok(as_told.with_hash(own)),
+        }
     }
 }
 
@@ -632,7 +638,8 @@ mod tests {
         // What is spilled, twice.
         let plan = plans().pop().unwrap();
         let mut bytes = plan.to_bytes();
-        let tail = 8 + 8 + 3 + 4 + 5 * plan.minimum().witness.as_ref().map_or(0, Vec::len);
+        let hash = 1 + plan.hash().map_or(0, |hash| hash.len());
+        let tail = 8 + 8 + 3 + 4 + 5 * plan.minimum().witness.as_ref().map_or(0, Vec::len) + hash;
         let at = bytes.len() - tail;
         let access: Vec<u8> = bytes[at - 5..at].to_vec();
         assert_eq!(bytes[at - 9], 1);
