@@ -121,7 +121,7 @@
 //!
 //! | call | makes |
 //! | --- | --- |
-//! | [`probe`] | KVM_CHECK_EXTENSION |
+//! | [`probe()`] | KVM_CHECK_EXTENSION |
 //! | [`Capabilities::install`] | `fcntl` (F_DUPFD_CLOEXEC), KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` of `/sys/devices/system/cpu/possible` and `/dev/cpu/N/msr` |
 //! | [`Gate::vcpu`] | `fcntl` (F_DUPFD_CLOEXEC); with presets also KVM_GET_MSRS and KVM_SET_MSRS |
 //! | dispatch of `mask`, `only`, `once` and of what is spilled | KVM_GET_MSRS or KVM_SET_MSRS, or both |

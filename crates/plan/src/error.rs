@@ -20,7 +20,7 @@ pub enum PlanError {
         exact: bool,
         /// What planning reads and writes apart would take.
         separate: u64,
-        /// As [`Minimum::witness`].
+        /// As [`Minimum::witness`](crate::Minimum::witness).
         witness: Option<Vec<(Msr, Op)>>,
         /// The ranges that would be needed; empty where they are too many to search.
         groups: Vec<Group>,

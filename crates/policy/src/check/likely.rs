@@ -15,6 +15,10 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic
 
 /// A rule that takes a write, or makes a read up, of a register that the processor or KVM works by.
 fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
+    let made_up = |entry: &Entry| {
+        let decision = map.reads().get(entry.msr);
+        decision.rule == Some(index) && decision.action.source() == ReadSource::Policy
+    };
     let written: Vec<&Entry> = named_by(rule, Entry::is_essential)
         .filter(|entry| {
             let decision = map.writes().get(entry.msr);
@@ -24,10 +28,7 @@ fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
         })
         .collect();
     let read: Vec<&Entry> = named_by(rule, Entry::is_changed_in_place)
-        .filter(|entry| {
-            let decision = map.reads().get(entry.msr);
-            decision.rule == Some(index) && decision.action.source() == ReadSource::Policy
-        })
+        .filter(|entry| made_up(entry))
         .collect();
     let message = if !written.is_empty() {
         format!(

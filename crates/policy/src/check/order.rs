@@ -41,10 +41,13 @@ pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)]) 
     };
     own.filter_map(|&(index, rule)| {
         let hidden = search.hidden(rule, index);
+        let crossed = search.crossed(rule, index);
         if !deciding.contains(&index) {
             Some(never_counts(policy, map, rule, &hidden))
         } else if let Some(part) = hidden.iter().find(|part| !part.same) {
             Some(partly_hidden(rule, part))
+        } else if let Some((earlier, both)) = crossed {
+            Some(crosses(rule, earlier, both))
         } else if !useful.contains(&index) {
             Some(useless(rule))
         } else {
@@ -88,6 +91,33 @@ impl<'a> Search<'a> {
             }
         }
         hidden
+    }
+
+    /// An earlier rule whose range begins or ends within a range of this one and goes on outside of it, and says something
+    /// else of what both name.
+    fn crossed(&mut self, rule: &Rule, index: u32) -> Option<(&'a Rule, MsrRange)> {
+        let policy = self.policy;
+        let earlier = policy.rules.iter().take(usize::try_from(index).ok()?);
+        for earlier in earlier.filter(|earlier| earlier.when.is_always() || earlier.when == rule.when) {
+            let differs = earlier
+                .read
+                .as_ref()
+                .zip(rule.read.as_ref())
+                .is_some_and(|(one, other)| one != other)
+                || earlier
+                    .write
+                    .as_ref()
+                    .zip(rule.write.as_ref())
+                    .is_some_and(|(one, other)| one != other);
+            for (before, own) in wide(earlier).flat_map(|before| wide(rule).map(move |own| (before, own))) {
+                self.left = self.left.checked_sub(1)?;
+                let both = MsrRange::new(before.first().max(own.first()), before.last().min(own.last()));
+                if let Some(both) = both.filter(|both| differs && *both != before && *both != own) {
+                    return Some((earlier, both));
+                }
+            }
+        }
+        None
     }
 
     /// Only where it is no override: the rules before it either say the same of all of the pattern, or are wider than it.
@@ -148,6 +178,14 @@ impl Hidden<'_> {
     }
 }
 
+/// The ranges that a rule names by their ends.
+fn wide(rule: &Rule) -> impl Iterator<Item = MsrRange> {
+    rule.msrs.iter().filter_map(|pattern| match pattern {
+        Pattern::Range(range) if range.len() > 1 => Some(*range),
+        _ => None,
+    })
+}
+
 fn width(ranges: &[MsrRange]) -> u64 {
     ranges.iter().map(|range| range.len()).sum()
 }
@@ -185,6 +223,16 @@ fn partly_hidden(rule: &Rule, part: &Hidden<'_>) -> Diagnostic {
         Some(earlier) => diagnostic.second(earlier.place.clone(), "this one decides"),
         None => diagnostic,
     }
+}
+
+fn crosses(rule: &Rule, earlier: &Rule, both: MsrRange) -> Diagnostic {
+    let both = format!("{}..={}", both.first(), both.last());
+    let message = format!("a rule before this one names {both} too, and says something else: that one decides");
+    Diagnostic::at(Code::PartlyHidden, rule.place.clone(), message)
+        .help(format!(
+            "end one of the two ranges where the other begins, or leave {both} to one of them"
+        ))
+        .second(earlier.place.clone(), "this one decides")
 }
 
 fn said_again(rule: &Rule, part: &Hidden<'_>) -> Diagnostic {

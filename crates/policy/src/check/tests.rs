@@ -43,8 +43,9 @@ fn a_rule_of_which_a_wider_one_before_it_takes_a_part_is_found() {
     assert_eq!(hidden(&rule("0x10", "read = \"zero\"\nwrite = \"ignore\"")), ["W005"]);
     assert_eq!(hidden(&rule("[0x10, 0x100]", "read = \"zero\"")), ["W005"]);
     assert_eq!(hidden(&rule("\"0xe0..=0x110\"", "read = \"zero\"")), ["W005"]);
-    // A class behind an exception to it, a range that only begins there, the other direction: the language's ways.
-    assert_eq!(hidden(&rule("\"0xe0..=0x1ff\"", "read = \"zero\"")), [""; 0]);
+    // A range that only begins there crosses it.
+    assert_eq!(hidden(&rule("\"0xe0..=0x1ff\"", "read = \"zero\"")), ["W005"]);
+    // A class behind an exception to it, the other direction: the language's ways.
     assert_eq!(hidden(&rule("0x10", "write = \"ignore\"")), [""; 0]);
     let override_one = rule("0x176", "write = { once = true }") + &rule("0x176", "read = \"allow\"\nwrite = \"allow\"");
     assert_eq!(codes(&format!("default = \"deny\"\n{override_one}")), [""; 0]);
@@ -473,4 +474,24 @@ fn a_policy_that_asks_the_cpu_needs_its_cpuid() {
         let read = policy.read(msr, Some(&amd)).unwrap().0;
         assert_eq!(read, map.reads().get(msr).action, "{msr}");
     }
+}
+
+#[test]
+fn ranges_that_cross_are_told_and_those_within_one_another_are_exceptions() {
+    let found = |first: &str, second: &str, action: &str| {
+        let rules = format!(
+            "[[rule]]\nmsr = \"{first}\"\nread = \"deny\"\n[[rule]]\nmsr = \"{second}\"\nread = \"{action}\"\n"
+        );
+        let policy = policy(&format!("default = \"allow\"\n{rules}"));
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None);
+        findings
+            .into_iter()
+            .filter(|found| found.code == Code::PartlyHidden)
+            .count()
+    };
+    assert_eq!(found("0x300..=0x30f", "0x308..=0x320", "zero"), 1);
+    assert_eq!(found("0x308..=0x320", "0x300..=0x30f", "zero"), 1);
+    assert_eq!(found("0x308..=0x310", "0x300..=0x320", "zero"), 0, "an exception");
+    assert_eq!(found("0x300..=0x30f", "0x310..=0x320", "zero"), 0, "side by side");
+    assert_eq!(found("0x300..=0x30f", "0x308..=0x320", "deny"), 0, "the same");
 }
