@@ -82,10 +82,11 @@ pub enum Code {
     StateUnlisted,
     StateKept,
     InterfaceDenied,
+    PassedByLists,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 50] = [
+    const ALL: [(Code, &'static str, &'static str); 51] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -219,6 +220,11 @@ impl Code {
             Code::InterfaceDenied,
             "N023",
             "a rule denies an interface that the guest's CPUID may show",
+        ),
+        (
+            Code::PassedByLists,
+            "N024",
+            "a guest with VMX passes the filter on some kernels",
         ),
     ];
 

@@ -38,6 +38,11 @@ pub(super) fn check(policy: &Policy, map: &DecisionMap, rules: &[(u32, &Rule)]) 
         map,
         widths: policy.rules.iter().map(|rule| width(&rule.ranges())).collect(),
         left: EFFORT,
+        wide: (0..)
+            .zip(&policy.rules)
+            .flat_map(|(number, rule)| wide(rule).map(move |range| (number, range)))
+            .collect(),
+        crossings: EFFORT,
     };
     own.filter_map(|&(index, rule)| {
         let hidden = search.hidden(rule, index);
@@ -77,6 +82,10 @@ struct Search<'a> {
     widths: Vec<u64>,
     /// How many intervals may still be looked at.
     left: usize,
+    /// The ranges that rules name by their ends, with the rule's number.
+    wide: Vec<(u32, MsrRange)>,
+    /// How many pairs of these may still be looked at.
+    crossings: usize,
 }
 
 impl<'a> Search<'a> {
@@ -96,23 +105,26 @@ impl<'a> Search<'a> {
     /// An earlier rule whose range begins or ends within a range of this one and goes on outside of it, and says something
     /// else of what both name.
     fn crossed(&mut self, rule: &Rule, index: u32) -> Option<(&'a Rule, MsrRange)> {
-        let policy = self.policy;
-        let earlier = policy.rules.iter().take(usize::try_from(index).ok()?);
-        for earlier in earlier.filter(|earlier| earlier.when.is_always() || earlier.when == rule.when) {
-            let differs = earlier
-                .read
-                .as_ref()
-                .zip(rule.read.as_ref())
-                .is_some_and(|(one, other)| one != other)
-                || earlier
-                    .write
-                    .as_ref()
-                    .zip(rule.write.as_ref())
-                    .is_some_and(|(one, other)| one != other);
-            for (before, own) in wide(earlier).flat_map(|before| wide(rule).map(move |own| (before, own))) {
-                self.left = self.left.checked_sub(1)?;
+        for own in wide(rule) {
+            let before = self.wide.iter().take_while(|(number, _)| *number < index);
+            for (number, before) in before {
+                self.crossings = self.crossings.checked_sub(1)?;
                 let both = MsrRange::new(before.first().max(own.first()), before.last().min(own.last()));
-                if let Some(both) = both.filter(|both| differs && *both != before && *both != own) {
+                let Some(both) = both.filter(|both| both != before && *both != own) else {
+                    continue;
+                };
+                let earlier = self.policy.rules.get(usize::try_from(*number).ok()?)?;
+                let differs = earlier
+                    .read
+                    .as_ref()
+                    .zip(rule.read.as_ref())
+                    .is_some_and(|(one, other)| one != other)
+                    || earlier
+                        .write
+                        .as_ref()
+                        .zip(rule.write.as_ref())
+                        .is_some_and(|(one, other)| one != other);
+                if differs && (earlier.when.is_always() || earlier.when == rule.when) {
                     return Some((earlier, both));
                 }
             }

@@ -90,7 +90,7 @@ fn blocks(document_name: &str) -> Vec<Block> {
 fn cpuid() -> Cpuid {
     Cpuid::from_entries([
         (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
-        (1, 0, [0x0005_0654, 0, 0, u32::MAX]),
+        (1, 0, [0x0005_0654, 0, 1 << 5, u32::MAX]),
     ])
 }
 
@@ -106,7 +106,7 @@ fn findings(name: &Path, wanted: Option<&str>, files: &Examples) -> Vec<String> 
                 .collect();
         }
     };
-    let asked = policy.asks_cpuid() && wanted != Some("E018") || matches!(wanted, Some("W011" | "W012"));
+    let asked = policy.asks_cpuid() && wanted != Some("E018") || matches!(wanted, Some("W011" | "W012" | "N024"));
     let cpuid = Some(cpuid()).filter(|_| asked);
     let map = match policy.decision_map(cpuid.as_ref()) {
         Ok(map) => map,
