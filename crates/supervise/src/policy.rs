@@ -57,7 +57,6 @@ impl Policy {
         &self,
         filter: Option<&Filter>,
         open: Option<&BTreeSet<(Msr, Op)>>,
-        mask: Reasons,
     ) -> Result<Plan, PlanError> {
         let watched;
         let unplanned = CompileOptions::default();
@@ -73,8 +72,9 @@ impl Policy {
             (None, _) => Plan::compile_for(map, options)?,
             (Some(filter), _) => Plan::compile_for(&map.restricted_by(filter), options)?,
         };
-        // What the kernel refuses is handed over too, so that it is known; it faults as it would have.
-        Ok(plan.with_exit_reasons(mask.union(Reasons::ALL)))
+        // What the kernel refuses is handed over too, so that it is known; it faults as it would have. So is what the VMM
+        // asked for.
+        Ok(plan.with_exit_reasons(Reasons::ALL))
     }
 
     /// What each vCPU is given.
@@ -248,9 +248,9 @@ impl State {
     }
 
     /// The plan that holds for the policy and for a VMM with this filter and mask.
-    pub(crate) fn composed(&self, mask: Reasons) -> Result<Plan, PlanError> {
+    pub(crate) fn composed(&self) -> Result<Plan, PlanError> {
         let open = (!self.blind).then_some(&self.open);
-        self.policy.composed(self.filter.as_ref(), open, mask)
+        self.policy.composed(self.filter.as_ref(), open)
     }
 
     /// What a touch is.

@@ -36,7 +36,8 @@ mod run;
 /// What CPUID gives: leaf, subleaf, and EAX to EDX.
 pub type Leaf = (u32, u32, [u32; 4]);
 
-/// Says what a policy is for a guest with these leaves; an error is one line for people.
+/// Says what a policy is for a guest with these leaves, without presets, which would come too late; an error is one line for
+/// people.
 pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(Plan, CompileOptions), String> + Send>;
 
 /// How long a call waits for a vCPU that another thread runs: the VMM's thread would wait for it in the kernel.
@@ -410,7 +411,7 @@ impl Supervisor {
     fn adopt_vm(&mut self, stopped: &mut Stopped, fd: u64) -> Result<(), Refusal> {
         let line = |error: &dyn fmt::Display| Refusal::Line(error.to_string());
         self.open_host_msrs(&self.policy.clone())?;
-        let plan = self.policy.composed(None, Some(&BTreeSet::new()), Reasons::NONE);
+        let plan = self.policy.composed(None, Some(&BTreeSet::new()));
         let plan = plan.map_err(|error| line(&error))?;
         let tag = self.new_tag();
         self.hands.tag(stopped, fd, tag)?;
@@ -544,8 +545,7 @@ impl Supervisor {
         let Some(vm) = self.vms.get_mut(&tag) else { return };
         let weaker = vm.state.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
         let old = vm.state.filter.replace(filter);
-        let mask = vm.mask;
-        match self.compose(&mut stopped, fd, tag, mask) {
+        match self.compose(&mut stopped, fd, tag) {
             Ok(()) => stopped.finish(0),
             Err(refusal) => {
                 if let Some(vm) = self.vms.get_mut(&tag) {
@@ -580,23 +580,17 @@ impl Supervisor {
             let line = "its VM was not made under this `msrgate run`";
             return self.refuse(waiting, "the call is refused", line);
         }
-        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
-            return;
-        };
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
         let Some(mask) = Reasons::from_bits(arg).filter(|_| flags == 0) else {
-            return stopped.finish(i64::from(-libc::EINVAL));
+            let _ = waiting.give(i64::from(-libc::EINVAL));
+            return;
         };
-        match self.compose(&mut stopped, waiting.arguments[0], tag, mask) {
-            Ok(()) => {
-                if let Some(vm) = self.vms.get_mut(&tag) {
-                    vm.mask = mask;
-                }
-                self.tell_regions(tag, slot::MASK, u64::from(mask.bits()));
-                stopped.finish(0);
-            }
-            Err(refusal) => self.fail(stopped, waiting.thread, "the VMM's call fails", refusal),
+        // The kernel hands over for all reasons already.
+        if let Some(vm) = self.vms.get_mut(&tag) {
+            vm.mask = mask;
         }
+        self.tell_regions(tag, slot::MASK, u64::from(mask.bits()));
+        let _ = waiting.give(0);
     }
 
     /// Has the answerers of a VM's vCPUs know something.
@@ -616,9 +610,9 @@ impl Supervisor {
     }
 
     /// Puts in force what policy and VMM say together; on an error what was in force still is.
-    fn compose(&mut self, stopped: &mut Stopped, fd: u64, tag: u64, mask: Reasons) -> Result<(), Refusal> {
+    fn compose(&mut self, stopped: &mut Stopped, fd: u64, tag: u64) -> Result<(), Refusal> {
         let vm = self.vms.get_mut(&tag).ok_or(Refusal::Kernel(Errno::EBADF))?;
-        let plan = vm.state.composed(mask).map_err(|error| {
+        let plan = vm.state.composed().map_err(|error| {
             let with = match &vm.state.filter {
                 Some(_) => "together with the VMM's own MSR filter ",
                 None => "",

@@ -439,8 +439,6 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 // An event, where it is wanted; before it, how many found no room.
                 if log & 3 != 0 || flags & slot::EVENTS != 0 {
                     let mut written = word(shared, vcpu::WRITTEN);
-                    // The event that waits is overwritten.
-                    put(shared, vcpu::PENDING_EVENT, 0);
                     let taken = atomic(at(shared, vcpu::TAKEN)).load(Ordering::Acquire);
                     let missed = word(shared, vcpu::MISSED);
                     let room = vcpu::EVENT_COUNT as u64 - written.wrapping_sub(taken);
@@ -469,12 +467,10 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                         put(event, 5, told | op << 24 | has_rip | has_cost);
                         put(event, 6, log);
                         put(event, 7, took);
-                        // A gap before it can be seen, and it where it is known how it ends.
-                        atomic(at(shared, vcpu::WRITTEN)).store(written, Ordering::Release);
-                        put(shared, vcpu::PENDING_EVENT, 1);
-                        if !redo {
-                            publish(shared);
-                        }
+                        // One that waited was here. It is seen where it is known how it ends, and a gap before it at once.
+                        put(shared, vcpu::PENDING_EVENT, redo.into());
+                        let seen = written.wrapping_add(u64::from(!redo));
+                        atomic(at(shared, vcpu::WRITTEN)).store(seen, Ordering::Release);
                     }
                 }
             }

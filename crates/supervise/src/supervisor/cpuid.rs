@@ -49,12 +49,11 @@ impl Supervisor {
                         give all of them the same model and features";
             return self.fail(stopped, waiting.thread, &what, Refusal::Line(line.to_owned()));
         }
-        let mask = object.mask;
         let old = mem::replace(&mut object.state.policy, Arc::clone(&policy));
         let vm_fd = object.descriptor(waiting.thread, vm);
         let composed = match (changes, vm_fd) {
             (false, _) => Ok(()),
-            (true, Some(vm_fd)) => self.compose(&mut stopped, vm_fd, vm, mask),
+            (true, Some(vm_fd)) => self.compose(&mut stopped, vm_fd, vm),
             (true, None) => Err(Refusal::Line("the VMM has no descriptor of its VM any more".to_owned())),
         };
         if let Err(refusal) = composed {
@@ -74,7 +73,7 @@ impl Supervisor {
                 self.put_back(vm, old);
                 if changes
                     && let Some(vm_fd) = vm_fd
-                    && self.compose(&mut stopped, vm_fd, vm, mask).is_err()
+                    && self.compose(&mut stopped, vm_fd, vm).is_err()
                 {
                     self.set_ready(tag, false);
                 }

@@ -67,7 +67,24 @@ struct Reach<'a, 'l> {
     refused: Option<String>,
 }
 
-impl Reach<'_, '_> {
+impl<'a, 'l> Reach<'a, 'l> {
+    fn new(
+        hands: &'a mut Hands,
+        host: Option<&'a HostMsrs>,
+        waiting: &'a Waiting<'l>,
+        process: i32,
+        stopped: &'a mut Option<Stopped>,
+    ) -> Reach<'a, 'l> {
+        Reach {
+            hands,
+            host,
+            waiting,
+            process,
+            stopped,
+            refused: None,
+        }
+    }
+
     fn thread(&mut self) -> Option<(&mut Hands, &mut Stopped)> {
         if self.stopped.is_none() {
             match self.hands.stop(self.waiting, self.process, None, || ()) {
@@ -184,14 +201,7 @@ impl Supervisor {
             return nobody;
         };
         let state = vcpu.state.get_or_insert_with(|| plan.table().vcpu_state());
-        let mut reach = Reach {
-            hands: &mut self.hands,
-            host: self.host.as_ref(),
-            waiting,
-            process,
-            stopped,
-            refused: None,
-        };
+        let mut reach = Reach::new(&mut self.hands, self.host.as_ref(), waiting, process, stopped);
         let answer = plan.table().answer(Exit::new(access, reason), state, &mut reach);
         if let Some(line) = reach.refused {
             self.tell(
@@ -230,14 +240,7 @@ impl Supervisor {
             Touch::Open => return Verdict::of(reply::REDO),
             Touch::Pass | Touch::First => {}
         }
-        let mut reach = Reach {
-            hands: &mut self.hands,
-            host: None,
-            waiting,
-            process,
-            stopped,
-            refused: None,
-        };
+        let mut reach = Reach::new(&mut self.hands, None, waiting, process, stopped);
         if touch == Touch::Pass {
             let outcome = match access {
                 Access::Read { msr } => reach.kernel_read(msr).map(Outcome::Value),
@@ -267,10 +270,7 @@ impl Supervisor {
                     let reasons = vm.reasons;
                     put_in_force(hands, thread, fd, vm, &filter, reasons).map_err(Refusal::from)
                 }
-                None => {
-                    let mask = vm.mask;
-                    self.compose_watching(stopped.as_mut(), fd, vm_tag, mask)
-                }
+                None => self.compose_watching(stopped.as_mut(), fd, vm_tag),
             },
         };
         let Some(vm) = self.vms.get_mut(&vm_tag) else {
@@ -316,19 +316,12 @@ impl Supervisor {
         if !vm.state.open.remove(&(msr, op)) {
             return verdict;
         }
-        let mut reach = Reach {
-            hands: &mut self.hands,
-            host: None,
-            waiting,
-            process,
-            stopped,
-            refused: None,
-        };
+        let mut reach = Reach::new(&mut self.hands, None, waiting, process, stopped);
         let Some((hands, thread)) = reach.thread() else {
             vm.state.open.insert((msr, op));
             return verdict;
         };
-        let (mask, reasons) = (vm.mask, vm.reasons);
+        let reasons = vm.reasons;
         let closed = match (
             vm.descriptor(waiting.thread, vm_tag),
             watch::closed(&vm.in_force, msr, op),
@@ -337,7 +330,7 @@ impl Supervisor {
             (Some(fd), Some(filter)) => put_in_force(hands, thread, fd, vm, &filter, reasons).is_ok(),
             (Some(fd), None) => stopped
                 .as_mut()
-                .is_some_and(|thread| self.compose(thread, fd, vm_tag, mask).is_ok()),
+                .is_some_and(|thread| self.compose(thread, fd, vm_tag).is_ok()),
         };
         if !closed && let Some(vm) = self.vms.get_mut(&vm_tag) {
             vm.state.open.insert((msr, op));
@@ -347,15 +340,9 @@ impl Supervisor {
 
     /// A plan for all that was touched; where there is no room for it nothing is watched any more: rather that than a
     /// change for the guest.
-    fn compose_watching(
-        &mut self,
-        thread: Option<&mut Stopped>,
-        fd: u64,
-        vm_tag: u64,
-        mask: msrgate_core::Reasons,
-    ) -> Result<(), Refusal> {
+    fn compose_watching(&mut self, thread: Option<&mut Stopped>, fd: u64, vm_tag: u64) -> Result<(), Refusal> {
         let thread = thread.ok_or(Refusal::Kernel(nix::errno::Errno::ESRCH))?;
-        let Err(refusal) = self.compose(thread, fd, vm_tag, mask) else {
+        let Err(refusal) = self.compose(thread, fd, vm_tag) else {
             return Ok(());
         };
         if let Refusal::Line(line) = &refusal {
@@ -366,7 +353,7 @@ impl Supervisor {
         if let Some(vm) = self.vms.get_mut(&vm_tag) {
             vm.state.blind = true;
         }
-        let blind = self.compose(thread, fd, vm_tag, mask);
+        let blind = self.compose(thread, fd, vm_tag);
         if blind.is_err()
             && let Some(vm) = self.vms.get_mut(&vm_tag)
         {
