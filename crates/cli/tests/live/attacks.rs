@@ -23,7 +23,7 @@ use self::vmm::{Way, vmm};
 use serde_json::Value;
 
 use crate::command::{Folder, Ran, count, list, text};
-use crate::policies::{wait_until, with_policy};
+use crate::policies::{summary, wait_until, with_policy};
 
 /// One rule of each kind that user space answers, and one that the kernel denies.
 const ANSWERS: &str = r#"default = "allow"
@@ -61,12 +61,6 @@ fn under(folder: &Folder, options: &[&str], vmm: &Path, arguments: &[&str]) -> C
 /// The VMM by itself.
 fn bare(folder: &Folder, vmm: &Path, arguments: &[&str]) -> Ran {
     Ran::of(Command::new(vmm).args(arguments).current_dir(folder.path()))
-}
-
-/// The summary of `--json`.
-fn summary(ran: &Ran) -> Value {
-    let last = ran.err.lines().last().unwrap_or_default();
-    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {}", ran.err))
 }
 
 /// The lines of a trace behind its header.

@@ -1,6 +1,11 @@
 //! Whether a test may use this machine's KVM.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use crate::command::{Folder, Ran, program};
 
 /// Whether `/dev/kvm` opens. Where it does not the test is skipped, or fails if its lane requires KVM.
 pub(crate) fn kvm_opens() -> bool {
@@ -11,4 +16,23 @@ pub(crate) fn kvm_opens() -> bool {
     assert!(!required, "/dev/kvm does not open: {error}");
     println!("skipped: /dev/kvm does not open: {error}");
     false
+}
+
+/// A run of the command by a user who may not open `/dev/kvm`; `None`, and why, where there can be none.
+pub(crate) fn without_permission(folder: &Folder) -> Option<impl Fn(&[&str]) -> Ran> {
+    const NOBODY: u32 = 65534;
+    let device = fs::metadata("/dev/kvm").expect("it opens");
+    let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    if !root || device.permissions().mode() & 0o006 != 0 || device.gid() == NOBODY {
+        println!("skipped: needs root, and a /dev/kvm that is not open to everyone");
+        return None;
+    }
+    // Where the program was built may be closed to others.
+    fs::copy(program(), folder.path().join("msrgate")).expect("a copy");
+    let directory = folder.path().to_path_buf();
+    Some(move |arguments: &[&str]| {
+        let mut command = Command::new(directory.join("msrgate"));
+        command.args(arguments).current_dir(&directory).stdin(Stdio::null());
+        Ran::of(command.uid(NOBODY).gid(NOBODY))
+    })
 }

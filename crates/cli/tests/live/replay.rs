@@ -9,14 +9,11 @@ mod emitted;
 mod readme;
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::command::{Folder, Ran, count, hex, list, program, text};
-use crate::kvm::kvm_opens;
+use crate::command::{Folder, Ran, count, hex, list, text};
+use crate::kvm::{kvm_opens, without_permission};
 
 const MICROVM: &str = "traces/linux-6.1-microvm.jsonl";
 const PC: &str = "traces/linux-6.1-pc-smp2.jsonl";
@@ -357,28 +354,9 @@ fn without_permission_the_command_says_what_to_do_and_the_engine_still_works() {
     if !kvm_opens() {
         return;
     }
-    const NOBODY: u32 = 65534;
-    let device = fs::metadata("/dev/kvm").expect("it opens");
-    let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-    if !root || device.permissions().mode() & 0o006 != 0 || device.gid() == NOBODY {
-        println!("skipped: needs root, and a /dev/kvm that is not open to everyone");
-        return;
-    }
     let folder = Folder::furnished();
-    // Where the program was built may be closed to others.
-    fs::copy(program(), folder.path().join("msrgate")).expect("a copy");
-    let nobody = |backend: &[&str]| {
-        let mut command = Command::new(folder.path().join("msrgate"));
-        command
-            .args(["replay", "-p", "policies/linux-microvm.toml", MICROVM])
-            .args(backend);
-        command
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .uid(NOBODY)
-            .gid(NOBODY);
-        Ran::of(&mut command)
-    };
+    let Some(run) = without_permission(&folder) else { return };
+    let nobody = |backend: &[&str]| run(&[&["replay", "-p", "policies/linux-microvm.toml", MICROVM], backend].concat());
     let refused = nobody(&["--backend", "kvm"]).code(3);
     assert!(refused.out.is_empty(), "{}", refused.out);
     refused.says(&[

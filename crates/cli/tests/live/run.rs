@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::command::{Folder, Ran, count, list, text};
 use crate::kvm::kvm_opens;
-use crate::policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
+use crate::policies::{BY_VENDOR, MICROCODE, summary, wait_until, with_policy};
 
 /// Has this test's own program be the VMM: the value is the VMM's arguments.
 const VMM: &str = "MSRGATE_TEST_VMM";
@@ -94,12 +94,6 @@ fn seen(ran: &Ran) -> Vec<&str> {
     lines
         .filter(|line| ["rdmsr", "wrmsr", "vmm "].iter().any(|start| line.starts_with(start)))
         .collect()
-}
-
-/// The summary of `--json`.
-fn summary(ran: &Ran) -> Value {
-    let last = ran.err.lines().last().unwrap_or_default();
-    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {}", ran.err))
 }
 
 /// What a summary has by MSR: which, in which direction, how often, and what the last one got.

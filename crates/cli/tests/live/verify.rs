@@ -1,15 +1,12 @@
 //! `verify` on this machine's KVM. Skipped where /dev/kvm does not open, unless MSRGATE_LANE_REQUIRE is 1.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 
 use msrgate_suite::{Checked, Engine, Process, Step, check, parse};
 use serde_json::Value;
 
-use crate::command::{Folder, POLICIES, Ran, count, list, program, text};
-use crate::kvm::kvm_opens;
+use crate::command::{Folder, POLICIES, count, list, text};
+use crate::kvm::{kvm_opens, without_permission};
 
 const MODES: [&str; 2] = ["real", "long"];
 
@@ -267,22 +264,9 @@ fn without_permission_verify_says_so_and_ends_with_3() {
     if !kvm_opens() {
         return;
     }
-    const NOBODY: u32 = 65534;
-    let device = fs::metadata("/dev/kvm").expect("it opens");
-    let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-    if !root || device.permissions().mode() & 0o006 != 0 || device.gid() == NOBODY {
-        println!("skipped: needs root, and a /dev/kvm that is not open to everyone");
-        return;
-    }
     let folder = Folder::new();
-    // Where the program was built may be closed to others.
-    fs::copy(program(), folder.path().join("msrgate")).expect("a copy");
-    let mut command = Command::new(folder.path().join("msrgate"));
-    command
-        .args(["verify", "--random", "1"])
-        .current_dir(folder.path())
-        .stdin(Stdio::null())
-        .uid(NOBODY)
-        .gid(NOBODY);
-    Ran::of(&mut command).code(3).says(&["may not be opened by this user"]);
+    let Some(run) = without_permission(&folder) else { return };
+    run(&["verify", "--random", "1"])
+        .code(3)
+        .says(&["may not be opened by this user"]);
 }

@@ -1,9 +1,11 @@
-//! Policies that several VMMs run under.
+//! Policies that several VMMs run under, and what tests of `run` share.
 #![allow(dead_code, reason = "each test uses a part of this")]
 
 use std::time::{Duration, Instant};
 
-use crate::command::Folder;
+use serde_json::Value;
+
+use crate::command::{Folder, Ran};
 
 /// Options of `run`: the revision of microcode is 0x1000000.
 pub(crate) const MICROCODE: &[&str] = &["-p", "policies/fixed-microcode.toml"];
@@ -37,4 +39,10 @@ pub(crate) fn wait_until(mut done: impl FnMut() -> bool) {
         assert!(start.elapsed() < Duration::from_secs(80));
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The summary of `--json`.
+pub(crate) fn summary(ran: &Ran) -> Value {
+    let last = ran.err.lines().last().unwrap_or_default();
+    serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {}", ran.err))
 }
