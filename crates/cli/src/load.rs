@@ -207,13 +207,13 @@ fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Ref
         path,
         &Disk {
             path,
-            given: given.and_then(no_trace),
+            given: given.and_then(unless_recognised),
         },
     ))
 }
 
-/// What was named in place of a policy, in words, where it is clear by its beginning.
-fn no_trace(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+/// The bytes, or in words what was named in place of a policy, where that is clear by its beginning.
+fn unless_recognised(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
     let head = bytes.get(..4096).unwrap_or(&bytes);
     let head = head.trim_ascii_start();
     let what = match head {

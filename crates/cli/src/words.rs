@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::SystemTime;
 
-use msrgate_core::{Msr, MsrRange};
+use msrgate_core::{Disposition, FaultCause, Msr, MsrRange, Reason};
 use msrgate_plan::Preset;
 use serde_json::{Value, json};
 
@@ -36,6 +36,21 @@ pub(crate) fn presets<'a>(presets: impl IntoIterator<Item = &'a Preset>) -> Valu
     presets
         .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
         .collect()
+}
+
+/// What an access got: what was done, why it faulted or left the kernel, and what the policy would do.
+pub(crate) fn outcome(
+    did: Disposition,
+    why: Option<FaultCause>,
+    reason: Option<Reason>,
+    would: Option<Disposition>,
+) -> String {
+    let would = would.map(|would| format!("; policy: {would}")).unwrap_or_default();
+    match (why, reason) {
+        (Some(why), _) => format!("{did}: {why}{would}"),
+        (None, Some(reason)) if reason != Reason::Filter => format!("{did} ({reason}){would}"),
+        (None, _) => format!("{did}{would}"),
+    }
 }
 
 /// A time as people read it.

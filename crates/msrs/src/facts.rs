@@ -135,6 +135,21 @@ pub enum Bypass {
 }
 
 impl Bypass {
+    /// The instruction that passes, and what it does with the register; `None` where no instruction of its own does.
+    pub const fn instruction(self) -> Option<&'static str> {
+        Some(match self {
+            Bypass::Rdtsc => "RDTSC reads",
+            Bypass::Rdtscp => "RDTSCP and RDPID read",
+            Bypass::Rdpmc => "RDPMC reads",
+            Bypass::Sysenter => "SYSENTER goes by",
+            Bypass::Syscall => "SYSCALL goes by",
+            Bypass::Xsaves => "XRSTORS changes",
+            Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change",
+            Bypass::Swapgs => "SWAPGS changes",
+            Bypass::Fastpath | Bypass::Ghcb | Bypass::Hardware => return None,
+        })
+    }
+
     /// What passes, in a sentence; `None` where an instruction goes by the register, and neither shows nor changes it.
     pub const fn sentence(self) -> Option<&'static str> {
         Some(match self {

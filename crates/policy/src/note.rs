@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Op, ReadAction};
+use msrgate_core::Op;
 use msrgate_msrs::{Bypass, Entry};
 use msrgate_plan::{DecisionMap, Note, Plan};
 
@@ -51,37 +51,25 @@ fn passes(map: &DecisionMap, entry: &Entry) -> Option<Diagnostic> {
 
 /// A note on the instructions that reach registers which the policy closes.
 fn instructions(map: &DecisionMap) -> Option<Diagnostic> {
-    let mut reached: BTreeMap<Bypass, Vec<&str>> = BTreeMap::new();
+    let mut reached: BTreeMap<(Bypass, &str), Vec<&str>> = BTreeMap::new();
     for entry in msrgate_msrs::all() {
-        let read = &map.reads().get(entry.msr).action;
         let closed = match entry.bypass {
-            Some(Bypass::Rdtsc | Bypass::Rdtscp | Bypass::Rdpmc) => *read != ReadAction::Allow,
+            Some(Bypass::Rdtsc | Bypass::Rdtscp | Bypass::Rdpmc) => !map.allows(entry.msr, Op::Read),
             // RDMSR shows something else than the instruction goes by.
-            Some(Bypass::Sysenter | Bypass::Syscall) => !matches!(read, ReadAction::Allow | ReadAction::Deny),
+            Some(Bypass::Sysenter | Bypass::Syscall) => map.reads().get(entry.msr).action.needs_exit(),
             Some(Bypass::Fsgsbase | Bypass::Swapgs | Bypass::Xsaves) => !map.allows(entry.msr, Op::Write),
             _ => false,
         };
-        if let Some(bypass) = entry.bypass.filter(|_| closed) {
-            reached.entry(bypass).or_default().push(entry.name());
+        let instruction = |bypass: Bypass| Some((bypass, bypass.instruction()?));
+        if let Some(key) = entry.bypass.filter(|_| closed).and_then(instruction) {
+            reached.entry(key).or_default().push(entry.name());
         }
     }
-    let parts = reached.iter().map(|(bypass, names)| {
-        let what = match bypass {
-            Bypass::Rdtsc => "RDTSC reads",
-            Bypass::Rdtscp => "RDTSCP and RDPID read",
-            Bypass::Rdpmc => "RDPMC reads",
-            Bypass::Sysenter => "SYSENTER goes by",
-            Bypass::Syscall => "SYSCALL goes by",
-            Bypass::Xsaves => "XRSTORS changes",
-            Bypass::Fsgsbase => "WRFSBASE and WRGSBASE change",
-            _ => "SWAPGS changes",
-        };
-        match names.as_slice() {
-            [first, second, rest @ ..] if !rest.is_empty() => {
-                format!("{what} {first}, {second} and {} more", rest.len())
-            }
-            names => format!("{what} {}", names.join(" and ")),
+    let parts = reached.iter().map(|((_, what), names)| match names.as_slice() {
+        [first, second, rest @ ..] if !rest.is_empty() => {
+            format!("{what} {first}, {second} and {} more", rest.len())
         }
+        names => format!("{what} {}", names.join(" and ")),
     });
     let parts: Vec<String> = parts.collect();
     (!parts.is_empty()).then(|| {

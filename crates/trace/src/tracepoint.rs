@@ -181,11 +181,7 @@ impl Access {
             Some("msr_write") => Op::Write,
             other => return Access::fields(payload, other.unwrap_or_default()),
         };
-        let mut number = |what: &str| {
-            let word = words.next().unwrap_or_default().trim_end_matches(')');
-            let digits = word.strip_prefix("0x").unwrap_or(word);
-            u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
-        };
+        let mut number = |what| hexadecimal(words.next().map(|word| word.trim_end_matches(')')), what);
         let msr = index(number("index")?)?;
         let value = number("value")?;
         let faulted = words.next().is_some_and(|word| word.starts_with("(#GP)"));
@@ -199,17 +195,10 @@ impl Access {
 
     /// `1b, value fee00900 #GP` as the guest's kernel prints it, or the fields `msr`, `val` and `failed` by their names.
     fn read_in_guest(op: Op, payload: &str) -> Result<Access, String> {
-        let mut words = payload
-            .split([' ', '\t', ',', ':', '=', ')'])
-            .filter(|word| !word.is_empty());
-        let bare = |word: Option<&str>, what: &str| {
-            let word = word.unwrap_or_default();
-            let digits = word.strip_prefix("0x").unwrap_or(word);
-            u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
-        };
         if payload.contains("value ") {
-            let msr = index(bare(words.next(), "index")?)?;
-            let value = bare(words.find(|word| *word == "value").and(words.next()), "value")?;
+            let mut words = words(payload);
+            let msr = index(hexadecimal(words.next(), "index")?)?;
+            let value = hexadecimal(words.find(|word| *word == "value").and(words.next()), "value")?;
             let faulted = words.next() == Some("#GP");
             return Ok(Access {
                 op,
@@ -218,14 +207,7 @@ impl Access {
                 faulted,
             });
         }
-        let mut fields = [("msr", None), ("val", None), ("failed", None)];
-        while let Some(key) = words.next() {
-            if let Some((_, field)) = fields.iter_mut().find(|(name, _)| *name == key) {
-                let word = words.next().unwrap_or_default();
-                *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
-            }
-        }
-        let [Some(msr), value, failed] = fields.map(|(_, field)| field) else {
+        let [Some(msr), value, failed] = named(payload, ["msr", "val", "failed"])? else {
             return Err("there is neither an index nor a value".to_owned());
         };
         Ok(Access {
@@ -239,21 +221,11 @@ impl Access {
     /// `write: 1, ecx: 1760, data: 5` of `perf trace`, which leaves out what is 0, or `write=1 ecx=0x6e0 data=0x5
     /// exception=0` of `trace-cmd report -R` and ftrace's option `fields`.
     fn fields(payload: &str, first: &str) -> Result<Access, String> {
-        let mut fields = [("write", None), ("ecx", None), ("data", None), ("exception", None)];
-        let mut words = payload
-            .split([' ', '\t', ',', ':', '=', ')'])
-            .filter(|word| !word.is_empty());
-        while let Some(key) = words.next() {
-            let Some((_, field)) = fields.iter_mut().find(|(name, _)| *name == key) else {
-                continue;
-            };
-            let word = words.next().unwrap_or_default();
-            *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
-        }
-        if fields.iter().all(|(_, field)| field.is_none()) {
+        let fields = named(payload, ["write", "ecx", "data", "exception"])?;
+        if fields.iter().all(Option::is_none) {
             return Err(format!("`{first}` is neither `msr_read` nor `msr_write`"));
         }
-        let [write, ecx, data, exception] = fields.map(|(_, field)| field.unwrap_or(0));
+        let [write, ecx, data, exception] = fields.map(Option::unwrap_or_default);
         Ok(Access {
             op: match write {
                 0 => Op::Read,
@@ -270,6 +242,33 @@ fn index(number: u64) -> Result<Msr, String> {
     u32::try_from(number)
         .map(Msr)
         .map_err(|_| format!("the index is {number:#x}, and it has 32 bits"))
+}
+
+/// The keys, numbers and other words of a payload.
+fn words(payload: &str) -> impl Iterator<Item = &str> {
+    let words = payload.split([' ', '\t', ',', ':', '=', ')']);
+    words.filter(|word| !word.is_empty())
+}
+
+/// The numbers that stand behind these keys.
+fn named<const N: usize>(payload: &str, keys: [&str; N]) -> Result<[Option<u64>; N], String> {
+    let mut found = [None; N];
+    let mut words = words(payload);
+    while let Some(key) = words.next() {
+        let place = keys.iter().position(|known| *known == key);
+        if let Some(field) = place.and_then(|place| found.get_mut(place)) {
+            let word = words.next().unwrap_or_default();
+            *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
+        }
+    }
+    Ok(found)
+}
+
+/// A number in hexadecimal, with `0x` or without.
+fn hexadecimal(word: Option<&str>, what: &str) -> Result<u64, String> {
+    let word = word.unwrap_or_default();
+    let digits = word.strip_prefix("0x").unwrap_or(word);
+    u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
 }
 
 /// A number in hexadecimal with `0x`, or in decimal, where `perf trace` prints those with bit 63 below zero.

@@ -298,12 +298,7 @@ pub(super) fn got(row: &Row) -> String {
 
 /// What was done, with what there is to say of it.
 pub(super) fn word(got: &Got) -> String {
-    let would = got.would.map(|would| format!("; policy: {would}")).unwrap_or_default();
-    match (got.why, got.reason) {
-        (Some(why), _) => format!("{}: {why}{would}", got.did),
-        (None, Some(reason)) if reason != Reason::Filter => format!("{} ({reason}){would}", got.did),
-        (None, _) => format!("{}{would}", got.did),
-    }
+    words::outcome(got.did, got.why, got.reason, got.would)
 }
 
 /// The rules that the trace names.

@@ -205,15 +205,10 @@ fn got(tally: &Counters) -> String {
         reason,
         would,
     } = tally.done;
-    let last = match (why, reason) {
-        (Some(why), _) => format!("{did}: {why}"),
-        (None, Some(reason)) if reason != Reason::Filter => format!("{did} ({reason})"),
-        (None, _) => did.to_string(),
-    };
-    let would = would.map(|would| format!("; policy: {would}")).unwrap_or_default();
+    let last = words::outcome(did, why, reason, would);
     match tally.faults {
-        Some(faults) if faults.count != tally.count => format!("{last}{would}; {} faulted", faults.count),
-        _ => format!("{last}{would}"),
+        Some(faults) if faults.count != tally.count => format!("{last}; {} faulted", faults.count),
+        _ => last,
     }
 }
 
