@@ -113,7 +113,9 @@ fn main() -> ExitCode {
     match main_with(std::env::args().skip(1)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("small_vmm: {error}");
+            // In one write, so that no other line begins within it.
+            let line = format!("small_vmm: {error}\n");
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
             ExitCode::FAILURE
         }
     }

@@ -580,17 +580,20 @@ impl Supervisor {
             let line = "its VM was not made under this `msrgate run`";
             return self.refuse(waiting, "the call is refused", line);
         }
+        // Not for a process whose memory is another than the VM's, as in the kernel.
+        let Some(stopped) = self.stop(waiting, "the VMM's call fails") else {
+            return;
+        };
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
         let Some(mask) = Reasons::from_bits(arg).filter(|_| flags == 0) else {
-            let _ = waiting.give(i64::from(-libc::EINVAL));
-            return;
+            return stopped.finish(i64::from(-libc::EINVAL));
         };
         // The kernel hands over for all reasons already.
         if let Some(vm) = self.vms.get_mut(&tag) {
             vm.mask = mask;
         }
         self.tell_regions(tag, slot::MASK, u64::from(mask.bits()));
-        let _ = waiting.give(0);
+        stopped.finish(0);
     }
 
     /// Has the answerers of a VM's vCPUs know something.

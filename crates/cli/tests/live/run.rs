@@ -61,7 +61,9 @@ fn vmm() {
     }
     let result = small_vmm::main_with(arguments.split(' ').map(str::to_owned));
     if let Err(error) = result {
-        eprintln!("small_vmm: {error}");
+        // In one write, so that no other line begins within it.
+        let line = format!("small_vmm: {error}\n");
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
         std::process::exit(9);
     }
     std::process::exit(0);
