@@ -61,8 +61,8 @@
 //! - Before registers are saved or shown, [`VcpuGate::drain_raw`]: no ioctl saves a pending access.
 //! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install the plan anew;
 //!   [`VcpuGate::save`] gives what the vCPU remembers, and [`VcpuGate::restore`] takes it, under the same policy alone.
-//! - A guest that is rolled back in place, to a state of the same vCPU, takes [`VcpuGate::reset`] before `restore`: what was
-//!   locked since is open then, as it was.
+//! - A guest that is rolled back in place, to a state of the same vCPU, takes [`VcpuGate::roll_back`]: what was locked since is
+//!   open then, as it was.
 //! - Of KVM's own registers, a VMM saves those that the guest can reach ([`Plan::reaches`](msrgate_plan::Plan::reaches)).
 //!   The others it leaves out: what one kernel holds there, another may have a preset for, or not know.
 //!
@@ -123,13 +123,13 @@
 //! | --- | --- |
 //! | [`probe()`] | KVM_CHECK_EXTENSION |
 //! | [`Capabilities::install`] | `fcntl` (F_DUPFD_CLOEXEC), KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` of `/sys/devices/system/cpu/possible` and `/dev/cpu/N/msr` |
-//! | [`Gate::vcpu`] | `fcntl` (F_DUPFD_CLOEXEC); with presets also KVM_GET_MSRS and KVM_SET_MSRS |
+//! | [`Gate::vcpu`] | `fcntl` (F_DUPFD_CLOEXEC), KVM_GET_CPUID2; with presets also KVM_GET_MSRS and KVM_SET_MSRS |
 //! | dispatch of `mask`, `only`, `once` and of what is spilled | KVM_GET_MSRS or KVM_SET_MSRS, or both |
 //! | dispatch of `host` | `pread64`, and `getcpu` where the vDSO lacks it |
 //! | dispatch of any other action | none; `futex` after a replacement |
 //! | [`Gate::replace`], [`Gate::remove`] | KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` as above; `futex` |
 //! | [`VcpuGate::drain_raw`] | KVM_RUN |
-//! | [`VcpuGate::save`], [`VcpuGate::restore`], [`VcpuGate::reset`] | none; `futex` after a replacement |
+//! | [`VcpuGate::save`], [`VcpuGate::restore`], [`VcpuGate::roll_back`], [`VcpuGate::reset`] | none; `futex` after a replacement |
 //!
 //! # Limits
 //! - The kernel cannot be asked what filter or mask a VM holds. Whoever sets another behind the gate's back wins, and
@@ -158,15 +158,17 @@ mod handler;
 mod registers;
 mod host;
 mod preset;
+mod counts;
 mod state;
 mod ioctl;
 #[cfg(test)]
 mod bindings;
 mod error;
 
-pub use error::{InstallError, Step};
+pub use counts::Counts;
+pub use error::{InstallError, OsError, Step};
 pub use gate::Gate;
-pub use handler::{Handler, Handlers};
+pub use handler::{Handler, Handlers, VcpuId};
 pub use host::HostMsrs;
 pub use msrgate_core::Fault;
 pub use probe::{Capabilities, Capability, ProbeError, open, probe};

@@ -10,7 +10,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Msr, MsrRange, OnLockedBits, ReadAction, WriteAction};
 use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes};
 use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::{Fault, Handler, Handlers};
+use msrgate_kvm::{Fault, Handler, Handlers, VcpuId};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Plan};
 use msrgate_policy::{Files, Pattern, Policy};
@@ -429,11 +429,11 @@ const HANDLED: u64 = 0xfeed;
 struct Answers;
 
 impl Handler for Answers {
-    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
+    fn read(&self, _: VcpuId, _: Msr) -> Result<u64, Fault> {
         Ok(HANDLED)
     }
 
-    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
+    fn write(&self, _: VcpuId, _: Msr, _: u64) -> Result<(), Fault> {
         Ok(())
     }
 }
