@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
@@ -13,7 +13,7 @@ use msrgate_guest::{Guest, Mode, Options};
 use msrgate_kvm::{Fault, Handler, Handlers, VcpuId};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Plan};
-use msrgate_policy::{Files, Pattern, Policy};
+use msrgate_policy::{Pattern, Policy};
 use serde_json::Value;
 
 use crate::command::{Folder, POLICIES, Ran, count, hex, list, text};
@@ -411,16 +411,6 @@ msr   = "IA32_SYSENTER_ESP"
 write = { only = [1, 2] }
 "#;
 
-/// The files of the disk.
-struct Disk;
-
-impl Files for Disk {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
-        read().map_err(|error: std::io::Error| error.to_string())
-    }
-}
-
 /// What stands for the physical CPU's registers, which the test may not read.
 const HOST: u64 = 0x5eed;
 /// What stands for a handler of the VMM.
@@ -548,7 +538,7 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
     let maps: Vec<(&str, DecisionMap, CompileOptions)> = names
         .map(|name| {
             let path = folder.path().join("policies").join(name);
-            let policy = Policy::load(&path, &Disk).expect("a policy");
+            let policy = Policy::from_file(&path).expect("a policy");
             let map = policy.decision_map(Some(&cpuid)).expect("has a CPUID");
             let reads = map.reads().map(|decision| match decision.action {
                 ReadAction::Host => Decision::of(ReadAction::Value(HOST))
