@@ -131,6 +131,12 @@ fn json(loaded: &Loaded) -> Value {
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
+        "system_calls": msrgate_kvm::system_calls(plan).iter().map(|call| json!({
+            "stage": call.stage.name(),
+            "call": call.name,
+            "argument": call.argument.map(|argument| format!("{argument:#x}")),
+            "argument_name": call.argument_name,
+        })).collect::<Vec<_>>(),
         "hash": words::hex(&plan.map().hash()),
     })
 }

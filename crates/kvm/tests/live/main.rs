@@ -7,6 +7,7 @@ mod install;
 mod interrupted;
 mod presets;
 mod replace;
+mod sandbox;
 mod spill;
 mod state;
 
