@@ -35,10 +35,10 @@ const CALLS: [&str; 9] = [
 const DIALECTS: [(&str, &[&str]); 6] = [
     ("gcc", &["-std=gnu99"]),
     ("gcc", &["-std=gnu11"]),
-    ("g++", &["-std=c++11", "-x", "c++"]),
+    ("g++", &["-std=c++20", "-x", "c++"]),
     ("clang", &["-std=gnu99"]),
     ("clang", &["-std=gnu11"]),
-    ("clang++", &["-std=c++11", "-x", "c++"]),
+    ("clang++", &["-std=c++20", "-x", "c++"]),
 ];
 
 /// What the header is compiled as by itself, to the letter of the standard.
@@ -51,8 +51,12 @@ const HEADER: [(&str, &str, &str); 6] = [
     ("clang++", "c++20", "c++"),
 ];
 
-/// A whole VMM, and beside it a policy.
+const TESTS: &str = "crates/capi/tests/calls.c";
+
+/// A whole VMM in C on the library, one on what `plan --emit c` prints, and their policy.
 const EXAMPLE: &str = "examples/c/vmm.c";
+const HEADER_EXAMPLE: &str = "examples/c/header.c";
+const POLICY: &str = "examples/c/policy.toml";
 
 const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-g"];
 
@@ -176,6 +180,8 @@ pub(crate) fn check() -> Result<Ending, String> {
     let place = toolchain::target("capi");
     let prefix = place.join("prefix");
     install(&prefix, &prefix, false)?;
+    fs::write(prefix.join("include/policy.h"), emitted()?)
+        .map_err(|error| format!("cannot write policy.h: {error}"))?;
     let mut trial = Trial {
         prefix,
         place,
@@ -208,6 +214,22 @@ pub(crate) fn check() -> Result<Ending, String> {
         count: trial.count,
         note,
     })
+}
+
+/// What `plan --emit c` prints of the examples' policy.
+fn emitted() -> Result<String, String> {
+    let mut command = cargo(&[
+        "run",
+        "--quiet",
+        "--package",
+        "msrgate-cli",
+        "--",
+        "plan",
+        "--emit",
+        "c",
+        POLICY,
+    ]);
+    process::output(&mut command)
 }
 
 struct Trial {
@@ -276,9 +298,10 @@ impl Trial {
         let what = [&[compiler], dialect, libraries, by.unwrap_or_default()]
             .concat()
             .join(" ");
-        // The example is C alone.
-        let sources = ["crates/capi/tests/calls.c", EXAMPLE];
-        for source in &sources[..if dialect.contains(&"c++") { 1 } else { 2 }] {
+        for source in [TESTS, HEADER_EXAMPLE, EXAMPLE] {
+            if source == EXAMPLE && dialect.contains(&"c++") {
+                continue;
+            }
             let program = self.place.join(Path::new(source).file_stem().unwrap_or_default());
             let mut command = process::bound(compiler);
             command
@@ -310,9 +333,8 @@ impl Trial {
     }
 
     fn run(&mut self, source: &str, what: &str, command: &mut Command) -> Result<(), String> {
-        let is_example = source == EXAMPLE;
-        if is_example {
-            command.arg(crate::root().join("examples/c/policy.toml"));
+        if source == EXAMPLE {
+            command.arg(crate::root().join(POLICY));
         }
         let (status, said) = process::watch(command).map_err(|error| format!("cannot run {source}: {error}"))?;
         if said.contains("skipped: ") || said.contains("/dev/kvm: ") {
@@ -320,7 +342,7 @@ impl Trial {
             return Ok(());
         }
         let read = said.lines().filter_map(|line| line.strip_prefix("the guest has read "));
-        let right = !is_example || read.eq(["0x11", "0x0", "0x4"]);
+        let right = source == TESTS || read.eq(["0x11", "0x0", "0x4"]);
         self.add(status.success() && right, &format!("{source}, {what}"))
     }
 

@@ -126,8 +126,8 @@ pub(crate) struct PlanArgs {
     /// Print one JSON object
     #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,
-    /// Print the filter as source, to build into a VMM; not with --host or --state
-    #[arg(long, value_enum, conflicts_with = "host")]
+    /// Print the plan as source, to build into a VMM; not with --state, and with --host in C alone
+    #[arg(long, value_enum)]
     pub(crate) emit: Option<Emit>,
 }
 
@@ -136,7 +136,7 @@ pub(crate) struct PlanArgs {
 pub(crate) enum Emit {
     /// The same as --json
     Json,
-    /// A C header: bitmaps and a `struct kvm_msr_filter`
+    /// A C header: the filter, and what answers exits
     C,
     /// Rust: bitmaps and ranges for the `kvm-ioctls` crate
     Rust,

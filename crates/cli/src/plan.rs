@@ -17,6 +17,11 @@ use crate::load::{self, Loaded};
 use crate::{cpuid, refusal, render, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
+    if args.host && !matches!(args.emit, None | Some(Emit::C | Emit::Json)) {
+        return Err(Failure::input(
+            "presets are in a C header alone: leave out --host, or take `--emit c`",
+        ));
+    }
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
     let loaded = match args.host {

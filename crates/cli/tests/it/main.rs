@@ -7,6 +7,7 @@ mod command;
 #[path = "../filter/mod.rs"]
 mod filter;
 
+mod answers;
 mod bad_input;
 mod decompile;
 mod diff;
