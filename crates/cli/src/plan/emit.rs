@@ -258,12 +258,10 @@ fn spilled(plan: &Plan) -> String {
     let mut text = String::new();
     for (number, (range, op)) in plan.spilled().enumerate() {
         if number == 0 {
-            text += &format!(
-                "//\n\
+            text += "//\n\
                  // The filter has no room to allow these accesses, which the policy leaves to the kernel. They exit as\n\
                  // KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR: the VMM must pass them on with KVM_GET_MSRS and KVM_SET_MSRS,\n\
-                 // on the vCPU's thread before it runs again, and set `error` to 1 where these do not take the MSR:\n"
-            );
+                 // on the vCPU's thread before it runs again, and set `error` to 1 where these do not take the MSR:\n";
         }
         text += &format!("//   {op} {range}\n");
     }
