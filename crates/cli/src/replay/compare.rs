@@ -23,7 +23,7 @@ pub(crate) struct Comparison {
     faults: u64,
     /// How many accesses are missing from the traces.
     lost: u64,
-    /// How many of the traces have only what a policy decided.
+    /// How many of the traces lack what the kernel carried out.
     pub(crate) partial: u64,
 }
 

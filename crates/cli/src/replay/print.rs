@@ -104,9 +104,8 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     if seen.partial > 0 {
         writeln!(
             out,
-            "note: {} only what a policy decided: what that policy left to the kernel was not made, and what this policy \
-             gives it is not known here",
-            words::counted(seen.partial, "trace has", "traces have")
+            "note: {} what the kernel carried out: it was not made, and what this policy gives it is not known here",
+            words::counted(seen.partial, "trace lacks", "traces lack")
         )?;
     }
     match seen.changed() {
