@@ -78,7 +78,9 @@ impl Log {
             }));
         };
         let mut numbers = numbers(behind);
-        let index = numbers.next().ok_or("there is no index behind what is said of an access")?;
+        let index = numbers
+            .next()
+            .ok_or("there is no index behind what is said of an access")?;
         let msr = u32::try_from(index).map_err(|_| format!("the index is {index:#x}, and it has 32 bits"))?;
         let value = match op {
             Op::Read => 0,
@@ -86,7 +88,9 @@ impl Log {
                 .next()
                 .ok_or("the line ends before what was written; it may be folded")?,
         };
-        let rip = line.split_once("rIP: ").and_then(|(_, rest)| self::numbers(rest).next());
+        let rip = line
+            .split_once("rIP: ")
+            .and_then(|(_, rest)| self::numbers(rest).next());
         let t = self.time(before);
         self.events = true;
         Ok(Some(Record::Event(Event {
@@ -180,7 +184,12 @@ fn suppressed(line: &str) -> Option<u64> {
 fn since_boot(stamp: &str) -> Option<u64> {
     let (seconds, micros) = stamp.trim().split_once('.')?;
     let micros = micros.parse::<u64>().ok().filter(|_| micros.len() == 6)?;
-    seconds.parse::<u64>().ok()?.checked_mul(1_000_000)?.checked_add(micros)?.checked_mul(1000)
+    seconds
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1_000_000)?
+        .checked_add(micros)?
+        .checked_mul(1000)
 }
 
 /// `12:00:01`, with a fraction or without, in nanoseconds since midnight; a day and a year may stand around it.

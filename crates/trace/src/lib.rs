@@ -423,7 +423,10 @@ impl<R: BufRead> Lines<R> {
             Format::Own => return self.own_record().map(Some),
             Format::Tracepoint(threads) => {
                 let event = threads.event(line.trim_end());
-                (event.map(|event| event.map(Record::Event)), tracepoint::breaks_off(&line))
+                (
+                    event.map(|event| event.map(Record::Event)),
+                    tracepoint::breaks_off(&line),
+                )
             }
             Format::Log(log) => (log.record(line.trim_end()), false),
         };

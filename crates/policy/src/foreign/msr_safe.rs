@@ -73,7 +73,10 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
 fn hidden(text: &str) -> usize {
     let lists = |line: &&str| {
         let mut words = line.trim_start().trim_start_matches('#').split_whitespace();
-        line.trim_start().starts_with('#') && [words.next(), words.next()].iter().all(|word| word.and_then(number).is_some())
+        line.trim_start().starts_with('#')
+            && [words.next(), words.next()]
+                .iter()
+                .all(|word| word.and_then(number).is_some())
     };
     text.lines().filter(lists).count()
 }
