@@ -12,8 +12,6 @@
 
 use msrgate_core::{Disposition, Event, Gap, Msr, Nanos, Op};
 
-use crate::Record;
-
 /// The most VMMs that are told apart.
 const MOST_VMS: usize = 4096;
 
@@ -30,6 +28,14 @@ const SAID: [(&str, Op, Disposition); 9] = [
     ("MSR access error: RDMSR from ", Op::Read, Disposition::Fault),
     ("MSR access error: WRMSR to ", Op::Write, Disposition::Fault),
 ];
+
+/// What a line says.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) enum Line {
+    Access(Event),
+    /// So many messages were left out.
+    Missing(Gap),
+}
 
 /// Whether a file that begins with this line is a log.
 pub(super) fn begins(line: &str) -> bool {
@@ -66,10 +72,10 @@ impl Log {
     }
 
     /// What a line says; `None` if it is about something else.
-    pub(super) fn record(&mut self, line: &str) -> Result<Option<Record>, String> {
+    pub(super) fn line(&mut self, line: &str) -> Result<Option<Line>, String> {
         let Some((before, op, did, behind)) = said(line) else {
             return Ok(suppressed(line).map(|events| {
-                Record::Gap(Gap {
+                Line::Missing(Gap {
                     t: self.time(line),
                     vm: 0,
                     vcpu: 0,
@@ -93,7 +99,7 @@ impl Log {
             .and_then(|(_, rest)| self::numbers(rest).next());
         let t = self.time(before);
         self.events = true;
-        Ok(Some(Record::Event(Event {
+        Ok(Some(Line::Access(Event {
             t,
             vm: self.vm(before)?,
             vcpu: vcpu(before),
@@ -140,10 +146,10 @@ impl Log {
         }
         const DAY: u64 = 86_400_000_000_000;
         if let Some(t) = line.split(['[', ']', ' ', 'T']).find_map(clock) {
-            let midnight = self.last - self.last % DAY;
-            self.last = match midnight + t >= self.last {
-                true => midnight + t,
-                false => midnight.saturating_add(DAY + t),
+            let today = (self.last - self.last % DAY).saturating_add(t);
+            self.last = match today >= self.last {
+                true => today,
+                false => today.saturating_add(DAY),
             };
         }
         Nanos(self.last)
@@ -206,8 +212,8 @@ mod tests {
     use super::*;
 
     fn event(line: &str) -> Event {
-        match Log::default().record(line) {
-            Ok(Some(Record::Event(event))) => event,
+        match Log::default().line(line) {
+            Ok(Some(Line::Access(event))) => event,
             other => panic!("{line}: {other:?}"),
         }
     }
@@ -280,13 +286,13 @@ mod tests {
         let mut log = Log::default();
         for (process, vm) in [(100, 0), (200, 1), (100, 0)] {
             let line = format!("[    1.000000] kvm [{process}]: vcpu0 ignored rdmsr: 0x35 data 0x0");
-            let record = log.record(&line);
+            let record = log.line(&line);
             assert!(
-                matches!(record, Ok(Some(Record::Event(event))) if event.vm == vm),
+                matches!(record, Ok(Some(Line::Access(event))) if event.vm == vm),
                 "{record:?}"
             );
         }
-        let gap = |line: &str| matches!(Log::default().record(line), Ok(Some(Record::Gap(gap))) if gap.events == 27);
+        let gap = |line: &str| matches!(Log::default().line(line), Ok(Some(Line::Missing(gap))) if gap.events == 27);
         assert!(gap("[  280.802976] kvm_msr_ignored_check: 27 callbacks suppressed"));
         assert!(!gap("[  280.802976] net_ratelimit: 27 callbacks suppressed"));
     }
@@ -299,14 +305,14 @@ mod tests {
             "kvm [1]: vcpu0, guest rIP: 0xfff0 vmx_set_msr: BTF|LBR in IA32_DEBUGCTLMSR 0x1, nop",
             "",
         ] {
-            assert_eq!(Log::default().record(line), Ok(None), "{line}");
+            assert_eq!(Log::default().line(line), Ok(None), "{line}");
         }
         for (line, what) in [
             ("kvm [1]: ignored rdmsr: many", "no index"),
             ("kvm [1]: ignored rdmsr: 0x100000000", "32 bits"),
             ("kvm [1]: ignored wrmsr: 0x611 da", "before what was written"),
         ] {
-            let error = Log::default().record(line).expect_err(line);
+            let error = Log::default().line(line).expect_err(line);
             assert!(error.contains(what), "{line}: {error}");
         }
     }

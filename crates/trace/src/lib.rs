@@ -428,7 +428,15 @@ impl<R: BufRead> Lines<R> {
                     tracepoint::breaks_off(&line),
                 )
             }
-            Format::Log(log) => (log.record(line.trim_end()), false),
+            Format::Log(log) => {
+                let record = log.line(line.trim_end()).map(|line| {
+                    line.map(|line| match line {
+                        kernel_log::Line::Access(event) => Record::Event(event),
+                        kernel_log::Line::Missing(gap) => Record::Gap(gap),
+                    })
+                });
+                (record, false)
+            }
         };
         if !line.ends_with('\n') && (record.is_err() || breaks_off) {
             return Err(TraceError::at(self.number, BREAKS_OFF));
