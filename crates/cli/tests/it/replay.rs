@@ -26,7 +26,7 @@ fn a_recorded_boot_is_not_changed_by_the_policy_made_for_it() {
         ("policies/linux-pc.toml", PC, "387 accesses"),
     ] {
         let ran = folder
-            .run(&["replay", "--backend", "engine", "-p", policy, trace])
+            .run(&["replay", "--all", "--backend", "engine", "-p", policy, trace])
             .code(0);
         ran.shows(&[
             accesses,
@@ -71,7 +71,7 @@ fn a_guest_that_would_break_is_exit_1_and_each_change_is_counted() {
     let people = folder
         .run(&["replay", "--backend", "engine", "-p", "policies/sandbox.toml", MICROVM])
         .code(1);
-    people.shows(&["the policy changed 663 of them", "664 faulted"]);
+    people.shows(&["the policy changed 663 of 664 accesses", "664 faulted"]);
 }
 
 #[test]
