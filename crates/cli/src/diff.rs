@@ -123,7 +123,7 @@ fn print(out: &mut Stream<impl Write>, found: &Differences, by: By, args: &DiffA
         input::shown(&args.b)
     )?;
     // All of them differ, so by effect they are in the order of their MSRs.
-    let (rows, rest) = render::list(rows, &args.list, |row| {
+    let (rows, rest) = render::list(rows, &args.list, out.width.is_some(), |row| {
         let count = if args.list.sort == SortArg::Count {
             row.range.len()
         } else {

@@ -223,7 +223,7 @@ fn beside(lengths: &[usize], room: usize) -> Vec<bool> {
     fits.collect()
 }
 
-/// How many rows people get at once.
+/// How many rows a terminal gets at once.
 const ROWS: usize = 40;
 
 /// The rows that people get in the order that they asked for, and how many there are beside. `key` says of a row how much is
@@ -231,6 +231,7 @@ const ROWS: usize = 40;
 pub(crate) fn list<T, K: Ord>(
     mut rows: Vec<T>,
     args: &ListArgs,
+    terminal: bool,
     key: impl Fn(&T) -> (Effect, u64, K),
 ) -> (Vec<T>, usize) {
     rows.sort_by_cached_key(|row| {
@@ -242,10 +243,10 @@ pub(crate) fn list<T, K: Ord>(
         };
         (Reverse(effect), Reverse(count), place)
     });
-    let most = match args.all {
+    let most = args.top.unwrap_or(match args.all || !terminal {
         true => usize::MAX,
-        false => args.top.unwrap_or(ROWS),
-    };
+        false => ROWS,
+    });
     let rest = rows.len().saturating_sub(most);
     rows.truncate(most);
     (rows, rest)

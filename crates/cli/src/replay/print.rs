@@ -67,13 +67,16 @@ pub(crate) fn text(out: &mut Stream<impl Write>, seen: &Comparison, list: &ListA
         words::counted(seen.accesses(), "access", "accesses"),
         seen.faults()
     )?;
-    // What is as it was is shown to whoever asks for rows.
-    let asked = list.all || list.top.is_some() || list.sort != SortArg::Effect;
+    // On a terminal what is as it was is shown to whoever asks for rows.
+    let terminal = out.width.is_some();
+    let asked = !terminal || list.all || list.top.is_some() || list.sort != SortArg::Effect;
     let rows: Vec<_> = seen.rows().collect();
     let (rows, same): (Vec<_>, Vec<_>) = rows
         .into_iter()
         .partition(|(_, _, row)| asked || effect(row) != Effect::None);
-    let (rows, rest) = render::list(rows, list, |(msr, op, row)| (effect(row), row.count, (*msr, *op)));
+    let (rows, rest) = render::list(rows, list, terminal, |(msr, op, row)| {
+        (effect(row), row.count, (*msr, *op))
+    });
     let mut table = Table::new(&[
         "MSR",
         "name",

@@ -261,7 +261,7 @@ pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &Lis
         .map(|(title, _)| title)
         .collect();
     let mut table = Table::new(&titles);
-    let (rows, rest) = render::list(report.rows().collect(), list, |row| {
+    let (rows, rest) = render::list(report.rows().collect(), list, out.width.is_some(), |row| {
         (effect(contents, row), row.count, (row.msr, row.op))
     });
     for row in rows {

@@ -362,15 +362,7 @@ fn a_trace_that_cannot_be_read_on_is_told_by_line_and_what_came_before_is_report
         assert!(text(&report["error"], "message").contains(why), "{bad:?}: {report:#}");
         ran.says(&["bad.jsonl", "line 4", why, "what came before is reported"]);
 
-        let people = [
-            "replay",
-            "--all",
-            "--backend",
-            "engine",
-            "-p",
-            "policies/qemu.toml",
-            "bad.jsonl",
-        ];
+        let people = ["replay", "--backend", "engine", "-p", "policies/qemu.toml", "bad.jsonl"];
         folder
             .run(&people)
             .code(2)

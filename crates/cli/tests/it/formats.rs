@@ -153,15 +153,7 @@ fn the_tracepoints_text_is_a_trace_wherever_one_is_taken() {
         .run(&["learn", "--since", "boot.txt", "boot.txt"])
         .code(0)
         .says(&["nothing is otherwise"]);
-    let replay = [
-        "replay",
-        "--all",
-        "-p",
-        "learned.toml",
-        "--backend",
-        "engine",
-        "boot.txt",
-    ];
+    let replay = ["replay", "-p", "learned.toml", "--backend", "engine", "boot.txt"];
     folder.run(&replay).code(0).shows(&["IA32_TSC_DEADLINE"]);
     folder.write(
         "lost.txt",

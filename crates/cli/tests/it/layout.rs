@@ -59,67 +59,72 @@ fn furnished() -> Folder {
     folder
 }
 
+/// What the command shows on a wide terminal, without its colours.
+fn shown(folder: &Folder, arguments: &[&str]) -> String {
+    plain(&on_terminal(folder.command(arguments), 200, Terminal::Both))
+}
+
 /// The first words of a table's rows.
-fn rows(ran: &Ran) -> Vec<String> {
-    let rows = ran.out.lines().filter(|line| line.starts_with("0x"));
-    let words = rows.map(|row| {
-        row.split_whitespace()
-            .take(4)
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-            .join(" ")
-    });
+fn rows(text: &str) -> Vec<String> {
+    let rows = text.lines().filter(|line| line.starts_with("0x"));
+    let words = rows.map(|row| row.split_whitespace().take(4).collect::<Vec<_>>().join(" "));
     words.collect()
 }
 
 #[test]
 fn a_replay_says_first_what_the_policy_changed_and_the_rest_is_a_count() {
     let folder = furnished();
-    let ran = folder.run(&[&REPLAY[..], &[TRACE]].concat()).code(1);
-    let first = ran.out.lines().next();
-    assert_eq!(first, Some("the policy changed 498 of 664 accesses"), "{}", ran.out);
+    let replay = [&REPLAY[..], &[TRACE]].concat();
+    let text = shown(&folder, &replay);
+    assert_eq!(
+        text.lines().next(),
+        Some("the policy changed 498 of 664 accesses"),
+        "{text}"
+    );
     let changed = ["0x6e0 IA32_TSC_DEADLINE wrmsr 497", "0x1b IA32_APIC_BASE wrmsr 1"];
-    assert_eq!(rows(&ran), changed, "{}", ran.out);
-    let ran = ran.shows(&["more rows, where nothing changed; --all shows all"]);
-    let all = folder.run(&[&REPLAY[..], &["--all", TRACE]].concat()).code(1);
-    let beside = ran
-        .out
+    assert_eq!(rows(&text), changed, "{text}");
+    let rest = text
         .lines()
-        .find_map(|line| line.strip_prefix("and ")?.split(' ').next()?.parse().ok());
-    assert_eq!(beside, Some(rows(&all).len() - changed.len()));
+        .find(|line| line.ends_with("more rows, where nothing changed; --all shows all"));
+    let rest = rest.and_then(|line| line.split(' ').nth(1)?.parse().ok());
+    let all = shown(&folder, &[&replay[..], &["--all"]].concat());
+    assert_eq!(rest, Some(rows(&all).len() - changed.len()), "{text}");
     assert_eq!(rows(&all)[..2], changed);
+    // A pipe has them all.
+    assert_eq!(folder.run(&replay).code(1).out, all);
 }
 
 #[test]
 fn rows_come_in_the_order_that_is_asked_for_and_as_many() {
     let folder = furnished();
-    let report = |options: &[&str]| rows(&folder.run(&[&["report", TRACE], options].concat()).code(0));
-    let by_msr = report(&["--sort", "msr", "--all"]);
+    let report = |options: &[&str]| shown(&folder, &[&["report", TRACE], options].concat());
+    let by_msr = rows(&report(&["--sort", "msr", "--all"]));
     let index =
         |row: &String| u32::from_str_radix(row[2..].split(' ').next().unwrap_or_default(), 16).expect("an index");
     assert!(by_msr.is_sorted_by_key(index) && by_msr.len() > 40, "{by_msr:?}");
-    let count = |row: &String| -> u64 {
-        let words: Vec<&str> = row.split(' ').collect();
-        words.last().and_then(|word| word.parse().ok()).unwrap_or_default()
-    };
-    let named: Vec<u64> = report(&["--sort", "count", "--top", "5"]).iter().map(count).collect();
-    assert!(named.len() == 5 && named[0] == 497, "{named:?}");
-    // The one that faulted.
-    assert_eq!(report(&["--top", "1"]), ["0xc0011028 FP_CFG rdmsr 1"]);
-    assert_eq!(report(&[]).len(), 40);
-    folder
-        .run(&["report", TRACE, "--top", "3"])
-        .code(0)
-        .shows(&[&format!("and {} more rows; --all shows all", by_msr.len() - 3)]);
-    let diff = ["diff", "linux.toml", "policies/linux-pc.toml"];
-    let ran = folder
-        .run(&[&diff[..], &["--top", "1", "--sort", "count"]].concat())
-        .code(1);
+    let most = rows(&report(&["--sort", "count", "--top", "5"]));
     assert!(
-        rows(&ran).len() == 1 && ran.out.contains("more ranges; --all"),
-        "{}",
-        ran.out
+        most.len() == 5 && most[0] == "0x6e0 IA32_TSC_DEADLINE wrmsr 497",
+        "{most:?}"
     );
+    // The one that faulted.
+    assert_eq!(rows(&report(&["--top", "1"])), ["0xc0011028 FP_CFG rdmsr 1"]);
+    assert_eq!(rows(&report(&[])).len(), 40);
+    let rest = format!("and {} more rows; --all shows all", by_msr.len() - 40);
+    assert!(report(&[]).contains(&rest), "{rest}");
+    let piped = folder.run(&["report", TRACE]).code(0).out;
+    assert_eq!(rows(&piped).len(), by_msr.len());
+    let diff = [
+        "diff",
+        "linux.toml",
+        "policies/linux-pc.toml",
+        "--top",
+        "1",
+        "--sort",
+        "count",
+    ];
+    let ran = folder.run(&diff).code(1).shows(&["more ranges; --all shows all"]);
+    assert_eq!(rows(&ran.out).len(), 1, "{}", ran.out);
     assert!(
         ran.out
             .lines()

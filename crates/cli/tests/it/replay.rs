@@ -26,7 +26,7 @@ fn a_recorded_boot_is_not_changed_by_the_policy_made_for_it() {
         ("policies/linux-pc.toml", PC, "387 accesses"),
     ] {
         let ran = folder
-            .run(&["replay", "--all", "--backend", "engine", "-p", policy, trace])
+            .run(&["replay", "--backend", "engine", "-p", policy, trace])
             .code(0);
         ran.shows(&[
             accesses,
