@@ -140,7 +140,8 @@ pub(crate) fn text(out: &mut Stream<impl Write>, seen: &Comparison, list: &ListA
     if seen.partial > 0 {
         writeln!(
             out,
-            "note: {} what the kernel carried out: it was not made, and what this policy gives it is not known here",
+            "note: {} some of what the guest was served with: it was not made, and what this policy gives it is not known \
+             here",
             words::counted(seen.partial, "trace lacks", "traces lack")
         )?;
     }

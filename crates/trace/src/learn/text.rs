@@ -38,7 +38,7 @@ impl fmt::Display for Learned {
             print::comment(
                 f,
                 &format!(
-                    "Incomplete: {} what the kernel carried out, which this policy denies.",
+                    "Incomplete: {} some of what guests were served with, which this policy denies.",
                     match summary.partial {
                         1 => "1 trace lacks".to_owned(),
                         count => format!("{count} traces lack"),
