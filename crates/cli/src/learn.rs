@@ -211,7 +211,7 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
         (format!("{lost} missing from it"), "may deny", "record the guest again")
     });
     let partial = (summary.partial > 0).then(|| {
-        let what = "it has only what a policy decided, and not what the policy left to the kernel".to_owned();
+        let what = "not all that the guest was served with is in it".to_owned();
         (what, "denies", "record the guest with `msrgate run --learn`")
     });
     for (what, denies, otherwise) in lost.into_iter().chain(partial) {

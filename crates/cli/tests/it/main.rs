@@ -15,6 +15,7 @@ mod documents;
 mod formats;
 mod inputs;
 mod json;
+mod layout;
 mod learn;
 mod plan;
 mod replay;

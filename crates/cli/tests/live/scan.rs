@@ -16,7 +16,7 @@ use msrgate_plan::{CompileOptions, Decision, DecisionMap, Plan};
 use msrgate_policy::{Pattern, Policy};
 use serde_json::Value;
 
-use crate::command::{Folder, POLICIES, Ran, count, hex, list, text};
+use crate::command::{Folder, POLICIES, Ran, Terminal, count, fits_any_terminal, hex, list, text};
 use crate::kvm::kvm_opens;
 
 /// Whether all of the windows is scanned: emulators take too long over it.
@@ -653,4 +653,34 @@ fn what_breaks_the_guest_is_told_and_a_new_one_goes_on() {
     assert_eq!(read_of(&all, RESET), Some(1));
     // Before it and behind it all went on.
     assert_eq!(all.writable, [0x174, 0x175, 0x176, 0x4000_0100].map(Msr));
+}
+
+#[test]
+fn what_a_guest_sees_fits_any_terminal() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::new();
+    let scan = [
+        "scan",
+        "--only",
+        "--range",
+        "0x170..=0x17f",
+        "--range",
+        "0xc0000080..=0xc0000104",
+    ];
+    fits_any_terminal(|| folder.command(&scan), Terminal::Output);
+    let json = folder.run(&[&scan[..], &["--json"]].concat()).code(0).out;
+    // Another host, and another value.
+    folder.write(
+        "before.json",
+        json.replace(
+            "\"kernel\": \"",
+            "\"kernel\": \"another kernel, which had a long name, or ",
+        ),
+    );
+    fits_any_terminal(
+        || folder.command(&[&scan[..], &["--against", "before.json"]].concat()),
+        Terminal::Output,
+    );
 }

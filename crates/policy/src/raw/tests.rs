@@ -738,6 +738,10 @@ fn each_form_is_told_by_how_it_begins() {
         ),
         ("vm.set_msr_filter(action, &[MsrFilterRange {", RawFormat::Other(RUST)),
         (
+            "// The MSR filter of the policy `q`, made by msrgate.\nuse kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange};",
+            RawFormat::Other(OWN_RUST),
+        ),
+        (
             "// kvm_msr_filter\nret = ioctl(fd, KVM_X86_SET_MSR_FILTER, &f);",
             RawFormat::C,
         ),
