@@ -193,7 +193,7 @@ impl Entry {
         text(self.names).split(' ')
     }
 
-    /// Other names: Linux's, AMD's, older ones.
+    /// Other names: Linux's, AMD's, QEMU's, VirtualBox's, older ones.
     pub fn aliases(&self) -> impl Iterator<Item = &'static str> + use<> {
         self.names().skip(1)
     }

@@ -1,4 +1,5 @@
 mod families;
+mod names;
 
 use std::collections::HashMap;
 
