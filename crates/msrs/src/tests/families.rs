@@ -102,7 +102,9 @@ const OF_NUMBERED: [Fact; 10] = [
     ("passthrough", |entry| {
         format!("{:?}", Op::ALL.map(|op| entry.passes_through(op)))
     }),
-    ("bypass", |entry| format!("{:?}", entry.bypass)),
+    ("bypass", |entry| {
+        format!("{:?}", entry.bypasses().map(|bypass| bypass.says).collect::<Vec<_>>())
+    }),
     ("needed", |entry| {
         format!(
             "{:?}",
@@ -144,7 +146,7 @@ fn is(name: &str, pattern: &str) -> bool {
         .and_then(|(before, rest)| Some((before, rest.split_once(']')?)))
     {
         Some((before, (set, after))) => set.chars().any(|one| is(name, &format!("{before}{one}{after}"))),
-        None => lookup::matches(pattern.as_bytes(), name.as_bytes()),
+        None => wildcard::matches(pattern.as_bytes(), name.as_bytes()),
     }
 }
 
