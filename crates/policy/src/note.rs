@@ -97,8 +97,7 @@ fn passes(kind: BypassKind, told: &str) -> Diagnostic {
         BypassKind::Kernel => note(
             Code::KernelGap,
             format!("the kernel lets a guest pass the filter: {told}"),
-        )
-        .help("run Linux 6.12 or later, or take `vmx` from the guest's CPUID"),
+        ),
         BypassKind::Confidential => note(
             Code::Confidential,
             format!("a confidential guest gets something else: {told}"),

@@ -14,6 +14,7 @@ mod documents;
 mod formats;
 mod inputs;
 mod json;
+mod kernels;
 mod learn;
 mod plan;
 mod replay;
