@@ -7,6 +7,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args as ClapArgs, ColorChoice, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use msrgate_core::Op;
+use msrgate_msrs::Linux;
 use msrgate_verify::Kernel;
 
 const AFTER: &str = "\
@@ -131,6 +132,9 @@ pub(crate) struct CheckArgs {
     pub(crate) cpuid: CpuidArgs,
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+    /// Tell what passes the filter on this version of Linux, such as 6.12. Without it: on the kernel that runs here
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) kernel: Option<Linux>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -119,7 +119,7 @@ fn one(out: &mut Stream<impl Write>, entry: &Entry) -> io::Result<()> {
     let filterable = match (entry.is_filterable(), entry.unfiltered()) {
         (true, None) => "yes".to_owned(),
         (true, Some(but)) => format!("yes, but {but}"),
-        (false, why) => format!("no: {}", why.unwrap_or("no KVM filter can stop it")),
+        (false, why) => format!("no: {}", why.unwrap_or_else(|| "no KVM filter can stop it".to_owned())),
     };
     let said = |text: String| if text == "-" { String::new() } else { text };
     for (key, value) in [

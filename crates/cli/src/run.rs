@@ -78,6 +78,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     if mode == Mode::LearnAll {
         lines.say(format!("not faithful: {}", trace::PASSED_ON));
     }
+    if mode == Mode::Enforce {
+        resolved.gaps().into_iter().for_each(|gap| lines.say(gap));
+    }
     let setup = Setup {
         plan,
         options: resolved.options,

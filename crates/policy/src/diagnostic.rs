@@ -82,11 +82,12 @@ pub enum Code {
     StateUnlisted,
     StateKept,
     InterfaceDenied,
-    PassedByLists,
+    KernelGap,
+    Confidential,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 51] = [
+    const ALL: [(Code, &'static str, &'static str); 52] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -221,10 +222,11 @@ impl Code {
             "N023",
             "a rule denies an interface that the guest's CPUID may show",
         ),
+        (Code::KernelGap, "N024", "some kernels let a guest pass the filter"),
         (
-            Code::PassedByLists,
-            "N024",
-            "a guest with VMX passes the filter on some kernels",
+            Code::Confidential,
+            "N025",
+            "a confidential guest gets something else than the policy says",
         ),
     ];
 

@@ -495,19 +495,3 @@ fn ranges_that_cross_are_told_and_those_within_one_another_are_exceptions() {
     assert_eq!(found("0x300..=0x30f", "0x310..=0x320", "zero"), 0, "side by side");
     assert_eq!(found("0x300..=0x30f", "0x308..=0x320", "deny"), 0, "the same");
 }
-
-#[test]
-fn a_guest_with_vmx_is_told_that_some_kernels_do_not_filter_its_lists() {
-    let found = |default: &str, vmx: u32| {
-        let policy = policy(&format!("default = \"{default}\"\n"));
-        let cpuid = Cpuid::from_entries([
-            (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
-            (1, 0, [0x0005_0654, 0, vmx << 5, 0]),
-        ]);
-        let findings = check(&policy, &policy.decision_map(Some(&cpuid)).unwrap(), Some(&cpuid));
-        findings.iter().any(|found| found.code == Code::PassedByLists)
-    };
-    assert!(found("deny", 1));
-    assert!(!found("deny", 0), "it has no VMX");
-    assert!(!found("allow", 1), "nothing is closed");
-}
