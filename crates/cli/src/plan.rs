@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::args::{Emit, PlanArgs};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{cpuid, refusal, render, stream, trace, words};
+use crate::{cause, cpuid, refusal, render, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     let cpuid = cpuid::given(&args.cpuid)?;
@@ -71,6 +71,7 @@ fn json(loaded: &Loaded) -> Value {
             entry.range.first().0,
             Op::Read,
             action(
+                loaded,
                 entry,
                 Op::Read,
                 done(entry.action.did(), entry.action.name()),
@@ -84,6 +85,7 @@ fn json(loaded: &Loaded) -> Value {
             entry.range.first().0,
             Op::Write,
             action(
+                loaded,
                 entry,
                 Op::Write,
                 done(entry.action.did(), entry.action.name()),
@@ -117,6 +119,11 @@ fn json(loaded: &Loaded) -> Value {
             "op": op.name(),
             "exits": options.touches(range, op),
         })).collect::<Vec<_>>(),
+        "valid": loaded.policy.lacking(loaded.cpuid.as_ref()).map(|entry| json!({
+            "msr": entry.msr.to_string(),
+            "name": entry.name(),
+            "lacks": cause::lacks(entry),
+        })).collect::<Vec<_>>(),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
@@ -135,13 +142,18 @@ fn json(loaded: &Loaded) -> Value {
     })
 }
 
-fn action<A>(entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
+fn action<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
     let mut object = Map::new();
     object.insert("first".to_owned(), entry.range.first().to_string().into());
     object.insert("last".to_owned(), entry.range.last().to_string().into());
     object.insert("op".to_owned(), op.name().into());
     object.insert("action".to_owned(), name.into());
     object.insert("rule".to_owned(), entry.rule.into());
+    let decided_by = match entry.rule {
+        Some(_) => "rule",
+        None => cause::without_rule(loaded, entry.range).0,
+    };
+    object.insert("decided_by".to_owned(), decided_by.into());
     object.extend(arguments);
     Value::Object(object)
 }
@@ -327,7 +339,7 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
     let rule = entry
         .rule
         .and_then(|rule| loaded.policy.rule_place(rule))
-        .unwrap_or_else(|| "default".to_owned());
+        .unwrap_or_else(|| cause::without_rule(loaded, entry.range).1);
     [
         entry.range.first().to_string(),
         entry.range.last().to_string(),

@@ -49,7 +49,7 @@ pub mod foreign;
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};
 pub use diagnostic::{Acceptance, Code, Diagnostic, Files, Place, Severity, Source};
-pub use explain::{Explanation, Sees, explain};
+pub use explain::{Cause, Explanation, Sees, explain};
 pub use fit::{FitAdvice, Without};
 pub use note::notes;
 pub use parse::PolicyErrors;

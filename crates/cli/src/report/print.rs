@@ -3,12 +3,13 @@
 use std::io::{self, Write};
 
 use msrgate_core::{Disposition, Reason};
+use msrgate_policy::Cause;
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
 use super::contents::Contents;
 use crate::load::Loaded;
-use crate::{render, words};
+use crate::{cause, render, words};
 
 /// How many different values, and how many different callers, a line for people names.
 const FEW: usize = 3;
@@ -82,7 +83,8 @@ pub(super) fn json(contents: &Contents) -> Value {
             "other_rips": row.rips.others(),
             "policy": explained.map(|explained| json!({
                 "action": explained.action.name(),
-                "rule": explained.rule.map(|(number, _)| number),
+                "rule": explained.cause.rule().map(|(number, _)| number),
+                "decided_by": cause::name(&explained),
                 "sees": explained.sees.to_string(),
                 "exits": explained.exits,
             })),
@@ -225,12 +227,13 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
         cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
         cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
         cells.extend(has_rules.then(|| rules_of(row)));
-        cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.rule {
-            Some((number, rule)) => {
+        cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.cause {
+            Cause::Rule(number, rule) => {
                 let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
                 words::plain(&format!("{}, rule {number}{why}", explained.action.name()))
             }
-            None => format!("{}, by default", explained.action.name()),
+            Cause::Valid(_) => format!("{}, by `valid`", explained.action.name()),
+            _ => format!("{}, by default", explained.action.name()),
         }));
         table.add_row(cells);
     }
