@@ -139,7 +139,10 @@ pub fn explain<'a>(
         msr,
         op,
         action,
-        cause: rule.and_then(by_number).or_else(|| lacking().map(Cause::Valid)).unwrap_or(Cause::Default),
+        cause: rule
+            .and_then(by_number)
+            .or_else(|| lacking().map(Cause::Valid))
+            .unwrap_or(Cause::Default),
         verdict,
         decider,
         sees,

@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::Op;
+use msrgate_core::abi::{MAX_BITMAP_BYTES, MAX_RANGE_MSRS};
+use msrgate_core::{Filter, FilterRange, Msr, MsrRange, Op};
 use msrgate_msrs::{Bypass, Entry};
 use msrgate_plan::{DecisionMap, Note, Plan};
 
+use crate::print::counted;
 use crate::{Code, Diagnostic};
 
 /// The notes on a plan, in order of their codes.
 pub fn notes(plan: &Plan) -> Vec<Diagnostic> {
     let of_plan = plan.notes().iter().filter_map(of_plan);
     let passing = msrgate_msrs::all().iter().filter_map(|entry| passes(plan.map(), entry));
-    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).chain(instructions(plan.map())).collect();
+    let of_map = instructions(plan.map()).into_iter().chain(cut(plan.filter()));
+    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).chain(of_map).collect();
     notes.sort_by_key(|note| note.code);
     notes.dedup_by_key(|note| note.code);
     notes
@@ -81,6 +84,57 @@ fn instructions(map: &DecisionMap) -> Option<Diagnostic> {
     })
 }
 
+/// A note on MSRs in a row that no single range of the filter can hold.
+fn cut(filter: &Filter) -> Option<Diagnostic> {
+    // Each row, and where its ranges but the first begin.
+    let mut rows: Vec<(MsrRange, Vec<Msr>)> = Vec::new();
+    for op in Op::ALL {
+        let differs = |msr| filter.verdict(msr, op) != filter.default_verdict();
+        let spans = filter.ranges().iter().filter(|range| range.ops().contains(op));
+        let mut spans: Vec<MsrRange> = spans.filter_map(FilterRange::span).collect();
+        spans.sort_by_key(|span| span.first());
+        let mut row: Option<(MsrRange, Vec<Msr>)> = None;
+        for span in spans {
+            let whole = row.as_ref().and_then(|(row, _)| joined(*row, span));
+            let whole = whole.filter(|whole| whole.len() > u64::from(MAX_RANGE_MSRS));
+            row = match (row, whole) {
+                (Some((before, mut cuts)), Some(whole)) if differs(before.last()) && differs(span.first()) => {
+                    cuts.push(span.first());
+                    Some((whole, cuts))
+                }
+                (before, _) => {
+                    rows.extend(before);
+                    Some((span, Vec::new()))
+                }
+            };
+        }
+        rows.extend(row);
+    }
+    rows.retain(|(_, cuts)| !cuts.is_empty());
+    rows.sort();
+    rows.dedup();
+    let rows = rows.iter().map(|(row, cuts)| {
+        let cuts: Vec<String> = cuts.iter().map(Msr::to_string).collect();
+        format!("{row} is cut before {}", cuts.join(", "))
+    });
+    let rows: Vec<String> = rows.collect();
+    (!rows.is_empty()).then(|| {
+        let message = format!(
+            "{}: a range of the kernel's filter holds {MAX_RANGE_MSRS} MSRs, a bit each in {MAX_BITMAP_BYTES:#x} bytes",
+            rows.join("; ")
+        );
+        Diagnostic::whole(Code::RangeCut, message)
+    })
+}
+
+/// Both as one, where nothing that a filter decides lies between them.
+fn joined(before: MsrRange, after: MsrRange) -> Option<MsrRange> {
+    let next = before.last().0.checked_add(1)?;
+    let between = MsrRange::new(Msr(next), Msr(after.first().0.checked_sub(1)?));
+    let adjoin = next == after.first().0 || between.is_some_and(|between| between.is_within(MsrRange::X2APIC));
+    MsrRange::new(before.first(), after.last()).filter(|_| adjoin)
+}
+
 fn of_plan(note: &Note) -> Option<Diagnostic> {
     let (code, message) = match note {
         Note::X2apic => (
@@ -106,11 +160,15 @@ fn of_plan(note: &Note) -> Option<Diagnostic> {
         Note::Spilled { accesses, exits, .. } => {
             let cost = match exits {
                 None => "how often the guest makes them, a profile would tell".to_owned(),
-                Some(exits) => format!("that is {exits} exits in the profile"),
+                Some(exits) => format!("that is {} in the profile", counted(*exits, "exit", "exits")),
             };
             let message = format!(
-                "{accesses} accesses that are left to the kernel do not fit into 16 ranges and are passed on to it from \
-                 user space, one exit each time; {cost}"
+                "{} into 16 ranges: user space passes on to the kernel what does not fit, one exit each time; {cost}",
+                counted(
+                    *accesses,
+                    "access that is left to the kernel does not fit",
+                    "accesses that are left to the kernel do not fit"
+                )
             );
             (Code::PassedOn, message)
         }
@@ -121,7 +179,6 @@ fn of_plan(note: &Note) -> Option<Diagnostic> {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::Msr;
     use msrgate_plan::CompileOptions;
 
     use super::*;
@@ -207,6 +264,35 @@ mod tests {
                 "{msr}: {notes:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_row_of_msrs_that_no_range_holds_is_told_with_the_place_of_the_cut() {
+        let said = |default: &str, rules: &str| {
+            let notes = notes(&Plan::compile(&map(default, rules)).unwrap());
+            let cut = notes.into_iter().find(|note| note.code == Code::RangeCut);
+            cut.map(|note| note.message.split(": ").next().unwrap().to_owned())
+        };
+        let row = |last: u32| format!("[[rule]]\nmsr = \"0x10000..={last:#x}\"\nread = \"deny\"\nwrite = \"zero\"\n");
+        let row = |last| row(last).replace("zero", "ignore");
+        let cut = |text: &str| Some(text.to_owned());
+        assert_eq!(said("allow", &row(0x12fff)), None, "12288 MSRs");
+        assert_eq!(
+            said("allow", &row(0x13000)),
+            cut("0x10000..=0x13000 is cut before 0x13000")
+        );
+        assert_eq!(
+            said("allow", &row(0x16000)),
+            cut("0x10000..=0x16000 is cut before 0x13000, 0x16000")
+        );
+        let low = "[[rule]]\nmsr = \"0..=0x3000\"\nread = \"allow\"\nwrite = \"allow\"\n";
+        assert_eq!(
+            said("deny", low),
+            cut("0x0..=0x3000 is cut before 0x900"),
+            "around x2APIC"
+        );
+        let apart = "[[rule]]\nmsr = [\"0x10000..=0x12ffe\", \"0x13000..=0x15000\"]\nread = \"deny\"\n";
+        assert_eq!(said("allow", apart), None, "0x12fff is not denied");
     }
 
     #[test]

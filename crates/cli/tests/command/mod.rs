@@ -22,6 +22,7 @@ pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
     "bhyve-amd.toml",
     "bhyve-intel.toml",
     "crosvm-itmt.toml",
+    "deny-all.toml",
     "fixed-microcode.toml",
     "hvmi-guard.toml",
     "ignore-unknown.toml",
@@ -32,7 +33,6 @@ pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
     "openvmm-stubs.toml",
     "qemu-rapl.toml",
     "qemu.toml",
-    "sandbox.toml",
 ];
 
 /// What those policies extend. They have no default, so they are no policies by themselves.

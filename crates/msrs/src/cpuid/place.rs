@@ -72,7 +72,13 @@ impl fmt::Display for Place {
             // That the leaf is there says it.
             (_, 0) => Ok(()),
             (1, _) => write!(f, ":{}[{}]", self.register, self.bit),
-            (width, least) => write!(f, ":{}[{}:{}] >= {least}", self.register, self.bit + width - 1, self.bit),
+            (width, least) => write!(
+                f,
+                ":{}[{}:{}] >= {least}",
+                self.register,
+                self.bit + width - 1,
+                self.bit
+            ),
         }
     }
 }

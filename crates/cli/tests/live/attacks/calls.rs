@@ -98,7 +98,9 @@ fn the_smallest_stack_is_enough() {
 
 #[test]
 fn the_trace_names_the_vmms_own_filter_where_that_denies() {
-    let Some(program) = vmm("handed", Way::Dynamic) else { return };
+    let Some(program) = vmm("handed", Way::Dynamic) else {
+        return;
+    };
     let folder = with_policy(ANSWERS);
     let options = ["-p", "policy.toml", "--trace", "trace.jsonl"];
     Ran::of(&mut under(&folder, &options, &program, &["scm"])).code(0);
