@@ -129,24 +129,20 @@ impl Checked {
         let path = input::shown(path);
         let mut out = stream::out();
         let Some(loaded) = &self.loaded else {
-            let s = if open.len() == 1 { "" } else { "s" };
-            writeln!(out, "{path}: refused, {} error{s}", open.len())?;
+            let errors = words::counted(open.len() as u64, "error", "errors");
+            writeln!(out, "{path}: refused, {errors}")?;
             return Ok(());
         };
         let verdict = match open.len() {
             0 => "ok".to_owned(),
-            1 => "1 finding".to_owned(),
-            n => format!("{n} findings"),
+            n => words::counted(n as u64, "finding", "findings"),
         };
         let ranges = loaded.plan.filter().ranges();
         let bytes: usize = ranges.iter().map(|range| range.bitmap().len() * 8).sum();
         writeln!(
             out,
             "{path}: {verdict}; {}, {} of 16 ranges, {bytes} bytes of bitmaps, proven equal to the policy",
-            match loaded.policy.rules.len() {
-                1 => "1 rule".to_owned(),
-                n => format!("{n} rules"),
-            },
+            words::counted(loaded.policy.rules.len() as u64, "rule", "rules"),
             ranges.len(),
         )?;
         for found in self.findings.iter().chain(&self.notes) {

@@ -137,10 +137,7 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
         writeln!(out, "{op} {when} to the kernel: A {a}, B {b}")?;
     }
     let accesses: u64 = rows.iter().map(|row| row.range.len()).sum();
-    let ranges = match rows.len() {
-        1 => "1 range".to_owned(),
-        n => format!("{n} ranges"),
-    };
+    let ranges = words::counted(rows.len() as u64, "range", "ranges");
     writeln!(out, "{ranges}, {accesses} of 2^33 accesses differ")?;
     Ok(())
 }

@@ -159,10 +159,7 @@ fn print(
         writeln!(out, "  preset   none: {no_preset}")?;
     }
     if let Some(touches) = explanation.touches {
-        let times = match touches {
-            1 => "once".to_owned(),
-            n => format!("{n} times"),
-        };
+        let times = words::counted(touches, "time", "times");
         let exits = if explanation.exits { ", an exit each" } else { "" };
         writeln!(out, "  profile  {times}{exits}")?;
     }

@@ -76,8 +76,8 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     };
     writeln!(
         out,
-        "{} accesses by {backend}; {} faulted",
-        seen.accesses(),
+        "{} by {backend}; {} faulted",
+        words::counted(seen.accesses(), "access", "accesses"),
         seen.faults()
     )?;
     let presets: Vec<String> = seen.presets().map(|preset| preset.msr.to_string()).collect();

@@ -49,7 +49,9 @@ impl Contents {
         let rules = self.policy.as_ref().map_or(0, |loaded| loaded.policy.rules.len());
         let mut counts = vec![0; rules];
         for row in self.report.rows() {
-            let rule = self.explain(row.msr, row.op).and_then(|explained| explained.cause.rule());
+            let rule = self
+                .explain(row.msr, row.op)
+                .and_then(|explained| explained.cause.rule());
             let place = rule.and_then(|(number, _)| usize::try_from(number).ok());
             if let Some(count) = place.and_then(|place| counts.get_mut(place)) {
                 *count += row.count;
@@ -144,8 +146,8 @@ impl Contents {
         }
         if self.report.unlisted() > 0 {
             notes.push(format!(
-                "{} accesses are of MSRs that are not listed, since there is room for {MOST_ROWS}",
-                self.report.unlisted()
+                "{} of MSRs that are not listed, since there is room for {MOST_ROWS}",
+                words::counted(self.report.unlisted(), "access is", "accesses are")
             ));
         }
         if self.report.vcpus().len() == MOST_VCPUS {

@@ -227,14 +227,18 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
         cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
         cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
         cells.extend(has_rules.then(|| rules_of(row)));
-        cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.cause {
-            Cause::Rule(number, rule) => {
-                let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
-                words::plain(&format!("{}, rule {number}{why}", explained.action.name()))
-            }
-            Cause::Valid(_) => format!("{}, by `valid`", explained.action.name()),
-            _ => format!("{}, by default", explained.action.name()),
-        }));
+        cells.extend(
+            contents
+                .explain(row.msr, row.op)
+                .map(|explained| match explained.cause {
+                    Cause::Rule(number, rule) => {
+                        let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
+                        words::plain(&format!("{}, rule {number}{why}", explained.action.name()))
+                    }
+                    Cause::Valid(_) => format!("{}, by `valid`", explained.action.name()),
+                    _ => format!("{}, by default", explained.action.name()),
+                }),
+        );
         table.add_row(cells);
     }
     if report.accesses() > 0 {

@@ -8,6 +8,7 @@ use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
 use serde_json::{Value, json};
 
 use crate::run::trace::Trace;
+use crate::words::counted;
 use crate::{render, stream, words};
 
 /// What there is to say besides the counts.
@@ -145,11 +146,16 @@ impl Summary {
             counted(vcpus, "vCPU", "vCPUs"),
             match (self.mode, accesses) {
                 (Mode::Enforce, 0) => "no access answered".to_owned(),
-                (Mode::Enforce, 1) => format!("1 access answered in {took}"),
-                (Mode::Enforce, _) => format!("{accesses} accesses answered in {took}"),
+                (Mode::Enforce, _) => format!("{} answered in {took}", counted(accesses, "access", "accesses")),
                 (Mode::Audit, _) => format!("{touched} of the policy's MSRs and directions touched, nothing changed"),
-                (Mode::LearnAll, _) => format!("{accesses} accesses passed on in {took}, not faithfully"),
-                (Mode::Learn, _) => format!("{touched} MSRs and directions touched, nothing changed"),
+                (Mode::LearnAll, _) => format!(
+                    "{} passed on in {took}, not faithfully",
+                    counted(accesses, "access", "accesses")
+                ),
+                (Mode::Learn, _) => format!(
+                    "{} touched, nothing changed",
+                    counted(touched, "MSR and direction", "MSRs and directions")
+                ),
             }
         );
         if faulted > 0 {
@@ -176,20 +182,21 @@ impl Summary {
         }
         if reader.uncounted() > 0 {
             text.push_str(&format!(
-                "msrgate: {} accesses more are not in the table: it has room for some 1000 MSRs of each vCPU\n",
-                reader.uncounted()
+                "msrgate: {} not in the table: it has room for some 1000 MSRs of each vCPU\n",
+                counted(reader.uncounted(), "access more is", "accesses more are")
             ));
         }
         if reader.lost() > 0 {
             text.push_str(&format!(
-                "msrgate: {} events are missing: they came faster than they were written; the trace says where\n",
-                reader.lost()
+                "msrgate: {} missing, for want of time to write: the trace says where\n",
+                counted(reader.lost(), "event is", "events are")
             ));
         }
         if let Some(unwritten) = trace.unwritten() {
             text.push_str(&format!(
-                "msrgate: {} events are lost: {}\n",
-                unwritten.events, unwritten.error
+                "msrgate: {} lost: {}\n",
+                counted(unwritten.events, "event is", "events are"),
+                unwritten.error
             ));
         }
         text.push_str(background);
@@ -235,8 +242,4 @@ fn fault(msr: Msr, op: Op, faults: &Faults) -> String {
 /// What all accesses took together.
 fn cost(tallies: &BTreeMap<(Msr, Op), Counters>) -> u64 {
     tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost.0))
-}
-
-fn counted(count: u64, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
 }

@@ -12,6 +12,7 @@ use msrgate_supervise::{Ledger, Mode, Reader};
 use crate::run::summary::Summary;
 use crate::run::trace::Trace;
 use crate::stream;
+use crate::words::counted;
 
 /// How often events are taken from the vCPUs' rings: a ring holds what a vCPU can do in some 20 ms.
 const DRAIN: Duration = Duration::from_millis(5);
@@ -143,7 +144,10 @@ impl Writer {
 
     fn more_lines(&self) {
         for (kind, count) in self.kinds.iter().filter(|(_, count)| **count > LINES) {
-            stream::tell(&format!("msrgate: {} times more: {}\n", count - LINES, kind));
+            stream::tell(&format!(
+                "msrgate: {} more: {kind}\n",
+                counted(count - LINES, "time", "times")
+            ));
         }
     }
 }

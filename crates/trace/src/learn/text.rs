@@ -198,10 +198,8 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
     parts.join("; ")
 }
 
+/// So many of a noun; of one that ends in s the plural has an e more.
 pub(super) fn counted(count: u64, noun: &str) -> String {
-    match (count, noun) {
-        (1, noun) => format!("1 {noun}"),
-        (count, "access") => format!("{count} accesses"),
-        (count, noun) => format!("{count} {noun}s"),
-    }
+    let plural = if noun.ends_with('s') { "es" } else { "s" };
+    print::counted(count, noun, &format!("{noun}{plural}"))
 }
