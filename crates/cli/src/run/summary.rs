@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use msrgate_core::{Disposition, Msr, Op, Reason};
 use msrgate_plan::Preset;
 use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::run::killed::Killed;
 use crate::run::trace::Trace;
 use crate::words::counted;
 use crate::{render, stream, words};
@@ -34,12 +36,12 @@ impl Summary {
         self.background = true;
     }
 
-    /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
-    pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
+    /// Tells what there was so far; `killed` is what ended the VMM where a signal did.
+    pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<Killed>) {
         let tallies = reader.tallies();
         stream::tell(&match self.json {
-            true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_deref())),
-            false => self.text(reader, trace, &tallies, killed.as_deref()),
+            true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_ref())),
+            false => self.text(reader, trace, &tallies, killed.as_ref()),
         });
     }
 
@@ -48,7 +50,7 @@ impl Summary {
         reader: &Reader,
         trace: &Trace,
         tallies: &BTreeMap<(Msr, Op), Counters>,
-        killed: Option<&str>,
+        killed: Option<&Killed>,
     ) -> Value {
         let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
@@ -71,7 +73,8 @@ impl Summary {
             "vcpus": reader.ledger().vcpus(),
             "refused": reader.ledger().refusals(),
             "background": self.background,
-            "killed": killed,
+            "killed": killed.filter(|killed| killed.signal == Signal::SIGSYS).map(|killed| &killed.line),
+            "signal": killed.map(|killed| killed.signal.as_str()),
             "cost_ns": cost(tallies),
             "presets": words::presets(&self.presets),
             "by_msr": rows.collect::<Vec<_>>(),
@@ -88,7 +91,7 @@ impl Summary {
         reader: &Reader,
         trace: &Trace,
         tallies: &BTreeMap<(Msr, Op), Counters>,
-        killed: Option<&str>,
+        killed: Option<&Killed>,
     ) -> String {
         let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
         let (mut accesses, mut faulted): (u64, u64) = (0, 0);
@@ -109,7 +112,9 @@ impl Summary {
         let touched = accesses.saturating_add(reader.uncounted());
         let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
         let took = words::duration(cost(tallies));
-        let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
+        let mut before = killed
+            .map(|killed| format!("msrgate: {}\n", killed.line))
+            .unwrap_or_default();
         match reader.ledger().refusals() {
             0 => {}
             count => before.push_str(&format!(

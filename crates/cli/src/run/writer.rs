@@ -9,6 +9,7 @@ use std::time::Duration;
 use msrgate_plan::Preset;
 use msrgate_supervise::{Ledger, Mode, Reader};
 
+use crate::run::killed::Killed;
 use crate::run::summary::Summary;
 use crate::run::trace::Trace;
 use crate::stream;
@@ -29,8 +30,8 @@ pub(crate) enum Output {
     Summary,
     /// Sums up, since the rest is in the background.
     Background,
-    /// Sums up, and ends. A signal that killed the VMM by its sandbox is named.
-    End(Option<String>),
+    /// Sums up, and ends. A signal that killed the VMM is named.
+    End(Option<Killed>),
 }
 
 /// Where others leave what is to be told.

@@ -60,6 +60,41 @@ fn a_program_without_kvm_runs_unchanged() {
 }
 
 #[test]
+fn the_signal_that_a_vmm_dies_of_is_told() {
+    let folder = Folder::furnished();
+    let ends = |options: &[&str], script| {
+        let run = [
+            &["run", "-p", "policies/fixed-microcode.toml"],
+            options,
+            &["--", "sh", "-c", script],
+        ];
+        folder.run(&run.concat())
+    };
+    let dies = |options| ends(options, "kill -SEGV $$");
+    let ran = dies(&[]);
+    assert_eq!(ran.code, None, "{}", ran.err);
+    ran.says(&["the VMM died of SIGSEGV", "no VM was made"]);
+    let summary = |ran: &Ran| -> serde_json::Value { serde_json::from_str(ran.err.lines().last().unwrap()).unwrap() };
+    let told = summary(&dies(&["--json"]));
+    assert_eq!(
+        (&told["signal"], &told["killed"]),
+        (&"SIGSEGV".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(
+        summary(&ends(&["--json"], "exit 3").code(3))["signal"],
+        serde_json::Value::Null
+    );
+}
+
+#[test]
+fn the_help_of_run_refuses_no_vmm_that_it_takes() {
+    let help = Folder::new().run(&["run", "--help"]).code(0).out;
+    for untrue in ["preload", "are refused", "glibc"] {
+        assert!(!help.contains(untrue), "{untrue}: {help}");
+    }
+}
+
+#[test]
 fn a_script_is_started_as_a_shell_starts_it() {
     let folder = Folder::furnished();
     folder.write("vmm", "#!/bin/sh\necho \"$1\"\n");
