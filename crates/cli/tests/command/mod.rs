@@ -7,6 +7,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -15,6 +17,16 @@ macro_rules! embedded {
     ($folder:literal: $($name:literal),+ $(,)?) => {
         &[$(($name, include_str!(concat!("../../../../", $folder, "/", $name)))),+]
     };
+}
+
+/// Waits for what another process does. The limit is for what never comes: a busy machine may take minutes.
+#[track_caller]
+pub(crate) fn wait_until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(600), "it does not come");
+        sleep(Duration::from_millis(5));
+    }
 }
 
 /// The policies that come with msrgate; their names within `policies/` and their text.

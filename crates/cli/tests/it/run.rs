@@ -4,12 +4,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::command::{Folder, Ran, find};
+use crate::command::{Folder, Ran, find, wait_until};
 
 const MICROCODE: [&str; 4] = ["run", "-p", "policies/fixed-microcode.toml", "--"];
 
@@ -36,15 +35,10 @@ fn pid(child: &Child) -> Pid {
 
 /// Waits until the process is in a state, a letter of `/proc/PID/stat`.
 fn wait_for(pid: Pid, state: char) {
-    let start = Instant::now();
-    loop {
+    wait_until(|| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        if stat.rsplit(')').next().unwrap().trim().starts_with(state) {
-            return;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20), "{stat}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+        stat.rsplit(')').next().unwrap().trim().starts_with(state)
+    });
 }
 
 #[test]
@@ -204,22 +198,13 @@ fn what_goes_on_in_the_background_has_a_process_that_stays_with_it_and_the_comma
     let ran = run(&folder, &["sh", "-c", script]).code(3);
     ran.says(&["no VM was made so far", "goes on in the background"]);
     folder.write("go", "");
-    let start = Instant::now();
-    let who = loop {
-        let who = fs::read_to_string(folder.path().join("who")).unwrap_or_default();
-        if who.ends_with('\n') {
-            break who;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let who = || fs::read_to_string(folder.path().join("who")).unwrap_or_default();
+    wait_until(|| who().ends_with('\n'));
+    let who = who();
     let (keeper, name) = who.trim().split_once(' ').unwrap();
     assert_eq!(name, "msrgate");
     // It ends when there is nothing left to stay with.
-    while fs::read_to_string(format!("/proc/{keeper}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
-        assert!(start.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(|| fs::read_to_string(format!("/proc/{keeper}/stat")).map_or(true, |stat| stat.contains(") Z")));
 }
 
 #[test]
