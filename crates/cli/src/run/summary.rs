@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Disposition, Msr, Op, Reason};
+use msrgate_core::{Disposition, FaultCause, Msr, Op, Reason};
 use msrgate_plan::Preset;
 use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
 use nix::sys::signal::Signal;
@@ -229,6 +229,7 @@ fn fault(msr: Msr, op: Op, faults: &Faults) -> String {
     let name = words::name(msr).map(|name| format!(" {name}")).unwrap_or_default();
     let cause = match (faults.last.did, faults.last.reason) {
         (Disposition::Deny, _) => "the policy denies it".to_owned(),
+        _ if faults.last.why == Some(FaultCause::VmmFilter) => "the VMM's own filter denies it".to_owned(),
         (_, Some(Reason::Unknown)) => "KVM does not know the MSR".to_owned(),
         (_, Some(Reason::Invalid)) if op == Op::Write => "KVM refuses the value".to_owned(),
         (_, Some(Reason::Invalid)) => "KVM refuses the read".to_owned(),

@@ -103,7 +103,8 @@ fn the_trace_names_the_vmms_own_filter_where_that_denies() {
     };
     let folder = with_policy(ANSWERS);
     let options = ["-p", "policy.toml", "--trace", "trace.jsonl"];
-    Ran::of(&mut under(&folder, &options, &program, &["scm"])).code(0);
+    let ran = Ran::of(&mut under(&folder, &options, &program, &["scm"])).code(0);
+    ran.says(&["rdmsr 0x277 IA32_PAT: 1 time, the VMM's own filter denies it"]);
     let of = |msr: &str| {
         let events = traced(&folder).into_iter().filter(|event| event["msr"] == msr);
         let told = events.map(|event| (event["did"].clone(), event["why"].clone()));
