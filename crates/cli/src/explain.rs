@@ -126,20 +126,25 @@ fn print(
         .map(|name| format!(" {name}"))
         .unwrap_or_default();
     writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
+    let past = match cause::name(explanation) {
+        "x2apic" => "; not asked, since the kernel decides of x2APIC (0x800..=0x8ff)",
+        "last-msr" => "; not asked, since the filter's default decides of what no range covers",
+        _ => "",
+    };
     match explanation.cause {
         Cause::Rule(index, rule) => {
             let place = policy.rule_place(index).unwrap_or_default();
-            writeln!(out, "  rule     {index}, {place}")?;
+            writeln!(out, "  rule     {index}, {place}{past}")?;
             if let Some(why) = &rule.why {
                 writeln!(out, "  why      {why}")?;
             }
         }
         Cause::Valid(entry) => writeln!(
             out,
-            "  rule     none; `valid` decides: the guest's {}",
+            "  rule     none; `valid` decides: the guest's {}{past}",
             cause::lacks_in_words(entry)
         )?,
-        _ => writeln!(out, "  rule     none; the default decides")?,
+        _ => writeln!(out, "  rule     none; the default decides{past}")?,
     }
     writeln!(out, "  action   {}", explanation.action)?;
     let decider = match explanation.decider {

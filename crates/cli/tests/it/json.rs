@@ -527,6 +527,8 @@ fn what_decides_is_named_whether_a_rule_the_default_the_cpuid_or_the_kernel() {
         .shows(&["rule     none; `valid` decides: the guest's CPUID lacks `mtrr` (CPUID.0x1:EDX[12])"]);
     with("explain", &["HWCR"])
         .shows(&["rule     none; `valid` decides: the guest's CPUID.0x0 names another vendor than amd"]);
+    with("explain", &["0x830"]).shows(&["; not asked, since the kernel decides of x2APIC"]);
+    with("explain", &["0xffffffff"]).shows(&["rule     0, valid.toml:5; not asked, since the filter's default"]);
     with("plan", &[]).shows(&["valid: no mtrr", "valid: not of amd"]);
     let plan = with("plan", &["--json"]).json();
     let of = |msr: &str| {
