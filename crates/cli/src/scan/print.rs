@@ -33,7 +33,8 @@ pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {
     writeln!(out, "{}", host.join(", "))?;
     writeln!(
         out,
-        "{tried} MSRs read by a real guest{}: {} gave a value, {} were #GP; {written} written, {} of them done",
+        "{} read by a real guest{}: {} gave a value, {} #GP; {written} written, {} of them done",
+        words::counted(tried, "MSR", "MSRs"),
         match &found.facts.policy {
             Some(policy) => format!(" under the policy {}", policy.name),
             None => String::new(),
@@ -153,10 +154,7 @@ fn compared(out: &mut impl Write, differences: &[Difference]) -> io::Result<()> 
     }
     let msrs = rows.len();
     table(out, ["read", "write back"], rows.into_iter())?;
-    match msrs {
-        1 => writeln!(out, "1 MSR differs"),
-        count => writeln!(out, "{count} MSRs differ"),
-    }
+    writeln!(out, "{}", words::counted(msrs as u64, "MSR differs", "MSRs differ"))
 }
 
 /// What a read gave.

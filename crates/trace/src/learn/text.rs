@@ -132,7 +132,7 @@ impl LearnedRule {
             }
             let mut named: Vec<String> = ranges.iter().take(NAMED).map(|(range, _)| span(*range)).collect();
             if ranges.len() > named.len() {
-                named.push(format!("{} more ranges", ranges.len() - named.len()));
+                named.push(counted((ranges.len() - named.len()) as u64, "more range"));
             }
             text.push_str(&format!("; {op} not seen of {}", named.join(", ")));
         }
@@ -189,7 +189,7 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
         let ranges = runs(&msrs);
         let mut named: Vec<String> = ranges.iter().take(NAMED).map(|range| span(*range)).collect();
         if ranges.len() > named.len() {
-            named.push(format!("{} more ranges", ranges.len() - named.len()));
+            named.push(counted((ranges.len() - named.len()) as u64, "more range"));
         }
         if !named.is_empty() {
             parts.push(format!("{op} {}", named.join(", ")));
