@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 
 use crate::load::Loaded;
 
+/// How many reasons a line for people names.
+const FEW: usize = 2;
+
 /// The word of programs for what decides an access.
 pub(crate) fn name(explained: &Explanation<'_>) -> &'static str {
     let allowed = (explained.verdict == Verdict::Allow, explained.action.did().is_kernels());
@@ -50,7 +53,11 @@ pub(crate) fn lacks_in_words(entry: &Entry) -> String {
         format!("`{feature}` ({})", places.join(", "))
     });
     let features: Vec<String> = features.collect();
-    format!("CPUID lacks {}", features.join(" and "))
+    let features = match features.split_last() {
+        Some((last, others)) if !others.is_empty() => format!("{} and {last}", others.join(", ")),
+        _ => features.concat(),
+    };
+    format!("CPUID lacks {features}")
 }
 
 /// What decides all accesses of a range that no rule does: the word for programs, and words for people.
@@ -72,7 +79,12 @@ pub(crate) fn without_rule(loaded: &Loaded, range: MsrRange) -> (&'static str, S
             whys.push(why);
         }
     }
-    ("valid", format!("valid: {}", whys.join(", ")))
+    let more = match whys.len().saturating_sub(FEW) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    whys.truncate(FEW);
+    ("valid", format!("valid: {}{more}", whys.join(", ")))
 }
 
 /// The vendors that have the MSR, where CPUID tells by the vendor and by no feature.

@@ -1,11 +1,11 @@
 //! What no filter can do of what a policy asks for: the notes of its plan, and what the database says of its MSRs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use msrgate_core::abi::{MAX_BITMAP_BYTES, MAX_RANGE_MSRS};
-use msrgate_core::{Filter, FilterRange, Msr, MsrRange, Op};
+use msrgate_core::{Filter, Msr, MsrRange, Op};
 use msrgate_msrs::{Bypass, Entry};
-use msrgate_plan::{DecisionMap, Note, Plan};
+use msrgate_plan::{DecisionMap, Intervals, Note, Plan};
 
 use crate::print::counted;
 use crate::{Code, Diagnostic};
@@ -86,38 +86,19 @@ fn instructions(map: &DecisionMap) -> Option<Diagnostic> {
 
 /// A note on MSRs in a row that no single range of the filter can hold.
 fn cut(filter: &Filter) -> Option<Diagnostic> {
-    // Each row, and where its ranges but the first begin.
-    let mut rows: Vec<(MsrRange, Vec<Msr>)> = Vec::new();
+    let mut rows: Vec<String> = Vec::new();
     for op in Op::ALL {
-        let differs = |msr| filter.verdict(msr, op) != filter.default_verdict();
-        let spans = filter.ranges().iter().filter(|range| range.ops().contains(op));
-        let mut spans: Vec<MsrRange> = spans.filter_map(FilterRange::span).collect();
-        spans.sort_by_key(|span| span.first());
-        let mut row: Option<(MsrRange, Vec<Msr>)> = None;
-        for span in spans {
-            let whole = row.as_ref().and_then(|(row, _)| joined(*row, span));
-            let whole = whole.filter(|whole| whole.len() > u64::from(MAX_RANGE_MSRS));
-            row = match (row, whole) {
-                (Some((before, mut cuts)), Some(whole)) if differs(before.last()) && differs(span.first()) => {
-                    cuts.push(span.first());
-                    Some((whole, cuts))
-                }
-                (before, _) => {
-                    rows.extend(before);
-                    Some((span, Vec::new()))
-                }
-            };
+        let ranges = filter.ranges().iter().filter(|range| range.ops().contains(op));
+        let begins: BTreeSet<Msr> = ranges.map(|range| Msr(range.base())).collect();
+        for row in rows_of(filter, op) {
+            let cuts = begins.iter().filter(|at| row.contains(**at) && **at != row.first());
+            let cuts: Vec<String> = cuts.map(Msr::to_string).collect();
+            let told = format!("{row} is cut before {}", cuts.join(", "));
+            if row.len() > u64::from(MAX_RANGE_MSRS) && !cuts.is_empty() && !rows.contains(&told) {
+                rows.push(told);
+            }
         }
-        rows.extend(row);
     }
-    rows.retain(|(_, cuts)| !cuts.is_empty());
-    rows.sort();
-    rows.dedup();
-    let rows = rows.iter().map(|(row, cuts)| {
-        let cuts: Vec<String> = cuts.iter().map(Msr::to_string).collect();
-        format!("{row} is cut before {}", cuts.join(", "))
-    });
-    let rows: Vec<String> = rows.collect();
     (!rows.is_empty()).then(|| {
         let message = format!(
             "{}: a range of the kernel's filter holds {MAX_RANGE_MSRS} MSRs, a bit each in {MAX_BITMAP_BYTES:#x} bytes",
@@ -127,12 +108,24 @@ fn cut(filter: &Filter) -> Option<Diagnostic> {
     })
 }
 
-/// Both as one, where nothing that a filter decides lies between them.
-fn joined(before: MsrRange, after: MsrRange) -> Option<MsrRange> {
-    let next = before.last().0.checked_add(1)?;
-    let between = MsrRange::new(Msr(next), Msr(after.first().0.checked_sub(1)?));
-    let adjoin = next == after.first().0 || between.is_some_and(|between| between.is_within(MsrRange::X2APIC));
-    MsrRange::new(before.first(), after.last()).filter(|_| adjoin)
+/// The longest rows of MSRs that get another verdict than the default. Of x2APIC there is none to get.
+fn rows_of(filter: &Filter, op: Op) -> Vec<MsrRange> {
+    let mut rows: Vec<MsrRange> = Vec::new();
+    for (range, verdict) in Intervals::of_filter(filter, op).iter() {
+        if *verdict == filter.default_verdict() && !range.is_within(MsrRange::X2APIC) {
+            continue;
+        }
+        let before = rows.last().copied();
+        let adjoins = before.filter(|before| before.last().0.checked_add(1) == Some(range.first().0));
+        match adjoins.and_then(|before| MsrRange::new(before.first(), range.last())) {
+            Some(whole) => {
+                rows.pop();
+                rows.push(whole);
+            }
+            None => rows.push(range),
+        }
+    }
+    rows
 }
 
 fn of_plan(note: &Note) -> Option<Diagnostic> {
