@@ -132,14 +132,13 @@ impl Checked {
         let path = input::shown(path);
         let mut out = stream::page();
         let Some(loaded) = &self.loaded else {
-            let s = if open.len() == 1 { "" } else { "s" };
-            out.say(Tone::Bad, &format!("{path}: refused, {} error{s}", open.len()))?;
+            let errors = words::counted(open.len() as u64, "error", "errors");
+            out.say(Tone::Bad, &format!("{path}: refused, {errors}"))?;
             return Ok(());
         };
         let verdict = match open.len() {
             0 => "ok".to_owned(),
-            1 => "1 finding".to_owned(),
-            n => format!("{n} findings"),
+            n => words::counted(n as u64, "finding", "findings"),
         };
         let ranges = loaded.plan.filter().ranges();
         let bytes: usize = ranges.iter().map(|range| range.bitmap().len() * 8).sum();

@@ -71,8 +71,12 @@ fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
                 let classes = Class::ALL
                     .iter()
                     .map(|class| format!("\n  @{:<13}{}", class.name(), class.about()));
+                let near = msrgate_msrs::nearest_of(name, msrgate_msrs::classes());
+                let near = near
+                    .map(|near| format!("; did you mean `@{near}`?"))
+                    .unwrap_or_default();
                 Err(Failure::input(format!(
-                    "there is no class `@{name}`; the classes are{}",
+                    "there is no class `@{name}`{near}; the classes are{}",
                     classes.collect::<String>()
                 )))
             }

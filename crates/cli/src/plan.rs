@@ -17,7 +17,7 @@ use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::render::Table;
 use crate::stream::Stream;
-use crate::{cpuid, machine, refusal, stream, trace, words};
+use crate::{cause, cpuid, machine, refusal, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     if args.host && !matches!(args.emit, None | Some(Emit::C | Emit::Json)) {
@@ -82,6 +82,7 @@ fn json(loaded: &Loaded, notes: &[Diagnostic]) -> Value {
             entry.range.first().0,
             Op::Read,
             action(
+                loaded,
                 entry,
                 Op::Read,
                 done(entry.action.did(), entry.action.name()),
@@ -95,6 +96,7 @@ fn json(loaded: &Loaded, notes: &[Diagnostic]) -> Value {
             entry.range.first().0,
             Op::Write,
             action(
+                loaded,
                 entry,
                 Op::Write,
                 done(entry.action.did(), entry.action.name()),
@@ -128,6 +130,11 @@ fn json(loaded: &Loaded, notes: &[Diagnostic]) -> Value {
             "op": op.name(),
             "exits": options.touches(range, op),
         })).collect::<Vec<_>>(),
+        "valid": loaded.policy.lacking(loaded.cpuid.as_ref()).map(|entry| json!({
+            "msr": entry.msr.to_string(),
+            "name": entry.name(),
+            "lacks": cause::lacks(entry),
+        })).collect::<Vec<_>>(),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
@@ -152,13 +159,18 @@ fn json(loaded: &Loaded, notes: &[Diagnostic]) -> Value {
     })
 }
 
-fn action<A>(entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
+fn action<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
     let mut object = Map::new();
     object.insert("first".to_owned(), entry.range.first().to_string().into());
     object.insert("last".to_owned(), entry.range.last().to_string().into());
     object.insert("op".to_owned(), op.name().into());
     object.insert("action".to_owned(), name.into());
     object.insert("rule".to_owned(), entry.rule.into());
+    let decided_by = match entry.rule {
+        Some(_) => "rule",
+        None => cause::without_rule(loaded, entry.range).0,
+    };
+    object.insert("decided_by".to_owned(), decided_by.into());
     object.extend(arguments);
     Value::Object(object)
 }
@@ -350,7 +362,7 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
     let rule = entry
         .rule
         .and_then(|rule| loaded.policy.rule_place(rule))
-        .unwrap_or_else(|| "default".to_owned());
+        .unwrap_or_else(|| cause::without_rule(loaded, entry.range).1);
     [
         entry.range.first().to_string(),
         entry.range.last().to_string(),

@@ -247,6 +247,16 @@ impl Entry {
         self.state != State::Nothing && self.access != Access::ReadOnly
     }
 
+    /// Whether a guest reads what it wrote: the register holds its value, and a write is no command.
+    ///
+    /// Of the microcode's revision a guest writes 0 before it reads, and KVM keeps nothing of that (`kvm_set_msr_common`).
+    pub fn keeps_writes(&self) -> bool {
+        self.access == Access::ReadWrite
+            && self.holds_guest_state()
+            && self.command().is_none()
+            && self.name() != "IA32_BIOS_SIGN_ID"
+    }
+
     /// Whether the value identifies the machine or tells of what others do or did on it: what a tenant must not see.
     pub fn is_secret(&self) -> bool {
         matches!(self.host, Host::Identity | Host::Activity | Host::Trace)

@@ -1,10 +1,14 @@
 //! What no filter can do of what a policy asks for: the notes of its plan, and what the database says of its MSRs.
 
-use msrgate_core::Op;
+use std::collections::BTreeSet;
+
+use msrgate_core::abi::{MAX_BITMAP_BYTES, MAX_RANGE_MSRS};
+use msrgate_core::{Filter, Msr, MsrRange, Op};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Bypass, BypassKind, Entry, Linux, Passes};
-use msrgate_plan::{DecisionMap, Note, Plan};
+use msrgate_plan::{DecisionMap, Intervals, Note, Plan};
 
+use crate::print::counted;
 use crate::{Code, Diagnostic};
 
 /// The notes on a plan, in order of their codes. What only a guest with some feature can do is told where `guest` has it, and
@@ -29,7 +33,7 @@ pub fn notes(plan: &Plan, guest: Option<&Cpuid>, kernel: Option<Linux>) -> Vec<D
         let told: Vec<String> = told.collect();
         (!told.is_empty()).then(|| passes(kind, &told.join("; ")))
     });
-    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).collect();
+    let mut notes: Vec<Diagnostic> = of_plan.chain(passing).chain(cut(plan.filter())).collect();
     notes.sort_by_key(|note| note.code);
     notes
 }
@@ -109,6 +113,50 @@ fn passes(kind: BypassKind, told: &str) -> Diagnostic {
     }
 }
 
+/// A note on MSRs in a row that no single range of the filter can hold.
+fn cut(filter: &Filter) -> Option<Diagnostic> {
+    let mut rows: Vec<String> = Vec::new();
+    for op in Op::ALL {
+        let ranges = filter.ranges().iter().filter(|range| range.ops().contains(op));
+        let begins: BTreeSet<Msr> = ranges.map(|range| Msr(range.base())).collect();
+        for row in rows_of(filter, op) {
+            let cuts = begins.iter().filter(|at| row.contains(**at) && **at != row.first());
+            let cuts: Vec<String> = cuts.map(Msr::to_string).collect();
+            let told = format!("{row} is cut before {}", cuts.join(", "));
+            if row.len() > u64::from(MAX_RANGE_MSRS) && !cuts.is_empty() && !rows.contains(&told) {
+                rows.push(told);
+            }
+        }
+    }
+    (!rows.is_empty()).then(|| {
+        let message = format!(
+            "{}: a range of the kernel's filter holds {MAX_RANGE_MSRS} MSRs, a bit each in {MAX_BITMAP_BYTES:#x} bytes",
+            rows.join("; ")
+        );
+        Diagnostic::whole(Code::RangeCut, message)
+    })
+}
+
+/// The longest rows of MSRs that get another verdict than the default. Of x2APIC there is none to get.
+fn rows_of(filter: &Filter, op: Op) -> Vec<MsrRange> {
+    let mut rows: Vec<MsrRange> = Vec::new();
+    for (range, verdict) in Intervals::of_filter(filter, op).iter() {
+        if *verdict == filter.default_verdict() && !range.is_within(MsrRange::X2APIC) {
+            continue;
+        }
+        let before = rows.last().copied();
+        let adjoins = before.filter(|before| before.last().0.checked_add(1) == Some(range.first().0));
+        match adjoins.and_then(|before| MsrRange::new(before.first(), range.last())) {
+            Some(whole) => {
+                rows.pop();
+                rows.push(whole);
+            }
+            None => rows.push(range),
+        }
+    }
+    rows
+}
+
 fn of_plan(note: &Note) -> Option<Diagnostic> {
     let (code, message) = match note {
         Note::X2apic => (
@@ -134,11 +182,15 @@ fn of_plan(note: &Note) -> Option<Diagnostic> {
         Note::Spilled { accesses, exits, .. } => {
             let cost = match exits {
                 None => "how often the guest makes them, a profile would tell".to_owned(),
-                Some(exits) => format!("that is {exits} exits in the profile"),
+                Some(exits) => format!("that is {} in the profile", counted(*exits, "exit", "exits")),
             };
             let message = format!(
-                "{accesses} accesses that are left to the kernel do not fit into 16 ranges and are passed on to it from \
-                 user space, one exit each time; {cost}"
+                "{} into 16 ranges: user space passes on to the kernel what does not fit, one exit each time; {cost}",
+                counted(
+                    *accesses,
+                    "access that is left to the kernel does not fit",
+                    "accesses that are left to the kernel do not fit"
+                )
             );
             (Code::PassedOn, message)
         }
@@ -149,7 +201,6 @@ fn of_plan(note: &Note) -> Option<Diagnostic> {
 
 #[cfg(test)]
 mod tests {
-    use msrgate_core::Msr;
     use msrgate_plan::CompileOptions;
 
     use super::*;
@@ -237,6 +288,35 @@ mod tests {
                 "{msr}: {notes:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_row_of_msrs_that_no_range_holds_is_told_with_the_place_of_the_cut() {
+        let said = |default: &str, rules: &str| {
+            let notes = notes(&Plan::compile(&map(default, rules)).unwrap(), None, None);
+            let cut = notes.into_iter().find(|note| note.code == Code::RangeCut);
+            cut.map(|note| note.message.split(": ").next().unwrap().to_owned())
+        };
+        let row = |last: u32| format!("[[rule]]\nmsr = \"0x10000..={last:#x}\"\nread = \"deny\"\nwrite = \"zero\"\n");
+        let row = |last| row(last).replace("zero", "ignore");
+        let cut = |text: &str| Some(text.to_owned());
+        assert_eq!(said("allow", &row(0x12fff)), None, "12288 MSRs");
+        assert_eq!(
+            said("allow", &row(0x13000)),
+            cut("0x10000..=0x13000 is cut before 0x13000")
+        );
+        assert_eq!(
+            said("allow", &row(0x16000)),
+            cut("0x10000..=0x16000 is cut before 0x13000, 0x16000")
+        );
+        let low = "[[rule]]\nmsr = \"0..=0x3000\"\nread = \"allow\"\nwrite = \"allow\"\n";
+        assert_eq!(
+            said("deny", low),
+            cut("0x0..=0x3000 is cut before 0x900"),
+            "around x2APIC"
+        );
+        let apart = "[[rule]]\nmsr = [\"0x10000..=0x12ffe\", \"0x13000..=0x15000\"]\nread = \"deny\"\n";
+        assert_eq!(said("allow", apart), None, "0x12fff is not denied");
     }
 
     #[test]
