@@ -211,8 +211,10 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
         (format!("{lost} missing from it"), "may deny", "record the guest again")
     });
     let partial = (summary.partial > 0).then(|| {
-        let what = "it has only what a policy decided, and not what the policy left to the kernel".to_owned();
-        (what, "denies", "record the guest with `msrgate run --learn`")
+        let what =
+            "it has only what a policy decided, or is one part of a trace, and not all that the guest was served with";
+        let otherwise = "record the guest with `msrgate run --learn` and without --trace-size";
+        (what.to_owned(), "denies", otherwise)
     });
     for (what, denies, otherwise) in lost.into_iter().chain(partial) {
         if !incomplete {

@@ -86,6 +86,9 @@ pub struct Header {
     /// Which accesses the trace has; all where it does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coverage: Option<Coverage>,
+    /// Which part of a trace this is, from 1; `None` where it is not cut into parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<u64>,
     /// When the trace was begun: date and time in UTC, as RFC 3339 spells them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started: Option<String>,
@@ -118,7 +121,7 @@ impl Header {
 
     /// Whether accesses with which the guest was served are not in the trace.
     pub fn is_partial(&self) -> bool {
-        self.coverage == Some(Coverage::Decided)
+        self.coverage == Some(Coverage::Decided) || self.part.is_some()
     }
 
     /// Writes the first line of a trace.

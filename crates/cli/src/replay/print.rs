@@ -104,8 +104,8 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     if seen.partial > 0 {
         writeln!(
             out,
-            "note: {} only what a policy decided: what that policy left to the kernel was not made, and what this policy \
-             gives it is not known here",
+            "note: {} only what a policy decided, or one part of what the guest did: what is missing was not made, and what \
+             this policy gives it is not known here",
             words::counted(seen.partial, "trace has", "traces have")
         )?;
     }

@@ -70,6 +70,7 @@ impl Summary {
             "vcpus": reader.ledger().vcpus(),
             "refused": reader.ledger().refusals(),
             "background": self.background,
+            "trace": trace.path().map(|path| path.to_string_lossy()),
             "killed": killed,
             "cost_ns": cost(tallies),
             "presets": words::presets(&self.presets),

@@ -38,7 +38,7 @@ impl fmt::Display for Learned {
             print::comment(
                 f,
                 &format!(
-                    "Incomplete: {} only what a policy decided and not what it left to the kernel, which this one denies.",
+                    "Incomplete: {} only what a policy decided, or one part of what guests did, and this one denies the rest.",
                     match summary.partial {
                         1 => "1 trace has".to_owned(),
                         count => format!("{count} traces have"),
