@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use msrgate_answer::layout::vcpu;
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Log, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Log, Msr, Nanos, Op, Reason, Within};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
@@ -447,6 +447,7 @@ fn decode(words: Words, t: Nanos, lasting: impl Fn(Ticks) -> Nanos) -> Entry {
         would,
         rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
         rip: (bits & vcpu::HAS_RIP != 0).then_some(rip),
+        within: Within::from_flags((bits >> vcpu::WITHIN) as u16),
         cost: (bits & vcpu::HAS_COST != 0).then(|| lasting(Ticks(cost))),
     };
     let log = match log & 3 {

@@ -33,7 +33,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason, Within};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::number;
 use serde::{Deserialize, Serialize};
@@ -185,6 +185,8 @@ struct Line<'a> {
     rule: Option<u32>,
     #[serde(borrow, default)]
     rip: Option<Number<'a>>,
+    #[serde(borrow, default, rename = "in")]
+    within: Option<Cow<'a, str>>,
     #[serde(default)]
     cost: Option<u64>,
     #[serde(default)]
@@ -246,6 +248,11 @@ impl Line<'_> {
         if would.is_none() {
             word(&self.would, "would")?;
         }
+        let known = |text: &Cow<'_, str>| Within::ALL.into_iter().find(|within| within.name() == text.as_ref());
+        let within = self.within.as_ref().and_then(known);
+        if within.is_none() {
+            word(&self.within, "in")?;
+        }
         let rip = self.rip.as_ref().map(|rip| rip.get("rip")).transpose()?;
         Ok(Event {
             t: Nanos(self.t),
@@ -260,6 +267,7 @@ impl Line<'_> {
             would,
             rule: self.rule,
             rip,
+            within,
             cost: self.cost.map(Nanos),
         })
     }
@@ -531,6 +539,7 @@ mod tests {
             would: None,
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
+            within: Some(Within::L2),
             cost: Some(Nanos(1200)),
         }
     }
@@ -543,6 +552,7 @@ mod tests {
             would: None,
             rule: None,
             rip: None,
+            within: None,
             cost: None,
             did: Disposition::Allow,
             ..event()
@@ -605,6 +615,7 @@ mod tests {
                 would: None,
                 rule: event.rule.filter(|_| number & 4 > 0),
                 rip: event.rip.filter(|_| number & 8 > 0),
+                within: Some(Within::ALL[number % 3]).filter(|_| number % 7 > 4),
                 cost: event.cost.filter(|_| number % 9 > 4),
                 ..event
             };

@@ -122,6 +122,7 @@ impl Random {
                 would: None,
                 rule: None,
                 rip: None,
+                within: None,
                 cost: None,
             }
         };

@@ -371,6 +371,9 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     if let Some(rip) = event.rip {
         write!(to, " rip {rip:#x}")?;
     }
+    if let Some(within) = event.within {
+        write!(to, " in {within}")?;
+    }
     if let Some(cost) = event.cost {
         write!(to, " <{}>", words::duration(cost.0))?;
     }
@@ -397,6 +400,7 @@ mod tests {
             would: None,
             rule: Some(2),
             rip: None,
+            within: None,
             cost: None,
         }
     }
@@ -410,6 +414,7 @@ mod tests {
             did: Disposition::Deny,
             rule: None,
             rip: Some(0x1000),
+            within: Some(msrgate_core::Within::L2),
             cost: Some(Nanos(1200)),
             ..event(0, 0xdead)
         };
@@ -417,7 +422,7 @@ mod tests {
         assert_eq!(
             String::from_utf8(text).unwrap(),
             "1.500000 vm 0 vcpu 1 rdmsr(0x8b IA32_BIOS_SIGN_ID) = 0x5 value rule 2\n\
-             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000 <1.2 µs>\n"
+             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000 in l2 <1.2 µs>\n"
         );
     }
 

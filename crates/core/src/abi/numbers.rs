@@ -76,6 +76,12 @@ pub mod kvm_run {
     pub const IMMEDIATE_EXIT: usize = 1;
     /// `exit_reason`.
     pub const EXIT_REASON: usize = 8;
+    /// `flags`, two bytes.
+    pub const FLAGS: usize = 14;
+    /// `KVM_RUN_X86_SMM`, in `flags`.
+    pub const SMM: u16 = 1;
+    /// `KVM_RUN_X86_GUEST_MODE`, in `flags`, of Linux 6.11.
+    pub const GUEST_MODE: u16 = 4;
     /// `msr`, of an exit of an MSR.
     pub const MSR: usize = 32;
     /// `msr.error`, one byte: the guest gets #GP where it is not 0.

@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
+use msrgate_core::Within;
+use msrgate_trace::{Lines, Record};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -153,4 +155,31 @@ fn a_vmm_ends_with_the_process_that_keeps_its_policy() {
         fs::read_to_string(format!("/proc/{process}/stat")).is_ok_and(|stat| stat.contains(") Z "))
             || !Path::new(&format!("/proc/{process}")).exists()
     });
+}
+
+#[test]
+fn an_access_in_system_management_mode_is_told_as_one() {
+    let Some(program) = vmm("smm", Way::Dynamic) else {
+        return;
+    };
+    let folder = with_policy(ANSWERS);
+    for options in [&["-p", "policy.toml"][..], &["--learn=all"]] {
+        let options = [options, &["--trace", "trace.jsonl"]].concat();
+        let ran = Ran::of(&mut under(&folder, &options, &program, &["0x8b"])).code(0);
+        if ran.out == "no SMM\n" {
+            println!("skipped: this KVM has no system management mode");
+            return;
+        }
+        let trace = fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
+        let within: Vec<Option<Within>> = Lines::new(trace.as_bytes())
+            .unwrap()
+            .map(|record| match record.unwrap() {
+                Record::Event(event) => event.within,
+                gap => panic!("{gap:?}"),
+            })
+            .collect();
+        assert_eq!(within, [Some(Within::Smm), None], "{trace}");
+        let report = folder.run(&["report", "trace.jsonl"]).code(0);
+        report.shows(&[" in smm"]);
+    }
 }

@@ -32,6 +32,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "pauses.c",
     "sandbox.c",
     "sequence.c",
+    "smm.c",
     "threads.c",
     "wrapper.c",
 ];
