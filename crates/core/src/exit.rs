@@ -62,7 +62,7 @@ impl Within {
 
     /// From the kernel's flags; `None` for the vCPU's own guest.
     pub const fn from_flags(flags: u16) -> Option<Within> {
-        match (flags & abi::kvm_run::GUEST_MODE != 0, flags & abi::kvm_run::SMM != 0) {
+        match (flags & abi::RUN_X86_GUEST_MODE != 0, flags & abi::RUN_X86_SMM != 0) {
             (false, false) => None,
             (false, true) => Some(Within::Smm),
             (true, false) => Some(Within::L2),
