@@ -170,11 +170,11 @@ fn a_trace_that_breaks_off_is_reported_up_to_there() {
             "breaks off",
         ]);
     let report = ran.json();
-    assert_eq!(count(&report, "accesses"), 665);
+    assert_eq!(count(&report, "accesses"), 565);
     let traces = list(&report, "traces");
     assert_eq!(
         traces.iter().map(|trace| count(trace, "accesses")).collect::<Vec<_>>(),
-        [0, 1, 664]
+        [0, 1, 564]
     );
     assert_eq!(
         (&traces[1]["error"]["line"], &traces[2]["error"]),
