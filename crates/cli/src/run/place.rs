@@ -40,8 +40,8 @@ pub(crate) struct Claimed {
 }
 
 impl Place {
-    /// Says what can be said before the VMM is started. What is no file by its own name, such as a pipe, is opened at
-    /// once, and can have no limit of its size; no file is made or changed. The trace is not one of `inputs`.
+    /// Says what can be said before the VMM is started. A file is neither made nor changed yet; what is none by its own
+    /// name, such as a pipe, is opened, and can have no limit of its size. The trace is not one of `inputs`.
     pub(crate) fn new(name: &Path, vm: String, inputs: &[Option<&Path>], limited: bool) -> Result<Place, Failure> {
         let place = Place {
             name: name.to_path_buf(),
@@ -88,6 +88,9 @@ impl Place {
             return Err(io::Error::other(
                 "it leads to a file that is not empty, or another run's",
             ));
+        }
+        if there.is_file() {
+            file.set_permissions(Permissions::from_mode(0o600))?;
         }
         *self.claimed() = Some(Claimed {
             path,
@@ -298,7 +301,8 @@ mod tests {
         let error = directory.place("link").err().unwrap();
         assert!(error.contains("leads to a file that is not empty"), "{error}");
         fs::write(path("target"), "").unwrap();
-        let place = directory.place("link").unwrap();
-        assert_eq!(place.take().unwrap().path, path("link"));
+        let claimed = directory.place("link").unwrap().take().unwrap();
+        assert_eq!(claimed.path, path("link"));
+        assert_eq!(claimed.file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
 }
