@@ -17,10 +17,20 @@ int main(int count, char **words) {
     uint8_t handler[] = {0x66, 0xb9, 0, 0, 0, 0, 0x0f, 0x32, 0x0f, 0xaa};
     memcpy(handler + 2, &msr, sizeof msr);
     memcpy(machine.memory + 0x38000, handler, sizeof handler);
-    if (call(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0 || call(vcpu.fd, KVM_SMI, 0) < 0) {
+    if (call(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0) {
         printf("no SMM\n");
         return 0;
     }
+    /* The address space that it has there. */
+    struct kvm_userspace_memory_region region = {
+        .slot = 1 << 16,
+        .memory_size = MEMORY,
+        .userspace_addr = (uintptr_t)machine.memory,
+    };
+    if (call(machine.vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+        fail("KVM_SET_USER_MEMORY_REGION");
+    if (call(vcpu.fd, KVM_SMI, 0) < 0)
+        fail("KVM_SMI");
     run(&vcpu);
     show(request);
     return 0;
