@@ -104,6 +104,7 @@ fn events(count: usize) -> Vec<Event> {
             would: None,
             rule,
             rip: Some(0xffff_ffff_8100_0000 + (place as u64 & 0xfff0)),
+            within: None,
             cost: reason.map(|_| Nanos(place as u64 & 0xfff)),
         }
     };

@@ -153,6 +153,8 @@ pub mod vcpu {
     pub const WRITE: u64 = 1 << 24;
     /// What the policy would do: `Disposition` + 1.
     pub const WOULD: u32 = 40;
+    /// `kvm_run.flags`.
+    pub const WITHIN: u32 = 48;
     /// There is a RIP.
     pub const HAS_RIP: u64 = 1 << 32;
     /// There is a cost.

@@ -437,9 +437,14 @@ pub(crate) struct RunArgs {
     /// MSRs that KVM does not know read as zero and ignore writes, for this VMM's guests alone
     #[arg(long)]
     pub(crate) ignore_unknown: bool,
-    /// Write down each access that the policy decides: JSON Lines, or for people on standard error with `-`
+    /// Write down each access that the policy decides: JSON Lines, or for people on standard error with `-`. In the name
+    /// `%n` is the VM's name, `%p` the VMM's process, `%t` the time, and `%%` a percent sign
     #[arg(long, value_name = "FILE|-")]
     pub(crate) trace: Option<PathBuf>,
+    /// Keep the newest accesses only: where FILE has this size, such as 100M, it takes the place of FILE.1, and FILE is
+    /// begun anew
+    #[arg(long, value_name = "SIZE", requires = "trace", value_parser = size)]
+    pub(crate) trace_size: Option<u64>,
     /// Have the guest's instruction pointer in the trace
     #[arg(long, requires = "trace")]
     pub(crate) rip: bool,
@@ -453,6 +458,28 @@ pub(crate) struct RunArgs {
     /// The VMM and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "VMM")]
     pub(crate) command: Vec<OsString>,
+}
+
+/// The smallest part of a trace: its header may have a CPUID of 256 leaves.
+const SMALLEST: u64 = 64 << 10;
+
+/// A number of bytes, or with `K`, `M` or `G` of kibibytes and so on.
+fn size(text: &str) -> Result<u64, String> {
+    let (number, shift) = match text.split_at_checked(text.len().saturating_sub(1)) {
+        Some((number, "K")) => (number, 10),
+        Some((number, "M")) => (number, 20),
+        Some((number, "G")) => (number, 30),
+        _ => (text, 0),
+    };
+    let bytes = number
+        .parse()
+        .ok()
+        .and_then(|number: u64| number.checked_mul(1 << shift));
+    let bytes = bytes.ok_or("write it as a number of bytes, or as `500K`, `100M` or `2G`")?;
+    if bytes < SMALLEST {
+        return Err(format!("a part of a trace takes {}K at least", SMALLEST >> 10));
+    }
+    Ok(bytes)
 }
 
 /// Which accesses are learned.

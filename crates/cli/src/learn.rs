@@ -212,7 +212,11 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
     });
     let partial = (summary.partial > 0).then(|| {
         let what = "not all that the guest was served with is in it".to_owned();
-        (what, "denies", "record the guest with `msrgate run --learn`")
+        (
+            what,
+            "denies",
+            "record the guest with `msrgate run --learn` and without --trace-size",
+        )
     });
     for (what, denies, otherwise) in lost.into_iter().chain(partial) {
         if !incomplete {

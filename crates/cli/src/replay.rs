@@ -9,6 +9,8 @@ pub(crate) mod kvm;
 mod log;
 mod machine;
 mod print;
+#[cfg(test)]
+mod learned;
 
 use std::collections::HashMap;
 use std::io::Write;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use msrgate_core::Msr;
-use msrgate_supervise::{Ledger, Marks, Mode, Setup, Supervisor};
+use msrgate_supervise::{Claim, Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
@@ -20,6 +20,7 @@ mod child;
 mod end;
 mod monitor;
 mod killed;
+mod place;
 mod program;
 mod resolve;
 mod signals;
@@ -64,6 +65,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     ];
     let trace = Trace::open(
         args.trace.as_deref(),
+        args.trace_size,
         &inputs,
         trace::header(&program, arguments, mode, known, resolved.is_whole(&plan)),
         resolved.rules,
@@ -74,6 +76,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     let ledger = Arc::new(Ledger::default());
     let events = args.trace.is_some();
     let tells = events || resolved.logs;
+    let place = trace.place();
     let (writer, lines) = Writer::new(Arc::clone(&ledger), trace, mode, plan.presets(), args.json);
     if mode == Mode::LearnAll {
         lines.say(format!("not faithful: {}", trace::PASSED_ON));
@@ -81,6 +84,14 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     if mode == Mode::Enforce {
         resolved.gaps().into_iter().for_each(|gap| lines.say(gap));
     }
+    let told = lines.clone();
+    let claim = place.map(|place| -> Claim {
+        Box::new(move |process| {
+            let moved = place.claim(process.cast_unsigned())?;
+            moved.into_iter().for_each(|line| told.say(line));
+            Ok(())
+        })
+    });
     let setup = Setup {
         plan,
         options: resolved.options,
@@ -88,6 +99,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         events,
         rip: args.rip,
         resolve: resolved.resolve,
+        claim,
     };
     let told = lines.clone();
     let supervisor = Supervisor::new(

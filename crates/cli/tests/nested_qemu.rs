@@ -558,6 +558,17 @@ fn a_daemon_has_the_policy_for_its_cpuid_and_its_trace_and_the_command_has_ended
     );
     let trace = || fs::read_to_string(folder.path().join("trace.jsonl")).unwrap();
     wait_until(|| trace().contains("\"0x8b\",\"value\":\"0x22\""));
+    assert!(trace().contains("\"cpuid\":\"CPU:"));
+    // As libvirt looks at what a QEMU can do, with the same options: a VM without a vCPU, and none.
+    for probe in [
+        "-machine none,accel=kvm -nodefaults -display none -monitor stdio",
+        "--version",
+    ] {
+        let words: Vec<&str> = first.iter().map(String::as_str).chain(probe.split(' ')).collect();
+        folder.run_with(&words, "quit\n").code(0);
+    }
+    assert!(trace().contains("\"0x8b\",\"value\":\"0x22\""));
+    assert!(!folder.path().join("trace.jsonl.1").exists());
     writeln!(serial, "$B poweroff -f").unwrap();
     assert_eq!(lines.find(|line| line.starts_with("rd ")), None, "it is off");
     wait_until(|| mapped().is_empty());

@@ -1,6 +1,6 @@
 //! The record of one access.
 
-use crate::{Disposition, FaultCause, Msr, Op, Reason};
+use crate::{Disposition, FaultCause, Msr, Op, Reason, Within};
 
 /// How much of a rule's accesses is logged.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -46,6 +46,8 @@ pub struct Event {
     pub rule: Option<u32>,
     /// The guest's instruction pointer, where it is known.
     pub rip: Option<u64>,
+    /// Where it was made, if not in the vCPU's own guest.
+    pub within: Option<Within>,
     /// How long the guest's exit took until its answer, where it was measured.
     pub cost: Option<Nanos>,
 }

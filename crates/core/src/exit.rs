@@ -45,6 +45,47 @@ impl fmt::Display for Reason {
     }
 }
 
+/// What a vCPU is in while it makes an access, besides its own guest: KVM tells it in `kvm_run.flags`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Within {
+    /// System management mode (`KVM_RUN_X86_SMM`).
+    Smm,
+    /// A guest of the guest (`KVM_RUN_X86_GUEST_MODE`, which KVM has from Linux 6.11 on).
+    L2,
+    /// Both.
+    L2Smm,
+}
+
+impl Within {
+    /// All three.
+    pub const ALL: [Within; 3] = [Within::Smm, Within::L2, Within::L2Smm];
+
+    /// From the kernel's flags; `None` for the vCPU's own guest.
+    pub const fn from_flags(flags: u16) -> Option<Within> {
+        match (flags & abi::RUN_X86_GUEST_MODE != 0, flags & abi::RUN_X86_SMM != 0) {
+            (false, false) => None,
+            (false, true) => Some(Within::Smm),
+            (true, false) => Some(Within::L2),
+            (true, true) => Some(Within::L2Smm),
+        }
+    }
+
+    /// The word that traces and JSON use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Within::Smm => "smm",
+            Within::L2 => "l2",
+            Within::L2Smm => "l2-smm",
+        }
+    }
+}
+
+impl fmt::Display for Within {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 /// A set of reasons: the argument of `KVM_CAP_X86_USER_SPACE_MSR`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Reasons(u32);
@@ -148,6 +189,16 @@ mod tests {
             let expected = Reason::ALL.into_iter().find(|reason| *reason as u32 == bits);
             assert_eq!(Reason::from_bits(bits), expected);
         }
+    }
+
+    #[test]
+    fn other_flags_say_nothing_of_where_an_access_was_made() {
+        // KVM_RUN_X86_BUS_LOCK is 2.
+        let within = |flags| [flags, flags | 2, flags | 0xfff8].map(Within::from_flags);
+        assert_eq!(within(0), [None; 3]);
+        assert_eq!(within(1), [Some(Within::Smm); 3]);
+        assert_eq!(within(4), [Some(Within::L2); 3]);
+        assert_eq!(within(5), [Some(Within::L2Smm); 3]);
     }
 
     #[test]

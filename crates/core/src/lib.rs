@@ -50,7 +50,7 @@ pub use action::{
 };
 pub use bitmap::{PassthroughMsr, SvmPermissionMap, VmxBitmap};
 pub use event::{Event, Gap, Log, Nanos};
-pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, WriteOutcome};
+pub use exit::{Exit, Fault, Outcome, ReadOutcome, Reason, Reasons, Within, WriteOutcome};
 pub use fault_cause::FaultCause;
 pub use filter::{DecidedBy, Filter, FilterError, FilterRange, Verdict};
 pub use flat_filter::FlatFilter;

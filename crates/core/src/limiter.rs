@@ -99,6 +99,7 @@ mod tests {
             would: None,
             rule,
             rip: None,
+            within: None,
             cost: None,
         }
     }

@@ -71,6 +71,9 @@ const _: () = {
 const _: () = {
     assert!(field::IMMEDIATE_EXIT == offset_of!(kvm_run, immediate_exit));
     assert!(field::EXIT_REASON == offset_of!(kvm_run, exit_reason));
+    assert!(field::FLAGS == offset_of!(kvm_run, flags));
+    assert!(abi::RUN_X86_SMM as u32 == kernel::KVM_RUN_X86_SMM);
+    assert!(abi::RUN_X86_GUEST_MODE as u32 == kernel::KVM_RUN_X86_GUEST_MODE);
     assert!(field::MSR == offset_of!(kvm_run, __bindgen_anon_1));
     assert!(field::VALID_REGS == offset_of!(kvm_run, kvm_valid_regs));
     assert!(field::DIRTY_REGS == offset_of!(kvm_run, kvm_dirty_regs));

@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "the page is shared with the kernel, and its exit is a union")]
 
 use msrgate_core::abi::{self, RawExit, kvm_run as field};
-use msrgate_core::{ReadOutcome, WriteOutcome};
+use msrgate_core::{ReadOutcome, Within, WriteOutcome};
 
 /// The exit that waits in `run`, if it is one of an MSR.
 ///
@@ -18,6 +18,15 @@ pub(crate) unsafe fn read(run: *mut u8) -> Option<RawExit> {
     // SAFETY: bytes within the `kvm_run` that the caller vouches for.
     let msr = unsafe { run.wrapping_add(field::MSR).cast::<[u8; field::MSR_BYTES]>().read() };
     RawExit::read(exit, &msr)
+}
+
+/// Where the access was made that waits in `run`.
+///
+/// # Safety
+/// As for [`read`].
+pub(crate) unsafe fn within(run: *mut u8) -> Option<Within> {
+    // SAFETY: within the `kvm_run` that the caller vouches for, at the field's own offset and so aligned.
+    Within::from_flags(unsafe { run.wrapping_add(field::FLAGS).cast::<u16>().read() })
 }
 
 /// Lets the next KVM_RUN fault the guest, unless another answer follows.

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use msrgate_core::abi::kvm_run as field;
-use msrgate_core::{Access, Answer, Event, FaultCause, Nanos, Outcome, Reason, VcpuState};
+use msrgate_core::{Access, Answer, Event, FaultCause, Nanos, Outcome, Reason, VcpuState, Within};
 
 use crate::epoch::{Epoch, Published, Shared};
 use crate::exit;
@@ -56,6 +56,8 @@ pub struct Answered {
     pub reason: Option<Reason>,
     /// The kernel's number for the reason.
     pub reason_bits: u32,
+    /// Where it was made, if not in the vCPU's own guest.
+    pub within: Option<Within>,
     /// What it got.
     pub answer: Answer,
 }
@@ -79,6 +81,7 @@ impl Answered {
             would: None,
             rule: self.answer.rule,
             rip,
+            within: self.within,
             cost: None,
         }
     }
@@ -131,6 +134,8 @@ impl VcpuGate {
         let Some(exit) = (unsafe { exit::read(run) }) else {
             return Dispatch::NotAnMsrExit;
         };
+        // SAFETY: the caller's promise.
+        let within = unsafe { exit::within(run) };
         // SAFETY: the caller's promise, and it holds an MSR exit.
         unsafe { exit::fail_closed(run) };
         let answered = |answer| {
@@ -140,6 +145,7 @@ impl VcpuGate {
                 access: exit.access,
                 reason: Reason::from_bits(exit.reason),
                 reason_bits: exit.reason,
+                within,
                 answer,
             })
         };

@@ -141,7 +141,7 @@ fn every_msr_of_the_recorded_guests_has_an_entry() {
             seen += 1;
         }
     }
-    assert!(seen > 1000, "{seen}");
+    assert!(seen > 900, "{seen}");
 }
 
 /// The indices of a list such as `10 19a-c`: the end of a range gives its last digits.

@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use msrgate_answer::layout::vcpu;
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Log, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Log, Msr, Nanos, Op, Reason, Within};
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
 use crate::memory;
+
+/// What CPUID gives: leaf, subleaf, and EAX to EDX.
+pub type Leaf = (u32, u32, [u32; 4]);
 
 /// Counts, and the memory of each vCPU that is answered for.
 #[derive(Debug, Default)]
@@ -20,6 +23,7 @@ pub struct Ledger {
     vms: AtomicU64,
     vcpus: AtomicU64,
     refused: AtomicU64,
+    first_run: OnceLock<Vec<Leaf>>,
     rings: Mutex<Vec<Arc<Ring>>>,
 }
 
@@ -39,6 +43,11 @@ impl Ledger {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// The CPUID that the VMM has set of the first vCPU that ran, as far as it is looked at; `None` before one does.
+    pub fn first_run(&self) -> Option<&[Leaf]> {
+        self.first_run.get().map(Vec::as_slice)
+    }
+
     /// Nobody is left who could write: what is taken next is all that there is.
     pub fn end(&self) {
         self.rings().iter().for_each(|ring| ring.end());
@@ -51,6 +60,11 @@ impl Ledger {
 
     pub(crate) fn new_vcpu(&self) {
         self.vcpus.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A vCPU with this CPUID is about to run.
+    pub(crate) fn run(&self, cpuid: &[Leaf]) {
+        self.first_run.get_or_init(|| cpuid.to_vec());
     }
 
     pub(crate) fn refuse(&self) {
@@ -433,6 +447,7 @@ fn decode(words: Words, t: Nanos, lasting: impl Fn(Ticks) -> Nanos) -> Entry {
         would,
         rule: Some(high(vcpu_rule)).filter(|rule| *rule != u32::MAX),
         rip: (bits & vcpu::HAS_RIP != 0).then_some(rip),
+        within: Within::from_flags((bits >> vcpu::WITHIN) as u16),
         cost: (bits & vcpu::HAS_COST != 0).then(|| lasting(Ticks(cost))),
     };
     let log = match log & 3 {

@@ -37,9 +37,9 @@ mod memory;
 mod frame;
 mod spawn;
 
-pub use ledger::{Counters, Done, Entry, Faults, Ledger, Reader};
+pub use ledger::{Counters, Done, Entry, Faults, Leaf, Ledger, Reader};
 pub use policy::Mode;
 pub use seccomp::{Expected, Listener, Marks, notify};
 pub use spawn::{Forked, bind, fork, no_signal_for_stops};
 pub use stopped::may_administer;
-pub use supervisor::{Leaf, Remark, Resolve, Setup, Supervisor};
+pub use supervisor::{Claim, Remark, Resolve, Setup, Supervisor};

@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
 use crate::hands::Hands;
-use crate::ledger::Ledger;
+use crate::ledger::{Leaf, Ledger};
 use crate::policy::{Mode, Policy, State, is_weaker};
 use crate::region::{Region, Table};
 use crate::seccomp::{Listener, Marks, Waiting};
@@ -33,12 +33,13 @@ mod exit;
 mod msrs;
 mod run;
 
-/// What CPUID gives: leaf, subleaf, and EAX to EDX.
-pub type Leaf = (u32, u32, [u32; 4]);
-
 /// Says what a policy is for a guest with these leaves, without presets, which would come too late; an error is one line for
 /// people.
 pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(Plan, CompileOptions), String> + Send>;
+
+/// Asked for the process that makes the first vCPU, before there is one: an error is one line for people, and then there is
+/// none.
+pub type Claim = Box<dyn FnMut(i32) -> Result<(), String> + Send>;
 
 /// How long a call waits for a vCPU that another thread runs: the VMM's thread would wait for it in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -64,6 +65,8 @@ pub struct Setup {
     pub rip: bool,
     /// What the policy is for a guest's CPUID, where it depends on that.
     pub resolve: Option<Resolve>,
+    /// What has to be there before the first vCPU is.
+    pub claim: Option<Claim>,
 }
 
 impl fmt::Debug for Setup {
@@ -146,6 +149,8 @@ struct Vcpu {
     placed: bool,
     /// What its MSRs remember, apart from shadows that the answerer keeps.
     state: Option<VcpuState>,
+    /// What the VMM has set, until some vCPU runs.
+    cpuid: Vec<Leaf>,
 }
 
 /// A register of a vCPU that holds a preset.
@@ -211,7 +216,7 @@ impl Supervisor {
             abi::ENABLE_CAP,
             abi::RUN,
         ];
-        if self.setup.resolve.is_some() {
+        if self.setup.resolve.is_some() || self.setup.events {
             requests.extend([abi::SET_CPUID, abi::SET_CPUID2]);
         }
         if !self.policy.presets().is_empty() {
@@ -480,6 +485,12 @@ impl Supervisor {
     fn create_vcpu(&mut self, waiting: &Waiting<'_>, tag: u64) {
         let [vm, _, id, ..] = waiting.arguments;
         let what = format!("vCPU {id} is not made");
+        if let Some(claim) = &mut self.setup.claim {
+            if let Err(line) = claim(target::process(waiting.thread)) {
+                return self.refuse_object(waiting, &what, &line);
+            }
+            self.setup.claim = None;
+        }
         let Some(mut stopped) = self.stop(waiting, &what) else {
             return;
         };
@@ -522,6 +533,7 @@ impl Supervisor {
                 ready: self.setup.resolve.is_none(),
                 placed: false,
                 state: None,
+                cpuid: Vec::new(),
             },
         );
         Ok(())

@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason, Within};
 
 /// The event of a line; `None` where it is spelt in another way.
 pub(super) fn read(line: &[u8]) -> Option<Event> {
@@ -49,6 +49,10 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         Some(()) => Some(rest.hexadecimal()?),
         None => None,
     };
+    let within = match rest.skip(b",\"in\":\"") {
+        Some(()) => Some(rest.word(&Within::ALL, Within::name)?),
+        None => None,
+    };
     let cost = match rest.skip(b",\"cost\":") {
         Some(()) => Some(rest.decimal()?),
         None => None,
@@ -67,6 +71,7 @@ pub(super) fn read(line: &[u8]) -> Option<Event> {
         would,
         rule,
         rip,
+        within,
         cost: cost.map(Nanos),
     })
 }
@@ -147,6 +152,7 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
         would,
         rule,
         rip,
+        within,
         cost,
     } = event;
     let mut line = Line::new();
@@ -184,6 +190,11 @@ pub fn write_event(event: &Event, to: &mut impl Write) -> io::Result<()> {
     if let Some(rip) = rip {
         line.text(",\"rip\":\"0x");
         line.hexadecimal(*rip);
+        line.text("\"");
+    }
+    if let Some(within) = within {
+        line.text(",\"in\":\"");
+        line.text(within.name());
         line.text("\"");
     }
     if let Some(cost) = cost {

@@ -115,6 +115,7 @@ impl Log {
             would: None,
             rule: None,
             rip,
+            within: None,
             cost: None,
         })))
     }

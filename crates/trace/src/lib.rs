@@ -35,7 +35,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, BufRead, Write};
 
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason, Within};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::number;
 use serde::{Deserialize, Serialize};
@@ -92,6 +92,9 @@ pub struct Header {
     /// Which accesses the trace has; all where it does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coverage: Option<Coverage>,
+    /// Which part of a trace this is, from 1; `None` where it is not cut into parts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<u64>,
     /// When the trace was begun: date and time in UTC, as RFC 3339 spells them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started: Option<String>,
@@ -124,7 +127,7 @@ impl Header {
 
     /// Whether accesses with which the guest was served are not in the trace.
     pub fn is_partial(&self) -> bool {
-        matches!(self.coverage, Some(Coverage::Decided | Coverage::Logged))
+        self.part.is_some() || matches!(self.coverage, Some(Coverage::Decided | Coverage::Logged))
     }
 
     /// Writes the first line of a trace.
@@ -189,6 +192,8 @@ struct Line<'a> {
     rule: Option<u32>,
     #[serde(borrow, default)]
     rip: Option<Number<'a>>,
+    #[serde(borrow, default, rename = "in")]
+    within: Option<Cow<'a, str>>,
     #[serde(default)]
     cost: Option<u64>,
     #[serde(default)]
@@ -250,6 +255,11 @@ impl Line<'_> {
         if would.is_none() {
             word(&self.would, "would")?;
         }
+        let known = |text: &Cow<'_, str>| Within::ALL.into_iter().find(|within| within.name() == text.as_ref());
+        let within = self.within.as_ref().and_then(known);
+        if within.is_none() {
+            word(&self.within, "in")?;
+        }
         let rip = self.rip.as_ref().map(|rip| rip.get("rip")).transpose()?;
         Ok(Event {
             t: Nanos(self.t),
@@ -264,6 +274,7 @@ impl Line<'_> {
             would,
             rule: self.rule,
             rip,
+            within,
             cost: self.cost.map(Nanos),
         })
     }
@@ -591,6 +602,7 @@ mod tests {
             would: None,
             rule: Some(3),
             rip: Some(0xffff_ffff_8100_0000),
+            within: Some(Within::L2),
             cost: Some(Nanos(1200)),
         }
     }
@@ -603,6 +615,7 @@ mod tests {
             would: None,
             rule: None,
             rip: None,
+            within: None,
             cost: None,
             did: Disposition::Allow,
             ..event()
@@ -665,6 +678,7 @@ mod tests {
                 would: None,
                 rule: event.rule.filter(|_| number & 4 > 0),
                 rip: event.rip.filter(|_| number & 8 > 0),
+                within: Some(Within::ALL[number % 3]).filter(|_| number % 7 > 4),
                 cost: event.cost.filter(|_| number % 9 > 4),
                 ..event
             };

@@ -31,7 +31,7 @@ mod timeline;
 
 use std::collections::HashMap;
 
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason};
+use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, Nanos, Op, Reason, Within};
 
 pub use self::counts::Counts;
 pub use self::timeline::Timeline;
@@ -100,6 +100,8 @@ pub struct Got {
     pub reason: Option<Reason>,
     /// What the policy would do, where the guest ran beside it.
     pub would: Option<Disposition>,
+    /// Where the accesses were made, if not in the vCPU's own guest.
+    pub within: Option<Within>,
     /// The number of the rule, in the policy that the guest ran under or beside.
     pub rule: Option<u32>,
 }
@@ -486,6 +488,7 @@ impl Row {
             why: event.why,
             reason: event.reason,
             would: event.would,
+            within: event.within,
             rule: event.rule,
         });
         if event.op == Op::Write || !event.did.is_fault() || event.value != 0 {

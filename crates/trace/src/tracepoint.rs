@@ -133,6 +133,7 @@ impl Threads {
             rule: None,
             rip: None,
             would: None,
+            within: None,
             cost: None,
         }))
     }

@@ -464,7 +464,9 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                         put(event, 4, who >> 32 | rule << 32);
                         let has_rip = if flags & slot::RIP != 0 { vcpu::HAS_RIP } else { 0 };
                         let has_cost = if redo { 0 } else { vcpu::HAS_COST };
-                        put(event, 5, told | op << 24 | has_rip | has_cost);
+                        // Where an access is made again no instruction was executed since.
+                        let within = u64::from(get::<u16>(of(page, field::FLAGS))) << vcpu::WITHIN;
+                        put(event, 5, told | op << 24 | has_rip | has_cost | within);
                         put(event, 6, log);
                         put(event, 7, took);
                         // One that waited was here. It is seen where it is known how it ends, and a gap before it at once.

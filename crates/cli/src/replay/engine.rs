@@ -167,6 +167,7 @@ mod tests {
             would: None,
             rule: None,
             rip: None,
+            within: None,
             cost: None,
         }
     }

@@ -85,7 +85,10 @@ impl Contents {
                      and fault there on other hosts"
                 )
             });
-            coverage.into_iter().chain(ignored)
+            let part = trace.header.part.map(|part| {
+                format!("{name} is part {part} of a trace that was cut by its size: what the other parts have is missing")
+            });
+            coverage.into_iter().chain(part).chain(ignored)
         });
         notes.chain(self.gaps()).collect()
     }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{Disposition, Reason};
+use msrgate_core::{Disposition, Reason, Within};
 use msrgate_policy::{Cause, Rule};
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
@@ -74,6 +74,7 @@ pub(super) fn json(contents: &Contents) -> Value {
                 "why": got.why.map(|why| why.name()),
                 "reason": got.reason.map(Reason::name),
                 "would": got.would.map(Disposition::name),
+                "in": got.within.map(Within::name),
                 "rule": got.rule,
                 "count": count,
             })).collect::<Vec<_>>(),
@@ -338,7 +339,8 @@ pub(super) fn got(row: &Row) -> String {
 
 /// What was done, with what there is to say of it.
 pub(super) fn word(got: &Got) -> String {
-    words::outcome(got.did, got.why, got.reason, got.would)
+    let within = got.within.map(|within| format!(" in {within}")).unwrap_or_default();
+    format!("{}{within}", words::outcome(got.did, got.why, got.reason, got.would))
 }
 
 /// The rules that the trace names.

@@ -75,7 +75,6 @@ pub(crate) fn run(
                 .to_owned(),
         );
     }
-    let writer = writer.of(child.id());
     let child = Pid::from_raw(child.id().cast_signed());
     let tracing = supervisor.tracing();
     // They start with this thread's signals blocked.

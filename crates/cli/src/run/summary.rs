@@ -74,6 +74,7 @@ impl Summary {
             "vcpus": reader.ledger().vcpus(),
             "refused": reader.ledger().refusals(),
             "background": self.background,
+            "trace": trace.path().map(|path| path.to_string_lossy()),
             "killed": killed.filter(|killed| killed.signal == Signal::SIGSYS).map(|killed| &killed.line),
             "signal": killed.map(|killed| killed.signal.as_str()),
             "cost_ns": cost(tallies),

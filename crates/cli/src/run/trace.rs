@@ -1,19 +1,19 @@
 //! Where events go: a file, or standard error.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Seek, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 use msrgate_core::{Event, Gap, LogLimiter, Op};
-use msrgate_supervise::{Entry, Mode};
+use msrgate_msrs::cpuid::Cpuid;
+use msrgate_supervise::{Entry, Leaf, Mode};
 use msrgate_trace::{Coverage, Header, write_event, write_gap};
-use rustix::fs::{FlockOperation, flock};
 
 use crate::exit::Failure;
-use crate::{input, stream, words};
+use crate::run::place::{self, Place};
+use crate::{stream, words};
 
 /// What `--learn=all` does, for its reader and its trace.
 pub(crate) const PASSED_ON: &str = "every access is denied to the guest and passed on with KVM_GET_MSRS and \
@@ -90,13 +90,28 @@ enum To {
 }
 
 struct Lines {
+    place: Arc<Place>,
+    header: Header,
+    size: Option<u64>,
+    /// Once there is a vCPU that runs.
+    part: Option<Part>,
+}
+
+/// A file that has all of a trace, or a part.
+struct Part {
     path: PathBuf,
     file: BufWriter<File>,
-    /// Until the first VM a regular file is left as it was.
-    header: Option<Header>,
-    /// The file was not there before.
-    is_new: bool,
+    bytes: u64,
+    /// Where the part before this one is.
+    before: Option<PathBuf>,
+    line: Vec<u8>,
 }
+
+/// What a line may take at most.
+const LONGEST: u64 = 512;
+
+/// What is left free behind the header of a file with a limit, for what it says where others follow.
+const PART: usize = "\"part\":1,".len();
 
 /// Events that are not in the trace.
 pub(crate) struct Unwritten {
@@ -105,18 +120,36 @@ pub(crate) struct Unwritten {
 }
 
 impl Trace {
-    /// `path` is `-` for people. A file is for its owner, since what guests do tells where their kernels are; it is not
-    /// one of `inputs`, and no other run writes to it. The policy has so many `rules`.
+    /// `name` is `-` for people, and a file has at most this `size`. The policy has so many `rules`.
     pub(crate) fn open(
-        path: Option<&Path>,
+        name: Option<&Path>,
+        size: Option<u64>,
         inputs: &[Option<&Path>],
         header: Header,
         rules: usize,
     ) -> Result<Trace, Failure> {
-        let to = match path {
+        let to = match name {
             None => To::Logged,
-            Some(path) if path == Path::new("-") => To::People,
-            Some(path) => To::File(Box::new(Lines::open(path, inputs, header)?)),
+            Some(name) if name == Path::new("-") => match size {
+                None => To::People,
+                Some(_) => return Err(Failure::input("what `--trace -` prints has no size: name a file")),
+            },
+            Some(name) => {
+                let vmm = header.vmm.as_deref().map(Path::new).and_then(Path::file_name);
+                let vmm = vmm.map(|vmm| vmm.to_string_lossy().into_owned());
+                let vm = header.name.clone().or(vmm).unwrap_or_default();
+                let mut lines = Lines {
+                    place: Arc::new(Place::new(name, vm, inputs, size.is_some())?),
+                    header,
+                    size,
+                    part: None,
+                };
+                // A pipe has nothing that could be lost, and its reader may wait.
+                if let Err(error) = lines.begin(&[]) {
+                    return Err(Failure::input(format!("cannot write `{}`: {error}", name.display())));
+                }
+                To::File(Box::new(lines))
+            }
         };
         Ok(Trace {
             to,
@@ -125,12 +158,11 @@ impl Trace {
         })
     }
 
-    /// The VMM is this process.
-    pub(crate) fn of(&mut self, pid: u32) {
-        if let To::File(lines) = &mut self.to
-            && let Some(header) = &mut lines.header
-        {
-            header.pid = Some(pid);
+    /// Where a file is to be claimed before the first vCPU is made.
+    pub(crate) fn place(&self) -> Option<Arc<Place>> {
+        match &self.to {
+            To::File(lines) if lines.part.is_none() => Some(Arc::clone(&lines.place)),
+            _ => None,
         }
     }
 
@@ -138,14 +170,23 @@ impl Trace {
         matches!(self.to, To::File(_))
     }
 
+    /// The file that is written to.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match &self.to {
+            To::File(lines) => lines.part.as_ref().map(|part| part.path.as_path()),
+            To::People | To::Logged => None,
+        }
+    }
+
     pub(crate) fn unwritten(&self) -> Option<&Unwritten> {
         self.unwritten.as_ref()
     }
 
-    /// There is a VM, and so there will be a trace.
-    pub(crate) fn begin(&mut self) {
+    /// A vCPU runs that has this CPUID, and so there is a trace.
+    pub(crate) fn begin(&mut self, cpuid: &[Leaf]) {
         if let To::File(lines) = &mut self.to
-            && let Err(error) = lines.begin()
+            && lines.part.is_none()
+            && let Err(error) = lines.begin(cpuid)
         {
             self.lose(0, Some(error));
         }
@@ -155,8 +196,7 @@ impl Trace {
         let written = match (&mut self.to, entry) {
             // A line that is cut short would make the rest unreadable.
             (To::File(_), _) if self.unwritten.is_some() => Ok(false),
-            (To::File(lines), Entry::Access(event, _)) => write_event(event, &mut lines.file).map(|()| true),
-            (To::File(lines), Entry::Gap(gap)) => write_gap(gap, &mut lines.file).map(|()| true),
+            (To::File(lines), entry) => lines.write(entry),
             (To::Logged, Entry::Access(event, log)) if !self.limiter.admits(event, *log) => return,
             (_, Entry::Access(event, _)) => {
                 // One call for a line, which the VMM's own output does not cut in two then.
@@ -185,31 +225,32 @@ impl Trace {
 
     pub(crate) fn flush(&mut self) {
         if let To::File(lines) = &mut self.to
+            && let Some(part) = &mut lines.part
             && self.unwritten.is_none()
-            && let Err(error) = lines.file.flush()
+            && let Err(error) = part.file.flush()
         {
             self.lose(0, Some(error));
         }
     }
 
-    /// No VM was made: what was not there before is not left behind.
+    /// Nothing ran where there is no header: what was not there before is not left behind.
     pub(crate) fn end(&mut self) {
         if let To::File(lines) = &self.to
-            && lines.header.is_some()
-            && lines.is_new
+            && let Some(claimed) = lines.place.take()
+            && claimed.is_new
         {
             // Where it stays it is empty.
-            let _ = fs::remove_file(&lines.path);
+            let _ = fs::remove_file(&claimed.path);
         }
     }
 
     fn lose(&mut self, events: u64, error: Option<io::Error>) {
-        let to = &self.to;
+        let path = self.path().map(Path::to_path_buf);
         let unwritten = self.unwritten.get_or_insert_with(|| Unwritten {
             events: 0,
-            error: match (to, error) {
-                (To::File(lines), Some(error)) => format!("`{}` cannot be written: {error}", lines.path.display()),
-                (_, Some(error)) => format!("standard error cannot be written: {error}"),
+            error: match (path, error) {
+                (Some(path), Some(error)) => format!("`{}` cannot be written: {error}", path.display()),
+                (None, Some(error)) => format!("standard error cannot be written: {error}"),
                 (_, None) => String::new(),
             },
         });
@@ -218,54 +259,81 @@ impl Trace {
 }
 
 impl Lines {
-    fn open(path: &Path, inputs: &[Option<&Path>], header: Header) -> Result<Lines, Failure> {
-        let failed = |error: io::Error| Failure::input(format!("cannot write `{}`: {error}", path.display()));
-        let is_new = fs::symlink_metadata(path).is_err();
-        let options = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .clone();
-        let file = options.open(path).map_err(failed)?;
-        let this = file.metadata().map_err(failed)?;
-        input::refuse_overwrite(path, inputs.iter().flatten().copied())?;
-        if this.is_file() && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            let line = format!(
-                "another `msrgate run` writes to `{}`: give the trace another name",
-                path.display()
-            );
-            return Err(Failure::input(line));
-        }
-        let mut lines = Lines {
-            path: path.to_path_buf(),
-            file: BufWriter::new(file),
-            header: Some(header),
-            is_new: is_new && this.is_file(),
-        };
-        // A pipe or a device has nothing that could be lost.
-        if !this.is_file() {
-            lines.begin().map_err(failed)?;
-        }
-        Ok(lines)
-    }
-
-    fn begin(&mut self) -> io::Result<()> {
-        let Some(header) = self.header.take() else {
+    /// Writes the header into the file that is claimed.
+    fn begin(&mut self, cpuid: &[Leaf]) -> io::Result<()> {
+        let Some(claimed) = self.place.take() else {
             return Ok(());
         };
-        if self.file.get_ref().metadata()?.is_file() {
-            self.file.get_ref().set_len(0)?;
-            // One that was there may have been for others too.
-            self.file.get_ref().set_permissions(Permissions::from_mode(0o600))?;
-            self.file.get_mut().rewind()?;
+        self.header.started = Some(words::date(claimed.started));
+        self.header.pid = claimed.process;
+        self.header.cpuid = (!cpuid.is_empty()).then(|| Cpuid::from_entries(cpuid.iter().copied()).to_raw());
+        let part = self.part.insert(Part {
+            path: claimed.path,
+            file: BufWriter::new(claimed.file),
+            bytes: 0,
+            before: None,
+            line: Vec::new(),
+        });
+        let room = if self.size.is_some() { PART } else { 0 };
+        part.write_header(&self.header, room)?;
+        part.file.flush()
+    }
+
+    /// Whether there is a file to write to.
+    fn write(&mut self, entry: &Entry) -> io::Result<bool> {
+        if let (Some(size), Some(part)) = (self.size, &self.part)
+            && part.bytes + LONGEST > size
+        {
+            self.begin_anew()?;
         }
-        let header = Header {
-            started: Some(words::date(SystemTime::now())),
-            ..header
+        let Some(part) = &mut self.part else {
+            return Ok(false);
         };
-        header.write(&mut self.file)?;
-        self.file.flush()
+        part.line.clear();
+        match entry {
+            Entry::Access(event, _) => write_event(event, &mut part.line)?,
+            Entry::Gap(gap) => write_gap(gap, &mut part.line)?,
+        }
+        part.bytes += part.line.len() as u64;
+        part.file.write_all(&part.line)?;
+        Ok(true)
+    }
+
+    /// Moves the file out of the way, in place of the one before it if there is one, and goes on with a new one.
+    fn begin_anew(&mut self) -> io::Result<()> {
+        let Some(part) = &mut self.part else {
+            return Ok(());
+        };
+        if self.header.part.is_none() {
+            self.header.part = Some(1);
+            part.file.rewind()?;
+            part.write_header(&self.header, 0)?;
+        }
+        part.file.flush()?;
+        match &part.before {
+            Some(before) => fs::rename(&part.path, before)?,
+            None => part.before = Some(place::aside(&part.path)?),
+        }
+        let file = place::create(&part.path)?;
+        if !place::lock(&file) {
+            return Err(io::Error::other("another run has it"));
+        }
+        part.file = BufWriter::new(file);
+        part.bytes = 0;
+        self.header.part = self.header.part.map(|number| number + 1);
+        part.write_header(&self.header, 0)
+    }
+}
+
+impl Part {
+    /// With `room` for more that it may have to say.
+    fn write_header(&mut self, header: &Header, room: usize) -> io::Result<()> {
+        self.line.clear();
+        header.write(&mut self.line)?;
+        let end = self.line.len().saturating_sub(1);
+        self.line.splice(end..end, std::iter::repeat_n(b' ', room));
+        self.bytes += self.line.len() as u64;
+        self.file.write_all(&self.line)
     }
 }
 
@@ -304,6 +372,9 @@ fn line(event: &Event, to: &mut impl Write) -> io::Result<()> {
     if let Some(rip) = event.rip {
         write!(to, " rip {rip:#x}")?;
     }
+    if let Some(within) = event.within {
+        write!(to, " in {within}")?;
+    }
     if let Some(cost) = event.cost {
         write!(to, " <{}>", words::duration(cost.0))?;
     }
@@ -330,6 +401,7 @@ mod tests {
             would: None,
             rule: Some(2),
             rip: None,
+            within: None,
             cost: None,
         }
     }
@@ -343,6 +415,7 @@ mod tests {
             did: Disposition::Deny,
             rule: None,
             rip: Some(0x1000),
+            within: Some(msrgate_core::Within::L2),
             cost: Some(Nanos(1200)),
             ..event(0, 0xdead)
         };
@@ -350,7 +423,56 @@ mod tests {
         assert_eq!(
             String::from_utf8(text).unwrap(),
             "1.500000 vm 0 vcpu 1 rdmsr(0x8b IA32_BIOS_SIGN_ID) = 0x5 value rule 2\n\
-             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000 <1.2 µs>\n"
+             0.000000 vm 0 vcpu 1 wrmsr(0xdead, 0x5) = #GP deny rip 0x1000 in l2 <1.2 µs>\n"
         );
+    }
+
+    #[test]
+    fn a_file_with_a_limit_is_begun_anew_and_the_part_before_is_kept() {
+        let directory = std::env::temp_dir().join(format!("msrgate-trace-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let path = directory.join("t");
+        fs::write(directory.join("t.1"), "somebody's").unwrap();
+        let size = 4096;
+        let header = Header {
+            msrgate_trace: msrgate_trace::VERSION,
+            ..Header::default()
+        };
+        let mut trace = Trace::open(Some(&path), Some(size), &[], header, 0).unwrap();
+        trace.place().unwrap().claim(7).unwrap();
+        trace.begin(&[(1, 0, [5; 4])]);
+        let read = |name: &str| {
+            let text = fs::read_to_string(directory.join(name)).unwrap();
+            assert!(text.len() as u64 <= size, "{name} has {} bytes", text.len());
+            let lines = msrgate_trace::Lines::new(text.as_bytes()).unwrap();
+            let header = lines.header().clone();
+            assert_eq!((header.pid, header.cpuid.is_some()), (Some(7), true));
+            let times = lines.map(|record| match record.unwrap() {
+                msrgate_trace::Record::Event(event) => event.t.0,
+                gap => panic!("{gap:?}"),
+            });
+            (header.part, times.collect::<Vec<u64>>())
+        };
+        let mut written = 0;
+        let mut write = |trace: &mut Trace, more: u64| {
+            for t in written..written + more {
+                trace.take(&Entry::Access(event(t, 0x8b), msrgate_core::Log::None));
+            }
+            written += more;
+            trace.flush();
+        };
+        write(&mut trace, 20);
+        assert_eq!(read("t"), (None, (0..20).collect()));
+        for _ in 0..5 {
+            write(&mut trace, 20);
+        }
+        let ((last, new), (before, old)) = (read("t"), read("t.2"));
+        assert!(before > Some(1), "{before:?}");
+        assert_eq!(last, before.map(|part| part + 1));
+        let kept: Vec<u64> = old.into_iter().chain(new).collect();
+        assert_eq!(kept, (120 - kept.len() as u64..120).collect::<Vec<u64>>());
+        assert_eq!(fs::read_to_string(directory.join("t.1")).unwrap(), "somebody's");
+        assert!(!directory.join("t.3").exists() && trace.unwritten().is_none());
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -52,6 +52,7 @@ impl Lines {
 /// What the thread works with.
 pub(crate) struct Writer {
     told: Receiver<Output>,
+    ledger: Arc<Ledger>,
     reader: Reader,
     trace: Trace,
     summary: Summary,
@@ -71,19 +72,14 @@ impl Writer {
         let (sender, told) = channel();
         let writer = Writer {
             told,
-            reader: Reader::new(ledger),
+            reader: Reader::new(Arc::clone(&ledger)),
+            ledger,
             trace,
             summary: Summary::new(mode, presets, json),
             every: REST,
             kinds: HashMap::new(),
         };
         (writer, Lines(sender))
-    }
-
-    /// The VMM is this process.
-    pub(crate) fn of(mut self, pid: u32) -> Writer {
-        self.trace.of(pid);
-        self
     }
 
     /// Whether somebody waits for events.
@@ -97,7 +93,7 @@ impl Writer {
         loop {
             let told = self.told.recv_timeout(self.every);
             if let Ok(Output::End(_)) = told {
-                self.reader.ledger().end();
+                self.ledger.end();
             }
             self.drain();
             match told {
@@ -109,9 +105,7 @@ impl Writer {
                     let _ = done.write_all(&[0]);
                 }
                 Ok(Output::End(killed)) => {
-                    if self.reader.ledger().vms() == 0 {
-                        self.trace.end();
-                    }
+                    self.trace.end();
                     self.more_lines();
                     self.summary.print(&self.reader, &self.trace, killed);
                     let _ = done.write_all(&[0]);
@@ -124,11 +118,19 @@ impl Writer {
     }
 
     fn drain(&mut self) {
-        if self.reader.ledger().vms() > 0 {
-            self.trace.begin();
-        }
-        let trace = &mut self.trace;
-        if self.reader.drain(&mut |entry| trace.take(&entry)) > 0 {
+        let (trace, ledger) = (&mut self.trace, &self.ledger);
+        let begin = |trace: &mut Trace| {
+            if let Some(cpuid) = ledger.first_run() {
+                trace.begin(cpuid);
+            }
+        };
+        begin(trace);
+        let taken = self.reader.drain(&mut |entry| {
+            // The vCPU may run since that look only.
+            begin(trace);
+            trace.take(&entry);
+        });
+        if taken > 0 {
             self.trace.flush();
         }
     }

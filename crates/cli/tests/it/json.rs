@@ -620,7 +620,7 @@ fn replay_says_what_each_register_got() {
         ],
     );
     assert_eq!(report["backend"], "engine");
-    assert_eq!((count(&report, "accesses"), count(&report, "changed")), (664, 0));
+    assert_eq!((count(&report, "accesses"), count(&report, "changed")), (564, 0));
     let rows = list(&report, "by_msr");
     for row in rows {
         keys(
@@ -644,7 +644,7 @@ fn replay_says_what_each_register_got() {
         assert!(!text(row, "sees").is_empty() && !text(row, "recorded").is_empty());
         assert_eq!(row["sees"], row["recorded"], "the engine answers as the trace says");
     }
-    assert_eq!(rows.iter().map(|row| count(row, "count")).sum::<u64>(), 664);
+    assert_eq!(rows.iter().map(|row| count(row, "count")).sum::<u64>(), 564);
     let order: Vec<(u64, &str)> = rows.iter().map(|row| (hex(row, "msr"), text(row, "op"))).collect();
     assert!(order.is_sorted(), "by MSR, reads first");
 }

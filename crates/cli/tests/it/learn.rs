@@ -57,13 +57,13 @@ fn a_policy_is_commented_named_and_has_its_reasons() {
     let folder = Folder::furnished();
     let out = learn(&folder, &[MICROVM, PC]);
     for text in [
-        "# Learned from 2 traces (linux-6.1-microvm.jsonl, linux-6.1-pc-smp2.jsonl): 1051 accesses, of which",
+        "# Learned from 2 traces (linux-6.1-microvm.jsonl, linux-6.1-pc-smp2.jsonl): 950 accesses, of which",
         "# Denied as it was then, since it only faulted: rdmsr LS_CFG, FP_CFG.",
         "default = \"deny\"",
         "msr   = \"@sysenter\"\nwrite = \"allow\"\nwhy   = \"9 writes in 2 of 2 traces",
         "IA32_MTRR_PHYSBASE0..=IA32_MTRR_PHYSMASK7",
         "why   = \"apic: 15 reads and 3 writes in 2 of 2 traces",
-        "tsc: 1 read in 1 of 2 traces (linux-6.1-microvm.jsonl), 0.106 s after its start",
+        "tsc: 1 read in 1 of 2 traces (linux-6.1-microvm.jsonl), 0.278 s after its start",
     ] {
         assert!(out.contains(text), "no `{text}` in\n{out}");
     }
@@ -91,7 +91,7 @@ fn summaries_are_the_same_bytes_in_every_order_and_grouping() {
     );
     // From standard input a trace has another name, and the same rules.
     let piped = folder.run_with(&["learn", "--json", "-"], &all).code(0).json();
-    assert_eq!(count(&piped, "events"), 1052);
+    assert_eq!(count(&piped, "events"), 951);
 }
 
 #[test]

@@ -22,7 +22,7 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
         format!(
             "{HEADER}\
              {{\"t\":1000,\"vm\":0,\"vcpu\":0,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"value\":\"0x7\",\"reason\":\"filter\",\"did\":\"value\",\"rule\":3,\"rip\":\"0xff00\",\"cost\":1500}}\n\
-             {{\"t\":5000,\"vm\":0,\"vcpu\":1,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"reason\":\"unknown\",\"did\":\"fault\",\"why\":\"no-rule\"}}\n\
+             {{\"t\":5000,\"vm\":0,\"vcpu\":1,\"op\":\"rdmsr\",\"msr\":\"0x8b\",\"reason\":\"unknown\",\"did\":\"fault\",\"why\":\"no-rule\",\"in\":\"l2\"}}\n\
              {{\"t\":3000,\"vm\":1,\"vcpu\":0,\"op\":\"wrmsr\",\"msr\":\"0xdead0000\",\"value\":\"0x5\"}}\n"
         ),
     );
@@ -38,8 +38,8 @@ fn a_report_tells_who_asked_for_what_how_often_when_and_what_it_got() {
     assert_eq!(
         read["got"],
         json!([
-            { "did": "value", "why": null, "reason": "filter", "would": null, "rule": 3, "count": 1 },
-            { "did": "fault", "why": "no-rule", "reason": "unknown", "would": null, "rule": null, "count": 1 },
+            { "did": "value", "why": null, "reason": "filter", "would": null, "in": null, "rule": 3, "count": 1 },
+            { "did": "fault", "why": "no-rule", "reason": "unknown", "would": null, "in": "l2", "rule": null, "count": 1 },
         ])
     );
     assert_eq!(
@@ -171,11 +171,11 @@ fn a_trace_that_breaks_off_is_reported_up_to_there() {
             "breaks off",
         ]);
     let report = ran.json();
-    assert_eq!(count(&report, "accesses"), 665);
+    assert_eq!(count(&report, "accesses"), 565);
     let traces = list(&report, "traces");
     assert_eq!(
         traces.iter().map(|trace| count(trace, "accesses")).collect::<Vec<_>>(),
-        [0, 1, 664]
+        [0, 1, 564]
     );
     assert_eq!(
         (&traces[1]["error"]["line"], &traces[2]["error"]),

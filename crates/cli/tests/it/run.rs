@@ -245,4 +245,29 @@ fn what_cannot_be_done_is_said_before_the_program_starts() {
         "true",
     ];
     folder.run(&unwritable).code(2).says(&["cannot write `/no/such/file`"]);
+    for (options, why) in [
+        (&["--trace", "."][..], "cannot write `.`"),
+        (
+            &["--trace", "%d.jsonl"],
+            "`%d.jsonl` is no name of a trace: `%n` is the VM's name",
+        ),
+        (&["--trace", "100%"], "`%%` a percent sign"),
+        (&["--trace", "t", "--trace-size", "63K"], "takes 64K at least"),
+        (&["--trace", "t", "--trace-size", "much"], "`100M`"),
+        (&["--trace", "t", "--trace-size", "99999999999G"], "`100M`"),
+        (&["--trace", "-", "--trace-size", "1M"], "name a file"),
+        (
+            &["--trace", "/dev/stdout", "--trace-size", "1M"],
+            "leave --trace-size out",
+        ),
+        (&["--trace-size", "1M"], "--trace"),
+    ] {
+        folder
+            .run(&[&MICROCODE[..3], options, &["true"]].concat())
+            .code(2)
+            .says(&[why]);
+    }
+    let none = [&MICROCODE[..3], &["--trace", "t.jsonl", "true"]].concat();
+    folder.run(&none).code(0);
+    assert!(!folder.path().join("t.jsonl").exists(), "no guest ran");
 }

@@ -15,6 +15,7 @@ use std::io::BufReader;
 use std::process::{Command, Stdio};
 
 use msrgate_core::{Event, Nanos, Op, Reason};
+use msrgate_msrs::cpuid::CpuVendor;
 use msrgate_trace::{Header, Lines, Record};
 use serde_json::Value;
 

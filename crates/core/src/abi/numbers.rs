@@ -56,6 +56,11 @@ pub const REASON_UNKNOWN: u32 = 2;
 /// `KVM_MSR_EXIT_REASON_FILTER`.
 pub const REASON_FILTER: u32 = 4;
 
+/// `KVM_RUN_X86_SMM`, in `kvm_run.flags`.
+pub const RUN_X86_SMM: u16 = 1;
+/// `KVM_RUN_X86_GUEST_MODE`, in `kvm_run.flags` from Linux 6.11 on.
+pub const RUN_X86_GUEST_MODE: u16 = 4;
+
 /// `KVM_MSR_FILTER_MAX_RANGES`.
 pub const MAX_RANGES: usize = 16;
 /// `KVM_MSR_FILTER_MAX_BITMAP_SIZE`: bytes of one range's bitmap.
@@ -78,6 +83,8 @@ pub mod kvm_run {
     pub const IMMEDIATE_EXIT: usize = 1;
     /// `exit_reason`.
     pub const EXIT_REASON: usize = 8;
+    /// `flags`, two bytes.
+    pub const FLAGS: usize = 14;
     /// `msr`, of an exit of an MSR.
     pub const MSR: usize = 32;
     /// `msr.error`, one byte: the guest gets #GP where it is not 0.

@@ -1,4 +1,5 @@
-//! KVM_SET_CPUID2, where the policy depends on it: what the policy is for this guest is in force when the call returns.
+//! KVM_SET_CPUID2: where the policy depends on it, what the policy is for this guest is in force when the call returns; a trace
+//! has it.
 
 use std::mem;
 use std::sync::Arc;
@@ -6,7 +7,8 @@ use std::sync::Arc;
 use msrgate_answer::layout::slot;
 use msrgate_core::abi;
 
-use super::{Leaf, Refusal, Supervisor};
+use super::{Refusal, Supervisor};
+use crate::ledger::Leaf;
 use crate::policy::Policy;
 use crate::seccomp::Waiting;
 use crate::target;
@@ -20,11 +22,17 @@ impl Supervisor {
             return;
         };
         let what = format!("vCPU {id} does not get this CPUID");
+        let [fd, request, address, ..] = waiting.arguments;
+        let request = request as u32;
+        if self.setup.resolve.is_none() {
+            // A trace tells of it, and no more depends on it.
+            let leaves = leaves(target::process(waiting.thread), request, address);
+            self.note(tag, leaves.unwrap_or_default());
+            return waiting.allow();
+        }
         let Some(mut stopped) = self.stop(waiting, &what) else {
             return;
         };
-        let [fd, request, address, ..] = waiting.arguments;
-        let request = request as u32;
         let Some(leaves) = leaves(stopped.process, request, address) else {
             // The kernel says what is wrong with it. If it finds nothing the vCPU does not run.
             let result = stopped.ioctl(fd, request, address);
@@ -33,7 +41,7 @@ impl Supervisor {
             }
             return stopped.give(result);
         };
-        let policy = match self.resolve(tag, leaves) {
+        let policy = match self.resolve(tag, leaves.clone()) {
             Ok(policy) => policy,
             Err(refusal) => return self.fail(stopped, waiting.thread, &what, refusal),
         };
@@ -68,6 +76,7 @@ impl Supervisor {
                 }
                 // Its slot, if it has one, is another policy's.
                 self.set_ready(tag, true);
+                self.note(tag, leaves);
             }
             Err(_) => {
                 self.put_back(vm, old);
@@ -80,6 +89,13 @@ impl Supervisor {
             }
         }
         stopped.give(result);
+    }
+
+    /// The VMM has set this CPUID.
+    fn note(&mut self, tag: u64, leaves: Vec<Leaf>) {
+        if let Some(vcpu) = self.vcpus.get_mut(&tag).filter(|_| self.ledger.first_run().is_none()) {
+            vcpu.cpuid = leaves;
+        }
     }
 
     fn put_back(&mut self, vm: u64, policy: Arc<Policy>) {

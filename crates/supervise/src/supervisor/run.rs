@@ -174,6 +174,7 @@ impl Supervisor {
         if let Some((ring, _)) = &handed.ring {
             self.ledger.add(Arc::clone(ring));
         }
+        self.ledger.run(&vcpu.cpuid);
         self.look_at_reset(stopped, waiting.arguments[0], tag, name);
         match caller {
             Caller::Answerer(..) => Ok(None),

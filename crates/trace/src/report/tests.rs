@@ -14,6 +14,7 @@ fn event(t: u64, msr: u32, op: Op) -> Event {
         would: None,
         rule: None,
         rip: None,
+        within: None,
         cost: None,
     }
 }

@@ -1,11 +1,12 @@
 //! The traces that come with msrgate, and the policies that are for their guests.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Msr, Op};
+use msrgate_msrs::cpuid::CpuVendor;
 use msrgate_policy::Policy;
 use msrgate_trace::{Lines, Record};
 
@@ -43,5 +44,20 @@ fn linux_finds_every_access_of_its_boot_allowed() {
                 .collect();
             assert_eq!(denied, [], "{policy}, {trace}");
         }
+    }
+}
+
+#[test]
+fn each_trace_has_its_guests_cpuid() {
+    for trace in fs::read_dir(root().join("traces")).expect("traces") {
+        let path = trace.expect("an entry").path();
+        let lines = Lines::new(BufReader::new(File::open(&path).expect("a trace"))).expect("a header");
+        let cpuid = lines
+            .header()
+            .parse_cpuid()
+            .expect("a CPUID")
+            .expect("as it is written");
+        assert_eq!(cpuid.vendor(), Some(CpuVendor::Amd), "{}", path.display());
+        assert!(!lines.header().is_partial(), "{}", path.display());
     }
 }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use msrgate_core::{Disposition, Event, FaultCause, Gap, Msr, MsrRange, Nanos, Op, ReadAction, Reason, WriteAction};
+use msrgate_core::{
+    Disposition, Event, FaultCause, Gap, Msr, MsrRange, Nanos, Op, ReadAction, Reason, Within, WriteAction,
+};
 use msrgate_plan::DecisionMap;
 use msrgate_policy::Policy;
 use msrgate_trace::learn::{Baseline, Change, Generalize, Kind, Learned, Summary};
@@ -46,8 +48,12 @@ fn event() -> impl Strategy<Value = Event> {
     );
     let from = (any::<u64>(), any::<u32>(), any::<u32>());
     let known = (option::of(any::<u64>()), option::of(any::<u64>()));
-    (access, answer, from, known, option::of(select(Reason::ALL.to_vec()))).prop_map(
-        |((op, msr, value), (did, why, would, rule), (t, vm, vcpu), (rip, cost), reason)| Event {
+    let kernels = (
+        option::of(select(Reason::ALL.to_vec())),
+        option::of(select(Within::ALL.to_vec())),
+    );
+    (access, answer, from, known, kernels).prop_map(
+        |((op, msr, value), (did, why, would, rule), (t, vm, vcpu), (rip, cost), (reason, within))| Event {
             t: Nanos(t),
             vm,
             vcpu,
@@ -60,6 +66,7 @@ fn event() -> impl Strategy<Value = Event> {
             would,
             rule,
             rip,
+            within,
             cost: cost.map(Nanos),
         },
     )

@@ -217,3 +217,44 @@ fn nothing_is_learned_from_what_a_policy_decided() {
         report.shows(&["what the policy left to the kernel is missing"]);
     }
 }
+
+#[test]
+fn what_is_learned_of_a_random_guest_under_a_random_policy_gives_it_the_same() {
+    if !kvm_opens() {
+        return;
+    }
+    let mut seed = 12_u64;
+    let mut below = |count: usize| {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (seed >> 33) as usize % count
+    };
+    for _ in 0..6 {
+        let mut policy = "default = \"deny\"\n".to_owned();
+        for msr in &MSRS[2..] {
+            // All that is answered, so that the trace has all.
+            let read = ["\"deny\"", "\"zero\"", "{ value = 7 }", "{ shadow = 3 }"][below(4)];
+            let write = ["\"deny\"", "\"ignore\"", "\"shadow\"", "{ only = [1, 2] }"][below(4)];
+            policy += &format!("[[rule]]\nmsr = {msr:#x}\nread = {read}\nwrite = {write}\n");
+        }
+        let mut accesses = Vec::new();
+        for _ in 0..60 {
+            // Not the clock, and not the local APIC's place.
+            let msr = MSRS[2 + below(MSRS.len() - 2)];
+            accesses.push(if below(2) == 0 {
+                format!("r:{msr:#x}")
+            } else {
+                format!("w:{msr:#x}={}", below(4))
+            });
+        }
+        let accesses = accesses.join(" ");
+        let folder = with_policy(&policy);
+        for options in [&["-p", "policy.toml"][..], &["--learn"]] {
+            let traced = [options, &["--trace", "trace.jsonl"]].concat();
+            let before = under(&folder, &traced, &accesses).code(0);
+            let learned = folder.run(&["learn", "trace.jsonl"]).code(0).out;
+            folder.write("learned.toml", &learned);
+            let after = under(&folder, &["-p", "learned.toml"], &accesses).code(0);
+            assert_eq!(seen(&after), seen(&before), "{options:?}\n{policy}\n{learned}");
+        }
+    }
+}

@@ -70,6 +70,92 @@ fn a_trace_has_each_access_that_the_policy_decides() {
 }
 
 #[test]
+fn a_trace_says_whose_it_is_and_has_the_cpuid_that_the_vmm_set() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = with_policy(BY_VENDOR);
+    for options in [
+        MICROCODE,
+        &["-p", "policy.toml"],
+        &["--learn"],
+        &["-p", "policy.toml", "--audit"],
+    ] {
+        let options = [options, &["--trace", "of-%p-%t-%%.jsonl", "--json"]].concat();
+        let ran = under(&folder, &options, "--vendors amd r:0x8b").code(0);
+        let file = summary(&ran)["trace"].as_str().unwrap().to_owned();
+        let lines = Lines::new(BufReader::new(fs::File::open(&file).unwrap())).unwrap();
+        let header = lines.header().clone();
+        let started = header.started.as_deref().unwrap().replace(['-', ':'], "");
+        let name = format!("of-{}-{started}-%.jsonl", header.pid.unwrap());
+        assert_eq!(file, folder.path().join(name).display().to_string());
+        let cpuid = header.parse_cpuid().expect("the VMM has set one").unwrap();
+        assert_eq!(cpuid.vendor(), Some(CpuVendor::Amd), "{options:?}");
+        assert_eq!(lines.count(), 1, "{options:?}");
+    }
+}
+
+#[test]
+fn a_run_without_a_vcpu_leaves_no_trace_and_moves_none() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let options = [MICROCODE, &["--trace", "trace.jsonl"]].concat();
+    under(&folder, &options, DESCRIPTORS)
+        .code(0)
+        .says(&["4 VMs and 0 vCPUs"]);
+    let path = |name: &str| folder.path().join(name);
+    assert!(!path("trace.jsonl").exists());
+
+    under(&folder, &options, "r:0x8b").code(0);
+    let first = fs::read(path("trace.jsonl")).unwrap();
+    under(&folder, &options, DESCRIPTORS).code(0);
+    assert_eq!(fs::read(path("trace.jsonl")).unwrap(), first);
+    assert!(!path("trace.jsonl.1").exists());
+    for number in 1..3 {
+        let said = format!(
+            "what was in `trace.jsonl` is in `{}` now",
+            path(&format!("trace.jsonl.{number}")).display()
+        );
+        under(&folder, &options, "w:0x8b=1").code(0).says(&[&said]);
+    }
+    assert_eq!(fs::read(path("trace.jsonl.1")).unwrap(), first);
+    assert_eq!(traced(&folder).1.len(), 1);
+}
+
+#[test]
+fn a_trace_with_a_limit_is_cut_into_parts_that_say_so() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    let options = ["--learn=all", "--trace", "trace.jsonl", "--trace-size", "64K"];
+    let run = |accesses: usize| under(&folder, &options, &vec!["r:0x8b"; accesses].join(" ")).code(0);
+    run(10);
+    let (header, events) = traced(&folder);
+    assert_eq!((header.part, events.len()), (None, 10));
+    folder.run(&["learn", "trace.jsonl"]).code(0);
+
+    run(700);
+    let (header, second) = traced(&folder);
+    assert_eq!(header.part, Some(2));
+    let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+    // Its name was taken.
+    folder.write("trace.jsonl", read("trace.jsonl.2"));
+    let (header, first) = traced(&folder);
+    assert_eq!((header.part, first.len() + second.len()), (Some(1), 700));
+    assert!(first.last().unwrap().t <= second[0].t);
+    assert!(read("trace.jsonl.2").len() <= 64 << 10);
+    folder
+        .run(&["learn", "trace.jsonl"])
+        .code(2)
+        .says(&["one part of a trace", "--trace-size"]);
+    let report = folder.run(&["report", "trace.jsonl"]).code(0);
+    report.shows(&["trace.jsonl is part 1 of a trace that was cut by its size"]);
+}
+
+#[test]
 fn more_events_than_a_ring_holds_are_lost_and_counted_or_written() {
     if !kvm_opens() {
         return;
