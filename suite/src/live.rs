@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
 use msrgate_guest::raw::{Arena, Caller, Request};
 use msrgate_guest::{Guest, Mode, Options, Pending};
-use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, InstallError, VcpuGate};
+use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, InstallError, VcpuGate, VcpuId};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_verify::case::PAGES;
 
@@ -102,14 +102,14 @@ struct Running {
 struct Suite;
 
 impl Handler for Suite {
-    fn read(&self, _: u32, msr: Msr) -> Result<u64, Fault> {
+    fn read(&self, _: VcpuId, msr: Msr) -> Result<u64, Fault> {
         match Machine::handler(Access::Read { msr }) {
             Outcome::Value(value) => Ok(value),
             _ => Err(Fault),
         }
     }
 
-    fn write(&self, _: u32, msr: Msr, value: u64) -> Result<(), Fault> {
+    fn write(&self, _: VcpuId, msr: Msr, value: u64) -> Result<(), Fault> {
         match Machine::handler(Access::Write { msr, value }) {
             Outcome::Done => Ok(()),
             _ => Err(Fault),

@@ -22,6 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("trace", &["core", "msrs", "plan", "policy"]),
     ("kvm", &["core", "plan"]),
     ("msrgate", &["core", "kvm", "msrs", "plan", "policy"]),
+    ("capi", &["core", "kvm", "msrs", "plan", "policy"]),
     ("guest", &["core", "kvm", "msrs", "plan"]),
     ("answer", &["core"]),
     ("supervise", &["answer", "core", "kvm", "plan"]),

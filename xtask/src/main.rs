@@ -5,6 +5,7 @@
 //! - `bench` measures what msrgate costs, each figure beside its baseline.
 //! - `docs` writes the tables of options in `docs/cli.md`.
 //! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
+//! - `capi` builds and installs the library for VMMs in C, and a stage of `test` tries it.
 //! - `api` lists the public API of the crates; a stage of `test` compares the listing.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
 //!   on a machine that needs no virtualization of its own.
@@ -18,6 +19,7 @@ mod no_std;
 mod checker;
 mod fuzz;
 mod headers;
+mod capi;
 mod api;
 mod house;
 mod modules;
@@ -65,6 +67,8 @@ enum Chore {
     Api(api::Arguments),
     /// Replace a filter in every order of steps, under loom
     CheckOrders,
+    /// Build and install libmsrgate, the library for VMMs in C
+    Capi(capi::Arguments),
     /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
     #[command(after_help = job::HELP)]
     Nested(job::NestedArguments),
@@ -80,6 +84,7 @@ fn main() -> ExitCode {
         Chore::Docs => test::tell(test::docs()),
         Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
         Chore::CheckMemory => test::tell(checker::memory()),
+        Chore::Capi(arguments) => test::tell(capi::run(&arguments)),
         Chore::Api(arguments) => api::main(&arguments),
         Chore::CheckOrders => test::tell(checker::orders()),
         Chore::Nested(arguments) => lane::main(lane::Lane::Nested, &arguments.into()),

@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{checker, fuzz, headers, house, no_std, package, process};
+use crate::{capi, checker, fuzz, headers, house, no_std, package, process};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -58,6 +58,8 @@ enum Stage {
     Deny,
     /// The database of MSRs against the headers of Debian's kernel
     Headers,
+    /// The library for VMMs in C
+    Capi,
     /// Every order in which a filter is replaced, under loom
     Loom,
     /// A few seconds of libFuzzer for each target
@@ -270,6 +272,7 @@ fn run(stage: Stage, work: &Result<Option<Work>, String>) -> Ending {
         Stage::NoStd => no_std::build().map(|(built, note)| one(built, note)),
         Stage::Deny => deny(),
         Stage::Headers => headers::compare(),
+        Stage::Capi => capi::check(),
         Stage::Loom => checker::orders(),
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
-use clap::{ArgGroup, Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args as ClapArgs, ColorChoice, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use msrgate_core::Op;
 use msrgate_verify::Kernel;
@@ -29,6 +29,9 @@ A policy in short:
 #[derive(Parser)]
 #[command(name = "msrgate", version, after_help = AFTER, max_term_width = 120)]
 pub(crate) struct Args {
+    /// Whether there is colour; NO_COLOR and CLICOLOR_FORCE say so too
+    #[arg(long, value_enum, global = true, value_name = "WHEN", default_value_t = ColorChoice::Auto)]
+    pub(crate) color: ColorChoice,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -74,6 +77,31 @@ pub(crate) enum Command {
     Completions(CompletionsArgs),
     /// Print a man page, in roff: `msrgate man | man -l -`
     Man(ManArgs),
+}
+
+/// How much of a list people get, and in which order; programs get all.
+#[derive(ClapArgs)]
+pub(crate) struct ListArgs {
+    /// Show all rows
+    #[arg(long, conflicts_with = "top")]
+    pub(crate) all: bool,
+    /// Which rows come first
+    #[arg(long, value_enum, value_name = "KEY", default_value_t = SortArg::Effect, conflicts_with = "json")]
+    pub(crate) sort: SortArg,
+    /// Show so many rows at most
+    #[arg(long, value_name = "N", conflicts_with = "json")]
+    pub(crate) top: Option<usize>,
+}
+
+/// An order of rows.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SortArg {
+    /// Those in which most is not as it was
+    Effect,
+    /// Those with the most accesses
+    Count,
+    /// Those of the smallest index
+    Msr,
 }
 
 /// The guest's CPUID, for policies that depend on it.
@@ -126,8 +154,8 @@ pub(crate) struct PlanArgs {
     /// Print one JSON object
     #[arg(long, conflicts_with = "emit")]
     pub(crate) json: bool,
-    /// Print the filter as source, to build into a VMM; not with --host or --state
-    #[arg(long, value_enum, conflicts_with = "host")]
+    /// Print the plan as source, to build into a VMM; not with --state, and with --host in C alone
+    #[arg(long, value_enum)]
     pub(crate) emit: Option<Emit>,
 }
 
@@ -136,7 +164,7 @@ pub(crate) struct PlanArgs {
 pub(crate) enum Emit {
     /// The same as --json
     Json,
-    /// A C header: bitmaps and a `struct kvm_msr_filter`
+    /// A C header: the filter, and what answers exits
     C,
     /// Rust: bitmaps and ranges for the `kvm-ioctls` crate
     Rust,
@@ -200,6 +228,8 @@ pub(crate) struct DiffArgs {
     pub(crate) b: PathBuf,
     #[command(flatten)]
     pub(crate) cpuid: CpuidArgs,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -263,6 +293,8 @@ pub(crate) struct ReplayArgs {
     pub(crate) cpuid: CpuidArgs,
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -477,6 +509,8 @@ pub(crate) struct ReportArgs {
     /// Write one page for a browser, with a timeline and a map, that asks nothing of any network; `-` prints it
     #[arg(long, value_name = "FILE|-", conflicts_with = "json")]
     pub(crate) html: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) list: ListArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

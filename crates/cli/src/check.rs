@@ -12,6 +12,7 @@ use crate::args::CheckArgs;
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::refusal::{self, TooMany};
+use crate::stream::Tone;
 use crate::{cpuid, hint, input, render, stream, trace, words};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
@@ -127,10 +128,10 @@ impl Checked {
         let open: Vec<&Diagnostic> = self.findings.iter().filter(|found| found.is_open()).collect();
         render::findings(&open, &self.sources)?;
         let path = input::shown(path);
-        let mut out = stream::out();
+        let mut out = stream::page();
         let Some(loaded) = &self.loaded else {
             let s = if open.len() == 1 { "" } else { "s" };
-            writeln!(out, "{path}: refused, {} error{s}", open.len())?;
+            out.say(Tone::Bad, &format!("{path}: refused, {} error{s}", open.len()))?;
             return Ok(());
         };
         let verdict = match open.len() {
@@ -140,14 +141,13 @@ impl Checked {
         };
         let ranges = loaded.plan.filter().ranges();
         let bytes: usize = ranges.iter().map(|range| range.bitmap().len() * 8).sum();
-        writeln!(
-            out,
-            "{path}: {verdict}; {}, {} of 16 ranges, {bytes} bytes of bitmaps, proven equal to the policy",
-            match loaded.policy.rules.len() {
-                1 => "1 rule".to_owned(),
-                n => format!("{n} rules"),
-            },
-            ranges.len(),
+        let rules = words::counted(loaded.policy.rules.len() as u64, "rule", "rules");
+        out.say(
+            if open.is_empty() { Tone::Good } else { Tone::Odd },
+            &format!(
+                "{path}: {verdict}; {rules}, {} of 16 ranges, {bytes} bytes of bitmaps, proven equal to the policy",
+                ranges.len()
+            ),
         )?;
         for found in self.findings.iter().chain(&self.notes) {
             let place = found.place.as_ref().and_then(|place| {

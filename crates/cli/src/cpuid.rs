@@ -39,7 +39,7 @@ fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
         return cpuid.map_err(|error| malformed(&error));
     }
     let text = input::whole(file)
-        .and_then(input::text)
+        .and_then(msrgate_policy::text_of)
         .map_err(|error| malformed(&error))?;
     Cpuid::parse_raw(&text).map_err(|error| malformed(&error))
 }

@@ -7,8 +7,10 @@ use msrgate_core::{MsrRange, Op};
 use msrgate_plan::{By, Differences};
 use serde_json::{Value, json};
 
-use crate::args::DiffArgs;
+use crate::args::{DiffArgs, SortArg};
 use crate::exit::{Exit, Failure};
+use crate::render::{Effect, Table};
+use crate::stream::{Stream, Tone};
 use crate::{cpuid, input, load, render, stream, words};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
@@ -28,10 +30,9 @@ pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
             a.differences(&b, by)
         }
     };
-    let mut out = stream::out();
     match args.json {
-        true => writeln!(out, "{:#}", json(&found, by))?,
-        false => print(&mut out, &found, by, args)?,
+        true => writeln!(stream::out(), "{:#}", json(&found, by))?,
+        false => print(&mut stream::page(), &found, by, args)?,
     }
     Ok(match found.is_empty() {
         true => Exit::Yes,
@@ -103,24 +104,35 @@ fn json(found: &Differences, by: By) -> Value {
     })
 }
 
-fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> Result<(), Failure> {
+fn print(out: &mut Stream<impl Write>, found: &Differences, by: By, args: &DiffArgs) -> Result<(), Failure> {
     let what = match by {
         By::Actions => "what accesses get",
         By::Verdicts => "which accesses are left to the kernel, since a raw filter says no more",
     };
     if found.is_empty() {
-        writeln!(out, "equal, by {what}")?;
-        return Ok(());
+        return Ok(out.say(Tone::Good, &format!("equal, by {what}"))?);
     }
+    let rows = rows(found);
+    let accesses: u64 = rows.iter().map(|row| row.range.len()).sum();
+    let ranges = words::counted(rows.len() as u64, "range", "ranges");
+    out.say(Tone::Odd, &format!("{ranges}, {accesses} of 2^33 accesses differ"))?;
     writeln!(
         out,
         "A is {}, B is {}; compared by {what}\n",
         input::shown(&args.a),
         input::shown(&args.b)
     )?;
-    let rows = rows(found);
+    // All of them differ, so by effect they are in the order of their MSRs.
+    let (rows, rest) = render::list(rows, &args.list, out.width.is_some(), |row| {
+        let count = if args.list.sort == SortArg::Count {
+            row.range.len()
+        } else {
+            0
+        };
+        (Effect::Other, count, (row.range.first(), row.op))
+    });
     if !rows.is_empty() {
-        let mut table = render::table(&["first", "last", "op", "A", "B", "names"]);
+        let mut table = Table::new(&["first", "last", "op", "A", "B", "names"]);
         for row in &rows {
             table.add_row([
                 row.range.first().to_string(),
@@ -131,16 +143,11 @@ fn print(out: &mut impl Write, found: &Differences, by: By, args: &DiffArgs) -> 
                 words::names(row.range),
             ]);
         }
-        writeln!(out, "{}", render::text(&table))?;
+        table.print(out)?;
+        render::rest(out, rest, ["range", "ranges"])?;
     }
     for (when, op, a, b) in fallbacks(found) {
         writeln!(out, "{op} {when} to the kernel: A {a}, B {b}")?;
     }
-    let accesses: u64 = rows.iter().map(|row| row.range.len()).sum();
-    let ranges = match rows.len() {
-        1 => "1 range".to_owned(),
-        n => format!("{n} ranges"),
-    };
-    writeln!(out, "{ranges}, {accesses} of 2^33 accesses differ")?;
     Ok(())
 }

@@ -52,7 +52,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
                 .into_iter()
                 .filter(|each| op.is_none_or(|op| Op::from(op) == *each))
             {
-                print(&mut out, &loaded.policy, &explained(op), no_preset(op))?;
+                print(&mut stream::page(), &loaded.policy, &explained(op), no_preset(op))?;
             }
         }
     }

@@ -18,7 +18,7 @@ pub(crate) fn run(args: &ImportArgs) -> Result<Exit, Failure> {
         Tool::MsrSafe => Format::MsrSafe,
     };
     let bytes = input::bytes(&args.file)?;
-    let text = input::text(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
+    let text = msrgate_policy::text_of(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let imported = import(format, &text).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
     let policy = imported.to_string();
     // What is printed is parsed, so that nothing is printed that is no policy.

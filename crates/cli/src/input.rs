@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::exit::Failure;
 
 /// The most bytes that are read of an input that is held in memory as a whole. Traces are read line by line.
-const MOST: u64 = 16 << 20;
+const MOST: u64 = msrgate_policy::Disk::MOST;
 
 /// What standard input is called.
 pub(crate) const STDIN: &str = "standard input";
@@ -39,8 +39,11 @@ fn stdin() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }
 
-/// All of an input, or in words why not.
+/// All of an input, or in words why not; `msrgate:NAME` is a policy that comes with msrgate.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
+    if let Some(text) = msrgate_policy::built_in(path) {
+        return text.map(|text| text.as_bytes().to_vec());
+    }
     whole(open(path).map_err(|error| error.to_string())?)
 }
 
@@ -57,14 +60,6 @@ pub(crate) fn whole(from: impl Read) -> Result<Vec<u8>, String> {
         )),
         false => Ok(bytes),
     }
-}
-
-/// The text of an input, or in words why it is none.
-pub(crate) fn text(bytes: Vec<u8>) -> Result<String, String> {
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        format!("it is not UTF-8 text: byte {at} does not belong to any character")
-    })
 }
 
 /// All of an input.

@@ -211,10 +211,12 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
         (format!("{lost} missing from it"), "may deny", "record the guest again")
     });
     let partial = (summary.partial > 0).then(|| {
-        let what =
-            "it has only what a policy decided, or is one part of a trace, and not all that the guest was served with";
-        let otherwise = "record the guest with `msrgate run --learn` and without --trace-size";
-        (what.to_owned(), "denies", otherwise)
+        let what = "not all that the guest was served with is in it".to_owned();
+        (
+            what,
+            "denies",
+            "record the guest with `msrgate run --learn` and without --trace-size",
+        )
     });
     for (what, denies, otherwise) in lost.into_iter().chain(partial) {
         if !incomplete {

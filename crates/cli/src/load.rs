@@ -9,34 +9,26 @@ use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{AccessCount, By, CompileOptions, DecisionMap, Plan, PlanError, Preset};
 use msrgate_policy::raw::{self, RawFormat, RawInput};
-use msrgate_policy::{Diagnostic, Files, FitAdvice, Policy, PolicyErrors, Source};
+use msrgate_policy::{Diagnostic, Disk, Files, FitAdvice, Policy, PolicyErrors, Source};
 
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
 use crate::{cpuid, input, render, stream};
 
 /// The file system, with the policy that the command line names, which is read already.
-struct Disk<'a> {
+struct Given<'a> {
     path: &'a Path,
     given: Result<Vec<u8>, String>,
 }
 
-impl Files for Disk<'_> {
+impl Files for Given<'_> {
     fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
         if path == self.path {
             // A pipe has no canonical path, and no file that it extends can be the pipe.
             let canonical = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-            return Ok((canonical, input::text(self.given.clone()?)?));
+            return Ok((canonical, msrgate_policy::text_of(self.given.clone()?)?));
         }
-        // The path is another's word: a device or a FIFO could give bytes without end, or none for ever.
-        match fs::metadata(path) {
-            Ok(metadata) if metadata.is_file() || metadata.is_dir() => {}
-            Ok(_) => return Err("it is not a regular file".to_owned()),
-            Err(error) => return Err(error.to_string()),
-        }
-        let bytes = input::read(path)?;
-        let canonical = fs::canonicalize(path).map_err(|error| error.to_string())?;
-        Ok((canonical, input::text(bytes)?))
+        Disk.read(path)
     }
 
     fn extended(&self, by: &Path, name: &str) -> PathBuf {
@@ -205,7 +197,7 @@ fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Ref
     };
     accepted(Policy::load(
         path,
-        &Disk {
+        &Given {
             path,
             given: given.and_then(unless_recognised),
         },

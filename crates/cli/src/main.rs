@@ -35,13 +35,19 @@ mod exit;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{ColorChoice, Parser, ValueEnum};
 
 use crate::args::{Args, Command};
 use crate::exit::{Exit, Failure};
 
 fn main() -> ExitCode {
-    let result = Args::try_parse().map_or_else(|error| usage(&error), |args| run(&args.command));
+    let result = Args::try_parse().map_or_else(
+        |error| usage(&error),
+        |args| {
+            let _ = stream::COLOUR.set(args.color);
+            run(&args.command)
+        },
+    );
     // What is still to be written may not fit either.
     let result = result.and_then(|exit| Ok(io::stdout().flush().map(|()| exit)?));
     let exit = result.unwrap_or_else(|failure| {
@@ -50,7 +56,7 @@ fn main() -> ExitCode {
             Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Yes,
             failure => {
                 // Where even this cannot be printed, the exit code still tells.
-                let _ = writeln!(stream::err(), "msrgate: {failure}");
+                let _ = stream::err().say(stream::Tone::Bad, &format!("msrgate: {failure}"));
                 failure.exit()
             }
         }
@@ -79,8 +85,23 @@ fn run(command: &Command) -> Result<Exit, Failure> {
     }
 }
 
+/// What a command line that is wrong, or asks for help, says of colour.
+fn colour() -> Option<ColorChoice> {
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let mut words = words.take_while(|word| word != "--");
+    let word = words.find(|word| word.starts_with("--color"))?;
+    let value = word
+        .strip_prefix("--color=")
+        .map(str::to_owned)
+        .or_else(|| words.next())?;
+    ColorChoice::from_str(&value, true).ok()
+}
+
 /// Prints the help that was asked for, or what is wrong with the command line.
 fn usage(error: &clap::Error) -> Result<Exit, Failure> {
+    if let Some(choice) = colour() {
+        let _ = stream::COLOUR.set(choice);
+    }
     let text = error.render();
     let plain = text.to_string();
     // What is wrong quotes arguments, so it has colour only where they do nothing to a terminal.
@@ -91,9 +112,9 @@ fn usage(error: &clap::Error) -> Result<Exit, Failure> {
     };
     if error.use_stderr() {
         // Where even this cannot be printed, the exit code still tells.
-        let _ = stream::err().coloured(&coloured(render::colour(&io::stderr())));
+        let _ = stream::err().coloured(&coloured(stream::colour(&io::stderr())));
         return Ok(Exit::Input);
     }
-    stream::out().coloured(&coloured(render::colour(&io::stdout())))?;
+    stream::out().coloured(&coloured(stream::colour(&io::stdout())))?;
     Ok(Exit::Yes)
 }

@@ -54,7 +54,7 @@ mod tests {
 
     fn options(command: &Command) -> impl Iterator<Item = &Arg> {
         let options = command.get_arguments().filter(|option| !option.is_positional());
-        options.filter(|option| !option.is_hide_set() && option.get_id() != "help")
+        options.filter(|option| !option.is_hide_set() && !option.is_global_set() && option.get_id() != "help")
     }
 
     /// The table of a command's options, as its help describes them.

@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use crate::args::MsrArgs;
 use crate::exit::{Exit, Failure};
-use crate::{render, stream};
+use crate::render::Table;
+use crate::stream::{self, Stream, Tone};
 
 pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
     let what = match args.what.as_slice() {
@@ -22,9 +23,9 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
         let array: Value = found.iter().map(|entry| json(entry)).collect();
         writeln!(out, "{array:#}")?;
     } else if let [entry] = found.as_slice() {
-        one(&mut out, entry)?;
+        one(&mut stream::page(), entry)?;
     } else if !found.is_empty() {
-        let mut table = render::table(&["MSR", "name", "classes", "vendors", "also"]);
+        let mut table = Table::new(&["MSR", "name", "classes", "vendors", "also"]);
         for entry in &found {
             table.add_row([
                 entry.msr.to_string(),
@@ -34,7 +35,7 @@ pub(crate) fn run(args: &MsrArgs) -> Result<Exit, Failure> {
                 join(entry.aliases()),
             ]);
         }
-        write!(out, "{}", render::text(&table))?;
+        table.print(&mut stream::page())?;
     }
     if found.is_empty() {
         writeln!(stream::err(), "msrgate: no MSR is known as `{what}`{}", instead(&what))?;
@@ -113,8 +114,8 @@ fn json(entry: &Entry) -> Value {
     })
 }
 
-fn one(out: &mut impl Write, entry: &Entry) -> io::Result<()> {
-    writeln!(out, "{} {}", entry.msr, entry.name())?;
+fn one(out: &mut Stream<impl Write>, entry: &Entry) -> io::Result<()> {
+    out.say(Tone::Title, &format!("{} {}", entry.msr, entry.name()))?;
     let filterable = match (entry.is_filterable(), entry.unfiltered()) {
         (true, None) => "yes".to_owned(),
         (true, Some(but)) => format!("yes, but {but}"),

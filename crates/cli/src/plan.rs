@@ -14,9 +14,16 @@ use serde_json::{Map, Value, json};
 use crate::args::{Emit, PlanArgs};
 use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
-use crate::{cpuid, refusal, render, stream, trace, words};
+use crate::render::Table;
+use crate::stream::Stream;
+use crate::{cpuid, refusal, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
+    if args.host && !matches!(args.emit, None | Some(Emit::C | Emit::Json)) {
+        return Err(Failure::input(
+            "presets are in a C header alone: leave out --host, or take `--emit c`",
+        ));
+    }
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
     let loaded = match args.host {
@@ -36,7 +43,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
         if args.json {
             writeln!(out, "{:#}", state::json(&loaded, &state))?;
         } else {
-            state::print(&mut out, &loaded, &state)?;
+            state::print(&mut stream::page(), &loaded, &state)?;
         }
         return Ok(Exit::Yes);
     }
@@ -47,7 +54,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
         Some(Emit::MsrSafe) => emit::foreign(&mut out, &loaded, Format::MsrSafe)?,
         Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded))?,
         None if args.json => writeln!(out, "{:#}", json(&loaded))?,
-        None => print(&mut out, &loaded)?,
+        None => print(&mut stream::page(), &loaded)?,
     }
     Ok(Exit::Yes)
 }
@@ -131,6 +138,12 @@ fn json(loaded: &Loaded) -> Value {
             "separate": minimum.separate,
             "witness": minimum.witness.as_deref().map(refusal::accesses),
         },
+        "system_calls": msrgate_kvm::system_calls(plan).iter().map(|call| json!({
+            "stage": call.stage.name(),
+            "call": call.name,
+            "argument": call.argument.map(|argument| format!("{argument:#x}")),
+            "argument_name": call.argument_name,
+        })).collect::<Vec<_>>(),
         "hash": words::hex(&plan.map().hash()),
     })
 }
@@ -173,7 +186,7 @@ fn number(value: u64) -> Value {
     format!("{value:#x}").into()
 }
 
-fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
+fn print(out: &mut Stream<impl Write>, loaded: &Loaded) -> Result<(), Failure> {
     let plan = &loaded.plan;
     let filter = plan.filter();
     let bytes: usize = filter.ranges().iter().map(|range| range.bitmap().len() * 8).sum();
@@ -213,16 +226,17 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
         let mut header = vec!["slot", "first", "last", "for", "allows", "denies", "bytes"];
         let profiled = !loaded.options.profile().is_empty();
         header.extend(profiled.then_some("visits"));
-        let mut table = render::table(&header);
+        let mut table = Table::new(&header);
         let visits = plan.visits(loaded.options.profile());
         for ((slot, range), visits) in filter.ranges().iter().enumerate().zip(visits) {
             let mut row = range_row(slot, range).to_vec();
             row.extend(profiled.then(|| visits.to_string()));
             table.add_row(row);
         }
-        writeln!(out, "{}", render::text(&table))?;
+        table.print(out)?;
+        writeln!(out)?;
     }
-    let mut table = render::table(&["first", "last", "op", "action", "rule", "names"]);
+    let mut table = Table::new(&["first", "last", "op", "action", "names", "rule"]);
     for entry in plan.table().reads() {
         table.add_row(action_row(
             loaded,
@@ -239,35 +253,39 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             done(entry.action.did(), &entry.action),
         ));
     }
-    if table.row_count() > 0 {
-        writeln!(out, "what is not left to the kernel:\n{}", render::text(&table))?;
+    if !table.is_empty() {
+        writeln!(out, "what is not left to the kernel:")?;
+        table.print(out)?;
+        writeln!(out)?;
     }
     if !plan.presets().is_empty() {
-        let mut table = render::table(&["MSR", "value", "name"]);
+        let mut table = Table::new(&["MSR", "value", "name"]);
         for preset in plan.presets() {
             let name = msrgate_msrs::by_msr(preset.msr)
                 .map(|known| known.name())
                 .unwrap_or_default();
             table.add_row([preset.msr.to_string(), format!("{:#x}", preset.value), name.to_owned()]);
         }
-        let table = render::text(&table);
         writeln!(
             out,
-            "presets: fixed answers that this kernel holds, read without an exit:\n{table}"
+            "presets: fixed answers that this kernel holds, read without an exit:"
         )?;
+        table.print(out)?;
+        writeln!(out)?;
     }
-    let mut table = render::table(&["first", "last", "since"]);
+    let mut table = Table::new(&["first", "last", "since"]);
     for (range, why) in &loaded.no_presets {
         table.add_row([range.first().to_string(), range.last().to_string(), why.to_string()]);
     }
-    if table.row_count() > 0 {
+    if !table.is_empty() {
         writeln!(
             out,
-            "fixed answers that this kernel does not give by itself, so that they make an exit:\n{}",
-            render::text(&table)
+            "fixed answers that this kernel does not give by itself, so that they make an exit:"
         )?;
+        table.print(out)?;
+        writeln!(out)?;
     }
-    let mut table = render::table(&["first", "last", "op", "exits"]);
+    let mut table = Table::new(&["first", "last", "op", "exits"]);
     for (range, op) in plan.spilled() {
         let exits = match loaded.options.touches(range, op) {
             None => "one each time".to_owned(),
@@ -280,12 +298,13 @@ fn print(out: &mut impl Write, loaded: &Loaded) -> Result<(), Failure> {
             exits,
         ]);
     }
-    if table.row_count() > 0 {
+    if !table.is_empty() {
         writeln!(
             out,
-            "spilled: left to the kernel, and passed on to it from user space, since 16 ranges do not hold it all:\n{}",
-            render::text(&table)
+            "spilled: left to the kernel, and passed on to it from user space, since 16 ranges do not hold it all:"
         )?;
+        table.print(out)?;
+        writeln!(out)?;
     }
     for (when, (read, write)) in [
         ("does not know", plan.table().unknown()),
@@ -333,7 +352,7 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
         entry.range.last().to_string(),
         op.to_string(),
         action,
-        rule,
         words::names(entry.range),
+        rule,
     ]
 }

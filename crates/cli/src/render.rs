@@ -1,19 +1,15 @@
 //! Findings and tables for people.
 
-use std::io::{self, IsTerminal, Write};
+use std::cmp::Reverse;
+use std::io::{self, Write};
 
 use annotate_snippets::renderer::DecorStyle;
 use annotate_snippets::{AnnotationKind, Element, Group, Level, Origin, Renderer, Snippet};
-use comfy_table::{ContentArrangement, Table, presets};
 use msrgate_policy::{Diagnostic, Place, Severity, Source};
 
+use crate::args::{ListArgs, SortArg};
+use crate::stream::{Stream, Tone};
 use crate::{hint, stream, words};
-
-/// Whether a stream gets colour: a terminal does, unless NO_COLOR is set or TERM says that the terminal has none.
-pub(crate) fn colour(stream: &impl IsTerminal) -> bool {
-    let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
-    stream.is_terminal() && unset("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
-}
 
 /// How many findings people get at once.
 const FINDINGS: usize = 20;
@@ -22,7 +18,8 @@ const FINDINGS: usize = 20;
 pub(crate) fn findings(found: &[&Diagnostic], sources: &[Source]) -> io::Result<()> {
     let mut stderr = stream::err();
     for found in found.iter().take(FINDINGS) {
-        stderr.coloured(&format!("{}\n\n", diagnostic(found, sources)))?;
+        let text = diagnostic(found, sources, stderr.colour, stderr.width);
+        stderr.coloured(&format!("{text}\n\n"))?;
     }
     match found.len().saturating_sub(FINDINGS) {
         0 => Ok(()),
@@ -31,7 +28,7 @@ pub(crate) fn findings(found: &[&Diagnostic], sources: &[Source]) -> io::Result<
 }
 
 /// A finding with the text underlined and what to write instead.
-fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
+fn diagnostic(found: &Diagnostic, sources: &[Source], colour: bool, width: Option<usize>) -> String {
     let level = match found.severity() {
         Severity::Error => Level::ERROR,
         Severity::Warning => Level::WARNING,
@@ -65,10 +62,13 @@ fn diagnostic(found: &Diagnostic, sources: &[Source]) -> String {
         group = group.element(Level::HELP.message(plain(&help)));
     }
     report.push(group);
-    let renderer = if colour(&io::stderr()) {
-        Renderer::styled()
-    } else {
-        Renderer::plain()
+    let renderer = match colour {
+        true => Renderer::styled(),
+        false => Renderer::plain(),
+    };
+    let renderer = match width {
+        Some(width) => renderer.term_width(width),
+        None => renderer,
     };
     renderer.decor_style(DecorStyle::Ascii).render(&report)
 }
@@ -126,42 +126,167 @@ fn visible(text: &str, place: &Place) -> std::ops::Range<usize> {
     start..start + first.len()
 }
 
-/// A table without lines, as wide as the terminal allows.
-pub(crate) fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
-    // A serial line reports no columns at all; rows are broken only where there is room to read them broken.
-    if table.width().is_some_and(|columns| columns >= 40) {
-        table.set_content_arrangement(ContentArrangement::Dynamic);
-    }
-    if !colour(&io::stdout()) {
-        table.force_no_tty();
-    }
-    table
+/// A table without lines. Its columns are in the order of their importance: where they do not all fit beside each other, those
+/// that do stay, and the others stand in a line of their own below each row.
+pub(crate) struct Table {
+    titles: Vec<&'static str>,
+    rows: Vec<(Tone, Vec<String>)>,
 }
+
+/// Between columns.
+const GAP: usize = 2;
 
 /// The most characters of a cell that are shown: all rows are as wide as the widest.
 const CELL: usize = 500;
 
-/// Rows without the blanks that pad each to the table's width, and what is longer than [`CELL`] cut short.
-pub(crate) fn text(table: &Table) -> String {
-    let mut table = table.clone();
-    for row in table.row_iter_mut() {
-        if row.cell_iter().any(|cell| cell.content().len() > CELL) {
-            let short = row.cell_iter().map(|cell| cut(&cell.content()));
-            *row = short.collect::<Vec<String>>().into();
+impl Table {
+    pub(crate) fn new(titles: &[&'static str]) -> Table {
+        Table {
+            titles: titles.to_vec(),
+            rows: Vec::new(),
         }
     }
-    table
-        .to_string()
-        .lines()
-        .map(|line| format!("{}\n", line.trim_end()))
-        .collect()
+
+    pub(crate) fn add_row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
+        self.add(Tone::Plain, cells);
+    }
+
+    pub(crate) fn add(&mut self, tone: Tone, cells: impl IntoIterator<Item = impl Into<String>>) {
+        let cells = cells.into_iter().map(|cell| cut(words::plain(&cell.into())));
+        self.rows.push((tone, cells.collect()));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    pub(crate) fn print(&self, out: &mut Stream<impl Write>) -> io::Result<()> {
+        out.coloured(&self.text(out.width, out.colour))
+    }
+
+    /// The table in so many columns; in as many as it takes where that is `None`. A column without a word is left out.
+    pub(crate) fn text(&self, width: Option<usize>, colour: bool) -> String {
+        let lengths: Vec<usize> = (0..self.titles.len()).map(|column| self.length(column)).collect();
+        let beside = beside(&lengths, width.unwrap_or(usize::MAX));
+        let columns = || {
+            lengths
+                .iter()
+                .zip(&beside)
+                .enumerate()
+                .filter(|(_, (length, _))| **length > 0)
+        };
+        let cell = |cells: &[String], column: usize| cells.get(column).cloned().unwrap_or_default();
+        let line = |tone: Tone, cells: &[String]| {
+            let beside = columns().filter(|(_, (_, beside))| **beside);
+            let line: String = beside
+                .map(|(column, (length, _))| format!("{:1$}", cell(cells, column), length + GAP))
+                .collect();
+            format!("{}\n", tone.paint(line.trim_end(), colour))
+        };
+        let titles: Vec<String> = self.titles.iter().map(|title| (*title).to_owned()).collect();
+        let mut text = line(Tone::Title, &titles);
+        for (tone, cells) in &self.rows {
+            text.push_str(&line(*tone, cells));
+            let below = columns().filter(|(_, (_, beside))| !**beside);
+            let below = below.map(|(column, _)| (cell(&titles, column), cell(cells, column)));
+            let below = below.filter(|(_, cell)| !cell.is_empty());
+            let below: Vec<String> = below.map(|(title, cell)| format!("{title} {cell}")).collect();
+            if !below.is_empty() {
+                text.push_str(&format!("    {}\n", below.join("; ").trim_start()));
+            }
+        }
+        text
+    }
+
+    /// How wide a column is; 0 where nothing is in it.
+    fn length(&self, column: usize) -> usize {
+        let cells = self.rows.iter().filter_map(|(_, cells)| cells.get(column));
+        match cells.map(|cell| cell.chars().count()).max().unwrap_or_default() {
+            0 => 0,
+            length => self.titles.get(column).map_or(0, |title| title.len()).max(length),
+        }
+    }
 }
 
-fn cut(text: &str) -> String {
+/// Which columns stand beside each other in so much room: the first, and of the others as many as fit, in their order.
+fn beside(lengths: &[usize], room: usize) -> Vec<bool> {
+    let mut used = 0;
+    let fits = lengths.iter().map(|length| {
+        if *length == 0 {
+            return false;
+        }
+        let with = if used == 0 { *length } else { used + GAP + length };
+        let fits = used == 0 || with <= room;
+        used = if fits { with } else { used };
+        fits
+    });
+    fits.collect()
+}
+
+/// How many rows a terminal gets at once.
+const ROWS: usize = 40;
+
+/// The rows that people get in the order that they asked for, and how many there are beside. `key` says of a row how much is
+/// not as it was, how many accesses it is of, and where it stands by MSR.
+pub(crate) fn list<T, K: Ord>(
+    mut rows: Vec<T>,
+    args: &ListArgs,
+    terminal: bool,
+    key: impl Fn(&T) -> (Effect, u64, K),
+) -> (Vec<T>, usize) {
+    rows.sort_by_cached_key(|row| {
+        let (effect, count, place) = key(row);
+        let (effect, count) = match args.sort {
+            SortArg::Effect => (effect, count),
+            SortArg::Count => (Effect::None, count),
+            SortArg::Msr => (Effect::None, 0),
+        };
+        (Reverse(effect), Reverse(count), place)
+    });
+    let most = args.top.unwrap_or(match args.all || !terminal {
+        true => usize::MAX,
+        false => ROWS,
+    });
+    let rest = rows.len().saturating_sub(most);
+    rows.truncate(most);
+    (rows, rest)
+}
+
+/// How much is not as it was, in ascending order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Effect {
+    None,
+    /// Not the kernel's answer, or not this one.
+    Other,
+    /// A fault, as it was.
+    Fault,
+    /// Something was taken from the guest.
+    Broken,
+}
+
+impl Effect {
+    pub(crate) fn tone(self) -> Tone {
+        match self {
+            Effect::None => Tone::Plain,
+            Effect::Other => Tone::Odd,
+            Effect::Fault | Effect::Broken => Tone::Bad,
+        }
+    }
+}
+
+/// Says how many rows are not shown.
+pub(crate) fn rest(out: &mut impl Write, rest: usize, what: [&str; 2]) -> io::Result<()> {
+    let [one, more] = what;
+    match rest {
+        0 => Ok(()),
+        1 => writeln!(out, "and 1 more {one}; --all shows all"),
+        rest => writeln!(out, "and {rest} more {more}; --all shows all"),
+    }
+}
+
+fn cut(text: String) -> String {
     match text.char_indices().nth(CELL) {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
-        None => text.to_owned(),
+        None => text,
     }
 }

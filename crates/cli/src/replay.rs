@@ -105,15 +105,13 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     }
     // A trace without a single event is reported like any other; one whose header is broken has nothing to report on.
     if let Some(seen) = &comparison {
-        let mut out = stream::out();
-        if args.json {
-            writeln!(
-                out,
+        match args.json {
+            true => writeln!(
+                stream::out(),
                 "{:#}",
                 print::json(seen, fallback.as_deref(), broken.as_ref().map(|(_, error)| error))
-            )?;
-        } else {
-            print::text(&mut out, seen)?;
+            )?,
+            false => print::text(&mut stream::page(), seen, &args.list)?,
         }
     }
     Ok(match (&broken, &comparison) {

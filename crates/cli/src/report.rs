@@ -74,7 +74,6 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     }
     // Where not even a header could be read there is nothing to report on.
     if readable {
-        let mut out = stream::out();
         match html {
             Some(path) => {
                 let sources = contents.policy.iter().flat_map(|loaded| &loaded.policy.sources);
@@ -83,8 +82,8 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
                     .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
             }
             None if args.html.is_some() => io::stdout().write_all(page::page(&contents).as_bytes())?,
-            None if args.json => writeln!(out, "{:#}", print::json(&contents))?,
-            None => print::text(&mut out, &contents)?,
+            None if args.json => writeln!(stream::out(), "{:#}", print::json(&contents))?,
+            None => print::text(&mut stream::page(), &contents, &args.list)?,
         }
     }
     Ok(if broken { Exit::Input } else { Exit::Yes })

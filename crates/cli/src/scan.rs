@@ -73,11 +73,9 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
 
     let against = before.map(|(facts, before)| (facts, scan.since(&before)));
     let found = Found { scan, facts, against };
-    let mut out = stream::out();
-    if args.json {
-        record::write(&mut out, &found)?;
-    } else {
-        print::text(&mut out, &found)?;
+    match args.json {
+        true => record::write(&mut stream::out(), &found)?,
+        false => print::text(&mut stream::page(), &found)?,
     }
     let differs = found.against.is_some_and(|(_, differences)| !differences.is_empty());
     Ok(if differs { Exit::No } else { Exit::Yes })

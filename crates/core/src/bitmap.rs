@@ -22,13 +22,17 @@ impl PassthroughMsr {
         PassthroughMsr { range, ops }
     }
 
-    /// The accesses of the candidate that `filter` allows and that lie in `window`.
-    fn allowed<'a>(&'a self, filter: &'a Filter, window: MsrRange) -> impl Iterator<Item = (Msr, Op)> + 'a {
+    /// The accesses of the candidate that `allows` allows and that lie in `window`.
+    fn allowed<'a>(
+        &'a self,
+        allows: &'a impl Fn(Msr, Op) -> bool,
+        window: MsrRange,
+    ) -> impl Iterator<Item = (Msr, Op)> + 'a {
         self.range.intersection(window).into_iter().flat_map(move |range| {
             range.iter().flat_map(move |msr| {
                 Op::ALL
                     .into_iter()
-                    .filter(move |op| self.ops.contains(*op) && filter.verdict(msr, *op) == Verdict::Allow)
+                    .filter(move |op| self.ops.contains(*op) && allows(msr, *op))
                     .map(move |op| (msr, op))
             })
         })
@@ -71,7 +75,12 @@ impl VmxBitmap {
 
     /// The same in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
-        open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
+        self.recompute_by(|msr, op| filter.verdict(msr, op) == Verdict::Allow, candidates);
+    }
+
+    /// The same for what allows accesses otherwise, such as a decision map that has more ranges than a filter.
+    pub fn recompute_by(&mut self, allows: impl Fn(Msr, Op) -> bool, candidates: &[PassthroughMsr]) {
+        open(&mut self.0, &Self::WINDOWS, Self::bit, &allows, candidates);
     }
 
     /// Whether the access exits.
@@ -125,7 +134,12 @@ impl SvmPermissionMap {
 
     /// The same in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
-        open(&mut self.0, &Self::WINDOWS, Self::bit, filter, candidates);
+        self.recompute_by(|msr, op| filter.verdict(msr, op) == Verdict::Allow, candidates);
+    }
+
+    /// The same for what allows accesses otherwise, such as a decision map that has more ranges than a filter.
+    pub fn recompute_by(&mut self, allows: impl Fn(Msr, Op) -> bool, candidates: &[PassthroughMsr]) {
+        open(&mut self.0, &Self::WINDOWS, Self::bit, &allows, candidates);
     }
 
     /// Whether the access exits.
@@ -155,19 +169,19 @@ fn window(first: u32) -> MsrRange {
     MsrRange::new(Msr(first), Msr(first + (WINDOW - 1))).unwrap_or(MsrRange::single(Msr(first)))
 }
 
-/// Sets every bit, then clears those of what a candidate asks for and the filter allows.
+/// Sets every bit, then clears those of what a candidate asks for and `allows` allows.
 fn open(
     words: &mut [u64],
     windows: &[u32],
     bit: fn(Msr, Op) -> Option<usize>,
-    filter: &Filter,
+    allows: &impl Fn(Msr, Op) -> bool,
     candidates: &[PassthroughMsr],
 ) {
     words.fill(u64::MAX);
     for window in windows.iter().map(|first| window(*first)) {
         for (msr, op) in candidates
             .iter()
-            .flat_map(|candidate| candidate.allowed(filter, window))
+            .flat_map(|candidate| candidate.allowed(allows, window))
         {
             if let Some(bit) = bit(msr, op) {
                 clear(words, bit);

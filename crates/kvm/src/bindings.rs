@@ -92,6 +92,7 @@ const _: () = {
     assert!(abi::GET_MSRS == iow(0x88, size_of::<kvm_msrs>()) | 2 << 30);
     assert!(abi::SET_MSRS == iow(0x89, size_of::<kvm_msrs>()));
     assert!(abi::SET_CPUID == iow(0x8a, size_of::<kernel::kvm_cpuid>()));
+    assert!(abi::GET_CPUID2 == 3 << 30 | (size_of::<kernel::kvm_cpuid2>() as u32) << 16 | io(0x91));
     assert!(abi::SET_CPUID2 == iow(0x90, size_of::<kernel::kvm_cpuid2>()));
     assert!(abi::SET_MP_STATE == iow(0x99, size_of::<kernel::kvm_mp_state>()));
     assert!(abi::ENABLE_CAP == iow(0xa3, size_of::<kvm_enable_cap>()));

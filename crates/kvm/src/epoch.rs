@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use msrgate_core::{Access, ActionTable, Reason, Verdict};
 use msrgate_plan::{Plan, Preset};
 
+use crate::counts::Counters;
 use crate::{Handlers, HostMsrs, InstallError};
 
 /// What the gates of a VM's vCPUs share.
@@ -19,6 +20,7 @@ pub(crate) struct Shared {
     pub(crate) published: Mutex<Arc<Published>>,
     /// Held over a whole replacement.
     pub(crate) change: Mutex<()>,
+    pub(crate) counters: Counters,
 }
 
 impl Shared {

@@ -8,6 +8,36 @@ use std::sync::Arc;
 use msrgate_core::Msr;
 use msrgate_plan::Preset;
 
+/// An error number of Linux, which says what [`io::Error`] says of it and can be compared.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct OsError(i32);
+
+impl OsError {
+    /// The number, of `errno(3)`.
+    pub const fn errno(self) -> i32 {
+        self.0
+    }
+
+    pub(crate) fn last() -> OsError {
+        io::Error::last_os_error().into()
+    }
+}
+
+impl From<io::Error> for OsError {
+    /// An error that is none of the system's becomes EIO.
+    fn from(error: io::Error) -> OsError {
+        OsError(error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+impl fmt::Display for OsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from_raw_os_error(self.0).fmt(f)
+    }
+}
+
+impl std::error::Error for OsError {}
+
 /// What was being done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -31,7 +61,7 @@ impl fmt::Display for Step {
 }
 
 /// Why a plan was not installed, replaced or removed. What was in force before still is.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum InstallError {
     /// The kernel does not accept what it should: it lacks a reason or the call (EINVAL, ENOTTY).
@@ -39,7 +69,7 @@ pub enum InstallError {
         /// What was being done.
         step: Step,
         /// The kernel's error.
-        source: io::Error,
+        source: OsError,
     },
     /// The plan names a handler that is not registered.
     UnknownHandler {
@@ -51,7 +81,12 @@ pub enum InstallError {
         /// Which device.
         path: PathBuf,
         /// The kernel's error.
-        source: io::Error,
+        source: OsError,
+    },
+    /// The descriptor is not that of a vCPU.
+    NotAVcpu {
+        /// What the kernel says to a vCPU's call.
+        source: OsError,
     },
     /// The vCPU's register does not hold a preset, which another kernel or another vCPU was found to do.
     PresetNotHeld {
@@ -75,14 +110,14 @@ pub enum InstallError {
         /// What was being done.
         step: Step,
         /// The kernel's error.
-        source: io::Error,
+        source: OsError,
     },
 }
 
 impl InstallError {
-    pub(crate) fn of(step: Step) -> impl FnOnce(io::Error) -> InstallError {
-        move |source| match source.raw_os_error() {
-            Some(libc::EINVAL | libc::ENOTTY) => InstallError::Kernel { step, source },
+    pub(crate) fn of(step: Step) -> impl FnOnce(OsError) -> InstallError {
+        move |source| match source.errno() {
+            libc::EINVAL | libc::ENOTTY => InstallError::Kernel { step, source },
             _ => InstallError::Io { step, source },
         }
     }
@@ -100,6 +135,7 @@ impl fmt::Display for InstallError {
                 "{} does not open, which `host` reads: load the msr module (`modprobe msr`) and run with CAP_SYS_RAWIO",
                 path.display()
             ),
+            InstallError::NotAVcpu { .. } => f.write_str("the descriptor is not that of a vCPU"),
             InstallError::PresetNotHeld { preset, holds } => {
                 write!(f, "the vCPU does not hold {:#x} in {}, but ", preset.value, preset.msr)?;
                 match holds {
@@ -118,7 +154,7 @@ impl fmt::Display for InstallError {
                 "{msr} holds a preset of the first plan, and the new one lets the guest reach it: \
                  install the plan before the VM's vCPUs are made"
             ),
-            InstallError::Io { step, source } if source.raw_os_error() == Some(libc::EIO) => {
+            InstallError::Io { step, source } if source.errno() == libc::EIO => {
                 write!(f, "{step} failed: the VM belongs to another process")
             }
             InstallError::Io { step, .. } => write!(f, "{step} failed"),
@@ -130,6 +166,7 @@ impl std::error::Error for InstallError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             InstallError::Kernel { source, .. }
+            | InstallError::NotAVcpu { source }
             | InstallError::HostMsrs { source, .. }
             | InstallError::Io { source, .. } => Some(source),
             InstallError::UnknownHandler { .. }

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 use msrgate_core::{Filter, Reasons};
 use msrgate_plan::Plan;
 
+use crate::counts::Counters;
 use crate::epoch::{Epoch, Published, Shared, lock};
 use crate::error::Step;
-use crate::{Capabilities, Handlers, InstallError, VcpuGate, ioctl, preset};
+use crate::{Capabilities, Counts, Handlers, InstallError, VcpuGate, VcpuId, ioctl, preset};
 
 /// How many plans are kept for exits that the kernel made under them. A vCPU would have to stay between KVM_RUN and
 /// its dispatch for this many replacements to meet an exit that no kept plan made; it then faults.
@@ -31,7 +32,8 @@ impl Capabilities {
     /// not accepted the reasons are taken back.
     ///
     /// Before the first vCPU runs is the time: exits of a vCPU without a [`VcpuGate`] are nobody's. What the VM held
-    /// before, filter and reasons, is lost; the kernel cannot be asked for it.
+    /// before, filter and reasons, is lost; the kernel cannot be asked for it. So a second plan that is installed on a VM
+    /// replaces the first, whose gates fault what it did not hand over: [`Gate::replace`] is the call for that.
     ///
     /// The plan's presets are put into each vCPU by [`Gate::vcpu`].
     pub fn install(&self, vm: &impl AsRawFd, plan: Arc<Plan>, handlers: Handlers) -> Result<Gate, InstallError> {
@@ -55,21 +57,29 @@ impl Capabilities {
                     coming: None,
                 })),
                 change: Mutex::new(()),
+                counters: Counters::default(),
             }),
         })
     }
 }
 
 impl Gate {
-    /// The gate of one vCPU, whose descriptor `vcpu` is. `id` is what handlers and events call it.
+    /// The gate of one vCPU, whose descriptor `vcpu` is. `id` is what handlers and events call it: its number, or a [`VcpuId`].
     ///
-    /// Owns a duplicate of the descriptor. Puts the presets of the plan that the gate was made with into the vCPU and
+    /// Owns a duplicate of the descriptor, and refuses one that is no vCPU's. The kernel does not tell of which VM a vCPU is:
+    /// the descriptor has to be of this gate's VM, since the accesses of another VM's vCPU are decided by that VM's filter. Puts the presets of the plan that the gate was made with into the vCPU and
     /// reads them back; fails where the kernel does not hold one. So it is to be called after KVM_SET_CPUID2 and before
     /// the vCPU runs, and whoever sets these MSRs later (KVM_SET_MSRS) takes the preset away.
-    pub fn vcpu(&self, vcpu: &impl AsRawFd, id: u32) -> Result<VcpuGate, InstallError> {
+    pub fn vcpu(&self, vcpu: &impl AsRawFd, id: impl Into<VcpuId>) -> Result<VcpuGate, InstallError> {
         let vcpu = ioctl::duplicate(vcpu).map_err(InstallError::of(Step::Duplicate))?;
+        ioctl::is_vcpu(&vcpu).map_err(|source| InstallError::NotAVcpu { source })?;
         preset::put(&vcpu, &self.shared.presets)?;
-        Ok(VcpuGate::new(vcpu, id, Arc::clone(&self.shared)))
+        Ok(VcpuGate::new(vcpu, id.into(), Arc::clone(&self.shared)))
+    }
+
+    /// How many accesses of this VM's vCPUs were answered.
+    pub fn counts(&self) -> Counts {
+        self.shared.counters.now()
     }
 
     /// The plan that is in force.

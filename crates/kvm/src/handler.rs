@@ -6,15 +6,58 @@ use std::sync::Arc;
 
 use msrgate_core::{Fault, Msr, ReadOutcome, WriteOutcome};
 
+/// What a VMM calls a vCPU: handlers and events have it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+#[non_exhaustive]
+pub struct VcpuId {
+    /// Which VM of the process, where the VMM has several; else 0.
+    pub vm: u32,
+    /// Which vCPU of the VM.
+    pub index: u32,
+    /// Whatever the VMM wants its handlers to have, such as an index or an address; else 0.
+    pub opaque: u64,
+}
+
+impl VcpuId {
+    /// The vCPU `index` of the VM 0.
+    pub const fn new(index: u32) -> VcpuId {
+        VcpuId {
+            vm: 0,
+            index,
+            opaque: 0,
+        }
+    }
+
+    /// The same of another VM.
+    #[must_use]
+    pub const fn in_vm(mut self, vm: u32) -> VcpuId {
+        self.vm = vm;
+        self
+    }
+
+    /// The same with something that handlers are given.
+    #[must_use]
+    pub const fn with_opaque(mut self, opaque: u64) -> VcpuId {
+        self.opaque = opaque;
+        self
+    }
+}
+
+impl From<u32> for VcpuId {
+    fn from(index: u32) -> VcpuId {
+        VcpuId::new(index)
+    }
+}
+
 /// Answers the accesses whose action is a handler.
 ///
 /// Called on the vCPU's thread while the guest waits. A panic is caught where the program unwinds, and the guest gets
 /// #GP(0). A handler must not run the vCPU that waits for it.
 pub trait Handler: Send + Sync {
     /// What the guest reads.
-    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome;
+    fn read(&self, vcpu: VcpuId, msr: Msr) -> ReadOutcome;
     /// The guest writes `value`; `Ok` lets it go on.
-    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome;
+    fn write(&self, vcpu: VcpuId, msr: Msr, value: u64) -> WriteOutcome;
 }
 
 /// Handlers by name.
@@ -41,8 +84,8 @@ impl Handlers {
     pub fn with_fns(
         self,
         name: &str,
-        read: impl Fn(u32, Msr) -> ReadOutcome + Send + Sync + 'static,
-        write: impl Fn(u32, Msr, u64) -> WriteOutcome + Send + Sync + 'static,
+        read: impl Fn(VcpuId, Msr) -> ReadOutcome + Send + Sync + 'static,
+        write: impl Fn(VcpuId, Msr, u64) -> WriteOutcome + Send + Sync + 'static,
     ) -> Handlers {
         self.with(name, Fns { read, write })
     }
@@ -61,11 +104,11 @@ impl Handlers {
 
 /// A handler that the VMM keeps a hold of.
 impl<H: Handler + ?Sized> Handler for Arc<H> {
-    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome {
+    fn read(&self, vcpu: VcpuId, msr: Msr) -> ReadOutcome {
         (**self).read(vcpu, msr)
     }
 
-    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome {
+    fn write(&self, vcpu: VcpuId, msr: Msr, value: u64) -> WriteOutcome {
         (**self).write(vcpu, msr, value)
     }
 }
@@ -77,14 +120,14 @@ struct Fns<R, W> {
 
 impl<R, W> Handler for Fns<R, W>
 where
-    R: Fn(u32, Msr) -> ReadOutcome + Send + Sync,
-    W: Fn(u32, Msr, u64) -> WriteOutcome + Send + Sync,
+    R: Fn(VcpuId, Msr) -> ReadOutcome + Send + Sync,
+    W: Fn(VcpuId, Msr, u64) -> WriteOutcome + Send + Sync,
 {
-    fn read(&self, vcpu: u32, msr: Msr) -> ReadOutcome {
+    fn read(&self, vcpu: VcpuId, msr: Msr) -> ReadOutcome {
         (self.read)(vcpu, msr)
     }
 
-    fn write(&self, vcpu: u32, msr: Msr, value: u64) -> WriteOutcome {
+    fn write(&self, vcpu: VcpuId, msr: Msr, value: u64) -> WriteOutcome {
         (self.write)(vcpu, msr, value)
     }
 }
@@ -93,11 +136,11 @@ where
 struct Faulting;
 
 impl Handler for Faulting {
-    fn read(&self, _: u32, _: Msr) -> ReadOutcome {
+    fn read(&self, _: VcpuId, _: Msr) -> ReadOutcome {
         Err(Fault)
     }
 
-    fn write(&self, _: u32, _: Msr, _: u64) -> WriteOutcome {
+    fn write(&self, _: VcpuId, _: Msr, _: u64) -> WriteOutcome {
         Err(Fault)
     }
 }

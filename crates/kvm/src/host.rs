@@ -31,7 +31,10 @@ impl HostMsrs {
                 Ok(file) => Ok(Some(file)),
                 // A CPU that is offline has no device; a guest cannot run there either.
                 Err(source) if source.kind() == io::ErrorKind::NotFound && cpu > 0 => Ok(None),
-                Err(source) => Err(InstallError::HostMsrs { path, source }),
+                Err(source) => Err(InstallError::HostMsrs {
+                    path,
+                    source: source.into(),
+                }),
             }
         };
         (0..=last).map(open).collect::<Result<_, _>>().map(HostMsrs).map(Some)

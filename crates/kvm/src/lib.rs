@@ -61,8 +61,8 @@
 //! - Before registers are saved or shown, [`VcpuGate::drain_raw`]: no ioctl saves a pending access.
 //! - Filter, mask and what `shadow` and `once` remember are no part of any state that KVM saves. Install the plan anew;
 //!   [`VcpuGate::save`] gives what the vCPU remembers, and [`VcpuGate::restore`] takes it, under the same policy alone.
-//! - A guest that is rolled back in place, to a state of the same vCPU, takes [`VcpuGate::reset`] before `restore`: what was
-//!   locked since is open then, as it was.
+//! - A guest that is rolled back in place, to a state of the same vCPU, takes [`VcpuGate::roll_back`]: what was locked since is
+//!   open then, as it was.
 //! - Of KVM's own registers, a VMM saves those that the guest can reach ([`Plan::reaches`](msrgate_plan::Plan::reaches)).
 //!   The others it leaves out: what one kernel holds there, another may have a preset for, or not know.
 //!
@@ -117,19 +117,9 @@
 //! apart from handlers and from the first exit of each vCPU after [`Gate::replace`].
 //!
 //! # System calls
-//! For a VMM's seccomp filters. Dropping a gate closes its descriptor.
-//!
-//! | call | makes |
-//! | --- | --- |
-//! | [`probe()`] | KVM_CHECK_EXTENSION |
-//! | [`Capabilities::install`] | `fcntl` (F_DUPFD_CLOEXEC), KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` of `/sys/devices/system/cpu/possible` and `/dev/cpu/N/msr` |
-//! | [`Gate::vcpu`] | `fcntl` (F_DUPFD_CLOEXEC); with presets also KVM_GET_MSRS and KVM_SET_MSRS |
-//! | dispatch of `mask`, `only`, `once` and of what is spilled | KVM_GET_MSRS or KVM_SET_MSRS, or both |
-//! | dispatch of `host` | `pread64`, and `getcpu` where the vDSO lacks it |
-//! | dispatch of any other action | none; `futex` after a replacement |
-//! | [`Gate::replace`], [`Gate::remove`] | KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER; with `host` also `openat` as above; `futex` |
-//! | [`VcpuGate::drain_raw`] | KVM_RUN |
-//! | [`VcpuGate::save`], [`VcpuGate::restore`], [`VcpuGate::reset`] | none; `futex` after a replacement |
+//! [`system_calls`] gives those that a plan takes, by stage and so by thread, for the lists of a VMM's seccomp filters;
+//! `msrgate plan --json` has them too. Actions that need no register of the kernel's or the physical CPU's (`value`, `ignore`,
+//! `deny`, `shadow`, a handler) take none when an exit is dispatched.
 //!
 //! # Limits
 //! - The kernel cannot be asked what filter or mask a VM holds. Whoever sets another behind the gate's back wins, and
@@ -158,15 +148,19 @@ mod handler;
 mod registers;
 mod host;
 mod preset;
+mod counts;
+mod calls;
 mod state;
 mod ioctl;
 #[cfg(test)]
 mod bindings;
 mod error;
 
-pub use error::{InstallError, Step};
+pub use calls::{Stage, SystemCall, system_calls};
+pub use counts::Counts;
+pub use error::{InstallError, OsError, Step};
 pub use gate::Gate;
-pub use handler::{Handler, Handlers};
+pub use handler::{Handler, Handlers, VcpuId};
 pub use host::HostMsrs;
 pub use msrgate_core::Fault;
 pub use probe::{Capabilities, Capability, ProbeError, open, probe};

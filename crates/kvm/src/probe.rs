@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 
 use msrgate_core::abi;
 
-use crate::ioctl;
+use crate::{OsError, ioctl};
 
 /// Where KVM is.
 const DEV_KVM: &str = "/dev/kvm";
@@ -32,7 +32,7 @@ pub fn open() -> Result<File, ProbeError> {
         .map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ProbeError::NoKvm,
             io::ErrorKind::PermissionDenied => ProbeError::NoPermission,
-            _ => ProbeError::Open { source },
+            _ => ProbeError::Open { source: source.into() },
         })
 }
 
@@ -78,7 +78,7 @@ impl Capability {
 }
 
 /// Why this machine cannot.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum ProbeError {
     /// There is no `/dev/kvm`.
@@ -88,12 +88,12 @@ pub enum ProbeError {
     /// `/dev/kvm` does not open for another reason.
     Open {
         /// The kernel's error.
-        source: io::Error,
+        source: OsError,
     },
     /// The descriptor is not one of `/dev/kvm`.
     NotKvm {
         /// The kernel's error.
-        source: io::Error,
+        source: OsError,
     },
     /// The kernel lacks a capability.
     Missing {

@@ -7,12 +7,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use msrgate_core::{FaultCause, Msr, MsrBackend};
 
-use crate::{Fault, Handlers, HostMsrs, ioctl};
+use crate::{Fault, Handlers, HostMsrs, VcpuId, ioctl};
 
 /// What the actions of one vCPU may reach.
 pub(crate) struct Registers<'a> {
     pub(crate) vcpu: &'a OwnedFd,
-    pub(crate) id: u32,
+    pub(crate) id: VcpuId,
     pub(crate) host: Option<&'a HostMsrs>,
     pub(crate) handlers: &'a Handlers,
 }

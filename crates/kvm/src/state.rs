@@ -14,6 +14,8 @@ use std::fmt::{self, Write};
 
 use msrgate_core::{ActionTable, EmulatedState, EmulatedStateError, Msr, VcpuState};
 
+use crate::OsError;
+
 /// The version of the text, its first line's number.
 pub const STATE_VERSION: u32 = 1;
 
@@ -177,7 +179,7 @@ impl fmt::Display for StateError {
 impl std::error::Error for StateError {}
 
 /// Why a state is not saved.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum SaveError {
     /// An MSR exit that was not dispatched is in `kvm_run`.
@@ -185,7 +187,7 @@ pub enum SaveError {
     /// Completing the last exit made another, which is in `kvm_run`.
     Exit,
     /// KVM_RUN failed.
-    Run(std::io::Error),
+    Run(OsError),
     /// The vCPU is being answered for: the call came from within a handler.
     InHandler,
     /// The plan in force has no hash by which the state could be told.

@@ -2,7 +2,6 @@
 
 #![expect(unsafe_code, reason = "the mapped `kvm_run`")]
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -12,7 +11,7 @@ use msrgate_core::{Access, Answer, Event, FaultCause, Nanos, Outcome, Reason, Vc
 use crate::epoch::{Epoch, Published, Shared};
 use crate::exit;
 use crate::registers::Registers;
-use crate::{SaveError, StateError, ioctl, state};
+use crate::{OsError, SaveError, StateError, VcpuId, ioctl, state};
 
 /// Answers the MSR exits of one vCPU, and keeps what its MSRs remember.
 ///
@@ -20,7 +19,7 @@ use crate::{SaveError, StateError, ioctl, state};
 #[derive(Debug)]
 pub struct VcpuGate {
     vcpu: OwnedFd,
-    id: u32,
+    id: VcpuId,
     shared: Arc<Shared>,
     /// Taken while an answer is made; who finds it taken was called from inside a handler. Nobody waits for it.
     held: Mutex<Held>,
@@ -50,7 +49,7 @@ pub enum Dispatch {
 #[non_exhaustive]
 pub struct Answered {
     /// Which vCPU.
-    pub vcpu: u32,
+    pub vcpu: VcpuId,
     /// What the guest tried.
     pub access: Access,
     /// Why the kernel did not answer it; `None` where it gave no reason that is known here.
@@ -64,12 +63,12 @@ pub struct Answered {
 }
 
 impl Answered {
-    /// The record of it. `vm` counts the VMs of the process.
-    pub fn event(&self, t: Nanos, vm: u32, rip: Option<u64>) -> Event {
+    /// The record of it.
+    pub fn event(&self, t: Nanos, rip: Option<u64>) -> Event {
         Event {
             t,
-            vm,
-            vcpu: self.vcpu,
+            vm: self.vcpu.vm,
+            vcpu: self.vcpu.index,
             op: self.access.op(),
             msr: self.access.msr(),
             value: match (self.access, self.answer.outcome) {
@@ -102,7 +101,7 @@ pub enum DrainStatus {
 }
 
 impl VcpuGate {
-    pub(crate) fn new(vcpu: OwnedFd, id: u32, shared: Arc<Shared>) -> VcpuGate {
+    pub(crate) fn new(vcpu: OwnedFd, id: VcpuId, shared: Arc<Shared>) -> VcpuGate {
         let generation = shared.generation();
         let published = shared.published();
         let epoch = Arc::clone(&published.newest);
@@ -140,6 +139,7 @@ impl VcpuGate {
         // SAFETY: the caller's promise, and it holds an MSR exit.
         unsafe { exit::fail_closed(run) };
         let answered = |answer| {
+            self.shared.counters.count(exit.access.op(), &answer);
             Dispatch::Answered(Answered {
                 vcpu: self.id,
                 access: exit.access,
@@ -242,7 +242,7 @@ impl VcpuGate {
     ///
     /// # Safety
     /// As for [`VcpuGate::dispatch_raw`].
-    pub unsafe fn drain_raw(&self, run: *mut u8) -> io::Result<DrainStatus> {
+    pub unsafe fn drain_raw(&self, run: *mut u8) -> Result<DrainStatus, OsError> {
         // SAFETY: the caller's promise; nothing writes in between, since this thread is here.
         if unsafe { exit::read(run) }.is_some() {
             return Ok(DrainStatus::Unanswered);
@@ -258,7 +258,7 @@ impl VcpuGate {
         unsafe { immediate_exit.write_volatile(before) };
         match result {
             Ok(()) => Ok(DrainStatus::Exit),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(DrainStatus::Idle),
+            Err(error) if error.errno() == libc::EINTR => Ok(DrainStatus::Idle),
             Err(error) => Err(error),
         }
     }
@@ -282,15 +282,28 @@ impl VcpuGate {
     /// MSR that is locked here stays locked, whatever the state says. On an error nothing has changed; the vCPU must not
     /// run then, since what it had locked is open.
     pub fn restore(&self, state: &[u8]) -> Result<(), StateError> {
+        self.remember(state, |held| held.state.clone())
+    }
+
+    /// [`VcpuGate::reset`] and [`VcpuGate::restore`] in one step: for a vCPU that is rolled back in place, to a state that it
+    /// had before. What was locked since is open then, as it was.
+    ///
+    /// On an error nothing has changed: what the vCPU had locked stays locked.
+    pub fn roll_back(&self, state: &[u8]) -> Result<(), StateError> {
+        self.remember(state, |held| held.epoch.table().vcpu_state())
+    }
+
+    /// Puts a saved state over the one that `under` gives.
+    fn remember(&self, saved: &[u8], under: impl FnOnce(&Held) -> VcpuState) -> Result<(), StateError> {
         let mut held = self.take().ok_or(StateError::InHandler)?;
         self.settle(&mut held);
         let hash = held.epoch.plan.hash().ok_or(StateError::NoHash)?;
-        let memories = state::read(state, &hash)?;
-        let Held { epoch, state, .. } = &mut *held;
-        epoch
-            .table()
-            .restore(state, memories)
-            .map_err(StateError::EmulatedState)
+        let memories = state::read(saved, &hash)?;
+        let mut state = under(&held);
+        let table = held.epoch.table();
+        table.restore(&mut state, memories).map_err(StateError::EmulatedState)?;
+        held.state = state;
+        Ok(())
     }
 
     /// Goes on to the plan in force: no exit is pending that an older one made.
@@ -313,7 +326,7 @@ impl VcpuGate {
 
     /// [`VcpuGate::drain_raw`] with the vCPU of the kvm-ioctls crate.
     #[cfg(feature = "kvm-ioctls")]
-    pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> io::Result<DrainStatus> {
+    pub fn drain_vcpu(&self, vcpu: &mut kvm_ioctls::VcpuFd) -> Result<DrainStatus, OsError> {
         // SAFETY: likewise.
         unsafe { self.drain_raw(page(vcpu)) }
     }

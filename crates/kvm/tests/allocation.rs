@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Log, Msr, MsrRange, OnLockedBits, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::{Fault, Handler, Handlers, probe};
+use msrgate_kvm::{Fault, Handler, Handlers, VcpuId, probe};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 
 thread_local! {
@@ -42,11 +42,11 @@ static ALLOCATOR: Counting = Counting;
 struct Zero;
 
 impl Handler for Zero {
-    fn read(&self, _vcpu: u32, _msr: Msr) -> Result<u64, Fault> {
+    fn read(&self, _vcpu: VcpuId, _msr: Msr) -> Result<u64, Fault> {
         Ok(0)
     }
 
-    fn write(&self, _vcpu: u32, _msr: Msr, _value: u64) -> Result<(), Fault> {
+    fn write(&self, _vcpu: VcpuId, _msr: Msr, _value: u64) -> Result<(), Fault> {
         Err(Fault)
     }
 }

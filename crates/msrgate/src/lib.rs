@@ -51,10 +51,10 @@ pub use msrgate_plan as plan;
 #[cfg(feature = "policy")]
 pub use msrgate_policy as policy;
 
-pub use msrgate_core::{Access, Fault, Msr};
+pub use msrgate_core::{Access, Event, Fault, LogLimiter, Msr, Nanos};
 pub use msrgate_kvm::{
-    Answered, Capabilities, Dispatch, DrainStatus, Gate, Handler, Handlers, InstallError, ProbeError, SaveError,
-    StateError, VcpuGate, probe,
+    Answered, Capabilities, Counts, Dispatch, DrainStatus, Gate, Handler, Handlers, InstallError, ProbeError,
+    SaveError, StateError, VcpuGate, VcpuId, probe,
 };
 pub use msrgate_plan::{CompileOptions, DecisionMap, Plan, PlanError};
 #[cfg(feature = "policy")]

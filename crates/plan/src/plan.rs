@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{
     ActionTable, DecidedBy, Entry, Filter, FilterError, FilterRange, Log, Msr, MsrRange, Op, Ops, ReadAction,
-    ReadSource, Reason, Reasons, Verdict, WriteAction, WriteTarget,
+    ReadSource, Reason, Reasons, TableError, Verdict, WriteAction, WriteTarget,
 };
 
 use crate::cover::{RangeSet, TooMany, smallest};
@@ -126,19 +126,7 @@ impl Plan {
             minimum,
         } = parts;
         let realised = map.with_presets(&presets);
-        let reads = entries(
-            realised.reads(),
-            |action| *action == ReadAction::Allow,
-            &spilled,
-            Op::Read,
-        );
-        let writes = entries(
-            realised.writes(),
-            |action| *action == WriteAction::Allow,
-            &spilled,
-            Op::Write,
-        );
-        let table = ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())?;
+        let table = table(&realised, &spilled)?;
         let realised = Realised {
             filter: &filter,
             reasons,
@@ -356,6 +344,25 @@ fn deny_all() -> Result<Filter, FilterError> {
 }
 
 /// What user space answers: all that is not left to the kernel, and what is and was spilled.
+/// What user space answers where a filter leaves to the kernel what `map` allows, but for what is spilled.
+fn table(map: &DecisionMap, spilled: &[(MsrRange, Op)]) -> Result<ActionTable, TableError> {
+    let reads = entries(map.reads(), |action| *action == ReadAction::Allow, spilled, Op::Read);
+    let writes = entries(map.writes(), |action| *action == WriteAction::Allow, spilled, Op::Write);
+    ActionTable::new(reads, writes, map.unknown().clone(), map.invalid().clone())
+}
+
+impl DecisionMap {
+    /// What a hypervisor of one's own answers of what the map does not allow, without the limits of a filter: 16 ranges of
+    /// 12288 MSRs are KVM's. [`VmxBitmap::recompute_by`](msrgate_core::VmxBitmap::recompute_by) takes the map's
+    /// [`allows`](DecisionMap::allows) for what is passed through.
+    ///
+    /// # Errors
+    /// Where more MSRs are to keep a state than a table has room for.
+    pub fn table(&self) -> Result<ActionTable, TableError> {
+        table(self, &[])
+    }
+}
+
 fn entries<A: Clone + Eq>(
     decisions: &Intervals<Decision<A>>,
     allow: impl Fn(&A) -> bool,

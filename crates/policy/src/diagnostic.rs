@@ -416,30 +416,6 @@ impl Diagnostic {
     }
 }
 
-/// Gives the texts that a policy and those it extends are made of.
-///
-/// The crate itself touches no file system.
-pub trait Files {
-    /// The text of the file, and a path that is the same for every way of naming the file. The error is for people.
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String>;
-
-    /// The path of the file that the file `by` names in `extends`: relative to the directory of `by`.
-    fn extended(&self, by: &Path, name: &str) -> PathBuf {
-        by.parent().unwrap_or(Path::new("")).join(name)
-    }
-}
-
-/// A policy without files around it: one text under a name.
-impl Files for (&str, &str) {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        if path == Path::new(self.0) {
-            Ok((path.to_path_buf(), self.1.to_owned()))
-        } else {
-            Err("no such file".to_owned())
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

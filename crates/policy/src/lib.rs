@@ -20,14 +20,15 @@
 //! ```
 //!
 //! Parsing reports all that is wrong at once, each with its place and what to write instead ([`Diagnostic`]); there is
-//! no partial policy. The crate makes no system call: who uses it hands in the texts ([`Files`]), and the
-//! guest's [`Cpuid`](msrgate_msrs::cpuid::Cpuid).
+//! no partial policy. Texts come from the file system ([`Policy::from_file`]) or from who uses the crate ([`Files`]), and the policies
+//! that come with msrgate are inside (`extends = "msrgate:linux-microvm"`).
 #![forbid(unsafe_code)]
 #![cfg_attr(
     not(test),
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+mod files;
 mod diagnostic;
 mod pattern;
 mod policy;
@@ -48,8 +49,9 @@ pub mod foreign;
 
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};
-pub use diagnostic::{Acceptance, Code, Diagnostic, Files, Place, Severity, Source};
+pub use diagnostic::{Acceptance, Code, Diagnostic, Place, Severity, Source};
 pub use explain::{Explanation, Sees, explain};
+pub use files::{Disk, Files, built_in, text_of};
 pub use fit::{FitAdvice, Without};
 pub use note::notes;
 pub use parse::PolicyErrors;

@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use msrgate_core::{ReadAction, Verdict, WriteAction};
 use toml::de::{DeTable, DeValue};
 
-use crate::{Acceptance, Code, Diagnostic, Files, Place, Policy, Rule, Source, Spill, Validity};
+use crate::files;
+use crate::{Acceptance, Code, Diagnostic, Disk, Files, Place, Policy, Rule, Source, Spill, Validity};
 use reader::{HELPED, Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
@@ -80,6 +81,12 @@ impl File {
 }
 
 impl Policy {
+    /// Reads a policy and those it extends from the file system, or says all that is wrong with them. A path that begins with
+    /// `msrgate:` names a policy that comes with msrgate.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Policy, PolicyErrors> {
+        load(path.as_ref(), &Disk)
+    }
+
     /// Reads a policy and those it extends, or says all that is wrong with them.
     pub fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
         load(path, files)
@@ -111,17 +118,16 @@ fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
             && diagnostics.is_empty()
         {
             let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-            let kernels = (ReadAction::Deny, WriteAction::Deny);
+            let bare = Policy::new(&file.name.or(stem).unwrap_or_default(), default);
             return Ok(Policy {
-                name: file.name.or(stem).unwrap_or_default(),
-                default,
-                unknown: file.unknown.unwrap_or_else(|| kernels.clone()),
-                invalid: file.invalid.unwrap_or(kernels),
-                valid: file.valid.unwrap_or(Validity::Any),
-                spill: file.spill.unwrap_or(Spill::Refuse),
+                unknown: file.unknown.unwrap_or(bare.unknown),
+                invalid: file.invalid.unwrap_or(bare.invalid),
+                valid: file.valid.unwrap_or(bare.valid),
+                spill: file.spill.unwrap_or(bare.spill),
                 accept: file.accept,
                 rules: file.rules,
                 sources,
+                ..bare
             });
         }
         // Where the file itself is broken, a key may be missing only because it could not be read.
@@ -158,7 +164,7 @@ struct Loading<'a> {
 impl Loading<'_> {
     /// Reads a file and all that it extends. `None` where it adds nothing: it cannot be read, or has been.
     fn file(&mut self, path: &Path, asked: Option<Place>) -> Option<File> {
-        let (canonical, text) = match self.files.read(path) {
+        let (canonical, text) = match files::read(self.files, path) {
             Ok(read) => read,
             Err(error) => {
                 let message = format!("cannot read `{}`: {error}", path.display());
@@ -190,7 +196,7 @@ impl Loading<'_> {
         let mut file = self.parse(source, &text);
         self.open.push(canonical);
         for (name, place) in std::mem::take(&mut file.extends) {
-            if let Some(base) = self.file(&self.files.extended(path, &name), Some(place)) {
+            if let Some(base) = self.file(&files::extended(self.files, path, &name), Some(place)) {
                 file.extend(base);
             }
         }

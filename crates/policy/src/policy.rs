@@ -6,7 +6,7 @@ use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
-use crate::{Acceptance, Code, Diagnostic, Pattern, Place, Source};
+use crate::{Acceptance, Code, Diagnostic, Pattern, PatternError, Place, Source};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
 #[derive(Clone, Debug)]
@@ -71,6 +71,37 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// A rule that is built in code; it decides nothing until it is given an action.
+    ///
+    /// # Errors
+    /// What does not name MSRs as a policy's text does: `IA32_TSC`, `@pmu`, `0x400..=0x47f`.
+    pub fn new<'a>(msrs: impl IntoIterator<Item = &'a str>) -> Result<Rule, PatternError> {
+        Ok(Rule {
+            msrs: msrs.into_iter().map(Pattern::parse).collect::<Result<_, _>>()?,
+            read: None,
+            write: None,
+            when: When::default(),
+            log: Log::None,
+            why: None,
+            accept: Vec::new(),
+            place: Place { source: 0, span: 0..0 },
+        })
+    }
+
+    /// With what reads get.
+    #[must_use]
+    pub fn reads(mut self, action: ReadAction) -> Rule {
+        self.read = Some(action);
+        self
+    }
+
+    /// With what writes get.
+    #[must_use]
+    pub fn writes(mut self, action: WriteAction) -> Rule {
+        self.write = Some(action);
+        self
+    }
+
     /// The MSRs that the rule names, as ranges.
     pub fn ranges(&self) -> Vec<MsrRange> {
         self.msrs.iter().flat_map(Pattern::ranges).collect()
@@ -110,6 +141,43 @@ impl When {
 }
 
 impl Policy {
+    /// A policy that is built in code, without rules yet.
+    ///
+    /// ```
+    /// use msrgate_core::{ReadAction, Verdict, WriteAction};
+    /// use msrgate_policy::{Policy, Rule};
+    ///
+    /// let microcode = Rule::new(["IA32_BIOS_SIGN_ID"])?;
+    /// let microcode = microcode.reads(ReadAction::Value(0x11)).writes(WriteAction::Ignore);
+    /// let policy = Policy::new("microvm", Verdict::Allow).with(microcode);
+    /// let text = "version = 1\nname = \"microvm\"\ndefault = \"allow\"\n[[rule]]\n\
+    ///             msr = \"IA32_BIOS_SIGN_ID\"\nread = { value = \"0x11\" }\nwrite = \"ignore\"\n";
+    /// assert_eq!(policy, Policy::parse("microvm.toml", text)?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn new(name: &str, default: Verdict) -> Policy {
+        let kernels = (ReadAction::Deny, WriteAction::Deny);
+        Policy {
+            name: name.to_owned(),
+            default,
+            unknown: kernels.clone(),
+            invalid: kernels,
+            valid: Validity::Any,
+            accept: Vec::new(),
+            spill: Spill::Refuse,
+            rules: Vec::new(),
+            // Rules that are built in code stand at the beginning of it.
+            sources: vec![Source::new(name.into(), String::new())],
+        }
+    }
+
+    /// With a rule behind those that it has.
+    #[must_use]
+    pub fn with(mut self, rule: Rule) -> Policy {
+        self.rules.push(rule);
+        self
+    }
+
     /// Whether what it means depends on the guest's CPUID, and where that is said.
     pub fn asks_cpuid(&self) -> bool {
         self.valid == Validity::CpuModel || self.rules.iter().any(|rule| !rule.when.is_always())

@@ -47,6 +47,10 @@ pub enum RawFormat {
 const RUST: &str = "this is Rust, which is not read: write the filter in JSON, print it in gdb, or have its bytes written out by the \
     program (docs/formats.md)";
 
+/// What is said of the Rust that msrgate prints.
+const OWN_RUST: &str = "this is what `msrgate plan --emit rust` printed, which is not read: `msrgate plan --json` prints the same plan in \
+    a form that is";
+
 /// What is said of a system call in strace's words.
 const STRACE: &str = "strace shows where the filter lies and not what is in it: write its bytes out with gdb at this call \
     (docs/formats.md)";
@@ -107,7 +111,10 @@ fn other(text: &str) -> Option<&'static str> {
     let filter =
         text.contains("kvm_msr_filter") && ["let ", "Default::default()"].iter().any(|word| text.contains(word));
     if filter || text.contains("MsrFilterRange") {
-        return Some(RUST);
+        return Some(match text.contains("made by msrgate") {
+            true => OWN_RUST,
+            false => RUST,
+        });
     }
     let of_strace = |line: &str| {
         let call = line.contains("KVM_X86_SET_MSR_FILTER") || line.contains("0xae, 0xc6");

@@ -14,7 +14,8 @@
 //! # Ok::<(), msrgate_trace::TraceError>(())
 //! ```
 //!
-//! The text of the kernel's tracepoint `kvm:kvm_msr`, as perf, trace-cmd and ftrace print it, is read as a trace too.
+//! The text of the kernel's tracepoint `kvm:kvm_msr`, as perf, trace-cmd and ftrace print it, and the kernel's log are read as
+//! traces too.
 //! [`Lines`] holds one line at a time, whatever the trace's length.
 
 #![forbid(unsafe_code)]
@@ -28,6 +29,7 @@ pub mod report;
 mod canonical;
 mod unrecognised;
 mod tracepoint;
+mod kernel_log;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -38,6 +40,7 @@ use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::number;
 use serde::{Deserialize, Serialize};
 
+use self::kernel_log::Log;
 use self::tracepoint::Threads;
 
 pub use canonical::{write_event, write_gap};
@@ -61,6 +64,8 @@ pub enum Coverage {
     First,
     /// What a policy decided, and each access that faulted: not what the policy left to the kernel.
     Decided,
+    /// What the kernel's log says of MSRs: not what the kernel knew, and of what it says often not all.
+    Logged,
 }
 
 /// What a trace says of itself in its first line. All but the version may be missing.
@@ -121,7 +126,7 @@ impl Header {
 
     /// Whether accesses with which the guest was served are not in the trace.
     pub fn is_partial(&self) -> bool {
-        self.coverage == Some(Coverage::Decided) || self.part.is_some()
+        matches!(self.coverage, Some(Coverage::Decided | Coverage::Logged)) || self.part.is_some()
     }
 
     /// Writes the first line of a trace.
@@ -279,9 +284,31 @@ pub fn is_trace(head: &[u8]) -> bool {
     // Both may begin with comments.
     let mut lines = head.trim_start_matches('\u{feff}').lines();
     match lines.find(|line| !line.starts_with('#')) {
-        Some(line) => line.starts_with('{') || !line.starts_with("version") && tracepoint::begins(line),
+        Some(line) => {
+            let line = line.get(quoted(line.as_bytes())..).unwrap_or_default();
+            line.starts_with('{')
+                || !line.starts_with("version") && (kernel_log::begins(line) || tracepoint::begins(line))
+        }
         None => head.starts_with("# tracer:"),
     }
+}
+
+/// How many bytes of a line are marks of a mail that quotes it: `> > `.
+fn quoted(line: &[u8]) -> usize {
+    let marks = line.iter().take_while(|byte| matches!(byte, b'>' | b' ')).count();
+    let last = line.iter().take(marks).rposition(|byte| *byte == b'>');
+    last.map_or(0, |last| last + 1 + usize::from(marks > last + 1))
+}
+
+/// What the lines of a trace are.
+#[derive(Debug)]
+enum Format {
+    /// JSON.
+    Own,
+    /// The tracepoint's text.
+    Tracepoint(Threads),
+    /// The kernel's log.
+    Log(Log),
 }
 
 /// The records of a trace, one line at a time. After the first error there are no more.
@@ -293,8 +320,7 @@ pub struct Lines<R> {
     number: u64,
     bytes: u64,
     ended: bool,
-    /// The vCPUs of a trace that is the tracepoint's text.
-    tracepoint: Option<Threads>,
+    format: Format,
     /// Whether the first line, which is read already, may be an event.
     first: bool,
 }
@@ -309,7 +335,7 @@ impl<R: BufRead> Lines<R> {
             number: 0,
             bytes: 0,
             ended: false,
-            tracepoint: None,
+            format: Format::Own,
             first: false,
         };
         if !lines.advance()? {
@@ -321,13 +347,26 @@ impl<R: BufRead> Lines<R> {
         if lines.line.starts_with(b"\xef\xbb\xbf") {
             lines.line.drain(..3); // the mark that some editors put before UTF-8
         }
-        if !lines.line.starts_with(b"{") && tracepoint::begins(&String::from_utf8_lossy(&lines.line)) {
+        let text = String::from_utf8_lossy(&lines.line);
+        let read = match () {
+            () if text.starts_with('{') => None,
+            () if kernel_log::begins(&text) => {
+                Some((Format::Log(Log::default()), "the kernel's log", Some(Coverage::Logged)))
+            }
+            () if tracepoint::begins(&text) => {
+                let format = Format::Tracepoint(Threads::default());
+                Some((format, "the tracepoint kvm:kvm_msr", None))
+            }
+            () => None,
+        };
+        if let Some((format, mode, coverage)) = read {
             lines.header = Header {
                 msrgate_trace: VERSION,
-                mode: Some("the tracepoint kvm:kvm_msr".to_owned()),
+                mode: Some(mode.to_owned()),
+                coverage,
                 ..Header::default()
             };
-            lines.tracepoint = Some(Threads::default());
+            lines.format = format;
             lines.first = true;
             return Ok(lines);
         }
@@ -375,6 +414,7 @@ impl<R: BufRead> Lines<R> {
                 return Ok(false);
             }
             self.bytes += read as u64;
+            self.line.drain(..quoted(&self.line));
             if read as u64 == LONGEST {
                 return Err(TraceError::at(
                     self.number,
@@ -389,18 +429,46 @@ impl<R: BufRead> Lines<R> {
 
     /// The record of the line; `None` if it is of something else.
     fn record(&mut self) -> Result<Option<Record>, TraceError> {
-        let Some(threads) = &mut self.tracepoint else {
-            return self.own_record().map(Some);
-        };
         let line = String::from_utf8_lossy(&self.line);
-        let event = threads.event(line.trim_end());
-        if !line.ends_with('\n') && (event.is_err() || tracepoint::breaks_off(&line)) {
+        let (record, breaks_off) = match &mut self.format {
+            Format::Own => return self.own_record().map(Some),
+            Format::Tracepoint(threads) => {
+                let event = threads.event(line.trim_end());
+                (
+                    event.map(|event| event.map(Record::Event)),
+                    tracepoint::breaks_off(&line),
+                )
+            }
+            Format::Log(log) => {
+                let record = log.line(line.trim_end()).map(|line| {
+                    line.map(|line| match line {
+                        kernel_log::Line::Access(event) => Record::Event(event),
+                        kernel_log::Line::Missing(gap) => Record::Gap(gap),
+                    })
+                });
+                (record, false)
+            }
+        };
+        if !line.ends_with('\n') && (record.is_err() || breaks_off) {
             return Err(TraceError::at(self.number, BREAKS_OFF));
         }
-        match event {
-            Ok(event) => Ok(event.map(Record::Event)),
-            Err(message) => Err(TraceError::at(self.number, message)),
-        }
+        record.map_err(|message| TraceError::at(self.number, message))
+    }
+
+    /// What is wrong with a text that ended without an access: it is of something else.
+    fn nothing(&self) -> Option<TraceError> {
+        let message = match &self.format {
+            Format::Tracepoint(threads) if threads.is_empty() => {
+                "no event of kvm:kvm_msr, msr:read_msr or msr:write_msr is in it: record on the host with `perf record -e \
+                 kvm:kvm_msr`, or in the guest with `perf record -e 'msr:*'`"
+            }
+            Format::Log(log) if log.is_empty() => {
+                "no line of this log is about an MSR: KVM logs those that it does not know where `kvm.ignore_msrs` is set, \
+                 and a guest's kernel what faulted unexpectedly"
+            }
+            _ => return None,
+        };
+        Some(TraceError::at(self.number, message))
     }
 
     fn own_record(&self) -> Result<Record, TraceError> {
@@ -448,14 +516,7 @@ impl<R: BufRead> Iterator for Lines<R> {
                     Some(record) => break Some(record),
                     None => continue,
                 },
-                Ok(false) if self.tracepoint.as_ref().is_some_and(Threads::is_empty) => {
-                    break Some(Err(TraceError::at(
-                        self.number,
-                        "no event of kvm:kvm_msr, msr:read_msr or msr:write_msr is in it: record on the host with `perf record \
-                         -e kvm:kvm_msr`, or in the guest with `perf record -e 'msr:*'`",
-                    )));
-                }
-                Ok(false) => break None,
+                Ok(false) => break self.nothing().map(Err),
                 Err(error) => break Some(Err(error)),
             }
         };
@@ -707,6 +768,11 @@ mod tests {
             (b"\x1f\x8b\x08\0".as_slice(), "gzip -dc"),
             (b"\x17\x08\x44tracing6\0", "trace-cmd report -i"),
             (b"\xff\xfe{\0\"\0", "iconv"),
+            (
+                b"*[Time:  12 ms]  MSR: 0x0000001b  Value: 0x00000000fee00900  Mode: READ   Result: OK\n",
+                "bpftrace",
+            ),
+            (b"{\"MESSAGE\":\"kvm [1]: ignored rdmsr: 0x35\"}\n", "journalctl -k"),
         ] {
             let error = Lines::new(bytes).expect_err("no trace").to_string();
             assert!(error.contains(what), "{error}");
@@ -722,6 +788,8 @@ mod tests {
             (" CPU 0/KVM 18 [015] 4831258.258053: kvm:kvm_msr: msr_write 6e0", true),
             ("# what a guest needs\nversion = 1\n", false),
             ("version = 1\n", false),
+            ("# of a log\n[   44.000001] kvm [1]: x\n", true),
+            ("> > {\"msrgate_trace\":1}\n", true),
             ("", false),
         ] {
             assert_eq!(is_trace(head.as_bytes()), trace, "{head}");
@@ -734,6 +802,34 @@ mod tests {
         assert!(error.is_none() && events.len() == 1, "{error:?}");
         let (events, error) = read("\u{feff} x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0\n");
         assert!(error.is_none() && events.len() == 1, "{error:?}");
+    }
+
+    #[test]
+    fn what_a_mail_quotes_is_read() {
+        for text in [
+            format!("> > {HEADER}> > {{\"op\":\"rdmsr\",\"msr\":\"0x10\"}}\n>\n"),
+            "> > # tracer: nop\n> >\n> >  x-1 [0] 1.0: kvm_msr: msr_read 10 = 0x0\n".to_owned(),
+            ">> [    0.000000] Linux\n>>\n>> [    0.000001] kvm [1]: vcpu0 ignored rdmsr: 0x10 data 0x0\n".to_owned(),
+        ] {
+            let (records, error) = read(&text);
+            assert!(error.is_none(), "{text}: {error:?}");
+            assert!(
+                matches!(records.as_slice(), [Record::Event(event)] if event.msr.0 == 0x10),
+                "{text}: {records:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_kernels_log_is_a_trace_that_lacks_what_was_served() {
+        let line = "[   44.000001] kvm [100]: vcpu0, guest rIP: 0x5 ignored rdmsr: 0x641 data 0x0\n";
+        let lines = Lines::new(line.as_bytes()).unwrap();
+        assert!(lines.header().is_partial());
+        assert_eq!(read(&format!("[    0.000000] Linux\n\n{line}")).0.len(), 1);
+        let (_, error) = read("[    0.000000] Linux\n");
+        assert!(error.is_some_and(|error| error.to_string().contains("about an MSR")));
+        let (_, error) = read("[    0.000000] kvm [1]: ignored wrmsr: 0x641 da");
+        assert!(error.is_some_and(|error| error.to_string().contains("breaks off")));
     }
 
     #[test]

@@ -7,7 +7,8 @@ pub(super) fn message(line: &[u8], error: &str) -> String {
     match known(line) {
         Some(what) => what.to_owned(),
         None => format!(
-            "this is no trace's header, `{{\"msrgate_trace\":1,…}}`, and no text of the tracepoint kvm:kvm_msr: {error}"
+            "this is no trace's header, `{{\"msrgate_trace\":1,…}}`, no text of the tracepoint kvm:kvm_msr, and no kernel's log: \
+             {error}"
         ),
     }
 }
@@ -48,7 +49,12 @@ fn known(line: &[u8]) -> Option<&'static str> {
         );
     }
     if !text.starts_with(b"{") {
-        return None;
+        let line = String::from_utf8_lossy(text);
+        let labelled = ["MSR:", "Value:", "Mode:"].iter().all(|label| line.contains(label));
+        return labelled.then_some(
+            "this is what a script of bpftrace prints, and each has a form of its own: record with `perf record -e kvm:kvm_msr` \
+             in its place, or let the script print a trace's lines (docs/trace.md)",
+        );
     }
     let Ok(Value::Object(keys)) = serde_json::from_slice(text) else {
         let unfinished = serde_json::from_slice::<Value>(text).is_err_and(|error| error.is_eof());
@@ -57,6 +63,9 @@ fn known(line: &[u8]) -> Option<&'static str> {
     };
     if keys.contains_key("msrgate_summary") {
         return Some("this is a summary, which `learn` alone reads");
+    }
+    if keys.contains_key("MESSAGE") {
+        return Some("this is the journal in JSON: `journalctl -k` without `-o json` prints what is read");
     }
     if keys.contains_key("op") {
         return Some(

@@ -2,7 +2,10 @@
 
 use std::io::{self, Write};
 
-use msrgate_core::{FilterRange, Op, Verdict};
+use msrgate_core::{
+    ActionTable, Argument, ArgumentKey, Disposition, FilterRange, MsrRange, OnLockedBits, Op, ReadAction, Verdict,
+    WriteAction,
+};
 use msrgate_plan::Plan;
 use msrgate_policy::foreign::{Format, export};
 
@@ -10,67 +13,177 @@ use crate::exit::{Exit, Failure};
 use crate::load::Loaded;
 use crate::{stream, words};
 
-/// A C header: one bitmap a range, and `struct kvm_msr_filter` as a constant.
+/// What a C header is made of: `policy_` and `POLICY_` stand for the policy's name, and words between `@` for what the plan says.
+const HEADER: &str = include_str!("header.h");
+
+/// A C header: the filter as a constant, what else is answered as tables, and the functions that answer by them.
 pub(crate) fn c(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
     let plan = &loaded.plan;
     let name = identifier(&loaded.policy.name);
+    let upper = name.to_uppercase();
+    let table = plan.table();
+    let mut tables = Tables {
+        upper: &upper,
+        handlers: Vec::new(),
+        values: Vec::new(),
+    };
+    let rows = |range: MsrRange, row: String| {
+        let (first, last) = (range.first().0, range.last().0);
+        format!("\t{{ {first:#x}, {last:#x}, {row} }},\n")
+    };
+    let mut reads = String::new();
+    for entry in table.reads() {
+        reads += &rows(entry.range, tables.row(entry.action.did(), entry.action.arguments()));
+    }
+    let mut writes = String::new();
+    for entry in table.writes() {
+        writes += &rows(entry.range, tables.row(entry.action.did(), entry.action.arguments()));
+    }
+    let mut fallbacks = |(read, write): &(ReadAction, WriteAction)| {
+        let read = rows(MsrRange::ALL, tables.row(read.did(), read.arguments()));
+        read + &rows(MsrRange::ALL, tables.row(write.did(), write.arguments()))
+    };
+    let (unknown, invalid) = (fallbacks(table.unknown()), fallbacks(table.invalid()));
+    let cell_count = table
+        .cells()
+        .last()
+        .map_or(0, |(range, cell)| cell as u64 + range.len());
+    let cells = table.cells();
+    let cells: String = cells.map(|(range, cell)| rows(range, cell.to_string())).collect();
+    let keeps = |(read, write): &(ReadAction, WriteAction)| read.keeps().is_some() || write.keeps().is_some();
+    let spare = match keeps(table.unknown()) || keeps(table.invalid()) {
+        true => ActionTable::SPARE_CELLS,
+        false => 0,
+    };
+    let presets = plan.presets().iter();
+    let presets: String = presets
+        .map(|preset| format!("\t{{ {:#x}, {:#x}ull }},\n", preset.msr.0, preset.value))
+        .collect();
+    let values = tables.values.iter().map(|value| format!("\t{value:#x}ull,\n"));
+    let places = tables.handlers.iter().enumerate().map(|(place, handler)| {
+        let handler = identifier(handler).to_uppercase();
+        format!("#define {upper}_HANDLER_{handler} {place}\n")
+    });
+
+    let mut text = HEADER
+        .replace("POLICY_", &format!("{upper}_"))
+        .replace("policy_", &format!("{name}_"));
+    for (word, by) in [
+        ("@head@", head(loaded)),
+        ("@hash@", words::hex(&plan.map().hash())),
+        ("@reasons@", format!("{:#x}", plan.reasons().bits())),
+        ("@filter@", c_filter(plan, &name)),
+        ("@presets@", presets),
+        ("@reads@", reads),
+        ("@writes@", writes),
+        ("@unknown@", unknown),
+        ("@invalid@", invalid),
+        ("@values@", values.collect()),
+        ("@cells@", cells),
+        ("@cell_count@", cell_count.to_string()),
+        ("@spare@", spare.to_string()),
+        ("@handler_places@", places.collect()),
+        ("@handler_count@", tables.handlers.len().to_string()),
+    ] {
+        text = text.replace(word, &by);
+    }
+    write!(out, "{text}")
+}
+
+/// The comment at the head of a C header.
+fn head(loaded: &Loaded) -> String {
+    let name = identifier(&loaded.policy.name);
+    format!(
+        "/* The policy `{}` for VMMs in C, made by msrgate.\n *\n \
+         * {name}_install() once for a VM, {name}_add_vcpu() for each vCPU with a zeroed `struct {name}_state`, and\n \
+         * {name}_answer() after each KVM_RUN that gave 0.\n */",
+        comment(&loaded.policy.name),
+    )
+}
+
+/// The filter in C: its bitmaps, and `struct kvm_msr_filter`.
+fn c_filter(plan: &Plan, name: &str) -> String {
     let filter = plan.filter();
-    writeln!(
-        out,
-        "/* The MSR filter of the policy `{}`, made by msrgate.",
-        comment(&loaded.policy.name)
-    )?;
-    writeln!(out, " * Policy hash {}.", words::hex(&plan.map().hash()))?;
-    writeln!(out, " *")?;
-    writeln!(
-        out,
-        " * First KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR) with args[0] = {}_REASONS, then",
-        name.to_uppercase()
-    )?;
-    writeln!(
-        out,
-        " * KVM_X86_SET_MSR_FILTER; the other way round a denied access may fault before the mask is set."
-    )?;
-    spilled(out, plan, " *")?;
-    writeln!(out, " */")?;
-    writeln!(out, "#include <linux/kvm.h>\n")?;
-    writeln!(
-        out,
-        "#define {}_REASONS {:#x}\n",
-        name.to_uppercase(),
-        plan.reasons().bits()
-    )?;
+    let mut text = String::new();
     for (slot, range) in filter.ranges().iter().enumerate() {
         // The kernel copies whole longs, so the arrays are of longs.
-        writeln!(out, "/* {} */", describe(range))?;
-        writeln!(
-            out,
-            "static const __u64 {name}_bitmap_{slot}[{}] = {{",
-            range.bitmap().len()
-        )?;
-        words(out, range, "ULL")?;
-        writeln!(out, "}};\n")?;
+        let words = range.bitmap();
+        text += &format!(
+            "/* {} */\nstatic const __u64 {name}_bitmap_{slot}[{}] = {{\n",
+            describe(range),
+            words.len()
+        );
+        for row in words.chunks(4) {
+            let row: Vec<String> = row.iter().map(|word| format!("{word:#018x}ULL")).collect();
+            text += &format!("\t{},\n", row.join(", "));
+        }
+        text += "};\n\n";
     }
     let default = match filter.default_verdict() {
         Verdict::Allow => "KVM_MSR_FILTER_DEFAULT_ALLOW",
         Verdict::Deny => "KVM_MSR_FILTER_DEFAULT_DENY",
     };
-    writeln!(
-        out,
-        "static const struct kvm_msr_filter {name}_filter = {{\n\t.flags = {default},"
-    )?;
-    writeln!(out, "\t.ranges = {{")?;
+    text += &format!("static const struct kvm_msr_filter {name}_filter = {{\n\t.flags = {default},\n");
+    let ranges = filter.ranges();
+    // A slot that is not used, since standard C has no empty list.
+    text += if ranges.is_empty() {
+        "\t.ranges = {\n\t\t{ 0, 0, 0, 0 },\n"
+    } else {
+        "\t.ranges = {\n"
+    };
     for (slot, range) in filter.ranges().iter().enumerate() {
-        writeln!(
-            out,
-            "\t\t{{\n\t\t\t.flags = {},\n\t\t\t.nmsrs = {},\n\t\t\t.base = {:#x},",
+        text += &format!(
+            "\t\t{{\n\t\t\t.flags = {},\n\t\t\t.nmsrs = {},\n\t\t\t.base = {:#x},\n\t\t\t.bitmap = (__u8 *){name}_bitmap_{slot},\n\t\t}},\n",
             flags(range, "KVM_MSR_FILTER_READ", "KVM_MSR_FILTER_WRITE"),
             range.nmsrs(),
             range.base()
-        )?;
-        writeln!(out, "\t\t\t.bitmap = (__u8 *){name}_bitmap_{slot},\n\t\t}},")?;
+        );
     }
-    writeln!(out, "\t}},\n}};")
+    text + "\t},\n};"
+}
+
+/// What the rows of the tables refer to.
+struct Tables<'a> {
+    upper: &'a str,
+    handlers: Vec<String>,
+    values: Vec<u64>,
+}
+
+impl Tables<'_> {
+    /// An action and what it is given, as two numbers.
+    fn row<'b>(&mut self, did: Disposition, given: impl Iterator<Item = (ArgumentKey, Argument<'b>)>) -> String {
+        let mut numbers: Vec<u64> = Vec::new();
+        for (_, argument) in given {
+            match argument {
+                Argument::Number(value) | Argument::Implied(value) => numbers.push(value),
+                Argument::OnLockedBits(otherwise) => numbers.push((otherwise == OnLockedBits::Deny).into()),
+                Argument::Numbers(values) => {
+                    numbers.extend([self.values.len() as u64, values.len() as u64]);
+                    self.values.extend(values);
+                }
+                Argument::Name(name) => {
+                    let known = self.handlers.iter().position(|handler| handler == name);
+                    numbers.push(known.unwrap_or(self.handlers.len()) as u64);
+                    if known.is_none() {
+                        self.handlers.push(name.to_owned());
+                    }
+                }
+            }
+        }
+        numbers.resize(2, 0);
+        let action = match did {
+            Disposition::Allow => Disposition::Pass,
+            Disposition::Zero => Disposition::Value,
+            did => did,
+        };
+        let numbers: Vec<String> = numbers.iter().map(|number| format!("{number:#x}ull")).collect();
+        format!(
+            "{}_{}, {}",
+            self.upper,
+            action.name().to_uppercase(),
+            numbers.join(", ")
+        )
+    }
 }
 
 /// Rust for the `kvm-ioctls` crate: one bitmap a range, and the ranges.
@@ -90,7 +203,7 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         "// First enable KVM_CAP_X86_USER_SPACE_MSR with args[0] = {name}_REASONS, then call `set_msr_filter`; the other"
     )?;
     writeln!(out, "// way round a denied access may fault before the mask is set.")?;
-    spilled(out, plan, "//")?;
+    write!(out, "{}", spilled(plan))?;
     writeln!(
         out,
         "use kvm_ioctls::{{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags}};\n"
@@ -140,21 +253,19 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
     writeln!(out, "    ]\n}}")
 }
 
-/// What the VMM has to pass on, since the filter alone would deny it: within a comment whose lines begin with `margin`.
-fn spilled(out: &mut impl Write, plan: &Plan, margin: &str) -> io::Result<()> {
+/// What the filter alone would deny, as lines of a comment.
+fn spilled(plan: &Plan) -> String {
+    let mut text = String::new();
     for (number, (range, op)) in plan.spilled().enumerate() {
         if number == 0 {
-            writeln!(
-                out,
-                "{margin}\n\
-                 {margin} The filter has no room to allow these accesses, which the policy leaves to the kernel. They exit as\n\
-                 {margin} KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR: the VMM must pass them on with KVM_GET_MSRS and KVM_SET_MSRS,\n\
-                 {margin} on the vCPU's thread before it runs again, and set `error` to 1 where these do not take the MSR:"
-            )?;
+            text += "//\n\
+                 // The filter has no room to allow these accesses, which the policy leaves to the kernel. They exit as\n\
+                 // KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR: the VMM must pass them on with KVM_GET_MSRS and KVM_SET_MSRS,\n\
+                 // on the vCPU's thread before it runs again, and set `error` to 1 where these do not take the MSR:\n";
         }
-        writeln!(out, "{margin}   {op} {range}")?;
+        text += &format!("//   {op} {range}\n");
     }
-    Ok(())
+    text
 }
 
 /// Another tool's words for the policy, or why it has none, by rule.
@@ -177,14 +288,6 @@ pub(crate) fn foreign(out: &mut impl Write, loaded: &Loaded, format: Format) -> 
         Exit::No,
         format!("{} cannot say all that the policy says", format.name()),
     ))
-}
-
-fn words(out: &mut impl Write, range: &FilterRange, suffix: &str) -> io::Result<()> {
-    for row in range.bitmap().chunks(4) {
-        let row: Vec<String> = row.iter().map(|word| format!("{word:#018x}{suffix}")).collect();
-        writeln!(out, "\t{},", row.join(", "))?;
-    }
-    Ok(())
 }
 
 fn describe(range: &FilterRange) -> String {

@@ -8,7 +8,9 @@ use msrgate_policy::state::{Emulated, Kept, Kind, State};
 use serde_json::{Value, json};
 
 use crate::load::Loaded;
-use crate::{render, words};
+use crate::render::Table;
+use crate::stream::Stream;
+use crate::words;
 
 pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
     let save = state.save.iter().map(|kept| {
@@ -53,7 +55,7 @@ fn handler(emulated: &Emulated) -> Option<&str> {
     }
 }
 
-pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io::Result<()> {
+pub(super) fn print(out: &mut Stream<impl Write>, loaded: &Loaded, state: &State) -> io::Result<()> {
     writeln!(
         out,
         "policy   {}, hash {}\n",
@@ -64,7 +66,7 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
         writeln!(out, "the gates of vCPUs remember nothing\n")?;
     } else {
         writeln!(out, "what user space keeps, which the VMM saves with VcpuGate::save:")?;
-        let mut table = render::table(&["MSR", "what"]);
+        let mut table = Table::new(&["MSR", "what"]);
         for emulated in &state.emulated {
             let what = match &emulated.kind {
                 Kind::Shadow => "shadow: what the guest wrote".to_owned(),
@@ -79,14 +81,15 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
                 "shadow: what the guest wrote that the kernel does not know or refuses",
             ]);
         }
-        writeln!(out, "{}", render::text(&table))?;
+        table.print(out)?;
+        writeln!(out)?;
     }
 
     writeln!(
         out,
         "what KVM keeps and the guest sees or made, which the VMM saves (unlisted: KVM_GET_MSR_INDEX_LIST does not name it):"
     )?;
-    let mut table = render::table(&["MSR", "name", "by", "since"]);
+    let mut table = Table::new(&["MSR", "name", "by", "since"]);
     let rows = state
         .save
         .iter()
@@ -94,7 +97,8 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
     for (range, name, cells) in grouped(rows) {
         table.add_row([range.to_string(), name].into_iter().chain(cells));
     }
-    writeln!(out, "{}", render::text(&table))?;
+    table.print(out)?;
+    writeln!(out)?;
 
     if state.drop.is_empty() {
         writeln!(out, "the guest has something of all that KVM_GET_MSRS gives")?;
@@ -103,11 +107,11 @@ pub(super) fn print(out: &mut impl Write, loaded: &Loaded, state: &State) -> io:
             out,
             "what KVM_GET_MSRS gives and the guest has nothing of, which the VMM leaves out, but for what it set itself:"
         )?;
-        let mut table = render::table(&["MSR", "name"]);
+        let mut table = Table::new(&["MSR", "name"]);
         for (range, name, []) in grouped(state.drop.iter().map(|entry| (*entry, []))) {
             table.add_row([range.to_string(), name]);
         }
-        write!(out, "{}", render::text(&table))?;
+        table.print(out)?;
     }
     if !loaded.plan.presets().is_empty() {
         let presets: Vec<String> = loaded

@@ -23,7 +23,7 @@ pub(crate) struct Comparison {
     faults: u64,
     /// How many accesses are missing from the traces.
     lost: u64,
-    /// How many of the traces have only what a policy decided.
+    /// How many of the traces lack some of what the guest was served with.
     pub(crate) partial: u64,
 }
 

@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 
 use super::compare::{Comparison, Row};
 use super::machine::Backend;
+use crate::args::{ListArgs, SortArg};
+use crate::render::{Effect, Table};
+use crate::stream::{Stream, Tone};
 use crate::{render, words};
 
 pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
@@ -43,8 +46,38 @@ pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&Tr
     object
 }
 
-pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
-    let mut table = render::table(&[
+pub(crate) fn text(out: &mut Stream<impl Write>, seen: &Comparison, list: &ListArgs) -> io::Result<()> {
+    match seen.changed() {
+        0 => out.say(Tone::Good, "the policy changed nothing for the guest")?,
+        n => out.say(
+            Tone::Bad,
+            &format!(
+                "the policy changed {n} of {}",
+                words::counted(seen.accesses(), "access", "accesses")
+            ),
+        )?,
+    }
+    let backend = match seen.backend {
+        Backend::Kvm => "a real guest on this machine's KVM",
+        Backend::Engine => "a guest on the engine, whose MSRs answer as the trace says",
+    };
+    writeln!(
+        out,
+        "{} by {backend}; {} faulted",
+        words::counted(seen.accesses(), "access", "accesses"),
+        seen.faults()
+    )?;
+    // On a terminal what is as it was is shown to whoever asks for rows.
+    let terminal = out.width.is_some();
+    let asked = !terminal || list.all || list.top.is_some() || list.sort != SortArg::Effect;
+    let rows: Vec<_> = seen.rows().collect();
+    let (rows, same): (Vec<_>, Vec<_>) = rows
+        .into_iter()
+        .partition(|(_, _, row)| asked || effect(row) != Effect::None);
+    let (rows, rest) = render::list(rows, list, terminal, |(msr, op, row)| {
+        (effect(row), row.count, (*msr, *op))
+    });
+    let mut table = Table::new(&[
         "MSR",
         "name",
         "op",
@@ -55,31 +88,34 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
         "in the trace",
         "",
     ]);
-    for (msr, op, row) in seen.rows() {
-        table.add_row([
-            msr.to_string(),
-            words::name(msr).unwrap_or_default().to_owned(),
-            op.to_string(),
-            row.count.to_string(),
-            row.action.to_owned(),
-            row.sees.text(),
-            row.without.text(),
-            row.recorded.text(),
-            remark(row),
-        ]);
+    for (msr, op, row) in rows {
+        table.add(
+            effect(row).tone(),
+            [
+                msr.to_string(),
+                words::name(msr).unwrap_or_default().to_owned(),
+                op.to_string(),
+                row.count.to_string(),
+                row.action.to_owned(),
+                row.sees.text(),
+                row.without.text(),
+                row.recorded.text(),
+                remark(row),
+            ],
+        );
     }
-    writeln!(out, "{}", render::text(&table))?;
-    let host: u64 = seen.rows().map(|(_, _, row)| row.host_differs).sum();
-    let backend = match seen.backend {
-        Backend::Kvm => "a real guest on this machine's KVM",
-        Backend::Engine => "a guest on the engine, whose MSRs answer as the trace says",
-    };
-    writeln!(
+    writeln!(out)?;
+    if !table.is_empty() {
+        table.print(out)?;
+    }
+    render::rest(out, rest, ["row", "rows"])?;
+    render::rest(
         out,
-        "{} accesses by {backend}; {} faulted",
-        seen.accesses(),
-        seen.faults()
+        same.len(),
+        ["row, where nothing changed", "rows, where nothing changed"],
     )?;
+    writeln!(out)?;
+    let host: u64 = seen.rows().map(|(_, _, row)| row.host_differs).sum();
     let presets: Vec<String> = seen.presets().map(|preset| preset.msr.to_string()).collect();
     if !presets.is_empty() {
         let presets = presets.join(", ");
@@ -104,14 +140,20 @@ pub(crate) fn text(out: &mut impl Write, seen: &Comparison) -> io::Result<()> {
     if seen.partial > 0 {
         writeln!(
             out,
-            "note: {} only what a policy decided, or one part of what the guest did: what is missing was not made, and what \
-             this policy gives it is not known here",
-            words::counted(seen.partial, "trace has", "traces have")
+            "note: {} some of what the guest was served with: it was not made, and what this policy gives it is not known \
+             here",
+            words::counted(seen.partial, "trace lacks", "traces lack")
         )?;
     }
-    match seen.changed() {
-        0 => writeln!(out, "the policy changed nothing for the guest"),
-        n => writeln!(out, "the policy changed {n} of them"),
+    Ok(())
+}
+
+/// What is otherwise than without the policy, or here than in the trace.
+fn effect(row: &Row) -> Effect {
+    match (row.changed, row.host_differs) {
+        (0, 0) => Effect::None,
+        (0, _) => Effect::Other,
+        _ => Effect::Broken,
     }
 }
 

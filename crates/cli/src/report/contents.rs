@@ -75,6 +75,10 @@ impl Contents {
                     "{name} has what the policy decided, and each access that faulted: what the policy left to the kernel is \
                      missing"
                 )),
+                Some(Coverage::Logged) => Some(format!(
+                    "{name} is a kernel's log, which has what the kernel did not know and often not all of that: what the \
+                     guests were served with is missing, and what was ignored faults on hosts without `kvm.ignore_msrs`"
+                )),
             };
             let ignored = (trace.header.ignore_msrs == Some(true)).then(|| {
                 format!(

@@ -3,11 +3,15 @@
 use std::io::{self, Write};
 
 use msrgate_core::{Disposition, Reason, Within};
+use msrgate_policy::Rule;
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
 use super::contents::Contents;
+use crate::args::ListArgs;
 use crate::load::Loaded;
+use crate::render::{Effect, Table};
+use crate::stream::{Stream, Tone};
 use crate::{render, words};
 
 /// How many different values, and how many different callers, a line for people names.
@@ -173,7 +177,7 @@ fn rules(contents: &Contents) -> Value {
         .collect()
 }
 
-pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> {
+pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &ListArgs) -> io::Result<()> {
     let report = &contents.report;
     let several = report.traces().len() > 1;
     for (number, ((name, _), trace)) in contents.files.iter().zip(report.traces()).enumerate() {
@@ -198,45 +202,14 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
     for note in contents.missing() {
         writeln!(out, "note: {}", words::plain(&note))?;
     }
-    let has_rules = report
-        .rows()
-        .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
-    let has_rips = report.rows().any(|row| !row.rips.each().is_empty());
-    let has_cost = report.cost().count > 0;
-    let has_vcpus = report.vcpus().len() > 1;
-    let mut header = vec!["MSR", "name", "op", "count", "first s", "last s", "got", "values"];
-    header.extend(has_cost.then_some("each"));
-    header.extend(has_vcpus.then_some("vCPUs"));
-    header.extend(has_rips.then_some("from"));
-    header.extend(has_rules.then_some("rule"));
-    header.extend(contents.policy.is_some().then_some("policy"));
-    let mut table = render::table(&header);
-    for row in report.rows() {
-        let mut cells = vec![
-            row.msr.to_string(),
-            words::name(row.msr).unwrap_or_default().to_owned(),
-            row.op.to_string(),
-            row.count.to_string(),
-            time(report.first(row), several),
-            time(report.last(row), several),
-            got(row),
-            few(&row.values, |value| format!("{value:#x}")),
-        ];
-        cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
-        cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
-        cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
-        cells.extend(has_rules.then(|| rules_of(row)));
-        cells.extend(contents.explain(row.msr, row.op).map(|explained| match explained.rule {
-            Some((number, rule)) => {
-                let why = rule.why.as_deref().map(|why| format!(": {why}")).unwrap_or_default();
-                words::plain(&format!("{}, rule {number}{why}", explained.action.name()))
-            }
-            None => format!("{}, by default", explained.action.name()),
-        }));
-        table.add_row(cells);
-    }
-    if report.accesses() > 0 {
-        writeln!(out, "\n{}", render::text(&table))?;
+    if let Some(loaded) = &contents.policy {
+        let broken = contents.broken();
+        let tone = if broken == 0 { Tone::Good } else { Tone::Bad };
+        let name = &loaded.policy.name;
+        out.say(
+            tone,
+            &format!("`{name}` denies {broken} of the accesses that the guest was served with"),
+        )?;
     }
     let [allowed, emulated, faulted] = report.kinds();
     writeln!(
@@ -260,18 +233,83 @@ pub(super) fn text(out: &mut impl Write, contents: &Contents) -> io::Result<()> 
             (_, cost) => format!(", where {} of them took {}", cost.count, words::duration(cost.sum)),
         }
     )?;
-    if let Some(loaded) = &contents.policy {
-        writeln!(
-            out,
-            "`{}` denies {} of the accesses that the guest was served with",
-            words::plain(&loaded.policy.name),
-            contents.broken()
-        )?;
+    let has_rules = report
+        .rows()
+        .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
+    let has_rips = report.rows().any(|row| !row.rips.each().is_empty());
+    let has_cost = report.cost().count > 0;
+    let has_vcpus = report.vcpus().len() > 1;
+    let has_policy = contents.policy.is_some();
+    let titles = [
+        ("MSR", true),
+        ("name", true),
+        ("op", true),
+        ("count", true),
+        ("got", true),
+        ("policy", has_policy),
+        ("values", true),
+        ("each", has_cost),
+        ("vCPUs", has_vcpus),
+        ("rule", has_rules),
+        ("from", has_rips),
+        ("first s", true),
+        ("last s", true),
+        ("why", has_policy),
+    ];
+    let titles: Vec<&str> = titles
+        .into_iter()
+        .filter(|(_, there)| *there)
+        .map(|(title, _)| title)
+        .collect();
+    let mut table = Table::new(&titles);
+    let (rows, rest) = render::list(report.rows().collect(), list, out.width.is_some(), |row| {
+        (effect(contents, row), row.count, (row.msr, row.op))
+    });
+    for row in rows {
+        let explained = contents.explain(row.msr, row.op);
+        let mut cells = vec![
+            row.msr.to_string(),
+            words::name(row.msr).unwrap_or_default().to_owned(),
+            row.op.to_string(),
+            row.count.to_string(),
+            got(row),
+        ];
+        cells.extend(explained.as_ref().map(|explained| match explained.rule {
+            Some((number, _)) => format!("{}, rule {number}", explained.action.name()),
+            None => format!("{}, by default", explained.action.name()),
+        }));
+        cells.push(few(&row.values, |value| format!("{value:#x}")));
+        cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
+        cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
+        cells.extend(has_rules.then(|| rules_of(row)));
+        cells.extend(has_rips.then(|| few(&row.rips, |rip| format!("{rip:#x}"))));
+        cells.push(time(report.first(row), several));
+        cells.push(time(report.last(row), several));
+        let why = |(_, rule): (_, &Rule)| rule.why.clone().unwrap_or_default();
+        cells.extend(explained.map(|explained| explained.rule.map(why).unwrap_or_default()));
+        table.add(effect(contents, row).tone(), cells);
+    }
+    if !table.is_empty() {
+        writeln!(out)?;
+        table.print(out)?;
+        render::rest(out, rest, ["row", "rows"])?;
+        writeln!(out)?;
     }
     for note in contents.notes() {
         writeln!(out, "note: {}", words::plain(&note))?;
     }
     Ok(())
+}
+
+/// How much is not as the kernel gives it.
+fn effect(contents: &Contents, row: &Row) -> Effect {
+    match row.kinds {
+        _ if contents.breaks(row) => Effect::Broken,
+        [_, _, faulted] if faulted > 0 => Effect::Fault,
+        [_, emulated, _] if emulated > 0 => Effect::Other,
+        _ if contents.decides(row) != Kind::Allowed => Effect::Other,
+        _ => Effect::None,
+    }
 }
 
 /// What the accesses of a row got: each word, with its count where there are several.

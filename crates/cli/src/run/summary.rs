@@ -7,8 +7,9 @@ use msrgate_plan::Preset;
 use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
 use serde_json::{Value, json};
 
+use crate::render::Table;
 use crate::run::trace::Trace;
-use crate::{render, stream, words};
+use crate::{stream, words};
 
 /// What there is to say besides the counts.
 pub(crate) struct Summary {
@@ -36,10 +37,10 @@ impl Summary {
     /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
     pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
         let tallies = reader.tallies();
-        stream::tell(&match self.json {
-            true => format!("{}\n", self.json(reader, trace, &tallies, killed.as_deref())),
-            false => self.text(reader, trace, &tallies, killed.as_deref()),
-        });
+        match self.json {
+            true => stream::tell_programs(&self.json(reader, trace, &tallies, killed.as_deref())),
+            false => stream::tell(&self.text(reader, trace, &tallies, killed.as_deref())),
+        }
     }
 
     fn json(
@@ -90,7 +91,7 @@ impl Summary {
         tallies: &BTreeMap<(Msr, Op), Counters>,
         killed: Option<&str>,
     ) -> String {
-        let mut table = render::table(&["MSR", "name", "op", "count", "each", "got", "last value"]);
+        let mut table = Table::new(&["MSR", "name", "op", "count", "got", "each", "last value"]);
         let (mut accesses, mut faulted): (u64, u64) = (0, 0);
         for ((msr, op), tally) in tallies {
             accesses = accesses.saturating_add(tally.count);
@@ -100,8 +101,8 @@ impl Summary {
                 words::name(*msr).unwrap_or_default().to_owned(),
                 op.to_string(),
                 tally.count.to_string(),
-                words::duration(tally.cost.0 / tally.count.max(1)),
                 got(tally),
+                words::duration(tally.cost.0 / tally.count.max(1)),
                 format!("{:#x}", tally.value),
             ]);
         }
@@ -165,7 +166,7 @@ impl Summary {
             }
         }
         if accesses > 0 {
-            text.push_str(&render::text(&table));
+            text.push_str(&table.text(stream::err().width, false));
         }
         if !self.presets.is_empty() {
             let presets: Vec<String> = self.presets.iter().map(|preset| preset.msr.to_string()).collect();

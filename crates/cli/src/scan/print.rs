@@ -6,13 +6,23 @@ use msrgate_core::{Access, Msr, MsrRange};
 use msrgate_guest::scan::{Change, Difference, Scan};
 
 use super::record::{Facts, Found, contain};
-use crate::{render, words};
+use crate::render::Table;
+use crate::stream::{Stream, Tone};
+use crate::words;
 
-pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {
+pub(crate) fn text(out: &mut Stream<impl Write>, found: &Found) -> io::Result<()> {
     match &found.against {
         None => registers(out, &found.scan)?,
         Some((before, differences)) => {
+            let mut msrs: Vec<Msr> = differences.iter().map(|found| found.msr).collect();
+            msrs.dedup();
+            match msrs.len() {
+                0 => out.say(Tone::Good, "a guest sees what it saw before")?,
+                1 => out.say(Tone::Odd, "1 MSR differs")?,
+                count => out.say(Tone::Odd, &format!("{count} MSRs differ"))?,
+            }
             facts(out, before, &found.facts)?;
+            writeln!(out)?;
             compared(out, differences)?;
         }
     }
@@ -44,7 +54,7 @@ pub(crate) fn text(out: &mut impl Write, found: &Found) -> io::Result<()> {
     )
 }
 
-fn registers(out: &mut impl Write, scan: &Scan) -> io::Result<()> {
+fn registers(out: &mut Stream<impl Write>, scan: &Scan) -> io::Result<()> {
     let reads = |msr: &Msr| scan.readable.binary_search_by_key(msr, |seen| seen.msr).is_ok();
     let write_only = scan.writable.iter().filter(|msr| !reads(msr));
     let mut all: Vec<(Msr, Option<u64>, bool)> = write_only.map(|msr| (*msr, None, false)).collect();
@@ -72,11 +82,11 @@ fn registers(out: &mut impl Write, scan: &Scan) -> io::Result<()> {
 
 /// A row for each MSR; those that follow each other, have no name and are alike share one.
 fn table<const N: usize>(
-    out: &mut impl Write,
-    header: [&str; N],
+    out: &mut Stream<impl Write>,
+    header: [&'static str; N],
     rows: impl Iterator<Item = (Msr, [String; N])>,
 ) -> io::Result<()> {
-    let mut table = render::table(&[&["MSR", "name"], header.as_slice()].concat());
+    let mut table = Table::new(&[&["MSR", "name"], header.as_slice()].concat());
     let mut add = |range: MsrRange, cells: [String; N]| {
         let name = words::name(range.first()).unwrap_or_default().to_owned();
         table.add_row([range.to_string(), name].into_iter().chain(cells));
@@ -104,11 +114,12 @@ fn table<const N: usize>(
     if let Some((range, cells)) = last {
         add(range, cells);
     }
-    writeln!(out, "{}", render::text(&table))
+    table.print(out)?;
+    writeln!(out)
 }
 
 /// What is another host, kernel or policy.
-fn facts(out: &mut impl Write, before: &Facts, after: &Facts) -> io::Result<()> {
+fn facts(out: &mut Stream<impl Write>, before: &Facts, after: &Facts) -> io::Result<()> {
     let policy = |facts: &Facts| {
         let policy = facts.policy.as_ref();
         policy.map(|policy| format!("{} ({})", policy.name, policy.hash.get(..12).unwrap_or(&policy.hash)))
@@ -131,9 +142,9 @@ fn facts(out: &mut impl Write, before: &Facts, after: &Facts) -> io::Result<()> 
     Ok(())
 }
 
-fn compared(out: &mut impl Write, differences: &[Difference]) -> io::Result<()> {
+fn compared(out: &mut Stream<impl Write>, differences: &[Difference]) -> io::Result<()> {
     if differences.is_empty() {
-        return writeln!(out, "a guest sees what it saw before");
+        return Ok(());
     }
     let mut rows: Vec<(Msr, [String; 2])> = Vec::new();
     for found in differences {
@@ -151,12 +162,7 @@ fn compared(out: &mut impl Write, differences: &[Difference]) -> io::Result<()> 
             Change::Unwritable => *write = "done → #GP".to_owned(),
         }
     }
-    let msrs = rows.len();
-    table(out, ["read", "write back"], rows.into_iter())?;
-    match msrs {
-        1 => writeln!(out, "1 MSR differs"),
-        count => writeln!(out, "{count} MSRs differ"),
-    }
+    table(out, ["read", "write back"], rows.into_iter())
 }
 
 /// What a read gave.

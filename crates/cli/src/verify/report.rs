@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::args::{ModeArg, VerifyArgs};
 use crate::exit::{Exit, Failure};
 use crate::render;
-use crate::stream;
+use crate::stream::{self, Stream};
 
 /// A report, and what it is a report of.
 struct Printed<'a> {
@@ -40,11 +40,9 @@ pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: O
         seed,
         table: table(report),
     };
-    let mut out = stream::out();
-    if args.json {
-        writeln!(out, "{:#}", printed.json())?;
-    } else {
-        printed.text(&mut out)?;
+    match args.json {
+        true => writeln!(stream::out(), "{:#}", printed.json())?,
+        false => printed.text(&mut stream::page())?,
     }
     Ok(if !report.disagreements.is_empty() {
         Exit::No
@@ -135,7 +133,7 @@ impl Printed<'_> {
         object
     }
 
-    fn text(&self, out: &mut impl Write) -> io::Result<()> {
+    fn text(&self, out: &mut Stream<impl Write>) -> io::Result<()> {
         for one in &self.report.disagreements {
             let at = one
                 .candidate
@@ -152,14 +150,15 @@ impl Printed<'_> {
             writeln!(out, "skipped: {line}")?;
         }
         if let Some(table) = &self.table {
-            let mut text = render::table(table.columns);
+            let mut text = render::Table::new(table.columns);
             for row in &table.rows {
                 text.add_row(
                     row.iter()
                         .map(|cell| cell.as_str().map_or(cell.to_string(), str::to_owned)),
                 );
             }
-            writeln!(out, "{}", render::text(&text))?;
+            text.print(out)?;
+            writeln!(out)?;
         }
         if self.report.bypasses > 0 {
             writeln!(

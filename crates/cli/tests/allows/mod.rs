@@ -1,23 +1,12 @@
 //! What a policy allows, by the definition: the first rule that names the MSR.
 #![allow(dead_code, reason = "each test uses a part of this")]
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use msrgate_core::{ReadAction, Verdict, WriteAction};
-use msrgate_policy::{Files, Policy};
+use msrgate_policy::Policy;
 
 use crate::filter::Op;
-
-/// The files of the disk.
-struct Disk;
-
-impl Files for Disk {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
-        read().map_err(|error: std::io::Error| error.to_string())
-    }
-}
 
 pub(crate) struct Allows {
     default: bool,
@@ -34,7 +23,7 @@ struct Rule {
 
 impl Allows {
     pub(crate) fn load(path: &Path) -> Allows {
-        let policy = Policy::load(path, &Disk).expect("a policy");
+        let policy = Policy::from_file(path).expect("a policy");
         let mut rules = Vec::new();
         for rule in &policy.rules {
             assert!(rule.when.is_always(), "the policy depends on the guest's CPUID");

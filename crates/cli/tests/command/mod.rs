@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -193,6 +193,97 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Which streams of a command are a terminal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Terminal {
+    Both,
+    Output,
+    Error,
+}
+
+/// What a command shows on a terminal with so many columns.
+pub(crate) fn on_terminal(mut command: Command, columns: u16, streams: Terminal) -> String {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
+    grantpt(&terminal)
+        .and_then(|()| unlockpt(&terminal))
+        .expect("a terminal");
+    let path = ptsname(&terminal, Vec::new())
+        .expect("its path")
+        .into_string()
+        .expect("a path");
+    let open = || {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .expect("its other end")
+    };
+    let size = rustix::termios::Winsize {
+        ws_col: columns,
+        ws_row: 24,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(&terminal, size).expect("a size");
+    command.env("TERM", "xterm").stdout(Stdio::null()).stderr(Stdio::null());
+    if streams != Terminal::Error {
+        command.stdout(open());
+    }
+    if streams != Terminal::Output {
+        command.stderr(open());
+    }
+    let mut child = command.spawn().expect("the program starts");
+    // Else there is no end of it.
+    drop(command);
+    let mut shown = Vec::new();
+    // A terminal that nobody holds any more is an error to its reader.
+    let _ = fs::File::from(terminal).read_to_end(&mut shown);
+    child.wait().expect("an end");
+    String::from_utf8(shown).expect("UTF-8").replace("\r\n", "\n")
+}
+
+/// Fails where what the command shows is wider than a terminal though it could be folded, or where a name or a number is
+/// broken: it is not among the words that the command writes into a pipe.
+#[track_caller]
+pub(crate) fn fits_any_terminal(command: impl Fn() -> Command, streams: Terminal) {
+    let piped = Ran::of(&mut command());
+    let wide = piped.out.clone() + &piped.err;
+    let words = |text: &str| -> Vec<String> {
+        // A line of a file that is cut says so.
+        let cut = |word: &&str| !word.ends_with("...");
+        let text: String = text.split_whitespace().filter(cut).collect::<Vec<_>>().join(" ");
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let names = words.filter(|word| word.contains('_') || word.starts_with("0x"));
+        names.map(str::to_owned).collect()
+    };
+    let known = words(&wide);
+    for columns in [40, 80, 200] {
+        let shown = plain(&on_terminal(command(), columns, streams));
+        assert!(!shown.is_empty(), "{:?} shows nothing: {wide}", command());
+        for line in shown.lines() {
+            let fits = line.chars().count() <= columns.into() || !line.trim().contains(' ');
+            assert!(fits, "{:?} at {columns} columns: {line:?}\n{shown}", command());
+        }
+        for word in words(&shown) {
+            assert!(
+                known.contains(&word),
+                "{:?} at {columns} columns breaks `{word}`:\n{shown}",
+                command()
+            );
+        }
+    }
+}
+
+/// A text without its colours.
+pub(crate) fn plain(text: &str) -> String {
+    let mut parts = text.split("\u{1b}[");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |all, part| {
+        all + part.split_once('m').map_or("", |(_, rest)| rest)
+    })
 }
 
 /// Where a program is on the search path.

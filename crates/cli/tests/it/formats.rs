@@ -161,3 +161,24 @@ fn the_tracepoints_text_is_a_trace_wherever_one_is_taken() {
     );
     folder.run(&["learn", "lost.txt"]).code(2).says(&["line 2", "lost"]);
 }
+
+#[test]
+fn the_kernels_log_is_a_trace_that_is_partial() {
+    let folder = Folder::new();
+    folder.write("dmesg", shown("## The kernel's log", "text"));
+    let report = folder.run(&["report", "--json", "dmesg"]).code(0).json();
+    let kinds = ["accesses", "emulated", "faulted"].map(|kind| count(&report, kind));
+    assert_eq!(kinds, [3, 2, 1]);
+    assert_eq!(text(&list(&report, "traces")[0], "coverage"), "logged");
+    folder
+        .run(&["report", "dmesg"])
+        .code(0)
+        .shows(&["note: dmesg is a kernel's log"]);
+    folder.run(&["learn", "dmesg"]).code(2).says(&["--incomplete"]);
+    let learned = folder.run(&["learn", "--incomplete", "dmesg"]).code(0);
+    let learned = learned.shows(&["read  = \"zero\"", "write = \"ignore\""]).out;
+    folder.write("learned.toml", learned);
+    let replay = ["replay", "-p", "learned.toml", "--backend", "engine", "dmesg"];
+    let ran = folder.run(&replay);
+    assert!(ran.out.contains("1 trace lacks"), "{}{}", ran.out, ran.err);
+}

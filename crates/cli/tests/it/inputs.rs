@@ -24,6 +24,24 @@ fn bash(folder: &Folder, line: &str) -> Ran {
 }
 
 #[test]
+fn a_policy_that_comes_with_the_command_is_named_wherever_a_policy_is_asked_for() {
+    let folder = Folder::new();
+    let name = "msrgate:linux-microvm";
+    folder.run(&["check", name]).code(0);
+    folder.run(&["plan", name]).code(0);
+    folder.write("p.toml", "version = 1\nextends = \"msrgate:linux-microvm\"\n");
+    folder.run(&["diff", name, "p.toml"]).code(0);
+    folder.write("t.jsonl", TRACE);
+    folder
+        .run(&["replay", "--backend", "engine", "-p", name, "t.jsonl"])
+        .code(1);
+    folder
+        .run(&["check", "msrgate:none"])
+        .code(2)
+        .says(&["linux-microvm, "]);
+}
+
+#[test]
 fn a_policy_comes_from_standard_input_and_what_it_extends_from_the_current_directory() {
     let folder = Folder::new();
     folder.write("base.toml", BASE);

@@ -162,9 +162,13 @@ fn is_a_plan(plan: &Value) {
             "invalid",
             "notes",
             "minimum",
+            "system_calls",
             "hash",
         ],
     );
+    for call in list(plan, "system_calls") {
+        keys(call, &["stage", "call", "argument", "argument_name"]);
+    }
     word(plan, "default", &["allow", "deny"]);
     hash(plan);
     let ranges = list(plan, "ranges");

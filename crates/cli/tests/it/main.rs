@@ -7,6 +7,7 @@ mod command;
 #[path = "../filter/mod.rs"]
 mod filter;
 
+mod answers;
 mod bad_input;
 mod decompile;
 mod diff;
@@ -14,6 +15,7 @@ mod documents;
 mod formats;
 mod inputs;
 mod json;
+mod layout;
 mod learn;
 mod plan;
 mod replay;

@@ -71,7 +71,7 @@ fn a_guest_that_would_break_is_exit_1_and_each_change_is_counted() {
     let people = folder
         .run(&["replay", "--backend", "engine", "-p", "policies/sandbox.toml", MICROVM])
         .code(1);
-    people.shows(&["the policy changed 563 of them", "564 faulted"]);
+    people.shows(&["the policy changed 563 of 564 accesses", "564 faulted"]);
 }
 
 #[test]

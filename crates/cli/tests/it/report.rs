@@ -126,7 +126,8 @@ fn a_policy_says_beside_each_row_what_it_decides_and_why() {
         .run(&["report", "-p", "p.toml", "same.jsonl", "other.jsonl"])
         .code(0)
         .shows(&[
-            "zero, rule 0: no clock",
+            "zero, rule 0   ",
+            "no clock",
             "deny, by default",
             "`p` denies 2 of the accesses that the guest was served with",
             "other.jsonl was made under another policy",

@@ -81,6 +81,10 @@ fn bare(vmm: &str) -> Command {
 
 /// The VMM under `run`.
 fn under(folder: &Folder, options: &[&str], vmm: &str) -> Ran {
+    Ran::of(&mut command_under(folder, options, vmm))
+}
+
+fn command_under(folder: &Folder, options: &[&str], vmm: &str) -> Command {
     let mut command = folder.command(&["run"]);
     let this = bare(vmm);
     command
@@ -88,7 +92,8 @@ fn under(folder: &Folder, options: &[&str], vmm: &str) -> Ran {
         .arg("--")
         .arg(this.get_program())
         .args(this.get_args());
-    Ran::of(command.env(VMM, vmm))
+    command.env(VMM, vmm);
+    command
 }
 
 /// What the guests saw.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
@@ -10,13 +10,13 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Msr, MsrRange, OnLockedBits, ReadAction, WriteAction};
 use msrgate_guest::scan::{Scan, Scanner, WINDOWS, Writes};
 use msrgate_guest::{Guest, Mode, Options};
-use msrgate_kvm::{Fault, Handler, Handlers};
+use msrgate_kvm::{Fault, Handler, Handlers, VcpuId};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Plan};
-use msrgate_policy::{Files, Pattern, Policy};
+use msrgate_policy::{Pattern, Policy};
 use serde_json::Value;
 
-use crate::command::{Folder, POLICIES, Ran, count, hex, list, text};
+use crate::command::{Folder, POLICIES, Ran, Terminal, count, fits_any_terminal, hex, list, text};
 use crate::kvm::kvm_opens;
 
 /// Whether all of the windows is scanned: emulators take too long over it.
@@ -411,16 +411,6 @@ msr   = "IA32_SYSENTER_ESP"
 write = { only = [1, 2] }
 "#;
 
-/// The files of the disk.
-struct Disk;
-
-impl Files for Disk {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
-        read().map_err(|error: std::io::Error| error.to_string())
-    }
-}
-
 /// What stands for the physical CPU's registers, which the test may not read.
 const HOST: u64 = 0x5eed;
 /// What stands for a handler of the VMM.
@@ -429,11 +419,11 @@ const HANDLED: u64 = 0xfeed;
 struct Answers;
 
 impl Handler for Answers {
-    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
+    fn read(&self, _: VcpuId, _: Msr) -> Result<u64, Fault> {
         Ok(HANDLED)
     }
 
-    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
+    fn write(&self, _: VcpuId, _: Msr, _: u64) -> Result<(), Fault> {
         Ok(())
     }
 }
@@ -548,7 +538,7 @@ fn a_guest_under_each_policy_gets_what_the_policy_says_of_every_msr_that_it_name
     let maps: Vec<(&str, DecisionMap, CompileOptions)> = names
         .map(|name| {
             let path = folder.path().join("policies").join(name);
-            let policy = Policy::load(&path, &Disk).expect("a policy");
+            let policy = Policy::from_file(&path).expect("a policy");
             let map = policy.decision_map(Some(&cpuid)).expect("has a CPUID");
             let reads = map.reads().map(|decision| match decision.action {
                 ReadAction::Host => Decision::of(ReadAction::Value(HOST))
@@ -663,4 +653,34 @@ fn what_breaks_the_guest_is_told_and_a_new_one_goes_on() {
     assert_eq!(read_of(&all, RESET), Some(1));
     // Before it and behind it all went on.
     assert_eq!(all.writable, [0x174, 0x175, 0x176, 0x4000_0100].map(Msr));
+}
+
+#[test]
+fn what_a_guest_sees_fits_any_terminal() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::new();
+    let scan = [
+        "scan",
+        "--only",
+        "--range",
+        "0x170..=0x17f",
+        "--range",
+        "0xc0000080..=0xc0000104",
+    ];
+    fits_any_terminal(|| folder.command(&scan), Terminal::Output);
+    let json = folder.run(&[&scan[..], &["--json"]].concat()).code(0).out;
+    // Another host, and another value.
+    folder.write(
+        "before.json",
+        json.replace(
+            "\"kernel\": \"",
+            "\"kernel\": \"another kernel, which had a long name, or ",
+        ),
+    );
+    fits_any_terminal(
+        || folder.command(&[&scan[..], &["--against", "before.json"]].concat()),
+        Terminal::Output,
+    );
 }

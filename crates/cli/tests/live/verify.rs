@@ -5,7 +5,7 @@ use std::fs;
 use msrgate_suite::{Checked, Engine, Process, Step, check, parse};
 use serde_json::Value;
 
-use crate::command::{Folder, POLICIES, count, list, text};
+use crate::command::{Folder, POLICIES, Terminal, count, fits_any_terminal, list, text};
 use crate::kvm::{kvm_opens, without_permission};
 
 const MODES: [&str; 2] = ["real", "long"];
@@ -38,6 +38,22 @@ fn random_calls_come_to_the_same_on_the_kernel_and_on_the_engine() {
         assert_eq!(report["mode"], mode);
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
         assert!(text(&report, "kernel").starts_with(release.trim()), "{report:#}");
+    }
+}
+
+#[test]
+fn what_was_compared_fits_any_terminal() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::furnished();
+    for line in [
+        "verify --random 20 --seed 1",
+        "verify --interception",
+        "verify policies/qemu.toml",
+    ] {
+        let arguments: Vec<&str> = line.split(' ').collect();
+        fits_any_terminal(|| folder.command(&arguments), Terminal::Output);
     }
 }
 

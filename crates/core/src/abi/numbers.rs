@@ -25,6 +25,8 @@ pub const SET_MSRS: u32 = 0x4008_ae89;
 pub const SET_CPUID: u32 = 0x4008_ae8a;
 /// `KVM_SET_CPUID2`.
 pub const SET_CPUID2: u32 = 0x4008_ae90;
+/// `KVM_GET_CPUID2`.
+pub const GET_CPUID2: u32 = 0xc008_ae91;
 /// `KVM_SET_MP_STATE`.
 pub const SET_MP_STATE: u32 = 0x4004_ae99;
 /// `KVM_ENABLE_CAP`.

@@ -2,12 +2,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use msrgate_core::{Disposition, FaultCause, Msr, Nanos, OnLockedBits, Outcome, ReadAction, Reason, WriteAction};
-use msrgate_guest::Mode;
-use msrgate_kvm::{Dispatch, Fault, Handler, Handlers, VcpuGate};
+use msrgate_guest::{Guest, Mode, Options};
+use msrgate_kvm::{Counts, Dispatch, Fault, Handler, Handlers, VcpuGate, VcpuId};
 use msrgate_plan::DecisionMap;
 
 use crate::{
@@ -167,15 +167,15 @@ fn only_takes_its_values_and_once_takes_the_first() {
 struct Cores;
 
 impl Handler for Cores {
-    fn read(&self, vcpu: u32, msr: Msr) -> Result<u64, Fault> {
+    fn read(&self, vcpu: VcpuId, msr: Msr) -> Result<u64, Fault> {
         match msr {
-            Msr(0x35) => Ok(u64::from(vcpu) << 32 | 0x10),
+            Msr(0x35) => Ok(u64::from(vcpu.index) << 32 | 0x10),
             MICROCODE => panic!("a handler that cannot"),
             _ => Err(Fault),
         }
     }
 
-    fn write(&self, _vcpu: u32, msr: Msr, value: u64) -> Result<(), Fault> {
+    fn write(&self, _vcpu: VcpuId, msr: Msr, value: u64) -> Result<(), Fault> {
         if msr == Msr(0x35) && value == 1 {
             Ok(())
         } else {
@@ -227,7 +227,7 @@ fn functions_answer_and_so_does_a_handler_that_the_vmm_keeps_a_hold_of() {
     let written = Arc::clone(&last);
     let handlers = Handlers::new().with("kept", Arc::new(Cores)).with_fns(
         "last",
-        |vcpu, msr| Ok(u64::from(vcpu) << 32 | u64::from(msr.0)),
+        |vcpu, msr| Ok(u64::from(vcpu.index) << 32 | u64::from(msr.0)),
         move |_, _, value| match value {
             0 => Err(Fault),
             _ => {
@@ -251,6 +251,55 @@ fn functions_answer_and_so_does_a_handler_that_the_vmm_keeps_a_hold_of() {
     assert_eq!(last.load(Ordering::Relaxed), 5);
 }
 
+#[test]
+fn a_handler_that_two_vms_share_is_told_which_vm_and_vcpu_waits_and_what_the_vmm_gave_it() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&asked);
+    let read_of = move |vcpu, _| {
+        told.lock().unwrap().push(vcpu);
+        Ok(0)
+    };
+    let handlers = Handlers::new().with_fns("who", read_of, |_, _, _| Err(Fault));
+    let plan = plan(&map(&[(MICROCODE, ReadAction::Handler("who".into()))], &[]));
+    let ids = [VcpuId::new(3), VcpuId::new(3).in_vm(1).with_opaque(u64::MAX)];
+    for id in ids {
+        let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+        let gate = probed.install(guest.vm(), plan.clone(), handlers.clone()).unwrap();
+        let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), id).unwrap();
+        run(&mut guest, &vcpu, &[read(MICROCODE)]);
+    }
+    assert_eq!(*asked.lock().unwrap(), ids);
+}
+
+#[test]
+fn what_is_answered_is_counted_by_vm() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let reads = [
+        (MICROCODE, ReadAction::Value(1)),
+        (UNKNOWN, ReadAction::Deny),
+        (SYSENTER_CS, ReadAction::Handler("faults".into())),
+    ];
+    let plan = plan(&map(&reads, &[(UNKNOWN, WriteAction::Ignore)]));
+    let handlers = Handlers::faulting(["faults"]);
+    let (mut guest, gate, vcpu) = gated(&kvm, probed, Mode::Real, plan, handlers);
+    assert_eq!(gate.counts(), Counts::default());
+    // The kernel answers the last one.
+    let accesses = [
+        read(MICROCODE),
+        read(UNKNOWN),
+        write(UNKNOWN, 1),
+        read(SYSENTER_CS),
+        read(APIC_BASE),
+    ];
+    let seen = run(&mut guest, &vcpu, &accesses);
+    let counts = gate.counts();
+    // A denied access faults in the kernel where the plan asks for no exit, and is then not counted.
+    let denied = u64::from(seen[1].exit.is_some());
+    assert_eq!((counts.reads, counts.writes), (2 + denied, 1));
+    assert_eq!((counts.faults, counts.failures), (1 + denied, 1));
+}
+
 thread_local! {
     /// What a handler needs to come back.
     static SELF: RefCell<Option<(Rc<VcpuGate>, *mut kvm_bindings::kvm_run)>> = const { RefCell::new(None) };
@@ -261,7 +310,7 @@ thread_local! {
 struct ComesBack;
 
 impl Handler for ComesBack {
-    fn read(&self, _vcpu: u32, _msr: Msr) -> Result<u64, Fault> {
+    fn read(&self, _vcpu: VcpuId, _msr: Msr) -> Result<u64, Fault> {
         SELF.with_borrow(|own| {
             let (gate, run) = own.as_ref().unwrap();
             // SAFETY: the page of the vCPU that is being dispatched, on its thread; the outer call holds no reference.
@@ -277,7 +326,7 @@ impl Handler for ComesBack {
         Ok(42)
     }
 
-    fn write(&self, _vcpu: u32, _msr: Msr, _value: u64) -> Result<(), Fault> {
+    fn write(&self, _vcpu: VcpuId, _msr: Msr, _value: u64) -> Result<(), Fault> {
         Err(Fault)
     }
 }
@@ -329,7 +378,7 @@ fn a_reason_that_is_not_one_known_bit_faults() {
             }
             let answered = pending.dispatch(&vcpu).unwrap();
             assert_eq!(answered.reason, (position == 8).then_some(Reason::Filter));
-            assert_eq!(answered.event(Nanos(0), 0, None).reason, answered.reason);
+            assert_eq!(answered.event(Nanos(0), None).reason, answered.reason);
         })
         .unwrap();
     for seen in &seen[..8] {

@@ -43,6 +43,26 @@ fn what_cannot_be_installed_leaves_the_vm_as_it_was() {
 }
 
 #[test]
+fn a_vcpu_is_given_by_the_descriptor_of_a_vcpu_alone() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
+    let gate = probed
+        .install(guest.vm(), plan(&map(&[], &[])), Handlers::new())
+        .unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    for other in [guest.vm().as_raw_fd(), kvm.as_raw_fd(), null.as_raw_fd()] {
+        let error = gate.vcpu(&other, 0).unwrap_err();
+        assert!(matches!(error, InstallError::NotAVcpu { .. }), "{error:?}");
+    }
+    // With CPUID entries and without.
+    let bare = kvm.create_vm().unwrap().create_vcpu(0).unwrap();
+    assert!(gate.vcpu(&bare, 0).is_ok());
+    let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+    bare.set_cpuid2(&cpuid).unwrap();
+    assert!(gate.vcpu(&bare, 0).is_ok());
+}
+
+#[test]
 fn a_host_action_needs_the_msr_device() {
     let Some((kvm, probed)) = kvm() else { return };
     let guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
@@ -134,7 +154,7 @@ fn an_event_tells_what_the_guest_gave_or_got() {
             &mut |pending| {
                 let rip = pending.rip();
                 let answered = pending.dispatch(&vcpu).unwrap();
-                events.push(answered.event(Nanos(5), 6, Some(rip)));
+                events.push(answered.event(Nanos(5), Some(rip)));
             },
         )
         .unwrap();

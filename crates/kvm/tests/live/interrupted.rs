@@ -7,7 +7,7 @@ use msrgate_core::{
     Disposition, FaultCause, Filter, FilterRange, Msr, Ops, Outcome, ReadAction, Verdict, WriteAction, abi,
 };
 use msrgate_guest::{Guest, Mode};
-use msrgate_kvm::{Dispatch, DrainStatus, Fault, Handler, Handlers};
+use msrgate_kvm::{Dispatch, DrainStatus, Fault, Handler, Handlers, VcpuId};
 
 use crate::{
     APIC_BASE, APIC_BASE_VALUE, MICROCODE, SYSENTER_CS, UNKNOWN, did, gated, kvm, map, outcomes, plan, read, run, write,
@@ -16,11 +16,11 @@ use crate::{
 struct Counts(Arc<AtomicU64>);
 
 impl Handler for Counts {
-    fn read(&self, _vcpu: u32, _msr: Msr) -> Result<u64, Fault> {
+    fn read(&self, _vcpu: VcpuId, _msr: Msr) -> Result<u64, Fault> {
         Ok(self.0.fetch_add(1, Ordering::Relaxed))
     }
 
-    fn write(&self, _vcpu: u32, _msr: Msr, _value: u64) -> Result<(), Fault> {
+    fn write(&self, _vcpu: VcpuId, _msr: Msr, _value: u64) -> Result<(), Fault> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

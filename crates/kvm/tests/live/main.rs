@@ -7,6 +7,7 @@ mod install;
 mod interrupted;
 mod presets;
 mod replace;
+mod sandbox;
 mod spill;
 mod state;
 
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use kvm_ioctls::Kvm;
 use msrgate_core::{Access, Disposition, FaultCause, Msr, MsrRange, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode, Options, Pending, Seen};
-use msrgate_kvm::{Capabilities, Gate, Handlers, VcpuGate, probe};
+use msrgate_kvm::{Capabilities, Gate, Handlers, VcpuGate, VcpuId, probe};
 use msrgate_plan::{Decision, DecisionMap, Intervals, Plan};
 pub(crate) const APIC_BASE: Msr = Msr(0x1b);
 pub(crate) const APIC_BASE_VALUE: Outcome = Outcome::Value(0xfee0_0900);
@@ -76,7 +77,8 @@ pub(crate) fn gated(
 ) -> (Guest, Gate, VcpuGate) {
     let mut guest = Guest::new(kvm, mode, &Options::default()).unwrap();
     let gate = probed.install(guest.vm(), plan, handlers).unwrap();
-    let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), 7).unwrap();
+    let id = VcpuId::new(7).in_vm(6);
+    let vcpu = gate.vcpu(guest.vcpu(0).unwrap().fd(), id).unwrap();
     (guest, gate, vcpu)
 }
 

@@ -7,7 +7,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use msrgate_core::{Access, Msr, Op, Outcome, ReadAction, WriteAction};
 use msrgate_guest::{Guest, Mode};
-use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, SaveError, StateError, VcpuGate};
+use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, SaveError, StateError, VcpuGate, VcpuId};
 use msrgate_plan::{DecisionMap, Plan};
 
 use crate::{UNKNOWN, by_rule, gated, kvm, outcomes, plan, read, run, write};
@@ -55,6 +55,40 @@ impl Machine {
     fn save(&mut self) -> String {
         self.vcpu.save_vcpu(self.guest.vcpu(0).unwrap().fd_mut()).unwrap()
     }
+}
+
+#[test]
+fn a_guest_that_is_rolled_back_in_place_finds_what_it_had_and_nothing_since() {
+    let Some((kvm, probed)) = kvm() else { return };
+    let mut machine = Machine::new(&kvm, probed, &remembering(7), Handlers::new());
+    assert_eq!(
+        machine.run(&[write(SHADOWED, 1), write(CSTAR, 0x1000)]),
+        [Outcome::Done; 2]
+    );
+    let state = machine.save();
+    let since = [write(SHADOWED, 2), write(UNTOUCHED, 2), write(LSTAR, 0x2000)];
+    assert_eq!(machine.run(&since), [Outcome::Done; 3]);
+
+    // Refused as a whole: what was locked since is locked.
+    let other = plan(&remembering(8));
+    let (mut guest, _gate, vcpu) = gated(&kvm, probed, Mode::Real, other, Handlers::new());
+    let others = vcpu.save_vcpu(guest.vcpu(0).unwrap().fd_mut()).unwrap();
+    assert!(matches!(
+        machine.vcpu.roll_back(others.as_bytes()),
+        Err(StateError::OtherPolicy { .. })
+    ));
+    assert_eq!(machine.run(&[write(LSTAR, 0x2000)]), [Outcome::Fault]);
+
+    machine.vcpu.roll_back(state.as_bytes()).unwrap();
+    let seen = machine.run(&[
+        read(SHADOWED),
+        read(UNTOUCHED),
+        write(LSTAR, 0x3000),
+        write(LSTAR, 0x3000),
+        write(CSTAR, 0x3000),
+    ]);
+    let [one, seven] = [1, 7].map(Outcome::Value);
+    assert_eq!(seen, [one, seven, Outcome::Done, Outcome::Fault, Outcome::Fault]);
 }
 
 /// What a VMM does with the MSRs of its list that the guest can reach.
@@ -212,13 +246,13 @@ thread_local! {
 struct Restoring;
 
 impl Handler for Restoring {
-    fn read(&self, _: u32, _: Msr) -> Result<u64, Fault> {
+    fn read(&self, _: VcpuId, _: Msr) -> Result<u64, Fault> {
         let restored = ASKING.with_borrow(|gate| gate.as_ref().map(|gate| gate.restore(b"")));
         assert_eq!(restored, Some(Err(StateError::InHandler)));
         Ok(1)
     }
 
-    fn write(&self, _: u32, _: Msr, _: u64) -> Result<(), Fault> {
+    fn write(&self, _: VcpuId, _: Msr, _: u64) -> Result<(), Fault> {
         Err(Fault)
     }
 }

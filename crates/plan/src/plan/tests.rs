@@ -253,3 +253,26 @@ fn an_access_reaches_the_kernels_register_where_it_is_allowed_or_passed_on_in_pa
         assert_eq!((reaches(Op::Read), reaches(Op::Write)), expected, "{msr:#x}");
     }
 }
+
+#[test]
+fn a_map_without_a_filter_is_answered_and_has_a_bitmap_though_it_needs_more_ranges_than_kvm_has() {
+    let denied = |msr| (range(msr, msr), Some(ReadAction::Value(u64::from(msr))), None);
+    let rules: Vec<Rule> = (0..20).map(|index| denied(index << 20 | 0x10)).collect();
+    let map = map(Verdict::Allow, &rules);
+    assert!(matches!(Plan::compile(&map), Err(PlanError::TooManyRanges { .. })));
+
+    let table = map.table().unwrap();
+    let answered = table.reads().iter().map(|entry| entry.range.first().0);
+    assert_eq!(
+        answered.collect::<Vec<_>>(),
+        (0..20).map(|index| index << 20 | 0x10).collect::<Vec<_>>()
+    );
+    let mut bitmap = msrgate_core::VmxBitmap::intercept_all();
+    let all = [msrgate_core::PassthroughMsr::new(MsrRange::ALL, Ops::BOTH)];
+    bitmap.recompute_by(|msr, op| map.allows(msr, op), &all);
+    let exits = |msr| Op::ALL.map(|op| bitmap.intercepts(Msr(msr), op));
+    assert_eq!(
+        (exits(0x10), exits(0x11), exits(0x10_0010)),
+        ([true, false], [false, false], [true, true])
+    );
+}

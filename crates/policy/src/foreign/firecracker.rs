@@ -32,8 +32,15 @@ struct Modifier {
 }
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
-    let template: Template = serde_json::from_str(text)
-        .map_err(|error| ForeignError::at(error.line(), format!("this is no CPU template: {error}")))?;
+    let template: Template = serde_json::from_str(text).map_err(|error| {
+        let what = match text.contains("\"guest_cpu_config\"") {
+            true => {
+                "this is a fingerprint, and the template is in it: `jq .guest_cpu_config FILE` prints it".to_owned()
+            }
+            false => format!("this is no CPU template: {error}"),
+        };
+        ForeignError::at(error.line(), what)
+    })?;
     let mut comments = vec![
         "From a CPU template of Firecracker. It sets what registers hold at first, which a guest's write may change; \
          here reads always get it."

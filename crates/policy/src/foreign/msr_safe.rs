@@ -59,9 +59,26 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         Some(msr) => Err(ForeignError::new(format!(
             "the list ends before the write mask of {msr}"
         ))),
-        None if imported.msrs.is_empty() => Err(ForeignError::new("no MSR is listed here")),
+        None if imported.msrs.is_empty() => Err(ForeignError::new(match hidden(text) {
+            0 => "no MSR is listed here".to_owned(),
+            count => format!(
+                "no MSR is listed but behind `#`, where {count} are: take it away from the lines of those that are to be opened"
+            ),
+        })),
         None => Ok(imported),
     }
+}
+
+/// How many lines would list an MSR without the `#` that they begin with: so msr-safe's own lists are shipped.
+fn hidden(text: &str) -> usize {
+    let lists = |line: &&str| {
+        let mut words = line.trim_start().trim_start_matches('#').split_whitespace();
+        line.trim_start().starts_with('#')
+            && [words.next(), words.next()]
+                .iter()
+                .all(|word| word.and_then(number).is_some())
+    };
+    text.lines().filter(lists).count()
 }
 
 /// As `kstrtoull` with base 0 reads it.

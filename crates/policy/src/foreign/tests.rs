@@ -83,6 +83,10 @@ fn a_template_of_firecracker_is_fixed_values_and_masks() {
         ("{", "no CPU template"),
         ("{\"msr_modifers\":[]}", "msr_modifers"),
         (
+            "{\"firecracker_version\":\"1.9.0\",\"guest_cpu_config\":{\"msr_modifiers\":[]}}",
+            "jq .guest_cpu_config",
+        ),
+        (
             "{\"msr_modifiers\":[{\"addr\":\"0x1_0000_0000\",\"bitmap\":\"0\"}]}",
             "32 bits",
         ),
@@ -115,7 +119,11 @@ fn a_list_of_msr_safe_is_reads_and_masks_over_a_default_of_deny() {
     gets(&map, 0x38d, "allow", "allow");
     gets(&map, 0x11, "deny", "deny");
     for (text, what) in [
-        ("", "no MSR is listed"),
+        ("", "no MSR is listed here"),
+        (
+            "# MSR # Write mask\n# 0x10 0x0 # \"TSC\"\n  #0x199 0xffff\n# 0x8b\n",
+            "behind `#`, where 2 are",
+        ),
         ("0x10", "ends before the write mask of 0x10"),
         ("0x10 0\n0x10 0", "line 2: 0x10 was listed before"),
         ("0x10 mask", "line 1: `mask` is no number"),

@@ -30,12 +30,20 @@ pub(super) fn read(text: &str) -> Result<RawInput, RawError> {
         };
     }
     let mut found: Option<(&str, RawFilter)> = None;
+    let mut constant = true;
+    guard(&mut reader);
     while let Some(token) = reader.peek() {
         if token.kind == Kind::Directive {
-            directive(&mut reader)?;
-            continue;
+            match directive(&mut reader)? {
+                ANSWERS if constant => break,
+                ANSWERS => {
+                    return Err(reader.error("what follows could change a filter or a bitmap that is not `const`"));
+                }
+                _ => continue,
+            }
         }
         let mut words = reader.words()?;
+        constant &= words.contains(&"const");
         let begins = || error(token.line, &format!("`{}` begins no definition", token.text));
         let name = words.pop().ok_or_else(begins)?;
         if words.contains(&"kvm_msr_filter") {
@@ -62,8 +70,26 @@ pub(super) fn read(text: &str) -> Result<RawInput, RawError> {
     }
 }
 
-/// Reads a directive: `#include` is passed over, and `#define` noted.
-fn directive(reader: &mut Reader<'_>) -> Result<(), RawError> {
+/// The macro behind which `plan --emit c` has the code that answers exits: it cannot change what is `const`.
+const ANSWERS: &str = "MSRGATE_ANSWERS";
+
+/// Passes over the two directives of an include guard, at the beginning.
+fn guard(reader: &mut Reader<'_>) {
+    let begins = reader.tokens.get(..6).unwrap_or_default();
+    if let [_, ifndef, name, _, define, same] = begins
+        && begins.iter().filter(|token| token.kind == Kind::Directive).count() == 2
+        && (ifndef.text, define.text, name.text) == ("ifndef", "define", same.text)
+        && reader
+            .tokens
+            .get(6)
+            .is_none_or(|next| !next.directive || next.kind == Kind::Directive)
+    {
+        reader.at = begins.len();
+    }
+}
+
+/// Reads a directive: `#include` is passed over, and `#define` noted. The macro that it defines, if any.
+fn directive<'a>(reader: &mut Reader<'a>) -> Result<&'a str, RawError> {
     let behind = reader.tokens.get(reader.at + 1..).unwrap_or_default();
     let own = behind
         .iter()
@@ -71,12 +97,12 @@ fn directive(reader: &mut Reader<'_>) -> Result<(), RawError> {
         .count();
     reader.at += 1 + own;
     match behind.get(..own).unwrap_or_default() {
-        [include, ..] if include.text == "include" => Ok(()),
+        [include, ..] if include.text == "include" => Ok(""),
         [define, name, body @ ..] if define.text == "define" => {
             let mut number = Reader::of(body, 0, true);
             let value = number.constant(u64::MAX, 8).ok().filter(|_| number.peek().is_none());
             match reader.macros.insert(name.text, value) {
-                None => Ok(()),
+                None => Ok(name.text),
                 Some(_) => Err(reader.error(&format!("`{}` is defined twice", name.text))),
             }
         }

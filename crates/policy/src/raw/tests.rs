@@ -230,6 +230,9 @@ fn a_filter_in_c_is_read_as_people_write_it() {
          .bitmap = (void *)map } } };",
         "#include <linux/kvm.h>\n#define BASE (0x10)\n#define COUNT(x) sizeof(x)\nuint64_t one = 9;\n\
          static struct kvm_msr_filter filter = { 1, { { 1, 4, BASE, (__u8 *)(void *)&one } } };\nstatic u64 more[] = { 1 };",
+        "#ifndef GUARD\n#define GUARD\nstatic const __u64 one = 9;\n\
+         static const struct kvm_msr_filter f = { 1, { { 1, 4, 16, (__u8 *)&one } } };\n\
+         #define MSRGATE_ANSWERS\nstatic inline int f_answer(void) { return one; }\n#endif",
         "__u8 map[KVM_MSR_FILTER_MAX_BITMAP_SIZE] = { [0] = 011, [7] = 0b11111111 };\n\
          kvm_msr_filter f{ .flags = 1, .ranges = { { .flags = 1, .nmsrs = 4, .base = 0x10, .bitmap = map } } };",
     ] {
@@ -272,6 +275,10 @@ fn c_whose_filter_is_not_what_its_initialiser_says_is_refused_with_the_line() {
             with("#define FILTER(x) struct kvm_msr_filter x = { 1 }", "FILTER(g);"),
             4,
         ),
+        // What follows could change what is not constant; only a guard at the beginning is harmless.
+        (with("", "#define MSRGATE_ANSWERS\nvoid g(void) { bits[0] = 0; }"), 4),
+        (with("#ifndef NESTED\n#define NESTED", "#endif"), 2),
+        (with("#ifndef A\n#define B", "#endif"), 2),
         // Names are their function's.
         (with("", "void dirty_log(int fd) { __u8 bits[8] = { 0xff }; }"), 4),
         (with("", "void g(struct poll *f) { while (f) f = f->next; }"), 4),
@@ -328,11 +335,11 @@ fn c_whose_filter_is_not_what_its_initialiser_says_is_refused_with_the_line() {
         ),
         (
             format!("#ifndef X\n#define X\n#endif\n#if 0\nstatic __u8 bits[8];\n{filter}\n#endif"),
-            1,
+            3,
         ),
         (
             format!("#ifndef X\n#define X\n#else\nstatic __u8 bits[8];\n{filter}\n#endif"),
-            1,
+            3,
         ),
         (
             "#ifdef X\n#define N 1\n#endif\nstruct kvm_msr_filter f = { .flags = N };".to_owned(),
@@ -730,6 +737,10 @@ fn each_form_is_told_by_how_it_begins() {
             RawFormat::Other(RUST),
         ),
         ("vm.set_msr_filter(action, &[MsrFilterRange {", RawFormat::Other(RUST)),
+        (
+            "// The MSR filter of the policy `q`, made by msrgate.\nuse kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange};",
+            RawFormat::Other(OWN_RUST),
+        ),
         (
             "// kvm_msr_filter\nret = ioctl(fd, KVM_X86_SET_MSR_FILTER, &f);",
             RawFormat::C,

@@ -8,22 +8,12 @@ use msrgate_core::abi::MAX_RANGES;
 use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap, Differences, Plan};
 use msrgate_policy::raw::RawInput;
-use msrgate_policy::{Code, Diagnostic, Files, Policy, check, decompile};
+use msrgate_policy::{Code, Diagnostic, Disk, Files, Policy, check, decompile};
 
 use crate::agreement;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-/// The files of the disk.
-struct Disk;
-
-impl Files for Disk {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
-        read().map_err(|error: std::io::Error| error.to_string())
-    }
 }
 
 /// A policy, and over it the fragments that it is to be tried with.
@@ -48,7 +38,7 @@ fn toml_files(folder: &str) -> Vec<PathBuf> {
 }
 
 fn load(path: &Path) -> Policy {
-    Policy::load(path, &Disk).unwrap_or_else(|rejected| panic!("{}: {:#?}", path.display(), rejected.diagnostics))
+    Policy::from_file(path).unwrap_or_else(|rejected| panic!("{}: {:#?}", path.display(), rejected.diagnostics))
 }
 
 /// The codes of what is to be mended.

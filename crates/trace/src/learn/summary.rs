@@ -142,8 +142,7 @@ pub struct Summary {
     /// How many accesses are missing from the traces, as far as they tell. If any are, what is learned may deny what the
     /// guests did.
     pub lost: u64,
-    /// How many of the traces do not have all with which guests were served ([`crate::Header::is_partial`]). If any do
-    /// not, likewise.
+    /// How many of the traces lack some of what guests were served with ([`crate::Header::is_partial`]). If any do, likewise.
     pub partial: u64,
     /// The MSRs and directions that were served.
     pub seen: BTreeMap<(Msr, Op), Seen>,

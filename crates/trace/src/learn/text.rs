@@ -38,10 +38,10 @@ impl fmt::Display for Learned {
             print::comment(
                 f,
                 &format!(
-                    "Incomplete: {} only what a policy decided, or one part of what guests did, and this one denies the rest.",
+                    "Incomplete: {} some of what guests were served with, which this policy denies.",
                     match summary.partial {
-                        1 => "1 trace has".to_owned(),
-                        count => format!("{count} traces have"),
+                        1 => "1 trace lacks".to_owned(),
+                        count => format!("{count} traces lack"),
                     }
                 ),
             )?;

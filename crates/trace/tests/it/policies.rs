@@ -1,27 +1,17 @@
 //! The traces that come with msrgate, and the policies that are for their guests.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::{Msr, Op};
 use msrgate_msrs::cpuid::CpuVendor;
-use msrgate_policy::{Files, Policy};
+use msrgate_policy::Policy;
 use msrgate_trace::{Lines, Record};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-/// The files of the disk.
-struct Disk;
-
-impl Files for Disk {
-    fn read(&self, path: &Path) -> Result<(PathBuf, String), String> {
-        let read = || Ok((fs::canonicalize(path)?, fs::read_to_string(path)?));
-        read().map_err(|error: std::io::Error| error.to_string())
-    }
 }
 
 /// Each access of a trace, once.
@@ -45,7 +35,7 @@ fn linux_finds_every_access_of_its_boot_allowed() {
         ("linux-pc", &["linux-6.1-pc-smp2.jsonl", "linux-6.1-microvm.jsonl"]),
     ] {
         let path = root().join("policies").join(format!("{policy}.toml"));
-        let loaded = Policy::load(&path, &Disk).expect("a policy");
+        let loaded = Policy::from_file(&path).expect("a policy");
         let map = loaded.decision_map(None).expect("needs no CPUID");
         for trace in traces {
             let denied: Vec<(Msr, Op)> = accesses(trace)
@@ -59,7 +49,7 @@ fn linux_finds_every_access_of_its_boot_allowed() {
 
 #[test]
 fn each_trace_has_its_guests_cpuid() {
-    for trace in fs::read_dir(root().join("traces")).expect("traces") {
+    for trace in std::fs::read_dir(root().join("traces")).expect("traces") {
         let path = trace.expect("an entry").path();
         let lines = Lines::new(BufReader::new(File::open(&path).expect("a trace"))).expect("a header");
         let cpuid = lines

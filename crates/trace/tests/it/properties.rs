@@ -91,6 +91,28 @@ proptest! {
     }
 
     #[test]
+    fn a_log_of_any_lines_ends_in_an_error_or_in_records(
+        parts in vec(
+            prop_oneof![
+                Just("ignored rdmsr: 0x"), Just("Unhandled WRMSR("), Just("0xc0010115) = 0x0"), Just(" data 0x"), Just("\n"),
+                Just("> "), Just("kvm [100]: "), Just("vcpu3, guest rIP: 0x"), Just("kvm_get_msr_common: "),
+                Just(" callbacks suppressed"), Just("18446744073709551615"), Just("Nov 21 23:59:60 "), Just("00:00:01"),
+                Just("[18446744073709.000001] "), Just("[    0.000001] "), Just("\u{e9}"), Just("["), Just("]"),
+            ],
+            0..60,
+        ),
+    ) {
+        let text = format!("[    0.000000] x\n{}", parts.concat());
+        if let Ok(lines) = Lines::new(text.as_bytes()) {
+            for record in lines {
+                if let Err(error) = record {
+                    prop_assert!(error.line > 1, "{}", error);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_damaged_trace_ends_in_an_error_or_in_other_records(
         records in vec(record(), 1..4),
         damage in vec((any::<Index>(), any::<u8>()), 1..4),

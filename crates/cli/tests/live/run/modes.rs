@@ -212,7 +212,7 @@ fn nothing_is_learned_from_what_a_policy_decided() {
         )
         .code(0);
         let ran = folder.run(&["learn", "trace.jsonl"]).code(2);
-        ran.says(&["only what a policy decided", "msrgate run --learn"]);
+        ran.says(&["not all that the guest was served with is in it", "msrgate run --learn"]);
         let report = folder.run(&["report", "trace.jsonl"]).code(0);
         report.shows(&["what the policy left to the kernel is missing"]);
     }

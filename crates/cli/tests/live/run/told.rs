@@ -1,6 +1,7 @@
 //! What the summary, a trace and a log tell.
 
 use super::*;
+use crate::command::{Terminal, fits_any_terminal};
 
 #[test]
 fn the_summary_says_what_each_msr_cost_and_all_together() {
@@ -26,6 +27,19 @@ fn the_summary_says_what_each_msr_cost_and_all_together() {
     );
     let ran = under(&folder, &["-p", "policy.toml"], accesses).code(0);
     ran.says(&["1 VM and 2 vCPUs, 6 accesses answered in ", " each "]);
+}
+
+#[test]
+fn the_summary_fits_any_terminal() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = with_policy(
+        "default = \"allow\"\n[[rule]]\nmsr = [\"IA32_SYSENTER_CS\", \"IA32_TSC_DEADLINE\", \"0x8b\"]\nread = \"deny\"\nwrite = \"ignore\"\n",
+    );
+    let accesses = "--vcpus 2 r:0x174 w:0x174=0x1234567812345678 r:0x8b r:0x6e0";
+    let run = || command_under(&folder, &["-p", "policy.toml"], accesses);
+    fits_any_terminal(run, Terminal::Error);
 }
 
 #[test]
@@ -136,7 +150,7 @@ fn a_trace_with_a_limit_is_cut_into_parts_that_say_so() {
     folder
         .run(&["learn", "trace.jsonl"])
         .code(2)
-        .says(&["one part of a trace", "--trace-size"]);
+        .says(&["not all that the guest was served with", "--trace-size"]);
     let report = folder.run(&["report", "trace.jsonl"]).code(0);
     report.shows(&["trace.jsonl is part 1 of a trace that was cut by its size"]);
 }
