@@ -15,6 +15,7 @@ use serde::Deserialize;
 #[serde(deny_unknown_fields)]
 struct Data {
     source: BTreeMap<String, String>,
+    bypass: Vec<Bypass>,
     // By index, which all keys write with the same width.
     msr: BTreeMap<String, Row>,
 }
@@ -42,7 +43,6 @@ struct Row {
     essential: bool,
     #[serde(default)]
     changed_in_place: bool,
-    bypass: Option<String>,
     #[serde(default)]
     command: String,
     #[serde(default)]
@@ -50,6 +50,20 @@ struct Row {
     source: String,
     #[serde(default)]
     needs: Vec<Need>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Bypass {
+    kind: String,
+    passes: String,
+    #[serde(default)]
+    of: Vec<String>,
+    says: String,
+    from: Option<String>,
+    to: Option<String>,
+    guest: Option<String>,
+    source: String,
 }
 
 #[derive(Deserialize)]
@@ -79,6 +93,21 @@ fn variant(word: &str) -> String {
 fn slice(kind: &str, words: &[String]) -> String {
     let variants = words.iter().map(|word| format!("{kind}::{}", variant(word)));
     format!("&[{}]", variants.collect::<Vec<_>>().join(", "))
+}
+
+/// `Some(Linux(5, 18))` for `5.18`.
+fn linux(version: &Option<String>) -> Result<String, Box<dyn Error>> {
+    let Some(version) = version else {
+        return Ok("None".to_owned());
+    };
+    let (major, minor) = version
+        .split_once('.')
+        .ok_or_else(|| format!("{version} is no version"))?;
+    Ok(format!(
+        "Some(Linux({}, {}))",
+        major.parse::<u32>()?,
+        minor.parse::<u32>()?
+    ))
 }
 
 /// The place of a text in the string of all texts, which gets it.
@@ -140,7 +169,7 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
         writeln!(
             rows,
             "Entry {{ msr: Msr({index}), access: Access::{}, state: State::{}, host: Host::{}, kept: Kept::{}, \
-             passthrough: {:?}, hot: {}, hardware: {}, essential: {}, changed_in_place: {}, names: {own:?}, bypass: {}, \
+             passthrough: {:?}, hot: {}, hardware: {}, essential: {}, changed_in_place: {}, names: {own:?}, \
              command: {:?}, rewrite: {:?}, classes: {}, vendors: {}, exists: {}, source: {source} }},",
             word(&row.access, "read-write"),
             word(&row.state, "nothing"),
@@ -151,10 +180,6 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             row.hardware,
             row.essential,
             row.changed_in_place,
-            match &row.bypass {
-                Some(word) => format!("Some(Bypass::{})", variant(word)),
-                None => "None".to_owned(),
-            },
             place(&mut texts, &row.command),
             place(&mut texts, &row.rewrite),
             number(&mut classes, slice("Class", &row.class)),
@@ -172,6 +197,21 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             )?;
         }
     }
+    let mut bypasses = String::new();
+    for bypass in &data.bypass {
+        write!(
+            bypasses,
+            "Bypass {{ kind: BypassKind::{}, passes: Passes::{}, of: &{:?}, says: {:?}, from: {}, to: {}, guest: {:?}, source: {:?} }},",
+            variant(&bypass.kind),
+            variant(&bypass.passes),
+            bypass.of,
+            bypass.says,
+            linux(&bypass.from)?,
+            linux(&bypass.to)?,
+            bypass.guest,
+            bypass.source
+        )?;
+    }
     let sources: Vec<&String> = data.source.values().collect();
     let names: Vec<_> = names.values().collect();
     Ok(format!(
@@ -182,6 +222,7 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
          static EXISTS: &[Exists] = &[{}];\n\
          static BY_NAME: &[(u32, u8, u16)] = &{names:?};\n\
          static NEEDS: &[Need] = &[{needs}];\n\
+         static BYPASSES: &[Bypass] = &[{bypasses}];\n\
          static TABLE: &[Entry] = &[{rows}];\n",
         classes.join(", "),
         vendors.join(", "),

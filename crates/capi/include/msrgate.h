@@ -67,7 +67,8 @@ enum msrgate_why {
 	MSRGATE_WHY_HANDLER_FAULT = 9,    /* the handler answered with a fault */
 	MSRGATE_WHY_HANDLER_PANICKED = 10,
 	MSRGATE_WHY_RE_ENTERED = 11,      /* dispatched from within a handler of the same vCPU */
-	MSRGATE_WHY_SHADOW_FULL = 12      /* no room for another shadow register */
+	MSRGATE_WHY_SHADOW_FULL = 12,     /* no room for another shadow register */
+	MSRGATE_WHY_VMM_FILTER = 13       /* another filter on the VM denies it; not given by this library */
 };
 
 /* An access and its answer. */

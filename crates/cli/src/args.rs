@@ -7,6 +7,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args as ClapArgs, ColorChoice, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use msrgate_core::Op;
+use msrgate_msrs::Linux;
 use msrgate_verify::Kernel;
 
 const AFTER: &str = "\
@@ -131,6 +132,9 @@ pub(crate) struct CheckArgs {
     pub(crate) cpuid: CpuidArgs,
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+    /// Tell what passes the filter on this version of Linux, such as 6.12. Without it: on the kernel that runs here
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) kernel: Option<Linux>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -409,13 +413,10 @@ Options come before the VMM; what follows its name is its own. `--` before it ma
 
 The VMM keeps its terminal, signals and exit status. Signals that msrgate gets go on to it, but for SIGUSR1, which \
 prints the summary so far on standard error; it is printed at the end too. \
-VMMs that make system calls without glibc (static programs, Go, musl) are refused: nothing can be put between \
-them and the kernel in this way.
+Any 64-bit VMM will do, however it is written and linked: nothing is loaded into it, its calls wait for msrgate. To other users \
+than root the kernel allows that only with no_new_privs, which is set then.
 
-A policy that depends on the guest's CPUID is resolved for the one that the VMM sets, without --cpuid.
-
-The library that is loaded into the VMM, libmsrgate_preload.so, is looked for in MSRGATE_PRELOAD (its path), beside \
-this program, in deps/ beside it, and in ../lib/msrgate/.";
+A policy that depends on the guest's CPUID is resolved for the one that the VMM sets, without --cpuid.";
 
 #[derive(ClapArgs)]
 pub(crate) struct RunArgs {

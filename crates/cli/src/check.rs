@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
+use msrgate_msrs::Linux;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::AccessCount;
 use msrgate_policy::{Diagnostic, Severity, Source};
@@ -13,15 +14,16 @@ use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::refusal::{self, TooMany};
 use crate::stream::Tone;
-use crate::{cpuid, hint, input, render, stream, trace, words};
+use crate::{cpuid, hint, input, machine, render, stream, trace, words};
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Exit, Failure> {
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
+    let kernel = args.kernel.or_else(machine::linux);
     let mut exit = Exit::Yes;
     let mut objects = Vec::new();
     for path in &args.policies {
-        let checked = check(path, cpuid.as_ref(), &profile);
+        let checked = check(path, cpuid.as_ref(), kernel, &profile);
         // Unreadable input weighs more than findings.
         if checked.exit as u8 > exit as u8 {
             exit = checked.exit;
@@ -53,7 +55,7 @@ struct Checked {
     too_many: Option<Box<TooMany>>,
 }
 
-fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked {
+fn check(path: &Path, cpuid: Option<&Cpuid>, kernel: Option<Linux>, profile: &[AccessCount]) -> Checked {
     match load::policy(path, cpuid, profile) {
         Ok(loaded) => {
             let findings = msrgate_policy::check(&loaded.policy, loaded.plan.map(), cpuid);
@@ -66,7 +68,7 @@ fn check(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Checked
                 exit,
                 sources: loaded.policy.sources.clone(),
                 findings,
-                notes: msrgate_policy::notes(&loaded.plan),
+                notes: msrgate_policy::notes(&loaded.plan, cpuid, kernel),
                 loaded: Some(loaded),
                 too_many: None,
             }
@@ -130,14 +132,13 @@ impl Checked {
         let path = input::shown(path);
         let mut out = stream::page();
         let Some(loaded) = &self.loaded else {
-            let s = if open.len() == 1 { "" } else { "s" };
-            out.say(Tone::Bad, &format!("{path}: refused, {} error{s}", open.len()))?;
+            let errors = words::counted(open.len() as u64, "error", "errors");
+            out.say(Tone::Bad, &format!("{path}: refused, {errors}"))?;
             return Ok(());
         };
         let verdict = match open.len() {
             0 => "ok".to_owned(),
-            1 => "1 finding".to_owned(),
-            n => format!("{n} findings"),
+            n => words::counted(n as u64, "finding", "findings"),
         };
         let ranges = loaded.plan.filter().ranges();
         let bytes: usize = ranges.iter().map(|range| range.bitmap().len() * 8).sum();

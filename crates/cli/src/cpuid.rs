@@ -15,7 +15,7 @@ use crate::input;
 pub(crate) fn given(args: &CpuidArgs) -> Result<Option<Cpuid>, Failure> {
     match &args.cpuid {
         None => Ok(None),
-        Some(path) if path == Path::new("host") => host_cpuid().map(Some),
+        Some(path) if path == Path::new("host") => host().map(Some),
         Some(path) => file_cpuid(path).map(Some),
     }
 }
@@ -45,7 +45,7 @@ fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
 }
 
 /// What KVM on this machine offers a guest.
-fn host_cpuid() -> Result<Cpuid, Failure> {
+pub(crate) fn host() -> Result<Cpuid, Failure> {
     let machine = |line: String| Failure::Line(Exit::Machine, line);
     msrgate_kvm::open().map_err(|error| machine(format!("{error}; without KVM give `--cpuid FILE`")))?;
     let kvm = kvm_ioctls::Kvm::new().map_err(|error| machine(format!("/dev/kvm does not open: {error}")))?;

@@ -3,15 +3,16 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use msrgate_core::{DecidedBy, Msr, Op};
+use msrgate_core::{DecidedBy, Msr, Op, Reason};
 use msrgate_guest::NoPreset;
 use msrgate_msrs::number;
-use msrgate_policy::{Explanation, Policy, explain};
+use msrgate_policy::{Cause, Explanation, Policy, Sees};
 use serde_json::{Value, json};
 
 use crate::args::ExplainArgs;
 use crate::exit::{Exit, Failure};
-use crate::{cpuid, load, stream, trace, words};
+use crate::load::{self, Loaded};
+use crate::{cause, cpuid, stream, trace, words};
 
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
@@ -21,20 +22,12 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
         false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
     };
-    let explained = |op| {
-        explain(
-            &loaded.policy,
-            loaded.plan.map(),
-            &loaded.options,
-            &loaded.plan,
-            (msr, op),
-        )
-    };
+    let explained = |op| loaded.explain(msr, op);
     let no_preset = |op| {
         let mut whys = loaded.no_presets.iter().filter(|_| op == Op::Read);
         whys.find(|(range, _)| range.contains(msr)).map(|(_, why)| *why)
     };
-    let json = |op| json(&loaded.policy, &explained(op), no_preset(op));
+    let json = |op| json(&loaded, &explained(op), no_preset(op));
     let mut out = stream::out();
     match (args.op, args.json) {
         (Some(op), true) => writeln!(out, "{:#}", json(op.into()))?,
@@ -80,9 +73,9 @@ fn msr(text: &str) -> Result<Msr, Failure> {
     })
 }
 
-fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {
-    let rule = explanation.rule.map(|(index, rule)| {
-        let source = policy.sources.get(rule.place.source);
+fn json(loaded: &Loaded, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {
+    let rule = explanation.cause.rule().map(|(index, rule)| {
+        let source = loaded.policy.sources.get(rule.place.source);
         json!({
             "index": index,
             "file": source.map(|source| source.path().display().to_string()),
@@ -94,12 +87,26 @@ fn json(policy: &Policy, explanation: &Explanation<'_>, no_preset: Option<NoPres
         DecidedBy::Range { slot, bit } => json!({ "slot": slot, "bit": bit }),
         DecidedBy::X2apic | DecidedBy::Default => Value::Null,
     };
+    let declined = |reason: Reason| match &explanation.sees {
+        Sees::Kernel(_, declined) => declined.iter().find(|(when, _)| *when == reason),
+        _ => None,
+    };
+    let declined = |reason| declined(reason).map(|(_, action)| action.name());
+    let decided_by = cause::name(explanation);
+    let lacks = match explanation.cause {
+        Cause::Valid(entry) if decided_by == "valid" => cause::lacks(entry),
+        _ => Value::Null,
+    };
     json!({
         "msr": explanation.msr.to_string(),
         "name": words::name(explanation.msr),
         "op": explanation.op.name(),
         "action": explanation.action.name(),
+        "decided_by": decided_by,
         "rule": rule,
+        "lacks": lacks,
+        "unknown": declined(Reason::Unknown),
+        "invalid": declined(Reason::Invalid),
         "verdict": explanation.verdict.name(),
         "range": range,
         "sees": explanation.sees.to_string(),
@@ -119,15 +126,25 @@ fn print(
         .map(|name| format!(" {name}"))
         .unwrap_or_default();
     writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
-    match explanation.rule {
-        Some((index, rule)) => {
+    let past = match cause::name(explanation) {
+        "x2apic" => "; not asked, since the kernel decides of x2APIC (0x800..=0x8ff)",
+        "last-msr" => "; not asked, since the filter's default decides of what no range covers",
+        _ => "",
+    };
+    match explanation.cause {
+        Cause::Rule(index, rule) => {
             let place = policy.rule_place(index).unwrap_or_default();
-            writeln!(out, "  rule     {index}, {place}")?;
+            writeln!(out, "  rule     {index}, {place}{past}")?;
             if let Some(why) = &rule.why {
                 writeln!(out, "  why      {why}")?;
             }
         }
-        None => writeln!(out, "  rule     none; the default decides")?,
+        Cause::Valid(entry) => writeln!(
+            out,
+            "  rule     none; `valid` decides: the guest's {}{past}",
+            cause::lacks_in_words(entry)
+        )?,
+        _ => writeln!(out, "  rule     none; the default decides{past}")?,
     }
     writeln!(out, "  action   {}", explanation.action)?;
     let decider = match explanation.decider {
@@ -147,10 +164,7 @@ fn print(
         writeln!(out, "  preset   none: {no_preset}")?;
     }
     if let Some(touches) = explanation.touches {
-        let times = match touches {
-            1 => "once".to_owned(),
-            n => format!("{n} times"),
-        };
+        let times = words::counted(touches, "time", "times");
         let exits = if explanation.exits { ", an exit each" } else { "" };
         writeln!(out, "  profile  {times}{exits}")?;
     }

@@ -4,12 +4,12 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use msrgate_core::MsrRange;
+use msrgate_core::{Msr, MsrRange, Op};
 use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{AccessCount, By, CompileOptions, DecisionMap, Plan, PlanError, Preset};
 use msrgate_policy::raw::{self, RawFormat, RawInput};
-use msrgate_policy::{Diagnostic, Disk, Files, FitAdvice, Policy, PolicyErrors, Source};
+use msrgate_policy::{Diagnostic, Disk, Explanation, Files, FitAdvice, Policy, PolicyErrors, Source, explain};
 
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
@@ -44,8 +44,17 @@ pub(crate) struct Loaded {
     pub(crate) policy: Policy,
     pub(crate) options: CompileOptions,
     pub(crate) plan: Plan,
+    /// What it was resolved for.
+    pub(crate) cpuid: Option<Cpuid>,
     /// Fixed answers that are no presets on this machine; empty where it was not asked.
     pub(crate) no_presets: Vec<(MsrRange, NoPreset)>,
+}
+
+impl Loaded {
+    /// Why an access gets what it gets.
+    pub(crate) fn explain(&self, msr: Msr, op: Op) -> Explanation<'_> {
+        explain(&self.policy, self.cpuid.as_ref(), &self.options, &self.plan, (msr, op))
+    }
 }
 
 /// Why there is no plan: what to report, and how to end.
@@ -71,6 +80,7 @@ pub(crate) fn planned(policy: Policy, cpuid: Option<&Cpuid>, profile: &[AccessCo
         policy,
         options,
         plan,
+        cpuid: cpuid.cloned(),
         no_presets: Vec::new(),
     })
 }
@@ -124,6 +134,7 @@ pub(crate) fn planned_for_host(
         policy,
         options,
         plan,
+        cpuid: cpuid.cloned(),
     })
 }
 

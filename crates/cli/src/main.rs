@@ -10,6 +10,7 @@ mod cpuid;
 mod load;
 mod machine;
 mod handler;
+mod cause;
 mod check;
 mod plan;
 mod explain;

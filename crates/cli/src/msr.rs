@@ -71,8 +71,12 @@ fn search(what: &str) -> Result<Vec<&'static Entry>, Failure> {
                 let classes = Class::ALL
                     .iter()
                     .map(|class| format!("\n  @{:<13}{}", class.name(), class.about()));
+                let near = msrgate_msrs::nearest_of(name, msrgate_msrs::classes());
+                let near = near
+                    .map(|near| format!("; did you mean `@{near}`?"))
+                    .unwrap_or_default();
                 Err(Failure::input(format!(
-                    "there is no class `@{name}`; the classes are{}",
+                    "there is no class `@{name}`{near}; the classes are{}",
                     classes.collect::<String>()
                 )))
             }
@@ -119,7 +123,7 @@ fn one(out: &mut Stream<impl Write>, entry: &Entry) -> io::Result<()> {
     let filterable = match (entry.is_filterable(), entry.unfiltered()) {
         (true, None) => "yes".to_owned(),
         (true, Some(but)) => format!("yes, but {but}"),
-        (false, why) => format!("no: {}", why.unwrap_or("no KVM filter can stop it")),
+        (false, why) => format!("no: {}", why.unwrap_or_else(|| "no KVM filter can stop it".to_owned())),
     };
     let said = |text: String| if text == "-" { String::new() } else { text };
     for (key, value) in [

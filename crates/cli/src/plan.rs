@@ -7,6 +7,7 @@ use std::fmt;
 use std::io::Write;
 
 use msrgate_core::{Argument, ArgumentKey, Disposition, Entry, FilterRange, Op, ReadAction, WriteAction};
+use msrgate_policy::Diagnostic;
 use msrgate_policy::foreign::Format;
 use msrgate_policy::state::State;
 use serde_json::{Map, Value, json};
@@ -16,7 +17,7 @@ use crate::exit::{Exit, Failure};
 use crate::load::{self, Loaded};
 use crate::render::Table;
 use crate::stream::Stream;
-use crate::{cpuid, refusal, stream, trace, words};
+use crate::{cause, cpuid, machine, refusal, stream, trace, words};
 
 pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
     if args.host && !matches!(args.emit, None | Some(Emit::C | Emit::Json)) {
@@ -47,19 +48,22 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Exit, Failure> {
         }
         return Ok(Exit::Yes);
     }
+    // Without --host a plan is the same everywhere.
+    let kernel = machine::linux().filter(|_| args.host);
+    let notes = msrgate_policy::notes(&loaded.plan, cpuid.as_ref(), kernel);
     match args.emit {
         Some(Emit::C) => emit::c(&mut out, &loaded)?,
         Some(Emit::Rust) => emit::rust(&mut out, &loaded)?,
         Some(Emit::Crosvm) => emit::foreign(&mut out, &loaded, Format::Crosvm)?,
         Some(Emit::MsrSafe) => emit::foreign(&mut out, &loaded, Format::MsrSafe)?,
-        Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded))?,
-        None if args.json => writeln!(out, "{:#}", json(&loaded))?,
-        None => print(&mut stream::page(), &loaded)?,
+        Some(Emit::Json) => writeln!(out, "{:#}", json(&loaded, &notes))?,
+        None if args.json => writeln!(out, "{:#}", json(&loaded, &notes))?,
+        None => print(&mut stream::page(), &loaded, &notes)?,
     }
     Ok(Exit::Yes)
 }
 
-fn json(loaded: &Loaded) -> Value {
+fn json(loaded: &Loaded, notes: &[Diagnostic]) -> Value {
     let (plan, options) = (&loaded.plan, &loaded.options);
     let visits = plan.visits(options.profile());
     let ranges = plan.filter().ranges().iter().zip(visits).map(|(range, visits)| {
@@ -78,6 +82,7 @@ fn json(loaded: &Loaded) -> Value {
             entry.range.first().0,
             Op::Read,
             action(
+                loaded,
                 entry,
                 Op::Read,
                 done(entry.action.did(), entry.action.name()),
@@ -91,6 +96,7 @@ fn json(loaded: &Loaded) -> Value {
             entry.range.first().0,
             Op::Write,
             action(
+                loaded,
                 entry,
                 Op::Write,
                 done(entry.action.did(), entry.action.name()),
@@ -124,10 +130,15 @@ fn json(loaded: &Loaded) -> Value {
             "op": op.name(),
             "exits": options.touches(range, op),
         })).collect::<Vec<_>>(),
+        "valid": loaded.policy.lacking(loaded.cpuid.as_ref()).map(|entry| json!({
+            "msr": entry.msr.to_string(),
+            "name": entry.name(),
+            "lacks": cause::lacks(entry),
+        })).collect::<Vec<_>>(),
         "actions": actions.into_iter().map(|(_, _, action)| action).collect::<Vec<_>>(),
         "unknown": fallback(plan.table().unknown()),
         "invalid": fallback(plan.table().invalid()),
-        "notes": msrgate_policy::notes(plan).iter().map(|note| json!({
+        "notes": notes.iter().map(|note| json!({
             "code": note.code.code(),
             "message": note.message,
         })).collect::<Vec<_>>(),
@@ -148,13 +159,18 @@ fn json(loaded: &Loaded) -> Value {
     })
 }
 
-fn action<A>(entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
+fn action<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, name: String, arguments: Map<String, Value>) -> Value {
     let mut object = Map::new();
     object.insert("first".to_owned(), entry.range.first().to_string().into());
     object.insert("last".to_owned(), entry.range.last().to_string().into());
     object.insert("op".to_owned(), op.name().into());
     object.insert("action".to_owned(), name.into());
     object.insert("rule".to_owned(), entry.rule.into());
+    let decided_by = match entry.rule {
+        Some(_) => "rule",
+        None => cause::without_rule(loaded, entry.range).0,
+    };
+    object.insert("decided_by".to_owned(), decided_by.into());
     object.extend(arguments);
     Value::Object(object)
 }
@@ -186,7 +202,7 @@ fn number(value: u64) -> Value {
     format!("{value:#x}").into()
 }
 
-fn print(out: &mut Stream<impl Write>, loaded: &Loaded) -> Result<(), Failure> {
+fn print(out: &mut Stream<impl Write>, loaded: &Loaded, notes: &[Diagnostic]) -> Result<(), Failure> {
     let plan = &loaded.plan;
     let filter = plan.filter();
     let bytes: usize = filter.ranges().iter().map(|range| range.bitmap().len() * 8).sum();
@@ -314,7 +330,7 @@ fn print(out: &mut Stream<impl Write>, loaded: &Loaded) -> Result<(), Failure> {
             writeln!(out, "what the kernel {when}: rdmsr {read}, wrmsr {write}\n")?;
         }
     }
-    for note in msrgate_policy::notes(plan) {
+    for note in notes {
         writeln!(out, "note {}: {}", note.code, note.message)?;
     }
     Ok(())
@@ -346,7 +362,7 @@ fn action_row<A>(loaded: &Loaded, entry: &Entry<A>, op: Op, action: String) -> [
     let rule = entry
         .rule
         .and_then(|rule| loaded.policy.rule_place(rule))
-        .unwrap_or_else(|| "default".to_owned());
+        .unwrap_or_else(|| cause::without_rule(loaded, entry.range).1);
     [
         entry.range.first().to_string(),
         entry.range.last().to_string(),

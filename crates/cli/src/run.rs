@@ -81,6 +81,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     if mode == Mode::LearnAll {
         lines.say(format!("not faithful: {}", trace::PASSED_ON));
     }
+    if mode == Mode::Enforce {
+        resolved.gaps().into_iter().for_each(|gap| lines.say(gap));
+    }
     let told = lines.clone();
     let claim = place.map(|place| -> Claim {
         Box::new(move |process| {

@@ -7,6 +7,8 @@ use msrgate_core::{Disposition, FaultCause, Msr, MsrRange, Reason};
 use msrgate_plan::Preset;
 use serde_json::{Value, json};
 
+pub(crate) use msrgate_policy::print::counted;
+
 use crate::stream;
 
 /// The name of an MSR, where it has one.
@@ -79,11 +81,6 @@ pub(crate) fn date(time: SystemTime) -> String {
     let year = era * 400 + year + u64::from(month <= 2);
     let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
     format!("{year:04}-{month:02}-{date:02}T{hour:02}:{minute:02}:{second:02}Z")
-}
-
-/// `1 access`, `2 accesses`.
-pub(crate) fn counted(count: u64, one: &str, more: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 /// A text of others in one line of a table, shown and not acted on. What goes to a [`stream`] needs it only where it is to be

@@ -23,9 +23,9 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use command::{Folder, find};
+use command::{Folder, find, wait_until};
 use nix::unistd::Pid;
-use policies::{BY_VENDOR, MICROCODE, wait_until, with_policy};
+use policies::{BY_VENDOR, MICROCODE, with_policy};
 use serde_json::{Value, json};
 
 /// Reads commands from its serial port and does them. `rd CPU MSR` and `wr CPU MSR VALUE` tell what the device of that

@@ -31,11 +31,13 @@ pub enum FaultCause {
     ReEntered,
     /// No room for another shadow register.
     ShadowFull,
+    /// The policy leaves it to the kernel, and the VMM's own filter denies it.
+    VmmFilter,
 }
 
 impl FaultCause {
     /// All of them, each at the place of its number.
-    pub const ALL: [FaultCause; 12] = [
+    pub const ALL: [FaultCause; 13] = [
         FaultCause::NoRule,
         FaultCause::UnknownReason,
         FaultCause::KernelRefused,
@@ -48,6 +50,7 @@ impl FaultCause {
         FaultCause::HandlerPanicked,
         FaultCause::ReEntered,
         FaultCause::ShadowFull,
+        FaultCause::VmmFilter,
     ];
 
     /// The word that traces and JSON use.
@@ -65,6 +68,7 @@ impl FaultCause {
             FaultCause::HandlerPanicked => "handler-panicked",
             FaultCause::ReEntered => "re-entered",
             FaultCause::ShadowFull => "shadow-full",
+            FaultCause::VmmFilter => "vmm-filter",
         }
     }
 

@@ -262,9 +262,10 @@ impl fmt::Display for FilterError {
                 write!(f, "a range spans 1 to {} MSRs, not {nmsrs}", abi::MAX_RANGE_MSRS)
             }
             FilterError::BitmapLength { words, needed } => {
+                let s = if *words == 1 { "" } else { "s" };
                 write!(
                     f,
-                    "the bitmap has {words} words of 64 bits where the kernel reads {needed}"
+                    "the bitmap has {words} word{s} of 64 bits where the kernel reads {needed}"
                 )
             }
             FilterError::TooManyRanges { ranges } => {

@@ -22,6 +22,19 @@ use msrgate_core::Msr;
 /// 5.16, the RIP that it then went on from before 5.17, and the moments in which an access met half a filter before
 /// 5.12. A profile is that of a release: between the commit that brought filters in, 1a155254ff93, and 5.10, they covered
 /// x2APIC too.
+///
+/// `V6_18` is also what later kernels do, up to 7.3-rc, which was read: nothing of the above has changed since. What else passes a
+/// filter on Linux no profile has, since it comes to no [`crate::Vcpu`]; a hypervisor that lets a guest have it lets it pass too:
+///
+/// | | |
+/// |---|---|
+/// | L2's MSRs by the lists of a VMCS | modelled: `nested_lists`, asked as [`crate::Origin::NestedList`] |
+/// | immediate forms of RDMSR and WRMSRNS, from 6.18 | modelled on every profile: whether a guest has them is the processor's |
+/// | L2's MSRs by fields of a VMCS, by VMRUN, VMLOAD and VMSAVE | not modelled: never filtered |
+/// | branch records (LBR) | not modelled. KVM passes them through on demand, and a filter that is replaced does not close them; here [`crate::Intercepts`] close with the filter |
+/// | TDX, from 6.16 | not modelled: TDVMCALL gives a status where this engine gives #GP, and the module keeps MSRs of its own |
+/// | CET by XRSTORS, from 6.18 | not modelled: the processor's |
+/// | a mediated PMU | not modelled: RDPMC makes no exit, and the fast path of TSC_DEADLINE is not taken where a counter counts instructions |
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Profile {
     /// How a filter is replaced.
@@ -83,7 +96,7 @@ impl Profile {
         nested_lists: Coverage::Filtered,
         ..Profile::V6_1
     };
-    /// Linux 6.18 and later: TSC_DEADLINE escapes on AMD too.
+    /// Linux 6.18 and later, up to 7.3-rc: TSC_DEADLINE escapes on AMD too.
     pub const V6_18: Profile = Profile {
         tsc_deadline: TscDeadline::Bypassed,
         ..Profile::V6_12

@@ -67,6 +67,11 @@ pub fn is_feature(name: &str) -> bool {
     feature(name).is_some()
 }
 
+/// Where CPUID tells of a feature: any of these places says that it is there. Empty if no feature has this name.
+pub fn places(name: &str) -> &'static [Place] {
+    feature(name).map_or(&[], |feature| feature.places)
+}
+
 /// Why a text is not what `cpuid -r` prints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuidError {

@@ -1,13 +1,18 @@
 //! A row of the table, and the table, which `build.rs` makes from `msrs.toml`.
 
+use alloc::borrow::ToOwned;
+use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
 
-use msrgate_core::{Msr, MsrRange, Op};
+use msrgate_core::{Msr, Op};
 
+use crate::bypass::{Bypass, BypassKind, Linux, Passes};
 use crate::class::Class;
 use crate::cpuid::{CpuVendor, Cpuid};
-use crate::facts::{Bypass, Host, Kept, State};
+use crate::facts::{Host, Kept, State};
 use crate::need::{Need, System};
+use crate::wildcard::matches;
 
 include!(concat!(env!("OUT_DIR"), "/table.rs"));
 
@@ -19,6 +24,11 @@ pub fn all() -> &'static [Entry] {
 /// All needs that are known, by MSR.
 pub fn needs() -> &'static [Need] {
     NEEDS
+}
+
+/// All ways past a KVM filter that are known.
+pub fn bypasses() -> &'static [Bypass] {
+    BYPASSES
 }
 
 /// The MSR that has this name or alias, as [`bare`] and in capitals.
@@ -63,8 +73,6 @@ pub struct Entry {
     pub host: Host,
     /// What KVM does with the value.
     pub kept: Kept,
-    /// What passes a KVM filter by a property of this MSR; [`unfiltered`](Entry::unfiltered) says all that does.
-    pub bypass: Option<Bypass>,
     passthrough: [bool; 2],
     hot: bool,
     hardware: bool,
@@ -193,7 +201,7 @@ impl Entry {
         text(self.names).split(' ')
     }
 
-    /// Other names: Linux's, AMD's, older ones.
+    /// Other names: Linux's, AMD's, QEMU's, VirtualBox's, older ones.
     pub fn aliases(&self) -> impl Iterator<Item = &'static str> + use<> {
         self.names().skip(1)
     }
@@ -237,6 +245,16 @@ impl Entry {
     /// the value itself (`shadow`), whoever runs the policy must.
     pub fn holds_guest_state(&self) -> bool {
         self.state != State::Nothing && self.access != Access::ReadOnly
+    }
+
+    /// Whether a guest reads what it wrote: the register holds its value, and a write is no command.
+    ///
+    /// Of the microcode's revision a guest writes 0 before it reads, and KVM keeps nothing of that (`kvm_set_msr_common`).
+    pub fn keeps_writes(&self) -> bool {
+        self.access == Access::ReadWrite
+            && self.holds_guest_state()
+            && self.command().is_none()
+            && self.name() != "IA32_BIOS_SIGN_ID"
     }
 
     /// Whether the value identifies the machine or tells of what others do or did on it: what a tenant must not see.
@@ -289,16 +307,37 @@ impl Entry {
     /// Whether a KVM filter can stop every access to it, on every kernel that is known, except where
     /// [`unfiltered`](Entry::unfiltered) says otherwise.
     pub fn is_filterable(&self) -> bool {
-        !(MsrRange::X2APIC.contains(self.msr) || self.msr == Msr::MAX || self.bypass == Some(Bypass::Hardware))
+        let mut kinds = self.bypasses().map(|bypass| bypass.kind);
+        self.msr != Msr::MAX && !kinds.any(|kind| matches!(kind, BypassKind::Exempt | BypassKind::Hardware))
     }
 
-    /// What passes a KVM filter nevertheless, in a sentence; `None` if nothing does.
-    pub fn unfiltered(&self) -> Option<&'static str> {
-        match self.msr {
-            msr if MsrRange::X2APIC.contains(msr) => Some("KVM answers 0x800..=0x8ff before it asks the filter"),
-            Msr::MAX => Some("no range of a filter can hold this index"),
-            _ => self.bypass.and_then(Bypass::sentence),
+    /// Whether it is one of the registers that a way past a KVM filter is to; `false` of a way to all.
+    pub fn is_reached_by(&self, bypass: &Bypass) -> bool {
+        bypass.of.iter().any(|of| match of.strip_prefix('@') {
+            Some(class) => self.classes().iter().any(|one| one.name() == class),
+            None => matches(of.as_bytes(), self.name().as_bytes()),
+        })
+    }
+
+    /// The ways past a KVM filter to this MSR, without those to all.
+    pub fn bypasses(&self) -> impl Iterator<Item = &'static Bypass> {
+        bypasses().iter().filter(|bypass| self.is_reached_by(bypass))
+    }
+
+    /// What passes a KVM filter nevertheless, of any guest and while the filter stays the same; `None` if nothing does.
+    pub fn unfiltered(&self) -> Option<String> {
+        if self.msr == Msr::MAX {
+            return Some("no range of a filter can hold this index".to_owned());
         }
+        let told = |bypass: &&Bypass| {
+            bypass.guest.is_none() && bypass.passes != Passes::Use && bypass.kind != BypassKind::Kernel
+        };
+        let sentence = |bypass: &Bypass| match bypass.kind {
+            BypassKind::Instruction => bypass.says_of(None, "it too"),
+            _ => bypass.says_of(None, ""),
+        };
+        let says: Vec<String> = self.bypasses().filter(told).map(sentence).collect();
+        Some(says.join("; ")).filter(|says| !says.is_empty())
     }
 
     /// Which operating systems need it, and what for.

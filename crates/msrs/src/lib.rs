@@ -25,17 +25,20 @@ extern crate std;
 
 pub mod number;
 pub mod cpuid;
+mod wildcard;
 mod class;
 mod facts;
+mod bypass;
 mod entry;
 mod need;
 mod search;
 pub mod spell;
 mod lookup;
 
+pub use self::bypass::{Bypass, BypassKind, Linux, NoVersion, Passes};
 pub use self::class::{Class, UnknownClass};
-pub use self::entry::{Access, Entry, Exists, Vendor, all, needs};
-pub use self::facts::{Bypass, Host, Kept, State};
+pub use self::entry::{Access, Entry, Exists, Vendor, all, bypasses, needs};
+pub use self::facts::{Host, Kept, State};
 pub use self::lookup::{by_msr, by_name, class, classes, command, glob, spillable, within};
 pub use self::need::{Need, System};
 pub use self::search::{around, near, nearest, nearest_of, printed, search};

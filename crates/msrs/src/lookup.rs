@@ -4,6 +4,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 
 use crate::class::Class;
 use crate::entry::{Entry, all, bare, by_bare_name};
+use crate::wildcard::matches;
 
 /// The MSR of this index.
 pub fn by_msr(msr: Msr) -> Option<&'static Entry> {
@@ -53,33 +54,6 @@ pub fn class(name: &str) -> Option<impl Iterator<Item = &'static Entry> + use<>>
 /// The names of all classes, in alphabetical order, without the `@`.
 pub fn classes() -> impl Iterator<Item = &'static str> {
     Class::ALL.iter().map(|class| class.name())
-}
-
-/// Whether a pattern of `*` and `?` matches the whole of a text.
-pub(crate) fn matches(mut pattern: &[u8], mut text: &[u8]) -> bool {
-    // What to go on with if the rest fails: the pattern after the last `*`, and the text that it may yet swallow.
-    // Only the last `*` needs it: an earlier one that swallows more leaves less for the later ones.
-    let mut retry: Option<(&[u8], &[u8])> = None;
-    loop {
-        match (pattern, text) {
-            ([], []) => return true,
-            ([b'*', rest @ ..], _) => {
-                pattern = rest;
-                retry = Some((rest, text));
-                continue;
-            }
-            ([wanted, rest @ ..], [byte, text_rest @ ..]) if *wanted == b'?' || wanted.eq_ignore_ascii_case(byte) => {
-                (pattern, text) = (rest, text_rest);
-                continue;
-            }
-            _ => {}
-        }
-        let Some((after, [_, swallowed @ ..])) = retry else {
-            return false;
-        };
-        retry = Some((after, swallowed));
-        (pattern, text) = (after, swallowed);
-    }
 }
 
 /// What a write of an MSR does, where it acts and is not kept ([`Entry::command`]).

@@ -1,3 +1,6 @@
+mod families;
+mod names;
+
 use std::collections::HashMap;
 
 use std::format;
@@ -9,7 +12,7 @@ use msrgate_core::{Msr, Op};
 use super::*;
 use crate::cpuid::{self, Cpuid};
 use crate::entry::bare;
-use crate::lookup::matches;
+use crate::wildcard::matches;
 
 fn named(name: &str) -> (u32, &'static str) {
     let entry = by_name(name).unwrap_or_else(|| panic!("{name} is missing"));

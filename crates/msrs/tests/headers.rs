@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// Where the kernel names MSRs.
-const HEADERS: [&str; 3] = [
+const HEADERS: [&str; 4] = [
     "arch/x86/include/asm/msr-index.h",
+    "arch/x86/include/asm/perf_event.h",
     "arch/x86/include/uapi/asm/kvm_para.h",
     "arch/x86/include/asm/hyperv-tlfs.h",
 ];

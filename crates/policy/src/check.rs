@@ -28,7 +28,10 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         findings.extend(unenforceable(rule));
         findings.extend(logs_nothing(rule));
         findings.extend(half_a_shadow(&shadows, rule));
+        findings.extend(needs_handler(rule));
     }
+    findings.extend(denies_all(map));
+    findings.extend(needs_handler_by_default(policy));
     findings.extend(guest::check(map, &rules, cpuid));
     findings.extend(tenant::check(map, &rules));
     findings.extend(likely::check(map, &rules));
@@ -89,6 +92,45 @@ fn half_a_shadow(shadows: &Shadows, rule: &Rule) -> Option<Diagnostic> {
         )
     };
     Some(Diagnostic::at(Code::WithoutEffect, rule.place.clone(), message).help(help))
+}
+
+/// A note on where a rule's handler can be.
+fn needs_handler(rule: &Rule) -> Option<Diagnostic> {
+    let read = rule.read.as_ref().and_then(ReadAction::handler);
+    let name = read.or(rule.write.as_ref().and_then(WriteAction::handler))?;
+    Some(Diagnostic::at(Code::HandlerNeeded, rule.place.clone(), in_a_vmm(name)))
+}
+
+/// The same of `unknown` and `invalid`.
+fn needs_handler_by_default(policy: &Policy) -> Option<Diagnostic> {
+    let fallbacks = [&policy.unknown, &policy.invalid].into_iter();
+    let mut handlers = fallbacks.flat_map(|(read, write)| [read.handler(), write.handler()]);
+    let name = handlers.find_map(|handler| handler)?;
+    Some(Diagnostic::whole(Code::HandlerNeeded, in_a_vmm(name)))
+}
+
+fn in_a_vmm(handler: &str) -> String {
+    format!(
+        "the handler `{handler}` is code of a VMM that is built with msrgate's library; without it the access is #GP"
+    )
+}
+
+fn denies_all(map: &DecisionMap) -> Option<Diagnostic> {
+    let reads = map
+        .reads()
+        .iter()
+        .all(|(_, decision)| decision.action == ReadAction::Deny);
+    let writes = map
+        .writes()
+        .iter()
+        .all(|(_, decision)| decision.action == WriteAction::Deny);
+    (reads && writes).then(|| {
+        let message = "every access is denied: no operating system starts under this policy";
+        Diagnostic::whole(Code::DeniesAll, message).help(
+            "allow what the guest needs, or begin with a policy that does; for a guest that touches no MSR, or under policies \
+             that extend this one: `accept = { W016 = \"which guest\" }`",
+        )
+    })
 }
 
 fn forbids(rule: &Rule) -> bool {

@@ -69,6 +69,8 @@ pub enum Code {
     DeniesShown,
     TakenForDone,
     Nowhere,
+    ReadsOtherwise,
+    DeniesAll,
     NeverFiltered,
     PassesUnseen,
     LastMsr,
@@ -78,15 +80,18 @@ pub enum Code {
     HostView,
     PresetsHeld,
     PassedOn,
+    RangeCut,
+    HandlerNeeded,
     NoGuestStarts,
     StateUnlisted,
     StateKept,
     InterfaceDenied,
-    PassedByLists,
+    KernelGap,
+    Confidential,
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 51] = [
+    const ALL: [(Code, &'static str, &'static str); 56] = [
         (Code::Syntax, "E001", "the text is not TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
@@ -176,6 +181,12 @@ impl Code {
             "W014",
             "nothing is known to have an MSR where a rule names one",
         ),
+        (
+            Code::ReadsOtherwise,
+            "W015",
+            "a rule answers reads of a register that the guest writes",
+        ),
+        (Code::DeniesAll, "W016", "the policy denies everything"),
         (Code::NeverFiltered, "N001", "the x2APIC is never filtered"),
         (
             Code::PassesUnseen,
@@ -206,6 +217,16 @@ impl Code {
         ),
         (Code::PassedOn, "N009", "accesses are passed through from user space"),
         (
+            Code::RangeCut,
+            "N010",
+            "MSRs in a row take several ranges of the filter",
+        ),
+        (
+            Code::HandlerNeeded,
+            "N011",
+            "a handler is in a VMM that links the library",
+        ),
+        (
             Code::NoGuestStarts,
             "N020",
             "no rule allows what an operating system does unguarded",
@@ -221,10 +242,11 @@ impl Code {
             "N023",
             "a rule denies an interface that the guest's CPUID may show",
         ),
+        (Code::KernelGap, "N024", "some kernels let a guest pass the filter"),
         (
-            Code::PassedByLists,
-            "N024",
-            "a guest with VMX passes the filter on some kernels",
+            Code::Confidential,
+            "N025",
+            "a confidential guest gets something else than the policy says",
         ),
     ];
 

@@ -3,7 +3,9 @@
 use std::fmt;
 
 use msrgate_core::{Action, DecidedBy, Msr, MsrRange, Op, ReadAction, Reason, Verdict};
-use msrgate_plan::{CompileOptions, DecisionMap, Plan};
+use msrgate_msrs::Entry;
+use msrgate_msrs::cpuid::Cpuid;
+use msrgate_plan::{CompileOptions, Plan};
 
 use crate::{Policy, Rule};
 
@@ -16,8 +18,8 @@ pub struct Explanation<'a> {
     pub op: Op,
     /// What the policy says.
     pub action: Action,
-    /// The rule that decides and its number, or `None` for the default.
-    pub rule: Option<(u32, &'a Rule)>,
+    /// What of the policy says so.
+    pub cause: Cause<'a>,
     /// The filter's word.
     pub verdict: Verdict,
     /// What gave it.
@@ -28,6 +30,28 @@ pub struct Explanation<'a> {
     pub exits: bool,
     /// How often the profile has the access; `None` where there is no profile.
     pub touches: Option<u64>,
+}
+
+/// What of a policy decides an access.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum Cause<'a> {
+    /// This rule, and its number.
+    Rule(u32, &'a Rule),
+    /// `valid = "cpu-model"`: by the guest's CPUID this MSR is not there.
+    Valid(&'static Entry),
+    /// The default.
+    Default,
+}
+
+impl<'a> Cause<'a> {
+    /// The rule and its number, if it is one.
+    pub fn rule(self) -> Option<(u32, &'a Rule)> {
+        match self {
+            Cause::Rule(number, rule) => Some((number, rule)),
+            Cause::Valid(_) | Cause::Default => None,
+        }
+    }
 }
 
 /// What the guest gets; as a sentence for people.
@@ -78,14 +102,15 @@ impl fmt::Display for Sees {
     }
 }
 
-/// Explains one access under a policy, its decision map and the plan that it was compiled to so.
+/// Explains one access under a policy and the plan that it was compiled to, so, for a guest with this CPUID.
 pub fn explain<'a>(
     policy: &'a Policy,
-    map: &DecisionMap,
+    cpuid: Option<&Cpuid>,
     options: &CompileOptions,
     plan: &Plan,
     (msr, op): (Msr, Op),
 ) -> Explanation<'a> {
+    let map = plan.map();
     let (verdict, decider) = plan.filter().decide(msr, op);
     let (action, rule) = match op {
         Op::Read => {
@@ -98,7 +123,8 @@ pub fn explain<'a>(
         }
     };
     let exits = verdict == Verdict::Deny && plan.reasons().contains(Reason::Filter);
-    let by_number = |number: u32| Some((number, policy.rules.get(usize::try_from(number).ok()?)?));
+    let by_number = |number: u32| Some(Cause::Rule(number, policy.rules.get(usize::try_from(number).ok()?)?));
+    let lacking = || msrgate_msrs::by_msr(msr).filter(|_| policy.lacks(msr, cpuid));
     let preset = plan.presets().iter().find(|preset| preset.msr == msr && op == Op::Read);
     let is_allowed = action.did().is_kernels();
     let sees = match (preset, verdict) {
@@ -113,7 +139,10 @@ pub fn explain<'a>(
         msr,
         op,
         action,
-        rule: rule.and_then(by_number),
+        cause: rule
+            .and_then(by_number)
+            .or_else(|| lacking().map(Cause::Valid))
+            .unwrap_or(Cause::Default),
         verdict,
         decider,
         sees,

@@ -17,6 +17,7 @@ const BUILT_IN: [(&str, &str); 19] = [
     ("bhyve-amd", include_str!("../policies/bhyve-amd.toml")),
     ("bhyve-intel", include_str!("../policies/bhyve-intel.toml")),
     ("crosvm-itmt", include_str!("../policies/crosvm-itmt.toml")),
+    ("deny-all", include_str!("../policies/deny-all.toml")),
     ("fixed-microcode", include_str!("../policies/fixed-microcode.toml")),
     ("hvmi-guard", include_str!("../policies/hvmi-guard.toml")),
     ("ignore-unknown", include_str!("../policies/ignore-unknown.toml")),
@@ -27,7 +28,6 @@ const BUILT_IN: [(&str, &str); 19] = [
     ("openvmm-stubs", include_str!("../policies/openvmm-stubs.toml")),
     ("qemu", include_str!("../policies/qemu.toml")),
     ("qemu-rapl", include_str!("../policies/qemu-rapl.toml")),
-    ("sandbox", include_str!("../policies/sandbox.toml")),
 ];
 
 /// Gives the texts that a policy and those it extends are made of.

@@ -7,6 +7,7 @@ use msrgate_core::{MsrRange, Op, Verdict};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{Change, ChangedPart, DecisionMap, Direction, Group, Intervals, Plan, PlanError, SpillError};
 
+use crate::print::counted;
 use crate::{Code, Diagnostic, Policy};
 
 /// More rules than these are not tried one by one.
@@ -278,10 +279,7 @@ impl Policy {
 }
 
 fn accesses(count: u64) -> String {
-    match count {
-        1 => "1 access".to_owned(),
-        n => format!("{n} accesses"),
-    }
+    counted(count, "access", "accesses")
 }
 
 fn more(all: usize) -> String {

@@ -50,7 +50,7 @@ pub mod foreign;
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};
 pub use diagnostic::{Acceptance, Code, Diagnostic, Place, Severity, Source};
-pub use explain::{Explanation, Sees, explain};
+pub use explain::{Cause, Explanation, Sees, explain};
 pub use files::{Disk, Files, built_in, text_of};
 pub use fit::{FitAdvice, Without};
 pub use note::notes;

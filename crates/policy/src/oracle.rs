@@ -42,7 +42,7 @@ impl Policy {
     }
 
     /// Whether `valid = "cpu-model"` denies the MSR to this guest.
-    fn lacks(&self, msr: Msr, cpuid: Option<&Cpuid>) -> bool {
+    pub(crate) fn lacks(&self, msr: Msr, cpuid: Option<&Cpuid>) -> bool {
         let Some(cpuid) = cpuid else { return false };
         let entry = msrgate_msrs::by_msr(msr);
         self.valid == Validity::CpuModel && entry.is_some_and(|entry| entry.exists_on(cpuid) == Some(false))

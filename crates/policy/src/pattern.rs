@@ -153,10 +153,13 @@ impl PatternError {
                 }
                 None => "`msrgate msr TEXT` searches the names; an index works too: `0x8b`".to_owned(),
             }),
-            PatternError::UnknownClass(_) => Some(format!(
-                "the classes are {}",
-                msrgate_msrs::classes().collect::<Vec<_>>().join(", ")
-            )),
+            PatternError::UnknownClass(name) => {
+                let classes = || msrgate_msrs::classes();
+                let near = msrgate_msrs::nearest_of(name, classes());
+                let near = near.map(|near| format!("did you mean `@{near}`? ")).unwrap_or_default();
+                let all: Vec<&str> = classes().collect();
+                Some(format!("{near}the classes are {}", all.join(", ")))
+            }
             PatternError::NoMatch(_) => {
                 Some("`*` and `?` match over known names; every MSR there is: `0..=0xffffffff`".to_owned())
             }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
+use msrgate_msrs::Entry;
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
@@ -198,9 +199,10 @@ impl Policy {
     /// Fails only where the policy depends on the guest's CPUID and none is given.
     pub fn decision_map(&self, cpuid: Option<&Cpuid>) -> Result<DecisionMap, CpuidNeeded> {
         let rules = self.rules_for(cpuid)?;
-        let invalid = self.lacking(cpuid);
+        let lacking = self.lacking(cpuid).map(|entry| MsrRange::single(entry.msr));
+        let lacking: Vec<MsrRange> = lacking.collect();
         let (default_read, default_write) = self.default_actions();
-        let reads = invalid
+        let reads = lacking
             .iter()
             .map(|range| (*range, Decision::of(ReadAction::Deny)))
             .chain(rules.iter().flat_map(|(index, rule)| {
@@ -211,7 +213,7 @@ impl Policy {
                     rule.log_of(rule.read == Some(ReadAction::Allow)),
                 )
             }));
-        let writes = invalid
+        let writes = lacking
             .iter()
             .map(|range| (*range, Decision::of(WriteAction::Deny)))
             .chain(rules.iter().flat_map(|(index, rule)| {
@@ -260,16 +262,11 @@ impl Policy {
         Ok((0..).zip(&self.rules).filter(|(_, rule)| holds(rule)).collect())
     }
 
-    /// The MSRs that `valid = "cpu-model"` denies.
-    pub(crate) fn lacking(&self, cpuid: Option<&Cpuid>) -> Vec<MsrRange> {
-        match (self.valid, cpuid) {
-            (Validity::CpuModel, Some(cpuid)) => msrgate_msrs::all()
-                .iter()
-                .filter(|entry| entry.exists_on(cpuid) == Some(false))
-                .map(|entry| MsrRange::single(entry.msr))
-                .collect(),
-            _ => Vec::new(),
-        }
+    /// The MSRs that `valid = "cpu-model"` denies to a guest, whatever a rule says, by index.
+    pub fn lacking<'a>(&self, cpuid: Option<&'a Cpuid>) -> impl Iterator<Item = &'static Entry> + use<'a> {
+        let cpuid = cpuid.filter(|_| self.valid == Validity::CpuModel);
+        let entries = msrgate_msrs::all().iter();
+        entries.filter(move |entry| cpuid.is_some_and(|cpuid| entry.exists_on(cpuid) == Some(false)))
     }
 }
 

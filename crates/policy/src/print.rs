@@ -10,6 +10,11 @@ use crate::policy::When;
 use crate::written::is_flag;
 use crate::{Acceptance, Policy, Rule, Spill, Validity};
 
+/// So many of a thing: `1 access`, `2 accesses`.
+pub fn counted(count: u64, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
+}
+
 /// How wide a line gets.
 const WIDTH: usize = 100;
 

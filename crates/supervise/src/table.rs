@@ -49,9 +49,10 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
     let mut words = Vec::new();
     let default = |kind, did| entry(all, kind, did, None, Log::None, 0);
     let (unknown, invalid) = (table.unknown(), table.invalid());
-    let nobodys = told(Disposition::Fault, Some(FaultCause::NoRule));
-    words.extend(default(filter, nobodys));
-    words.extend(default(filter, nobodys));
+    // What the policy leaves to the kernel is in its filter only where the VMM's own denies it.
+    let vmms = told(Disposition::Fault, Some(FaultCause::VmmFilter));
+    words.extend(default(filter, vmms));
+    words.extend(default(filter, vmms));
     for (reads, writes) in [unknown, invalid] {
         for (kind, did) in [(fallback(reads), reads.did()), (fallback_write(writes), writes.did())] {
             // What the policy leaves to the kernel the kernel has refused.

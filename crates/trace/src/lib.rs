@@ -70,6 +70,7 @@ pub enum Coverage {
 
 /// What a trace says of itself in its first line. All but the version may be missing.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(expecting = "a trace's header")]
 pub struct Header {
     /// [`VERSION`].
     pub msrgate_trace: u64,
@@ -147,7 +148,7 @@ pub enum Record {
 
 /// A number that stands as a text (`"0x8b"`) or as itself.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "neither a number of 64 bits nor a text")]
 enum Number<'a> {
     #[serde(borrow)]
     Text(Cow<'a, str>),
@@ -165,6 +166,7 @@ impl Number<'_> {
 
 /// An event or a gap as its line spells it.
 #[derive(Deserialize)]
+#[serde(expecting = "an event or a gap")]
 struct Line<'a> {
     #[serde(default)]
     t: u64,

@@ -24,6 +24,7 @@ mod head;
 use std::collections::HashMap;
 
 use msrgate_core::{Disposition, Event, Msr, Nanos, Op};
+use msrgate_policy::print;
 
 use self::head::Head;
 
@@ -292,8 +293,9 @@ fn foreign(line: &str, had_events: bool) -> Result<(), String> {
     }
     if let Some((kept, written)) = overwritten(line) {
         return Err(format!(
-            "the buffer held {kept} of {written} events, so this is not all that the guest did: record with a larger \
-             buffer (`buffer_size_kb`) or from `trace_pipe`, or take the line out to go on without them"
+            "the buffer held {kept} of {}, so this is not all that the guest did: record with a larger \
+             buffer (`buffer_size_kb`) or from `trace_pipe`, or take the line out to go on without them",
+            print::counted(written, "event", "events")
         ));
     }
     let first = line.split_whitespace().next().unwrap_or_default();

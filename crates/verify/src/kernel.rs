@@ -5,6 +5,7 @@ use std::fs;
 
 use msrgate_core::{Access, Msr};
 use msrgate_engine::{Profile, Vendor};
+use msrgate_msrs::Linux;
 
 /// The engine's profiles by name, and the first version of Linux that each is of.
 const PROFILES: [(&str, (u32, u32), Profile); 9] = [
@@ -120,11 +121,7 @@ impl fmt::Display for Kernel {
 
 /// The first two numbers of a release; 0.0 where there are none.
 fn version(release: &str) -> (u32, u32) {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|text| text.parse().ok());
-    let mut next = || numbers.next().flatten().unwrap_or(0);
-    (next(), next())
+    release.parse().map_or((0, 0), |Linux(major, minor)| (major, minor))
 }
 
 /// Where the release says nothing, the newest is more likely than the oldest.
@@ -135,7 +132,27 @@ fn profile(version: (u32, u32)) -> (&'static str, Profile) {
 
 #[cfg(test)]
 mod tests {
+    use msrgate_engine::{Coverage, TscDeadline};
+    use msrgate_msrs::BypassKind;
+
     use super::*;
+
+    #[test]
+    fn the_profiles_let_pass_what_the_database_says() {
+        for (name, (major, minor), profile) in PROFILES.into_iter().filter(|(name, ..)| *name != "newest") {
+            let linux = Linux(major, minor);
+            let passing = || msrgate_msrs::bypasses().iter().filter(|bypass| bypass.is_of(linux));
+            let lists = passing().any(|bypass| bypass.kind == BypassKind::Kernel && bypass.of.is_empty());
+            assert_eq!(lists, profile.nested_lists == Coverage::Exempt, "{name}: lists");
+            let mut fast = passing().filter(|bypass| bypass.kind == BypassKind::Fastpath);
+            let amd = fast.any(|bypass| bypass.says.contains("kvm_amd"));
+            assert_eq!(
+                amd,
+                profile.tsc_deadline == TscDeadline::Bypassed,
+                "{name}: the fast path"
+            );
+        }
+    }
 
     #[test]
     fn a_release_names_the_profile() {

@@ -52,7 +52,7 @@ fn means_the_same_in_every_form(policy: &Policy) {
         let _ = findings(policy, &map, cpuid);
         if let Ok(plan) = Plan::compile_for(&map, &policy.options()) {
             for op in msrgate_core::Op::ALL {
-                let _ = explain(policy, &map, &policy.options(), &plan, (msrgate_core::Msr(0x8b), op));
+                let _ = explain(policy, cpuid, &policy.options(), &plan, (msrgate_core::Msr(0x8b), op));
             }
         }
         if cpuid.is_none() {

@@ -1,7 +1,7 @@
 //! What a report says, in whatever form.
 
 use msrgate_core::{Msr, Op, Verdict};
-use msrgate_policy::{Explanation, explain};
+use msrgate_policy::Explanation;
 use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
 use msrgate_trace::{Coverage, TraceError};
 
@@ -22,10 +22,7 @@ pub(super) struct Contents {
 impl Contents {
     /// What the policy says of an access, where there is a policy.
     pub(super) fn explain(&self, msr: Msr, op: Op) -> Option<Explanation<'_>> {
-        let Loaded {
-            policy, options, plan, ..
-        } = self.policy.as_ref()?;
-        Some(explain(policy, plan.map(), options, plan, (msr, op)))
+        self.policy.as_ref().map(|loaded| loaded.explain(msr, op))
     }
 
     /// What the policy gives the accesses of a row, as far as a filter can; all is allowed where there is no policy.
@@ -52,7 +49,9 @@ impl Contents {
         let rules = self.policy.as_ref().map_or(0, |loaded| loaded.policy.rules.len());
         let mut counts = vec![0; rules];
         for row in self.report.rows() {
-            let rule = self.explain(row.msr, row.op).and_then(|explained| explained.rule);
+            let rule = self
+                .explain(row.msr, row.op)
+                .and_then(|explained| explained.cause.rule());
             let place = rule.and_then(|(number, _)| usize::try_from(number).ok());
             if let Some(count) = place.and_then(|place| counts.get_mut(place)) {
                 *count += row.count;
@@ -154,8 +153,8 @@ impl Contents {
         }
         if self.report.unlisted() > 0 {
             notes.push(format!(
-                "{} accesses are of MSRs that are not listed, since there is room for {MOST_ROWS}",
-                self.report.unlisted()
+                "{} of MSRs that are not listed, since there is room for {MOST_ROWS}",
+                words::counted(self.report.unlisted(), "access is", "accesses are")
             ));
         }
         if self.report.vcpus().len() == MOST_VCPUS {

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use msrgate_core::{Disposition, Reason, Within};
-use msrgate_policy::Rule;
+use msrgate_policy::{Cause, Rule};
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ use crate::args::ListArgs;
 use crate::load::Loaded;
 use crate::render::{Effect, Table};
 use crate::stream::{Stream, Tone};
-use crate::{render, words};
+use crate::{cause, render, words};
 
 /// How many different values, and how many different callers, a line for people names.
 const FEW: usize = 3;
@@ -87,7 +87,8 @@ pub(super) fn json(contents: &Contents) -> Value {
             "other_rips": row.rips.others(),
             "policy": explained.map(|explained| json!({
                 "action": explained.action.name(),
-                "rule": explained.rule.map(|(number, _)| number),
+                "rule": explained.cause.rule().map(|(number, _)| number),
+                "decided_by": cause::name(&explained),
                 "sees": explained.sees.to_string(),
                 "exits": explained.exits,
             })),
@@ -274,9 +275,10 @@ pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &Lis
             row.count.to_string(),
             got(row),
         ];
-        cells.extend(explained.as_ref().map(|explained| match explained.rule {
-            Some((number, _)) => format!("{}, rule {number}", explained.action.name()),
-            None => format!("{}, by default", explained.action.name()),
+        cells.extend(explained.as_ref().map(|explained| match explained.cause {
+            Cause::Rule(number, _) => format!("{}, rule {number}", explained.action.name()),
+            Cause::Valid(_) => format!("{}, by `valid`", explained.action.name()),
+            _ => format!("{}, by default", explained.action.name()),
         }));
         cells.push(few(&row.values, |value| format!("{value:#x}")));
         cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
@@ -286,7 +288,7 @@ pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &Lis
         cells.push(time(report.first(row), several));
         cells.push(time(report.last(row), several));
         let why = |(_, rule): (_, &Rule)| rule.why.clone().unwrap_or_default();
-        cells.extend(explained.map(|explained| explained.rule.map(why).unwrap_or_default()));
+        cells.extend(explained.map(|explained| explained.cause.rule().map(why).unwrap_or_default()));
         table.add(effect(contents, row).tone(), cells);
     }
     if !table.is_empty() {

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
 use crate::run::end::{changed, others};
-use crate::run::killed;
+use crate::run::killed::Killed;
 use crate::run::monitor::Monitor;
 use crate::run::signals::{Signals, number};
 use crate::run::writer::{Lines, Output, Writer};
@@ -200,10 +200,7 @@ impl Watch<'_> {
         }
         // Nobody is left who could call.
         let served = served.join();
-        let killed = match self.status {
-            Some(WaitStatus::Signaled(process, Signal::SIGSYS, _)) => Some(killed::by_sandbox(process, self.started)),
-            _ => None,
-        };
+        let killed = self.status.and_then(|status| Killed::by(status, self.started));
         if let Ok(Err(error)) = served {
             self.lines.say(format!("the supervisor ended: {error}"));
         }

@@ -1,15 +1,38 @@
-//! What the kernel says of a process that its own sandbox has killed.
+//! What signal has killed the VMM, and what the kernel says of one that its own sandbox has killed.
 
 use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
 use std::time::SystemTime;
 
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+
+/// What killed the VMM.
+pub(crate) struct Killed {
+    pub(crate) signal: Signal,
+    /// A line for people.
+    pub(crate) line: String,
+}
+
+impl Killed {
+    /// What ended a VMM that was started then; `None` if that was no signal.
+    pub(crate) fn by(status: WaitStatus, started: SystemTime) -> Option<Killed> {
+        let WaitStatus::Signaled(process, signal, _) = status else {
+            return None;
+        };
+        let line = match signal {
+            Signal::SIGSYS => by_sandbox(process, started),
+            signal => format!("the VMM died of {signal}"),
+        };
+        Some(Killed { signal, line })
+    }
+}
 
 /// One line for people on a VMM that died of SIGSYS. The kernel's log has the call and the thread, as an audit record of
 /// type 1326 (AUDIT_SECCOMP), where no audit daemon takes it and the log may be read.
-pub(crate) fn by_sandbox(process: Pid, started: SystemTime) -> String {
+fn by_sandbox(process: Pid, started: SystemTime) -> String {
     let said = record(process, started).map_or_else(
         || ": which call it was, the kernel's audit log says".to_owned(),
         |(thread, call)| format!(": thread `{thread}` made system call {call}"),

@@ -2,13 +2,14 @@
 
 use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
+use msrgate_msrs::{Bypass, BypassKind, Linux};
 use msrgate_plan::{AccessCount, CompileOptions, DecisionMap, Plan};
 use msrgate_policy::Policy;
 use msrgate_supervise::{Leaf, Resolve};
 
 use crate::args::RunArgs;
 use crate::exit::{Exit, Failure};
-use crate::{cpuid, load, trace};
+use crate::{cpuid, load, machine, trace};
 
 /// What VMs begin with, and what becomes of them.
 pub(crate) struct Resolved {
@@ -78,6 +79,20 @@ impl Resolved {
         self.resolve.is_none() && plan.presets().is_empty() && reads && writes
     }
 
+    /// What the kernel that runs here lets a guest do past the policy. A guest whose CPUID is not known yet may have all that
+    /// KVM offers.
+    pub(crate) fn gaps(&self) -> Vec<String> {
+        let closes = self.map.allowed().iter().any(|(_, both)| *both != (true, true));
+        let Some(kernel) = machine::linux().filter(|_| closes) else {
+            return Vec::new();
+        };
+        let offered = || cpuid::host().unwrap_or_default();
+        match &self.from {
+            Some((_, Some(cpuid))) => gaps(kernel, || cpuid.clone()),
+            _ => gaps(kernel, offered),
+        }
+    }
+
     /// The plan of the map, if `run` can carry it out; what is wrong with the policy is printed. Whether there is KVM is
     /// not asked: the VMM may not need it.
     pub(crate) fn plan(&self) -> Result<Plan, Failure> {
@@ -87,6 +102,20 @@ impl Resolved {
         };
         carried_out(plan)
     }
+}
+
+/// The gaps of a kernel that a guest with some feature can use.
+fn gaps(kernel: Linux, guest: impl FnOnce() -> Cpuid) -> Vec<String> {
+    let of_guests =
+        |bypass: &&Bypass| bypass.kind == BypassKind::Kernel && bypass.guest.is_some() && bypass.is_of(kernel);
+    let mut gaps = msrgate_msrs::bypasses().iter().filter(of_guests).peekable();
+    if gaps.peek().is_none() {
+        return Vec::new();
+    }
+    let guest = guest();
+    let open = gaps.filter(|bypass| bypass.is_open_to(&guest));
+    open.map(|bypass| format!("on Linux {kernel} {}", bypass.says))
+        .collect()
 }
 
 fn compiled(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, Failure> {
@@ -129,4 +158,18 @@ fn answer(
 /// Whether something is to be told of such accesses.
 fn is_told(log: Log) -> bool {
     log != Log::None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_with_vmx_has_a_gap_on_some_kernels() {
+        let guest = |vmx: u32| move || Cpuid::from_entries([(1, 0, [0, 0, vmx << 5, 0])]);
+        assert_eq!(gaps(Linux(6, 1), guest(1)).len(), 1);
+        assert!(gaps(Linux(6, 1), guest(1))[0].starts_with("on Linux 6.1 a guest with VMX"));
+        assert!(gaps(Linux(6, 1), guest(0)).is_empty(), "it has no VMX");
+        assert!(gaps(Linux(6, 12), || panic!("nobody is asked")).is_empty());
+    }
 }

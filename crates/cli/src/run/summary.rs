@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Disposition, Msr, Op, Reason};
+use msrgate_core::{Disposition, FaultCause, Msr, Op, Reason};
 use msrgate_plan::Preset;
 use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::render::Table;
+use crate::run::killed::Killed;
 use crate::run::trace::Trace;
+use crate::words::counted;
 use crate::{stream, words};
 
 /// What there is to say besides the counts.
@@ -34,12 +37,12 @@ impl Summary {
         self.background = true;
     }
 
-    /// Tells what there was so far; `killed` is what ended the VMM where its own sandbox did.
-    pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<String>) {
+    /// Tells what there was so far; `killed` is what ended the VMM where a signal did.
+    pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<Killed>) {
         let tallies = reader.tallies();
         match self.json {
-            true => stream::tell_programs(&self.json(reader, trace, &tallies, killed.as_deref())),
-            false => stream::tell(&self.text(reader, trace, &tallies, killed.as_deref())),
+            true => stream::tell_programs(&self.json(reader, trace, &tallies, killed.as_ref())),
+            false => stream::tell(&self.text(reader, trace, &tallies, killed.as_ref())),
         }
     }
 
@@ -48,7 +51,7 @@ impl Summary {
         reader: &Reader,
         trace: &Trace,
         tallies: &BTreeMap<(Msr, Op), Counters>,
-        killed: Option<&str>,
+        killed: Option<&Killed>,
     ) -> Value {
         let rows = tallies.iter().map(|((msr, op), tally)| {
             json!({
@@ -72,7 +75,8 @@ impl Summary {
             "refused": reader.ledger().refusals(),
             "background": self.background,
             "trace": trace.path().map(|path| path.to_string_lossy()),
-            "killed": killed,
+            "killed": killed.filter(|killed| killed.signal == Signal::SIGSYS).map(|killed| &killed.line),
+            "signal": killed.map(|killed| killed.signal.as_str()),
             "cost_ns": cost(tallies),
             "presets": words::presets(&self.presets),
             "by_msr": rows.collect::<Vec<_>>(),
@@ -89,7 +93,7 @@ impl Summary {
         reader: &Reader,
         trace: &Trace,
         tallies: &BTreeMap<(Msr, Op), Counters>,
-        killed: Option<&str>,
+        killed: Option<&Killed>,
     ) -> String {
         let mut table = Table::new(&["MSR", "name", "op", "count", "got", "each", "last value"]);
         let (mut accesses, mut faulted): (u64, u64) = (0, 0);
@@ -110,7 +114,9 @@ impl Summary {
         let touched = accesses.saturating_add(reader.uncounted());
         let (vms, vcpus) = (reader.ledger().vms(), reader.ledger().vcpus());
         let took = words::duration(cost(tallies));
-        let mut before = killed.map(|killed| format!("msrgate: {killed}\n")).unwrap_or_default();
+        let mut before = killed
+            .map(|killed| format!("msrgate: {}\n", killed.line))
+            .unwrap_or_default();
         match reader.ledger().refusals() {
             0 => {}
             count => before.push_str(&format!(
@@ -147,11 +153,16 @@ impl Summary {
             counted(vcpus, "vCPU", "vCPUs"),
             match (self.mode, accesses) {
                 (Mode::Enforce, 0) => "no access answered".to_owned(),
-                (Mode::Enforce, 1) => format!("1 access answered in {took}"),
-                (Mode::Enforce, _) => format!("{accesses} accesses answered in {took}"),
+                (Mode::Enforce, _) => format!("{} answered in {took}", counted(accesses, "access", "accesses")),
                 (Mode::Audit, _) => format!("{touched} of the policy's MSRs and directions touched, nothing changed"),
-                (Mode::LearnAll, _) => format!("{accesses} accesses passed on in {took}, not faithfully"),
-                (Mode::Learn, _) => format!("{touched} MSRs and directions touched, nothing changed"),
+                (Mode::LearnAll, _) => format!(
+                    "{} passed on in {took}, not faithfully",
+                    counted(accesses, "access", "accesses")
+                ),
+                (Mode::Learn, _) => format!(
+                    "{} touched, nothing changed",
+                    counted(touched, "MSR and direction", "MSRs and directions")
+                ),
             }
         );
         if faulted > 0 {
@@ -178,20 +189,21 @@ impl Summary {
         }
         if reader.uncounted() > 0 {
             text.push_str(&format!(
-                "msrgate: {} accesses more are not in the table: it has room for some 1000 MSRs of each vCPU\n",
-                reader.uncounted()
+                "msrgate: {} not in the table: it has room for some 1000 MSRs of each vCPU\n",
+                counted(reader.uncounted(), "access more is", "accesses more are")
             ));
         }
         if reader.lost() > 0 {
             text.push_str(&format!(
-                "msrgate: {} events are missing: they came faster than they were written; the trace says where\n",
-                reader.lost()
+                "msrgate: {} missing, for want of time to write: the trace says where\n",
+                counted(reader.lost(), "event is", "events are")
             ));
         }
         if let Some(unwritten) = trace.unwritten() {
             text.push_str(&format!(
-                "msrgate: {} events are lost: {}\n",
-                unwritten.events, unwritten.error
+                "msrgate: {} lost: {}\n",
+                counted(unwritten.events, "event is", "events are"),
+                unwritten.error
             ));
         }
         text.push_str(background);
@@ -219,6 +231,7 @@ fn fault(msr: Msr, op: Op, faults: &Faults) -> String {
     let name = words::name(msr).map(|name| format!(" {name}")).unwrap_or_default();
     let cause = match (faults.last.did, faults.last.reason) {
         (Disposition::Deny, _) => "the policy denies it".to_owned(),
+        _ if faults.last.why == Some(FaultCause::VmmFilter) => "the VMM's own filter denies it".to_owned(),
         (_, Some(Reason::Unknown)) => "KVM does not know the MSR".to_owned(),
         (_, Some(Reason::Invalid)) if op == Op::Write => "KVM refuses the value".to_owned(),
         (_, Some(Reason::Invalid)) => "KVM refuses the read".to_owned(),
@@ -237,8 +250,4 @@ fn fault(msr: Msr, op: Op, faults: &Faults) -> String {
 /// What all accesses took together.
 fn cost(tallies: &BTreeMap<(Msr, Op), Counters>) -> u64 {
     tallies.values().fold(0, |sum, tally| sum.saturating_add(tally.cost.0))
-}
-
-fn counted(count: u64, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
 }

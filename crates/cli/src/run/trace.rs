@@ -206,7 +206,8 @@ impl Trace {
             }
             (_, Entry::Gap(Gap { t, vm, vcpu, events })) => {
                 let seconds = t.0 as f64 / 1e9;
-                let line = format!("{seconds:.6} vm {vm} vcpu {vcpu} {events} events are missing here\n");
+                let events = words::counted(*events, "event is", "events are");
+                let line = format!("{seconds:.6} vm {vm} vcpu {vcpu} {events} missing here\n");
                 stream::err().write_all(line.as_bytes()).map(|()| true)
             }
         };

@@ -9,9 +9,11 @@ use std::time::Duration;
 use msrgate_plan::Preset;
 use msrgate_supervise::{Ledger, Mode, Reader};
 
+use crate::run::killed::Killed;
 use crate::run::summary::Summary;
 use crate::run::trace::Trace;
 use crate::stream;
+use crate::words::counted;
 
 /// How often events are taken from the vCPUs' rings: a ring holds what a vCPU can do in some 20 ms.
 const DRAIN: Duration = Duration::from_millis(5);
@@ -28,8 +30,8 @@ pub(crate) enum Output {
     Summary,
     /// Sums up, since the rest is in the background.
     Background,
-    /// Sums up, and ends. A signal that killed the VMM by its sandbox is named.
-    End(Option<String>),
+    /// Sums up, and ends. A signal that killed the VMM is named.
+    End(Option<Killed>),
 }
 
 /// Where others leave what is to be told.
@@ -145,7 +147,10 @@ impl Writer {
 
     fn more_lines(&self) {
         for (kind, count) in self.kinds.iter().filter(|(_, count)| **count > LINES) {
-            stream::tell(&format!("msrgate: {} times more: {}\n", count - LINES, kind));
+            stream::tell(&format!(
+                "msrgate: {} more: {kind}\n",
+                counted(count - LINES, "time", "times")
+            ));
         }
     }
 }

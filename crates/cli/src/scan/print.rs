@@ -43,7 +43,8 @@ pub(crate) fn text(out: &mut Stream<impl Write>, found: &Found) -> io::Result<()
     writeln!(out, "{}", host.join(", "))?;
     writeln!(
         out,
-        "{tried} MSRs read by a real guest{}: {} gave a value, {} were #GP; {written} written, {} of them done",
+        "{} read by a real guest{}: {} gave a value, {} #GP; {written} written, {} of them done",
+        words::counted(tried, "MSR", "MSRs"),
         match &found.facts.policy {
             Some(policy) => format!(" under the policy {}", policy.name),
             None => String::new(),

@@ -40,6 +40,7 @@ pub(crate) struct Facts {
 
 /// The policy that the guest ran under.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(expecting = "an object with `name` and `hash`")]
 pub(crate) struct Ruled {
     pub(crate) name: String,
     pub(crate) hash: String,
@@ -199,6 +200,7 @@ pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
 
 /// What a comparison needs of the file.
 #[derive(Deserialize)]
+#[serde(expecting = "a scan")]
 struct Record {
     host: Option<String>,
     microcode: Option<String>,
@@ -214,6 +216,7 @@ struct Record {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `msr`")]
 struct One {
     #[serde(deserialize_with = "msr")]
     msr: Msr,
@@ -224,6 +227,7 @@ struct Span(MsrRange);
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Span, D::Error> {
         #[derive(Deserialize)]
+        #[serde(expecting = "an object with `first` and `last`")]
         struct Ends {
             #[serde(deserialize_with = "msr")]
             first: Msr,
@@ -242,6 +246,7 @@ struct Row(Readable);
 impl<'de> Deserialize<'de> for Row {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Row, D::Error> {
         #[derive(Deserialize)]
+        #[serde(expecting = "an object with `msr`, `value` and `volatile`")]
         struct Seen {
             #[serde(deserialize_with = "msr")]
             msr: Msr,

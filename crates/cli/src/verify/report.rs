@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::args::{ModeArg, VerifyArgs};
 use crate::exit::{Exit, Failure};
-use crate::render;
 use crate::stream::{self, Stream};
+use crate::{render, words};
 
 /// A report, and what it is a report of.
 struct Printed<'a> {
@@ -169,22 +169,25 @@ impl Printed<'_> {
             )?;
         }
         if let Some(seed) = self.seed {
-            writeln!(out, "seed {seed}, {} random calls", self.report.candidates)?;
+            writeln!(
+                out,
+                "seed {seed}, {}",
+                words::counted(self.report.candidates, "random call", "random calls")
+            )?;
         }
         writeln!(
             out,
-            "Linux {}, profile {}, {} mode: {} filters installed, {} calls and {} accesses compared, {}",
+            "Linux {}, profile {}, {} mode: {} installed, {} and {} compared, {}",
             self.kernel,
             self.kernel.profile_name(),
             self.mode,
-            self.report.filters,
-            self.report.calls,
-            self.report.accesses,
+            words::counted(self.report.filters, "filter", "filters"),
+            words::counted(self.report.calls, "call", "calls"),
+            words::counted(self.report.accesses, "access", "accesses"),
             match self.report.disagreements.len() {
                 0 if self.report.calls + self.report.accesses == 0 => "nothing compared".to_owned(),
                 0 => "no disagreement".to_owned(),
-                1 => "1 disagreement".to_owned(),
-                n => format!("{n} disagreements"),
+                n => words::counted(n as u64, "disagreement", "disagreements"),
             }
         )
     }

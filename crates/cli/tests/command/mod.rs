@@ -7,6 +7,8 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -17,11 +19,22 @@ macro_rules! embedded {
     };
 }
 
+/// Waits for what another process does. The limit is for what never comes: a busy machine may take minutes.
+#[track_caller]
+pub(crate) fn wait_until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(600), "it does not come");
+        sleep(Duration::from_millis(5));
+    }
+}
+
 /// The policies that come with msrgate; their names within `policies/` and their text.
 pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
     "bhyve-amd.toml",
     "bhyve-intel.toml",
     "crosvm-itmt.toml",
+    "deny-all.toml",
     "fixed-microcode.toml",
     "hvmi-guard.toml",
     "ignore-unknown.toml",
@@ -32,7 +45,6 @@ pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
     "openvmm-stubs.toml",
     "qemu-rapl.toml",
     "qemu.toml",
-    "sandbox.toml",
 ];
 
 /// What those policies extend. They have no default, so they are no policies by themselves.

@@ -199,12 +199,12 @@ fn files_that_cannot_be_read_are_told_with_the_reason() {
 fn one_bad_policy_among_several_is_exit_2_and_the_others_are_still_checked() {
     let folder = mistakes();
     let ran = folder
-        .run(&["check", "policies/qemu.toml", "bad.toml", "policies/sandbox.toml"])
+        .run(&["check", "policies/qemu.toml", "bad.toml", "policies/deny-all.toml"])
         .code(2);
     ran.shows(&[
         "policies/qemu.toml: ok",
         "bad.toml: refused",
-        "policies/sandbox.toml: ok",
+        "policies/deny-all.toml: ok",
     ]);
 }
 
@@ -555,6 +555,84 @@ fn what_is_no_policy_is_told_by_what_it_is() {
         let ran = folder.run(&["check", file]).code(2).says(&[what]);
         assert!(ran.err.lines().count() < 12, "{}", ran.err);
     }
-    let ran = folder.run(&["explain", "IA32_EFER", "policies/sandbox.toml"]).code(2);
-    ran.says(&["the policy comes first", "msrgate explain policies/sandbox.toml MSR"]);
+    let ran = folder.run(&["explain", "IA32_EFER", "policies/deny-all.toml"]).code(2);
+    ran.says(&["the policy comes first", "msrgate explain policies/deny-all.toml MSR"]);
+}
+
+#[test]
+fn a_message_has_no_names_of_the_source() {
+    let folder = Folder::furnished();
+    let trace = |line: &str| format!("{{\"msrgate_trace\":1}}\n{line}\n");
+    let traces = [
+        "[1]".to_owned(),
+        "5".to_owned(),
+        "{\"msrgate_trace\":\"x\"}".to_owned(),
+        trace("[1]"),
+        trace("5"),
+        trace("{\"op\":\"rdmsr\",\"msr\":[1]}"),
+        trace("{\"op\":\"rdmsr\",\"msr\":{}}"),
+        trace("{\"op\":5,\"msr\":1}"),
+        "{\"msrgate_trace\":1,\"coverage\":5}".to_owned(),
+        "{\"msrgate_summary\":1,\"traces\":\"x\"}".to_owned(),
+        "{\"msrgate_summary\":1}\n[1]\n".to_owned(),
+    ];
+    let templates = [
+        "[1]",
+        "{\"msr_modifiers\":5}",
+        "{\"msr_modifiers\":[5]}",
+        "{\"msr_modifiers\":[[]]}",
+    ];
+    let scans = [
+        "[1]",
+        "{\"x2apic\":true,\"policy\":5}",
+        "{\"x2apic\":true,\"ranges\":[5]}",
+        "{\"x2apic\":true,\"readable\":[5]}",
+        "{\"x2apic\":true,\"writable\":[5]}",
+    ];
+    let runs = traces.iter().flat_map(|text| {
+        let commands = [&["learn", "given"][..], &["report", "given"]];
+        commands.map(|command| (text.as_str(), command))
+    });
+    let runs = runs.chain(templates.map(|text| (text, &["import", "--from", "firecracker", "given"][..])));
+    for (text, command) in runs.chain(scans.map(|text| (text, &["scan", "--against", "given"][..]))) {
+        folder.write("given", text);
+        let ran = folder.run(command);
+        assert!(!ran.err.is_empty(), "{command:?} {text}");
+        for name in ["struct ", "enum ", "tuple ", "untagged"] {
+            assert!(!ran.err.contains(name), "{command:?} {text}: {}", ran.err);
+        }
+    }
+}
+
+#[test]
+fn a_misspelt_class_is_told_with_the_one_that_is_meant() {
+    let folder = Folder::new();
+    folder.write(
+        "p.toml",
+        "version = 1\ndefault = \"allow\"\n[[rule]]\nmsr = \"@pmuu\"\nread = \"zero\"\n",
+    );
+    folder
+        .run(&["check", "p.toml"])
+        .code(2)
+        .says(&["E006", "did you mean `@pmu`?"]);
+    folder.run(&["msr", "@pmuu"]).code(2).says(&["did you mean `@pmu`?"]);
+}
+
+#[test]
+fn one_of_a_thing_is_no_plural() {
+    let folder = Folder::furnished();
+    folder.write(
+        "t.jsonl",
+        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"value\":\"0x1\"}\n",
+    );
+    folder.write(
+        "one.toml",
+        "version = 1\ndefault = \"allow\"\n[[rule]]\nmsr = 0x1234\nread = \"zero\"\n",
+    );
+    let replay = ["replay", "--backend", "engine", "-p", "one.toml", "t.jsonl"];
+    folder.run(&replay).code(0).shows(&["1 access by"]);
+    folder.run(&["check", "one.toml"]).code(0).shows(&["1 rule,"]);
+    folder
+        .run(&["diff", "one.toml", "policies/ignore-unknown.toml"])
+        .shows(&["1 range, 1 of 2^33"]);
 }

@@ -87,6 +87,7 @@ fn the_words_of_other_tools_in_the_document_are_imported() {
             (text(&found, "policy"), list(&found, "remarks").len()),
             (ran.out.as_str(), 0)
         );
+        folder.run(&["check", "policy.toml"]).code(0);
         if tool != "firecracker" {
             folder.write(
                 "again",
@@ -99,6 +100,20 @@ fn the_words_of_other_tools_in_the_document_are_imported() {
             folder.run(&["diff", "policy.toml", "again.toml"]).code(0);
         }
     }
+}
+
+#[test]
+fn a_template_that_fixes_what_a_guest_writes_is_exit_1() {
+    let folder = Folder::new();
+    let bitmap = "0".repeat(64);
+    let template = format!("{{\"msr_modifiers\":[{{\"addr\":\"0xc0000102\",\"bitmap\":\"0b{bitmap}\"}}]}}");
+    folder.write("template.json", template);
+    let ran = folder
+        .run(&["import", "--from", "firecracker", "template.json"])
+        .code(1);
+    let ran = ran.says(&["template.json: IA32_KERNEL_GS_BASE: the template sets what it holds at first"]);
+    folder.write("policy.toml", &ran.out);
+    folder.run(&["check", "policy.toml"]).code(1).says(&["warning[W015]"]);
 }
 
 #[test]

@@ -69,7 +69,7 @@ fn check_counts_a_warning_as_a_no_and_a_note_as_none() {
     let folder = Folder::new();
     folder.write(
         "late.toml",
-        "version = 1\ndefault = \"allow\"\n\n[[rule]]\nmsr = \"@tsc\"\nread = \"zero\"\n\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"deny\"\n",
+        "version = 1\ndefault = \"allow\"\n\n[[rule]]\nmsr = \"0x1230..=0x123f\"\nread = \"zero\"\n\n[[rule]]\nmsr = 0x1234\nread = \"deny\"\n",
     );
     let ran = folder.run(&["check", "--json", "late.toml"]).code(1);
     let checked = ran.json();
@@ -92,7 +92,8 @@ fn check_lists_what_the_policy_accepts_and_does_not_count_it() {
     let folder = Folder::new();
     let policy = |accept| {
         format!(
-            "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"deny\"\naccept = {{ {accept} }}\n"
+            "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = \"IA32_TSC\"\nread = \"deny\"\naccept = {{ {accept} }}\n\
+             [[rule]]\nmsr = \"IA32_EFER\"\nread = \"allow\"\n"
         )
     };
     folder.write("accepted.toml", policy("W007 = \"for whoever reads it\""));
@@ -157,6 +158,7 @@ fn is_a_plan(plan: &Value) {
             "presets",
             "no_presets",
             "spilled",
+            "valid",
             "actions",
             "unknown",
             "invalid",
@@ -195,7 +197,7 @@ fn is_a_plan(plan: &Value) {
     for action in list(plan, "actions") {
         word(action, "op", &["rdmsr", "wrmsr"]);
         let op = text(action, "op");
-        let mut wanted = vec!["first", "last", "op", "action", "rule"];
+        let mut wanted = vec!["first", "last", "op", "action", "rule", "decided_by"];
         wanted.extend(arguments(op, text(action, "action")));
         keys(action, &wanted);
         let first = hex(action, "first");
@@ -204,7 +206,8 @@ fn is_a_plan(plan: &Value) {
             first <= hex(action, "last") && before.is_none_or(|before| before < first),
             "{action:#}"
         );
-        assert!(action["rule"].is_null() || action["rule"].is_u64());
+        assert_eq!(action["rule"].is_u64(), action["decided_by"] == "rule");
+        word(action, "decided_by", &["rule", "valid", "default"]);
         assert_ne!(
             text(action, "action"),
             "allow",
@@ -383,7 +386,7 @@ fn plan_tells_what_is_saved_with_a_guest_and_what_is_left_out() {
 #[test]
 fn a_policy_of_pure_allow_and_deny_never_leaves_the_kernel() {
     let folder = Folder::furnished();
-    let plan = folder.run(&["plan", "--json", "policies/sandbox.toml"]).code(0).json();
+    let plan = folder.run(&["plan", "--json", "policies/deny-all.toml"]).code(0).json();
     assert!(list(&plan, "reasons").is_empty());
     assert_eq!(plan["default"], "deny");
     // The kernel refuses a default of deny without a range.
@@ -391,12 +394,16 @@ fn a_policy_of_pure_allow_and_deny_never_leaves_the_kernel() {
     assert_eq!(count(&plan["minimum"], "ranges"), 0);
 }
 
-const EXPLANATION: [&str; 11] = [
+const EXPLANATION: [&str; 15] = [
     "msr",
     "name",
     "op",
     "action",
+    "decided_by",
     "rule",
+    "lacks",
+    "unknown",
+    "invalid",
     "verdict",
     "range",
     "sees",
@@ -416,6 +423,14 @@ fn explain(folder: &Folder, policy: &str, msr: &str, op: &str) -> Value {
     }
     if !explained["rule"].is_null() {
         keys(&explained["rule"], &["index", "file", "line", "why"]);
+    }
+    word(
+        &explained,
+        "decided_by",
+        &["rule", "valid", "default", "x2apic", "last-msr"],
+    );
+    if !explained["lacks"].is_null() {
+        keys(&explained["lacks"], &["features", "vendors"]);
     }
     explained
 }
@@ -459,6 +474,89 @@ fn explain_goes_from_an_access_to_its_rule_range_and_bit() {
         (&"0x100000000000000".into(), &true.into())
     );
     assert!(text(&fixed["rule"], "why").contains("revision"));
+}
+
+#[test]
+fn what_decides_is_named_whether_a_rule_the_default_the_cpuid_or_the_kernel() {
+    let folder = Folder::new();
+    folder.write(
+        "valid.toml",
+        "version = 1\ndefault = \"allow\"\nvalid = \"cpu-model\"\nunknown = \"ignore\"\n\
+         [[rule]]\nmsr = [0x830, 0x8b, 0xffffffff]\nread = \"zero\"\n",
+    );
+    // Intel's, without MTRRs, with an APIC.
+    folder.write(
+        "guest.txt",
+        "0x0 0x0: eax=0x1 ebx=0x756e6547 ecx=0x6c65746e edx=0x49656e69\n0x1 0x0: eax=0x000306c3 ebx=0x0 ecx=0x0 edx=0x210\n",
+    );
+    let explain = |msr: &str| {
+        let explain = ["explain", "--json", "--cpuid", "guest.txt", "valid.toml", msr, "read"];
+        folder.run(&explain).code(0).json()
+    };
+    for (msr, decided_by, unknown) in [
+        ("0x8b", "rule", Value::Null),
+        ("0x10", "default", "zero".into()),
+        ("0xdead", "default", "zero".into()),
+        ("MTRRcap", "valid", Value::Null),
+        ("HWCR", "valid", Value::Null),
+        ("0x830", "x2apic", Value::Null),
+        ("0xffffffff", "last-msr", "zero".into()),
+    ] {
+        let explained = explain(msr);
+        assert_eq!(
+            (&explained["decided_by"], &explained["unknown"]),
+            (&decided_by.into(), &unknown),
+            "{msr}"
+        );
+        assert_eq!(explained["lacks"].is_null(), decided_by != "valid", "{msr}");
+    }
+    assert_eq!(
+        explain("MTRRcap")["lacks"],
+        serde_json::json!({
+            "features": [{ "name": "mtrr", "places": [
+                { "leaf": "0x1", "subleaf": "0x0", "register": "EDX", "bit": 12, "width": 1, "at_least": 1 },
+            ] }],
+            "vendors": [],
+        })
+    );
+    let hwcr = explain("HWCR");
+    assert_eq!(hwcr["lacks"], serde_json::json!({ "features": [], "vendors": ["amd"] }));
+    assert_eq!((&hwcr["rule"], &hwcr["action"]), (&Value::Null, &"deny".into()));
+
+    let with = |command: &str, rest: &[&str]| {
+        let first = [command, "--cpuid", "guest.txt", "valid.toml"];
+        folder.run(&[&first[..], rest].concat()).code(0)
+    };
+    with("explain", &["MTRRcap"])
+        .shows(&["rule     none; `valid` decides: the guest's CPUID lacks `mtrr` (CPUID.0x1:EDX[12])"]);
+    with("explain", &["HWCR"])
+        .shows(&["rule     none; `valid` decides: the guest's CPUID.0x0 names another vendor than amd"]);
+    with("explain", &["0x830"]).shows(&["; not asked, since the kernel decides of x2APIC"]);
+    with("explain", &["0xffffffff"]).shows(&["rule     0, valid.toml:5; not asked, since the filter's default"]);
+    with("plan", &[]).shows(&["valid: no mtrr", "valid: not of amd"]);
+    let plan = with("plan", &["--json"]).json();
+    let of = |msr: &str| {
+        let mut actions = list(&plan, "actions").iter();
+        actions.find(|action| action["first"] == msr).unwrap()["decided_by"].clone()
+    };
+    assert_eq!((of("0xc0010015"), of("0x8b")), ("valid".into(), "rule".into()));
+    let mut lacking = list(&plan, "valid").iter();
+    let hwcr = lacking.find(|lacking| lacking["name"] == "HWCR").unwrap();
+    assert_eq!(
+        (&hwcr["msr"], &hwcr["lacks"]["vendors"]),
+        (&"0xc0010015".into(), &serde_json::json!(["amd"]))
+    );
+
+    folder.write(
+        "t.jsonl",
+        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0xc0010015\",\"value\":\"0x0\"}\n",
+    );
+    let report = |option: &str| {
+        let report = ["report", option, "--cpuid", "guest.txt", "-p", "valid.toml", "t.jsonl"];
+        folder.run(&report).code(0)
+    };
+    let report_json = report("--json").json();
+    assert_eq!(list(&report_json, "by_msr")[0]["policy"]["decided_by"], "valid");
 }
 
 #[test]

@@ -33,7 +33,7 @@ fn every_command_fits_a_terminal_and_breaks_no_name() {
         "msr @pmu",
         "msr IA32_EFER",
         "msr 0x35f",
-        "check long.toml policies/sandbox.toml",
+        "check long.toml policies/deny-all.toml",
         "check wrong.toml",
         "check missing.toml",
     ] {

@@ -16,6 +16,7 @@ mod formats;
 mod inputs;
 mod json;
 mod layout;
+mod kernels;
 mod learn;
 mod plan;
 mod replay;

@@ -215,7 +215,7 @@ fn people_see_ranges_reasons_and_what_user_space_answers() {
         "policies/fixed-microcode.toml:16",
         "IA32_BIOS_SIGN_ID",
     ]);
-    let ran = folder.run(&["plan", "policies/sandbox.toml"]).code(0);
+    let ran = folder.run(&["plan", "policies/deny-all.toml"]).code(0);
     ran.shows(&[
         "none: no access leaves the kernel",
         "the kernel refuses to deny all without one",

@@ -57,7 +57,7 @@ fn several_traces_are_reported_together() {
 #[test]
 fn a_guest_that_would_break_is_exit_1_and_each_change_is_counted() {
     let folder = Folder::furnished();
-    let report = replay(&folder, "policies/sandbox.toml", MICROVM).code(1).json();
+    let report = replay(&folder, "policies/deny-all.toml", MICROVM).code(1).json();
     let faulted: u64 = list(&report, "by_msr")
         .iter()
         .filter(|row| row["sees"] == "#GP")
@@ -69,7 +69,7 @@ fn a_guest_that_would_break_is_exit_1_and_each_change_is_counted() {
     assert_eq!(row(&report, 0xc001_1028, "rdmsr")["recorded"], "#GP");
     assert_eq!(count(row(&report, 0xc001_1028, "rdmsr"), "changed"), 0);
     let people = folder
-        .run(&["replay", "--backend", "engine", "-p", "policies/sandbox.toml", MICROVM])
+        .run(&["replay", "--backend", "engine", "-p", "policies/deny-all.toml", MICROVM])
         .code(1);
     people.shows(&["the policy changed 563 of 564 accesses", "564 faulted"]);
 }

@@ -4,12 +4,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::command::{Folder, Ran, find};
+use crate::command::{Folder, Ran, find, wait_until};
 
 const MICROCODE: [&str; 4] = ["run", "-p", "policies/fixed-microcode.toml", "--"];
 
@@ -36,15 +35,10 @@ fn pid(child: &Child) -> Pid {
 
 /// Waits until the process is in a state, a letter of `/proc/PID/stat`.
 fn wait_for(pid: Pid, state: char) {
-    let start = Instant::now();
-    loop {
+    wait_until(|| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        if stat.rsplit(')').next().unwrap().trim().starts_with(state) {
-            return;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20), "{stat}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+        stat.rsplit(')').next().unwrap().trim().starts_with(state)
+    });
 }
 
 #[test]
@@ -57,6 +51,41 @@ fn a_program_without_kvm_runs_unchanged() {
     let ran = ran.code(7);
     assert_eq!(ran.out, "input\na b c\n");
     ran.says(&["no VM was made"]);
+}
+
+#[test]
+fn the_signal_that_a_vmm_dies_of_is_told() {
+    let folder = Folder::furnished();
+    let ends = |options: &[&str], script| {
+        let run = [
+            &["run", "-p", "policies/fixed-microcode.toml"],
+            options,
+            &["--", "sh", "-c", script],
+        ];
+        folder.run(&run.concat())
+    };
+    let dies = |options| ends(options, "kill -SEGV $$");
+    let ran = dies(&[]);
+    assert_eq!(ran.code, None, "{}", ran.err);
+    ran.says(&["the VMM died of SIGSEGV", "no VM was made"]);
+    let summary = |ran: &Ran| -> serde_json::Value { serde_json::from_str(ran.err.lines().last().unwrap()).unwrap() };
+    let told = summary(&dies(&["--json"]));
+    assert_eq!(
+        (&told["signal"], &told["killed"]),
+        (&"SIGSEGV".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(
+        summary(&ends(&["--json"], "exit 3").code(3))["signal"],
+        serde_json::Value::Null
+    );
+}
+
+#[test]
+fn the_help_of_run_refuses_no_vmm_that_it_takes() {
+    let help = Folder::new().run(&["run", "--help"]).code(0).out;
+    for untrue in ["preload", "are refused", "glibc"] {
+        assert!(!help.contains(untrue), "{untrue}: {help}");
+    }
 }
 
 #[test]
@@ -169,22 +198,13 @@ fn what_goes_on_in_the_background_has_a_process_that_stays_with_it_and_the_comma
     let ran = run(&folder, &["sh", "-c", script]).code(3);
     ran.says(&["no VM was made so far", "goes on in the background"]);
     folder.write("go", "");
-    let start = Instant::now();
-    let who = loop {
-        let who = fs::read_to_string(folder.path().join("who")).unwrap_or_default();
-        if who.ends_with('\n') {
-            break who;
-        }
-        assert!(start.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let who = || fs::read_to_string(folder.path().join("who")).unwrap_or_default();
+    wait_until(|| who().ends_with('\n'));
+    let who = who();
     let (keeper, name) = who.trim().split_once(' ').unwrap();
     assert_eq!(name, "msrgate");
     // It ends when there is nothing left to stay with.
-    while fs::read_to_string(format!("/proc/{keeper}/stat")).is_ok_and(|stat| !stat.contains(") Z")) {
-        assert!(start.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(|| fs::read_to_string(format!("/proc/{keeper}/stat")).map_or(true, |stat| stat.contains(") Z")));
 }
 
 #[test]

@@ -22,8 +22,8 @@ use std::process::Command;
 use self::vmm::{Way, vmm};
 use serde_json::Value;
 
-use crate::command::{Folder, Ran, count, list, text};
-use crate::policies::{summary, wait_until, with_policy};
+use crate::command::{Folder, Ran, count, list, text, wait_until};
+use crate::policies::{summary, with_policy};
 
 /// One rule of each kind that user space answers, and one that the kernel denies.
 const ANSWERS: &str = r#"default = "allow"

@@ -162,7 +162,7 @@ fn what_the_policy_answers_is_the_same_on_both_backends() {
     }
     folder.write("some.jsonl", trace);
     // Fixed values, faults, zeros, and writes that go nowhere.
-    for name in ["fixed-microcode", "sandbox", "openvmm-stubs", "qemu", "bhyve-intel"] {
+    for name in ["fixed-microcode", "deny-all", "openvmm-stubs", "qemu", "bhyve-intel"] {
         let path = format!("policies/{name}.toml");
         let [kvm, engine] = ["kvm", "engine"].map(|backend| replay(&folder, backend, &path, "some.jsonl").json());
         assert_eq!(actions(&kvm), actions(&engine), "{name}");

@@ -19,9 +19,9 @@ use msrgate_msrs::cpuid::CpuVendor;
 use msrgate_trace::{Header, Lines, Record};
 use serde_json::Value;
 
-use crate::command::{Folder, Ran, count, list, text};
+use crate::command::{Folder, Ran, count, list, text, wait_until};
 use crate::kvm::kvm_opens;
-use crate::policies::{BY_VENDOR, MICROCODE, summary, wait_until, with_policy};
+use crate::policies::{BY_VENDOR, MICROCODE, summary, with_policy};
 
 /// Has this test's own program be the VMM: the value is the VMM's arguments.
 const VMM: &str = "MSRGATE_TEST_VMM";

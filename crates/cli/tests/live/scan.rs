@@ -175,7 +175,7 @@ fn in_x2apic_mode_no_policy_keeps_the_local_apic_from_the_guest() {
         return;
     }
     let folder = Folder::furnished();
-    let args = ["--only", "--range", "0x800..=0x8ff", "-p", "policies/sandbox.toml"];
+    let args = ["--only", "--range", "0x800..=0x8ff", "-p", "policies/deny-all.toml"];
     let seen = |more: &[&str]| {
         let scan = folder
             .run(&[&["scan", "--json"], &args[..], more].concat())

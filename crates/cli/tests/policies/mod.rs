@@ -1,8 +1,6 @@
 //! Policies that several VMMs run under, and what tests of `run` share.
 #![allow(dead_code, reason = "each test uses a part of this")]
 
-use std::time::{Duration, Instant};
-
 use serde_json::Value;
 
 use crate::command::{Folder, Ran};
@@ -29,16 +27,6 @@ pub(crate) fn with_policy(text: &str) -> Folder {
     let folder = Folder::furnished();
     folder.write("policy.toml", format!("version = 1\nname = \"test\"\n{text}"));
     folder
-}
-
-/// Waits for what another process does.
-#[track_caller]
-pub(crate) fn wait_until(mut done: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(80));
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// The summary of `--json`.

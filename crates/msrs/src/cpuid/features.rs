@@ -115,7 +115,9 @@ pub(super) static FEATURES: &[Feature] = &[
     f("hwp_epp", &[processor(6, 0, Eax, 10)]),
     f("hwp_pkg_req", &[processor(6, 0, Eax, 11)]),
     f("hdc", &[processor(6, 0, Eax, 13)]),
+    f("hwp_peci", &[processor(6, 0, Eax, 16)]),
     f("hfi", &[processor(6, 0, Eax, 19)]),
+    f("hwp_ctl", &[processor(6, 0, Eax, 22)]),
     f("itd", &[processor(6, 0, Eax, 23)]), // Intel Thread Director
     f("aperfmperf", &[processor(6, 0, Ecx, 0)]),
     f("epb", &[processor(6, 0, Ecx, 3)]),

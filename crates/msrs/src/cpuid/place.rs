@@ -1,5 +1,7 @@
 //! Where CPUID tells of a feature.
 
+use core::fmt;
+
 /// One of the four registers that CPUID fills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Register {
@@ -11,6 +13,17 @@ pub enum Register {
     Ecx,
     /// EDX.
     Edx,
+}
+
+impl fmt::Display for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Register::Eax => "EAX",
+            Register::Ebx => "EBX",
+            Register::Ecx => "ECX",
+            Register::Edx => "EDX",
+        })
+    }
 }
 
 /// Whose leaves a [`Place`] counts from.
@@ -46,6 +59,28 @@ pub struct Place {
     pub width: u8,
     /// The least value that says yes.
     pub at_least: u32,
+}
+
+/// As Intel's manual writes it, `CPUID.0x7.1:EAX[4]`; the subleaf is left out where it is 0.
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CPUID.{:#x}", self.leaf)?;
+        if self.subleaf != 0 {
+            write!(f, ".{:#x}", self.subleaf)?;
+        }
+        match (self.width, self.at_least) {
+            // That the leaf is there says it.
+            (_, 0) => Ok(()),
+            (1, _) => write!(f, ":{}[{}]", self.register, self.bit),
+            (width, least) => write!(
+                f,
+                ":{}[{}:{}] >= {least}",
+                self.register,
+                self.bit + width - 1,
+                self.bit
+            ),
+        }
+    }
 }
 
 /// A named feature; it is there if any of its places says so.

@@ -1,6 +1,6 @@
 //! Answers by which a guest goes on and fails later, and places where there is no MSR.
 
-use msrgate_core::{Msr, ReadSource, WriteTarget};
+use msrgate_core::{Msr, ReadAction, ReadSource, WriteAction, WriteTarget};
 use msrgate_msrs::Entry;
 use msrgate_plan::DecisionMap;
 
@@ -10,7 +10,10 @@ use crate::{Code, Diagnostic, Pattern, Rule};
 pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)]) -> Vec<Diagnostic> {
     let made_up = rules.iter().filter_map(|(index, rule)| made_up(map, rule, *index));
     let nowhere = rules.iter().filter_map(|(_, rule)| nowhere(rule));
-    made_up.chain(nowhere).collect()
+    let otherwise = rules
+        .iter()
+        .filter_map(|(index, rule)| reads_otherwise(map, rule, *index));
+    made_up.chain(otherwise).chain(nowhere).collect()
 }
 
 /// A rule that takes a write, or makes a read up, of a register that the processor or KVM works by.
@@ -48,6 +51,30 @@ fn made_up(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
     Some(Diagnostic::at(Code::TakenForDone, rule.place.clone(), message).help(
         "write `allow`, or close it after the first write with { once = true }; where no guest uses it: `accept = { W013 = \
          \"why not\" }`",
+    ))
+}
+
+/// A rule that answers reads of a register of which the guest's writes come to the kernel and are kept there.
+fn reads_otherwise(map: &DecisionMap, rule: &Rule, index: u32) -> Option<Diagnostic> {
+    let fixed = |entry: &&Entry| {
+        let decision = map.reads().get(entry.msr);
+        // W013 says more of what is changed in place.
+        decision.rule == Some(index)
+            && matches!(decision.action, ReadAction::Value(_))
+            && map.writes().get(entry.msr).action == WriteAction::Allow
+            && !entry.is_changed_in_place()
+    };
+    let registers: Vec<&Entry> = named_by(rule, Entry::keeps_writes).filter(fixed).collect();
+    if registers.is_empty() {
+        return None;
+    }
+    let message = format!(
+        "the guest's writes of {} come to the kernel's register, and its reads get a fixed value: it does not read what it wrote",
+        named(&registers)
+    );
+    Some(Diagnostic::at(Code::ReadsOtherwise, rule.place.clone(), message).help(
+        "decide writes too, `write = \"ignore\"` or `\"deny\"`, or keep them with `read = { shadow = … }` and `write = \
+         \"shadow\"`; where no guest reads it back: `accept = { W015 = \"why not\" }`",
     ))
 }
 

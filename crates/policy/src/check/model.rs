@@ -28,27 +28,7 @@ pub(super) fn check(map: &DecisionMap, rules: &[(u32, &Rule)], cpuid: &Cpuid) ->
         );
     }
     findings.extend(denies_whole_features(map, &denied, cpuid));
-    findings.extend(passed_by_lists(map, cpuid));
     findings
-}
-
-/// What a guest that is a hypervisor reaches on kernels without 653ea4489e69 ("KVM: nVMX: Honor userspace MSR filter lists
-/// for nested VM-Enter/VM-Exit").
-fn passed_by_lists(map: &DecisionMap, cpuid: &Cpuid) -> Option<Diagnostic> {
-    let closes = map
-        .reads()
-        .iter()
-        .any(|(_, decision)| decision.action != ReadAction::Allow)
-        || map
-            .writes()
-            .iter()
-            .any(|(_, decision)| decision.action != WriteAction::Allow);
-    let passes = closes && cpuid.has("vmx") == Some(true);
-    passes.then(|| {
-        let message = "the guest has VMX: on Linux 5.18 to 6.11 it reads and writes past the filter by the lists of MSRs that a \
-                       VMCS has for VM entries and exits";
-        Diagnostic::whole(Code::PassedByLists, message).help("take `vmx` from the guest's CPUID, or run Linux 6.12 or later")
-    })
 }
 
 fn allows_absent(map: &DecisionMap, rule: &Rule, index: u32, cpuid: &Cpuid) -> Option<Diagnostic> {

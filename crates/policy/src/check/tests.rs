@@ -27,6 +27,11 @@ fn rule(msr: &str, rest: &str) -> String {
     format!("[[rule]]\nmsr = {msr}\n{rest}\n")
 }
 
+/// The beginning of a policy that denies all but one access.
+fn not_all_denied() -> String {
+    format!("default = \"deny\"\n{}", rule("0xc0000080", "read = \"allow\""))
+}
+
 #[test]
 fn a_rule_that_never_counts_is_found() {
     let overshadowed =
@@ -79,50 +84,46 @@ fn a_rule_that_says_again_what_one_before_it_says_is_found() {
 
 #[test]
 fn a_rule_that_says_what_the_rest_says_anyway_is_found() {
+    let head = not_all_denied();
+    assert_eq!(codes(&format!("{head}{}", rule("0x10", "read = \"deny\""))), ["W007"]);
     assert_eq!(
-        codes(&format!("default = \"deny\"\n{}", rule("0x10", "read = \"deny\""))),
-        ["W007"]
-    );
-    assert_eq!(
-        codes(&format!(
-            "default = \"deny\"\n{}",
-            rule("0x10", "read = \"deny\"\nlog = \"all\"")
-        )),
+        codes(&format!("{head}{}", rule("0x10", "read = \"deny\"\nlog = \"all\""))),
         [""; 0]
     );
     assert_eq!(
         codes(&format!(
-            "default = \"deny\"\n{}",
+            "{head}{}",
             rule("0x10", "read = \"deny\"\nwrite = \"ignore\"")
         )),
         [""; 0]
     );
     let before_its_class = rule("0x10", "read = \"zero\"") + &rule("\"0..=0xff\"", "read = \"zero\"");
-    assert_eq!(codes(&format!("default = \"deny\"\n{before_its_class}")), ["W007"]);
+    assert_eq!(codes(&format!("{head}{before_its_class}")), ["W007"]);
 }
 
 #[test]
 fn what_is_accepted_does_not_count_and_what_accepts_nothing_does() {
+    let (head, open) = (not_all_denied(), rule("0xc0000080", "read = \"allow\""));
     let useless = |accept: &str| rule("0x10", &format!("read = \"deny\"{accept}"));
     let accepted = useless("\naccept = { W007 = \"said for the reader\" }");
-    assert_eq!(codes(&format!("default = \"deny\"\n{accepted}")), [""; 0]);
-    let by_the_policy = "default = \"deny\"\naccept = { W007 = \"said for the reader\" }\n";
+    assert_eq!(codes(&format!("{head}{accepted}")), [""; 0]);
+    let by_the_policy = format!("default = \"deny\"\naccept = {{ W007 = \"said for the reader\" }}\n{open}");
     assert_eq!(codes(&format!("{by_the_policy}{}", useless(""))), [""; 0]);
     assert_eq!(codes(&format!("{by_the_policy}{accepted}")), ["W010"]);
     // A rule accepts for itself alone, and only the code that it names.
     let another = accepted.clone() + &rule("0x20", "read = \"deny\"");
-    assert_eq!(codes(&format!("default = \"deny\"\n{another}")), ["W007"]);
+    assert_eq!(codes(&format!("{head}{another}")), ["W007"]);
     let wrong = useless("\naccept = { W001 = \"said for the reader\" }");
-    assert_eq!(codes(&format!("default = \"deny\"\n{wrong}")), ["W007", "W010"]);
+    assert_eq!(codes(&format!("{head}{wrong}")), ["W007", "W010"]);
     // What is accepted may be there for another guest.
-    let of_older = "default = \"deny\"\naccept = { W011 = \"older guests\" }\n";
-    assert_eq!(codes(of_older), [""; 0]);
+    let of_older = format!("default = \"deny\"\naccept = {{ W011 = \"older guests\" }}\n{open}");
+    assert_eq!(codes(&of_older), [""; 0]);
     let of_intel = format!(
         "default = \"allow\"\naccept = {{ W003 = \"for a guest of Intel's\" }}\n{}",
         rule("0x17", "read = \"allow\"\nlog = \"all\"\nwhen = { vendor = \"intel\" }")
     );
     assert_eq!(found(&of_intel, &Cpuid::parse_raw(AMD).unwrap()), []);
-    let policy = policy(&format!("default = \"deny\"\n{accepted}"));
+    let policy = policy(&format!("{head}{accepted}"));
     let found = check(&policy, &policy.decision_map(None).unwrap(), None);
     assert_eq!(found[0].accepted.as_deref(), Some("said for the reader"));
 }
@@ -497,17 +498,71 @@ fn ranges_that_cross_are_told_and_those_within_one_another_are_exceptions() {
 }
 
 #[test]
-fn a_guest_with_vmx_is_told_that_some_kernels_do_not_filter_its_lists() {
-    let found = |default: &str, vmx: u32| {
-        let policy = policy(&format!("default = \"{default}\"\n"));
-        let cpuid = Cpuid::from_entries([
-            (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
-            (1, 0, [0x0005_0654, 0, vmx << 5, 0]),
-        ]);
-        let findings = check(&policy, &policy.decision_map(Some(&cpuid)).unwrap(), Some(&cpuid));
-        findings.iter().any(|found| found.code == Code::PassedByLists)
+fn a_fixed_read_beside_a_write_that_the_kernel_keeps_is_found() {
+    let of = |msr: &str, rest: &str| codes(&format!("default = \"allow\"\n{}", rule(msr, rest)));
+    let zero = "read = \"zero\"";
+    // The guest writes its entry point and its base, and reads zero.
+    assert_eq!(of("0xc0000102", zero), ["W015"]);
+    assert_eq!(of("\"IA32_LSTAR\"", zero), ["W015"]);
+    assert_eq!(
+        of(
+            "[\"IA32_STAR\", \"IA32_FMASK\"]",
+            "read = { value = 5 }\nwrite = \"allow\""
+        ),
+        ["W015"]
+    );
+    // What is changed in place has a warning that says more.
+    assert_eq!(of("\"IA32_EFER\"", zero), ["W013"]);
+    for (msr, rest) in [
+        ("\"IA32_TSC\"", "read = \"zero\"\nwrite = \"ignore\""),
+        ("0xc0000102", "read = \"zero\"\nwrite = { once = true }"),
+        ("0xc0000102", "read = { mask = { set = 1 } }"),
+        // Read-only, cleared before it is read, of no known MSR, a status that KVM does not keep.
+        ("\"IA32_MTRRCAP\"", zero),
+        ("0x8b", zero),
+        ("0x1234", zero),
+        ("\"MSR_RAPL_POWER_UNIT\"", zero),
+        ("\"0xc0000080..=0xc0000102\"", zero),
+    ] {
+        assert_eq!(of(msr, rest), [""; 0], "{msr} {rest}");
+    }
+    let by_the_rest = rule("0xc0000102", zero) + &rule("\"@segment\"", "write = \"allow\"");
+    assert_eq!(codes(&format!("default = \"deny\"\n{by_the_rest}")), ["W015"]);
+}
+
+#[test]
+fn a_policy_that_denies_everything_is_found() {
+    assert_eq!(codes("default = \"deny\"\n"), ["W016"]);
+    assert_eq!(codes("default = \"deny\"\nunknown = \"ignore\"\n"), ["W016"]);
+    assert_eq!(codes(&not_all_denied()), [""; 0]);
+    let ignored = rule("\"0x10..=0x11\"", "write = \"ignore\"");
+    assert_eq!(codes(&format!("default = \"deny\"\n{ignored}")), [""; 0]);
+    assert_eq!(
+        codes("default = \"deny\"\naccept = { W016 = \"Hyperlight's\" }\n"),
+        [""; 0]
+    );
+    assert_eq!(codes("default = \"allow\"\n"), [""; 0]);
+}
+
+#[test]
+fn a_handler_is_told_to_be_a_vmms() {
+    let messages = |text: &str| {
+        let policy = policy(text);
+        let findings = check(&policy, &policy.decision_map(None).unwrap(), None).into_iter();
+        let notes = findings.filter(|found| found.code == Code::HandlerNeeded);
+        notes
+            .map(|note| (note.place.is_some(), note.message))
+            .collect::<Vec<_>>()
     };
-    assert!(found("deny", 1));
-    assert!(!found("deny", 0), "it has no VMX");
-    assert!(!found("allow", 1), "nothing is closed");
+    for rest in ["read = { handler = \"x\" }", "write = { handler = \"x\" }"] {
+        let found = messages(&format!("default = \"allow\"\n{}", rule("0x10", rest)));
+        assert_eq!(found.len(), 1);
+        assert!(found[0].0 && found[0].1.contains("`x`"), "{found:?}");
+    }
+    let found = messages("default = \"allow\"\nunknown = { write = { handler = \"y\" } }\n");
+    assert!(
+        matches!(found.as_slice(), [(false, message)] if message.contains("`y`")),
+        "{found:?}"
+    );
+    assert_eq!(messages("default = \"allow\"\n"), []);
 }

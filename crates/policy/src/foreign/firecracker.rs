@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::imported::{ForeignError, Format, Imported};
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a template")]
 struct Template {
     #[serde(default)]
     msr_modifiers: Vec<Modifier>,
@@ -25,11 +25,14 @@ struct Template {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with `addr` and `bitmap`")]
 struct Modifier {
     addr: String,
     bitmap: String,
 }
+
+/// Templates that are written by hand fix a few registers that a guest writes, and dumps all of them.
+const MOST_WRITTEN: usize = 16;
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     let template: Template = serde_json::from_str(text).map_err(|error| {
@@ -56,6 +59,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         comments,
         remarks: Vec::new(),
     };
+    let mut written: Vec<&str> = Vec::new();
     let mut seen = HashSet::new();
     for Modifier { addr, bitmap } in &template.msr_modifiers {
         let index = number::parse(addr).ok().and_then(|index| u32::try_from(index).ok());
@@ -73,9 +77,32 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
             u64::MAX => None,
             keep => Some(ReadAction::Mask { keep, set }),
         };
+        let entry = msrgate_msrs::by_msr(msr).filter(|entry| entry.keeps_writes() && read.is_some());
+        written.extend(entry.map(|entry| entry.name()));
         imported.msrs.push((msr, read, None));
     }
+    imported.remarks = remarks(&written);
     Ok(imported)
+}
+
+/// Of registers that a guest writes a policy says something else than a template does.
+fn remarks(written: &[&str]) -> Vec<String> {
+    match written {
+        [first, .., last] if written.len() > MOST_WRITTEN => vec![format!(
+            "this is a dump of a vCPU and no policy: it has {} registers that a guest writes, {first} to {last}, of which reads \
+             would always get what is here; take them out",
+            written.len()
+        )],
+        _ => written
+            .iter()
+            .map(|name| {
+                format!(
+                    "{name}: the template sets what it holds at first and a guest's write changes that, but here reads always \
+                     get it"
+                )
+            })
+            .collect(),
+    }
 }
 
 /// Which bits are left as they are, and which are ones.

@@ -74,7 +74,13 @@ fn a_template_of_firecracker_is_fixed_values_and_masks() {
         ]
     }"#;
     let imported = import(Format::Firecracker, text).expect("a template");
-    assert!(imported.remarks.is_empty() && imported.comments.len() == 2);
+    assert_eq!(imported.comments.len(), 2);
+    assert_eq!(imported.remarks.len(), 1);
+    assert!(
+        imported.remarks[0].starts_with("IA32_MISC_ENABLE: "),
+        "{:?}",
+        imported.remarks
+    );
     let map = map(&imported.to_string());
     gets(&map, 0x10a, "value 0x5", "allow");
     gets(&map, 0x1a0, "mask keep 0xfffffffffffffffa set 0x4", "allow");
@@ -103,6 +109,30 @@ fn a_template_of_firecracker_is_fixed_values_and_masks() {
         let error = import(Format::Firecracker, text).expect_err(text).to_string();
         assert!(error.contains(what), "{text}: {error}");
     }
+}
+
+#[test]
+fn registers_that_a_guest_writes_are_remarked_of_a_template_and_a_dump_is_no_policy() {
+    let remarks = |msrs: &[u32], bitmap: &str| {
+        let modifiers = msrs
+            .iter()
+            .map(|msr| format!("{{\"addr\":\"{msr:#x}\",\"bitmap\":\"{bitmap}\"}}"));
+        let text = format!("{{\"msr_modifiers\":[{}]}}", modifiers.collect::<Vec<_>>().join(","));
+        import(Format::Firecracker, &text).expect("a template").remarks
+    };
+    let fixed = "0".repeat(64);
+    let one = remarks(&[0xc000_0102, 0x10a, 0x8b, 0x35, 0xdead], &fixed);
+    assert_eq!(one.len(), 1, "{one:?}");
+    assert!(one[0].starts_with("IA32_KERNEL_GS_BASE: "), "{one:?}");
+    assert_eq!(remarks(&[0xc000_0102], &"x".repeat(64)), [""; 0], "nothing is fixed");
+    let mtrrs: Vec<u32> = (0x200..=0x20f).collect();
+    assert_eq!(remarks(&mtrrs, &fixed).len(), 16);
+    let dump = remarks(&[&mtrrs[..], &[0xc000_0102]].concat(), &fixed);
+    assert_eq!(dump.len(), 1, "{dump:?}");
+    assert!(
+        dump[0].contains("no policy") && dump[0].contains("17 registers"),
+        "{dump:?}"
+    );
 }
 
 const LIST: &str = "# MSR # Write mask # Comment\n\

@@ -21,12 +21,18 @@ pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     })
 }
 
+fn here(bytes: &[u8]) -> String {
+    match bytes.len() {
+        1 => "here is 1 byte".to_owned(),
+        length => format!("here are {length} bytes"),
+    }
+}
+
 fn read_as(bytes: &[u8], layout: Layout) -> Result<RawInput, RawError> {
     let Some(raw) = abi::RawFilter::from_bytes(bytes, layout) else {
         return Err(RawError::new(format!(
-            "here are {} bytes; `struct kvm_msr_filter` of a 64-bit process has {}, of a 32-bit process {}, and its bitmaps \
-             follow",
-            bytes.len(),
+            "{}; `struct kvm_msr_filter` of a 64-bit process has {}, of a 32-bit process {}, and its bitmaps follow",
+            here(bytes),
             Layout::NATIVE.filter_size,
             Layout::COMPAT.filter_size
         )));
@@ -64,9 +70,9 @@ fn read_as(bytes: &[u8], layout: Layout) -> Result<RawInput, RawError> {
         let needed: usize = layout.filter_size + used().map(|(_, length)| length).sum::<usize>();
         if needed != bytes.len() {
             return Err(RawError::new(format!(
-                "here are {} bytes, and the structure with the bitmaps that its ranges need, one after the other, has \
-                 {needed}; or let the pointers be offsets into the file",
-                bytes.len()
+                "{}, and the structure with the bitmaps that its ranges need, one after the other, has {needed}; or \
+                 let the pointers be offsets into the file",
+                here(bytes)
             )));
         }
     } else if offsets < used().count() {

@@ -5,6 +5,7 @@ use msrgate_core::{Filter, FilterRange, MsrRange, Ops, Verdict};
 use msrgate_plan::{DecisionMap, Preset};
 
 use super::error::RawError;
+use crate::print::counted;
 
 /// What was read.
 #[derive(Clone, Debug)]
@@ -82,9 +83,9 @@ impl RawFilter {
             let copied = checked.bitmap().len() * 8;
             if range.bitmap.len() < copied {
                 remarks.push(format!(
-                    "range {slot}: its bitmap has {} bytes, and the kernel copies {copied}, whole words of 8: the bytes behind \
-                     it decide nothing, but must be readable",
-                    range.bitmap.len()
+                    "range {slot}: its bitmap has {}, and the kernel copies {copied}, whole words of 8: the bytes behind it \
+                     decide nothing, but must be readable",
+                    counted(range.bitmap.len() as u64, "byte", "bytes")
                 ));
             }
             match checked.span() {
@@ -142,18 +143,18 @@ impl RawRange {
         })?;
         if self.nmsrs == 0 || self.nmsrs > MAX_RANGE_MSRS {
             let message = format!(
-                "range {slot}: it has {} MSRs; a range holds 1 to {MAX_RANGE_MSRS}",
-                self.nmsrs
+                "range {slot}: it has {}; a range holds 1 to {MAX_RANGE_MSRS}",
+                counted(self.nmsrs.into(), "MSR", "MSRs")
             );
             return Err(RawError::new(message).errno("EINVAL"));
         }
         let needed = self.nmsrs.div_ceil(8) as usize;
         if self.bitmap.len() < needed {
             let message = format!(
-                "range {slot}: its bitmap has {} bytes, and {} MSRs need {needed}: what lies behind the bitmap decides, or \
+                "range {slot}: its bitmap has {}, and {} {needed}: what lies behind the bitmap decides, or \
                  nothing does",
-                self.bitmap.len(),
-                self.nmsrs
+                counted(self.bitmap.len() as u64, "byte", "bytes"),
+                counted(self.nmsrs.into(), "MSR needs", "MSRs need")
             );
             return Err(RawError::new(message).errno("EFAULT"));
         }

@@ -67,7 +67,7 @@ fn what_the_kernel_refuses_is_told_with_its_error_number() {
         ),
         (
             filter("0", &[range("0", "9", "1", "00")]),
-            "has 1 bytes, and 9 MSRs need 2",
+            "has 1 byte, and 9 MSRs need 2",
             Some("EFAULT"),
         ),
         (filter("0", &vec![good.clone(); 17]), "17 ranges", None),
@@ -415,7 +415,7 @@ fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_
         |bitmap: &str, range: &str| format!("{bitmap}\nstruct kvm_msr_filter f = {{ .ranges = {{ {range} }} }};");
     let flags = |flags: &str| format!("struct kvm_msr_filter f = {{\n .flags = {flags} }};");
     for (text, what) in [
-        (with("uint8_t b[1] = { 0 };", range), "has 1 bytes, and 9 MSRs need 2"),
+        (with("uint8_t b[1] = { 0 };", range), "has 1 byte, and 9 MSRs need 2"),
         (with("", "{ 1, 1, 1, NULL }"), "EFAULT"),
         (flags("4"), "flags 0x4"),
         (

@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use msrgate_core::Msr;
+use msrgate_msrs::BypassKind;
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 use msrgate_policy::{Code, Files, Policy, check, notes};
@@ -125,7 +126,11 @@ fn findings(name: &Path, wanted: Option<&str>, files: &Examples) -> Vec<String> 
     let warnings = warnings.map(|found| found.code.to_string());
     match Plan::compile_for(&map, &options) {
         Ok(plan) => warnings
-            .chain(notes(&plan).iter().map(|note| note.code.to_string()))
+            .chain(
+                notes(&plan, cpuid.as_ref(), None)
+                    .iter()
+                    .map(|note| note.code.to_string()),
+            )
             .collect(),
         Err(error) => vec![policy.explain_error(&error, None).code.to_string()],
     }
@@ -212,5 +217,63 @@ fn the_language_is_described_whole() {
     ];
     for key in keys.iter().chain(&rule) {
         assert!(text.contains(&format!("`{key}`")), "{key}");
+    }
+}
+
+/// The database's ways past the filter, as the document shows them.
+fn bypasses() -> String {
+    let mut table = "| what passes | registers | Linux | note | source |\n| --- | --- | --- | --- | --- |\n".to_owned();
+    for bypass in msrgate_msrs::bypasses() {
+        let of: Vec<String> = bypass.of.iter().map(|of| format!("`{of}`")).collect();
+        let of = if of.is_empty() { "any".to_owned() } else { of.join(", ") };
+        let guest = bypass.guest.map(|feature| format!("; of a guest that has `{feature}`"));
+        let note = match bypass.kind {
+            BypassKind::Exempt => "N001",
+            BypassKind::Fastpath => "N002",
+            BypassKind::Ghcb => "N004",
+            BypassKind::Hardware => "N005",
+            BypassKind::Instruction => "N006",
+            BypassKind::Kernel => "N024",
+            BypassKind::Confidential => "N025",
+            kind => panic!("{kind:?} has no note"),
+        };
+        let versions = bypass.versions().unwrap_or_else(|| "all".to_owned());
+        let (says, source) = (bypass.says.trim_end_matches([',', ':']), bypass.source);
+        let guest = guest.unwrap_or_default();
+        table += &format!("| {says}{guest} | {of} | {versions} | {note} | {source} |\n");
+    }
+    table
+}
+
+#[test]
+fn the_ways_past_the_filter_are_those_of_the_database() {
+    let table = bypasses();
+    assert!(
+        document("policy.md").contains(&table),
+        "docs/policy.md is to have\n{table}"
+    );
+}
+
+#[test]
+fn a_way_past_the_filter_is_to_registers_that_are_known() {
+    for bypass in msrgate_msrs::bypasses() {
+        for of in bypass.of {
+            let known = match of.strip_prefix('@') {
+                Some(class) => msrgate_msrs::class(class).is_some(),
+                None => msrgate_msrs::glob(of).next().is_some(),
+            };
+            assert!(known, "{of} of {}", bypass.says);
+        }
+        let features = bypass.guest.into_iter();
+        assert!(
+            features.clone().all(msrgate_msrs::cpuid::is_feature),
+            "{:?}",
+            bypass.guest
+        );
+        assert!(
+            bypass.from.zip(bypass.to).is_none_or(|(from, to)| from <= to),
+            "{}",
+            bypass.says
+        );
     }
 }

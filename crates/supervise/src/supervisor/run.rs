@@ -8,7 +8,7 @@ use msrgate_answer::layout::{image, question, reply, slot};
 use msrgate_core::abi;
 use nix::errno::Errno;
 
-use super::{Remark, Supervisor};
+use super::{Refusal, Remark, Supervisor};
 use crate::hands::Hands;
 use crate::ledger::Ring;
 use crate::policy::Mode;
@@ -105,9 +105,9 @@ impl Supervisor {
                 Err(None) => return,
                 Err(Some(line)) => return self.refuse(waiting, &what, &line),
             };
-        let done = done.map_err(|error| error.to_string()).and_then(|()| {
+        let done = done.map_err(|error| Refusal::Line(error.to_string())).and_then(|()| {
             let entered = self.entered(&mut stopped, waiting, tag, &table, &mut handed, &caller, known);
-            entered.map_err(|error| error.desc().to_owned())
+            entered.map_err(Refusal::Kernel)
         });
         handed.close(&mut stopped);
         match done {
@@ -119,7 +119,13 @@ impl Supervisor {
                 }
                 stopped.redirect(stub, libc::SYS_ioctl);
             }
-            Err(error) => {
+            // It was killed.
+            Err(Refusal::Kernel(Errno::ESRCH)) => {}
+            Err(refusal) => {
+                let error = match &refusal {
+                    Refusal::Kernel(error) => error.desc(),
+                    Refusal::Line(line) => line,
+                };
                 self.tell(waiting.thread, &what, &format!("{NO_MEMORY}: {error}"));
                 stopped.finish(i64::from(-EACCES));
             }

@@ -164,7 +164,10 @@ impl Learned {
         };
         match faults {
             0 => format!("{then}; not touched in {traces} since{names}{missing}"),
-            faults => format!("{then}; only faulted, {faults} times, in {traces} since{names}{missing}"),
+            faults => format!(
+                "{then}; only faulted, {}, in {traces} since{names}{missing}",
+                text::counted(faults, "time")
+            ),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::io::{self, BufRead, Read, Write};
 use msrgate_core::abi::{MAX_RANGE_MSRS, MAX_RANGES};
 use msrgate_core::{Disposition, Msr, Op};
 use msrgate_msrs::number;
+use msrgate_policy::print;
 use serde::Deserialize;
 
 use crate::TraceError;
@@ -286,7 +287,8 @@ impl Summary {
             header => Err(LearnError::at(
                 number,
                 format!(
-                    "the summary was cut short: it has {rows} rows of {}",
+                    "the summary was cut short: it has {} of {}",
+                    print::counted(rows, "row", "rows"),
                     header.map_or(0, |header| header.rows)
                 ),
             )),
@@ -318,6 +320,7 @@ fn write_names(names: &Least<String, NAMES>, to: &mut impl Write) -> io::Result<
 
 /// The first line of a summary.
 #[derive(Deserialize)]
+#[serde(expecting = "the first line of a summary")]
 struct Header {
     msrgate_summary: u64,
     traces: u64,
@@ -335,6 +338,7 @@ struct Header {
 
 /// Each other line: an MSR and direction that was served, or one that faulted.
 #[derive(Deserialize)]
+#[serde(expecting = "a line of a summary")]
 struct Row {
     msr: String,
     op: String,
@@ -390,10 +394,10 @@ impl Row {
                 }
                 if seen.count() == 0 || !(1..=summary.traces).contains(&seen.traces) || seen.first > seen.last {
                     return Err(format!(
-                        "it contradicts itself: {} accesses in {} of {} traces, from {} to {}",
-                        seen.count(),
+                        "it contradicts itself: {} in {} of {}, from {} to {}",
+                        print::counted(seen.count(), "access", "accesses"),
                         seen.traces,
-                        summary.traces,
+                        print::counted(summary.traces, "trace", "traces"),
                         seen.first,
                         seen.last
                     ));

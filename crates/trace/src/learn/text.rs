@@ -132,7 +132,7 @@ impl LearnedRule {
             }
             let mut named: Vec<String> = ranges.iter().take(NAMED).map(|(range, _)| span(*range)).collect();
             if ranges.len() > named.len() {
-                named.push(format!("{} more ranges", ranges.len() - named.len()));
+                named.push(counted((ranges.len() - named.len()) as u64, "more range"));
             }
             text.push_str(&format!("; {op} not seen of {}", named.join(", ")));
         }
@@ -189,7 +189,7 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
         let ranges = runs(&msrs);
         let mut named: Vec<String> = ranges.iter().take(NAMED).map(|range| span(*range)).collect();
         if ranges.len() > named.len() {
-            named.push(format!("{} more ranges", ranges.len() - named.len()));
+            named.push(counted((ranges.len() - named.len()) as u64, "more range"));
         }
         if !named.is_empty() {
             parts.push(format!("{op} {}", named.join(", ")));
@@ -198,10 +198,8 @@ fn accesses(keys: &[(Msr, Op)]) -> String {
     parts.join("; ")
 }
 
+/// So many of a noun; of one that ends in s the plural has an e more.
 pub(super) fn counted(count: u64, noun: &str) -> String {
-    match (count, noun) {
-        (1, noun) => format!("1 {noun}"),
-        (count, "access") => format!("{count} accesses"),
-        (count, noun) => format!("{count} {noun}s"),
-    }
+    let plural = if noun.ends_with('s') { "es" } else { "s" };
+    print::counted(count, noun, &format!("{noun}{plural}"))
 }

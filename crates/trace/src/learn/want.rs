@@ -6,6 +6,7 @@ use std::sync::Arc;
 use msrgate_core::{ArgumentKey, Arguments, Disposition, Msr, MsrRange, OnLockedBits, Op, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Access, Class};
+use msrgate_policy::print;
 
 use super::summary::{Seen, Summary};
 
@@ -173,7 +174,7 @@ fn untold(seen: &Seen, always: Disposition) -> String {
             let words: Vec<String> = seen
                 .did
                 .iter()
-                .map(|(did, count)| format!("`{did}` {count} times"))
+                .map(|(did, count)| format!("`{did}` {}", print::counted(*count, "time", "times")))
                 .collect();
             format!(
                 "served in several ways, {}; it is left to the kernel",

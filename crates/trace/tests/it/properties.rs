@@ -36,6 +36,7 @@ fn event() -> impl Strategy<Value = Event> {
         "host-unreadable",
         "bits-locked",
         "value-not-listed",
+        "vmm-filter",
     ];
     let whys = whys.map(|name| FaultCause::from_name(name).expect(name));
     let access = (select(Op::ALL.to_vec()), any::<u32>(), value());

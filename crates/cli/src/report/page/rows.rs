@@ -2,6 +2,7 @@
 
 use maud::{Markup, html};
 use msrgate_core::Op;
+use msrgate_policy::Cause;
 use msrgate_trace::report::{Counts, Kind, Moment, Row, Timeline};
 
 use super::super::contents::Contents;
@@ -266,11 +267,12 @@ fn decision(contents: &Contents, row: &Row, broken: bool) -> Markup {
     html! {
         (sign(contents.decides(row)))
         (explained.action.to_string()) ", "
-        @match explained.rule {
-            Some((number, _)) => a href={ "#rule-" (number) } { "rule " (number) },
-            None => "by default",
+        @match explained.cause {
+            Cause::Rule(number, _) => a href={ "#rule-" (number) } { "rule " (number) },
+            Cause::Valid(_) => "by valid",
+            _ => "by default",
         }
-        @if let Some(why) = explained.rule.and_then(|(_, rule)| rule.why.as_deref()) {
+        @if let Some(why) = explained.cause.rule().and_then(|(_, rule)| rule.why.as_deref()) {
             div.muted { (plain(why)) }
         }
         @if broken {

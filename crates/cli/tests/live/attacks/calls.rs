@@ -97,6 +97,24 @@ fn the_smallest_stack_is_enough() {
 }
 
 #[test]
+fn the_trace_names_the_vmms_own_filter_where_that_denies() {
+    let Some(program) = vmm("handed", Way::Dynamic) else {
+        return;
+    };
+    let folder = with_policy(ANSWERS);
+    let options = ["-p", "policy.toml", "--trace", "trace.jsonl"];
+    let ran = Ran::of(&mut under(&folder, &options, &program, &["scm"])).code(0);
+    ran.says(&["rdmsr 0x277 IA32_PAT: 1 time, the VMM's own filter denies it"]);
+    let of = |msr: &str| {
+        let events = traced(&folder).into_iter().filter(|event| event["msr"] == msr);
+        let told = events.map(|event| (event["did"].clone(), event["why"].clone()));
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(of("0x277"), [("fault".into(), "vmm-filter".into())]);
+    assert_eq!(of("0x10a"), [("deny".into(), Value::Null)]);
+}
+
+#[test]
 fn a_vm_is_under_the_policy_in_whose_hands_it_is() {
     let last = [
         "last rdmsr 0x8b 0x5",

@@ -27,7 +27,10 @@ fn processes_that_are_killed_while_they_ask_lock_nobody_out_and_are_no_refusals(
     .code(0);
     assert_eq!(ran.out, "killed 200\nlast rdmsr 0x8b 0x22\n", "{}", ran.err);
     assert_eq!(count(&summary(&ran), "refused"), 0, "{}", ran.err);
-    assert_eq!(ran.err.lines().count(), 1, "{}", ran.err);
+    // Beside the summary only what this kernel lets a guest do past the policy.
+    let gap = |line: &&str| line.starts_with("msrgate: on Linux ") && line.contains("a guest with VMX");
+    let others = ran.err.lines().filter(|line| !gap(line));
+    assert_eq!(others.count(), 1, "{}", ran.err);
 }
 
 #[test]

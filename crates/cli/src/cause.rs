@@ -1,0 +1,96 @@
+//! What of a policy decides an access, for people and for programs.
+
+use msrgate_core::{Msr, MsrRange, Verdict};
+use msrgate_msrs::cpuid::places;
+use msrgate_msrs::{Entry, Exists};
+use msrgate_policy::{Cause, Explanation};
+use serde_json::{Value, json};
+
+use crate::load::Loaded;
+
+/// How many reasons a line for people names.
+const FEW: usize = 2;
+
+/// The word of programs for what decides an access.
+pub(crate) fn name(explained: &Explanation<'_>) -> &'static str {
+    let allowed = (explained.verdict == Verdict::Allow, explained.action.did().is_kernels());
+    match explained.cause {
+        _ if MsrRange::X2APIC.contains(explained.msr) => "x2apic",
+        // No range covers it, so that the filter's default has the word.
+        _ if explained.msr == Msr::MAX && allowed.0 != allowed.1 => "last-msr",
+        Cause::Rule(..) => "rule",
+        Cause::Valid(_) => "valid",
+        _ => "default",
+    }
+}
+
+/// What of its CPUID says that a guest lacks an MSR.
+pub(crate) fn lacks(entry: &Entry) -> Value {
+    let features = entry.exists().features().iter().map(|feature| {
+        let places = places(feature).iter().map(|place| {
+            json!({
+                "leaf": format!("{:#x}", place.leaf),
+                "subleaf": format!("{:#x}", place.subleaf),
+                "register": place.register.to_string(),
+                "bit": place.bit,
+                "width": place.width,
+                "at_least": place.at_least,
+            })
+        });
+        json!({ "name": feature, "places": places.collect::<Value>() })
+    });
+    json!({ "features": features.collect::<Value>(), "vendors": vendors(entry) })
+}
+
+/// The same in words: `CPUID lacks `mtrr` (CPUID.0x1:EDX[12])`.
+pub(crate) fn lacks_in_words(entry: &Entry) -> String {
+    let vendors = vendors(entry);
+    if !vendors.is_empty() {
+        return format!("CPUID.0x0 names another vendor than {}", vendors.join(" and "));
+    }
+    let features = entry.exists().features().iter().map(|feature| {
+        let places: Vec<String> = places(feature).iter().map(ToString::to_string).collect();
+        format!("`{feature}` ({})", places.join(", "))
+    });
+    let features: Vec<String> = features.collect();
+    let features = match features.split_last() {
+        Some((last, others)) if !others.is_empty() => format!("{} and {last}", others.join(", ")),
+        _ => features.concat(),
+    };
+    format!("CPUID lacks {features}")
+}
+
+/// What decides all accesses of a range that no rule does: the word for programs, and words for people.
+pub(crate) fn without_rule(loaded: &Loaded, range: MsrRange) -> (&'static str, String) {
+    let entries = msrgate_msrs::within(range);
+    let lacking = loaded.policy.lacking(loaded.cpuid.as_ref());
+    let lacking: Vec<&Entry> = lacking.filter(|entry| range.contains(entry.msr)).collect();
+    if lacking.is_empty() || (lacking.len() as u64) < range.len() {
+        return ("default", "default".to_owned());
+    }
+    let mut whys: Vec<String> = Vec::new();
+    for entry in entries {
+        let features = entry.exists().features();
+        let why = match vendors(entry).as_slice() {
+            [] => format!("no {}", features.join(" or ")),
+            vendors => format!("not of {}", vendors.join(" or ")),
+        };
+        if !whys.contains(&why) {
+            whys.push(why);
+        }
+    }
+    let more = match whys.len().saturating_sub(FEW) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    whys.truncate(FEW);
+    ("valid", format!("valid: {}{more}", whys.join(", ")))
+}
+
+/// The vendors that have the MSR, where CPUID tells by the vendor and by no feature.
+fn vendors(entry: &Entry) -> Vec<String> {
+    match entry.exists() {
+        Exists::Always | Exists::Model => entry.vendors().iter().map(ToString::to_string).collect(),
+        Exists::Feature(_) | Exists::AnyFeature(_) => Vec::new(),
+    }
+}
