@@ -127,7 +127,7 @@ impl Header {
 
     /// Whether accesses with which the guest was served are not in the trace.
     pub fn is_partial(&self) -> bool {
-        self.part.is_some() || matches!(self.coverage, Some(Coverage::Decided | Coverage::Logged))
+        matches!(self.coverage, Some(Coverage::Decided | Coverage::Logged)) || self.part.is_some()
     }
 
     /// Writes the first line of a trace.

@@ -44,7 +44,10 @@ fn check_tells_what_passes_on_the_kernel_that_is_named() {
 #[test]
 fn without_a_version_check_goes_by_the_kernel_that_runs_here_and_plan_names_the_versions() {
     let folder = Folder::new();
-    folder.write("p.toml", "version = 1\ndefault = \"deny\"\n");
+    folder.write(
+        "p.toml",
+        "version = 1\ndefault = \"deny\"\naccept = { W016 = \"a test\" }\n",
+    );
     if let Ok(release) = std::fs::read_to_string("/proc/sys/kernel/osrelease") {
         assert_eq!(notes(&folder, &[]), notes(&folder, &["--kernel", release.trim()]));
     }

@@ -233,7 +233,7 @@ read  = { value = \"0x7040600070406\" }
         .run(&["replay", "--backend", "kvm", "-p", "policy.toml", MICROVM])
         .code(1);
     people.shows(&[
-        "the policy changed 10 of 664 accesses",
+        "the policy changed 10 of 564 accesses",
         "a real guest on this machine's KVM",
         "IA32_APIC_BASE",
     ]);

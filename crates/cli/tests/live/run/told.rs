@@ -150,7 +150,7 @@ fn a_trace_with_a_limit_is_cut_into_parts_that_say_so() {
     folder
         .run(&["learn", "trace.jsonl"])
         .code(2)
-        .says(&["one part of a trace", "--trace-size"]);
+        .says(&["not all that the guest was served with", "--trace-size"]);
     let report = folder.run(&["report", "trace.jsonl"]).code(0);
     report.shows(&["trace.jsonl is part 1 of a trace that was cut by its size"]);
 }
