@@ -224,12 +224,7 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
             "/// {}. Whole 8-byte words, since that is what the kernel copies.",
             describe(range)
         )?;
-        writeln!(out, "pub static {name}_BITMAP_{slot}: [u8; {}] = [", bytes.len())?;
-        for row in bytes.chunks(16) {
-            let row: Vec<String> = row.iter().map(|byte| format!("{byte:#04x}")).collect();
-            writeln!(out, "    {},", row.join(", "))?;
-        }
-        writeln!(out, "];\n")?;
+        rust_bytes(out, &format!("{name}_BITMAP_{slot}"), &bytes)?;
     }
     writeln!(
         out,
@@ -250,7 +245,21 @@ pub(crate) fn rust(out: &mut impl Write, loaded: &Loaded) -> io::Result<()> {
         writeln!(out, "            bitmap: &{name}_BITMAP_{slot},")?;
         writeln!(out, "        }},")?;
     }
-    writeln!(out, "    ]\n}}")
+    writeln!(out, "    ]\n}}\n")?;
+    writeln!(
+        out,
+        "/// The whole plan, with what is answered: `msrgate::Plan::from_bytes` proves it once more, and needs no kvm-ioctls."
+    )?;
+    rust_bytes(out, &format!("{name}_PLAN"), &plan.to_bytes())
+}
+
+fn rust_bytes(out: &mut impl Write, name: &str, bytes: &[u8]) -> io::Result<()> {
+    writeln!(out, "pub static {name}: [u8; {}] = [", bytes.len())?;
+    for row in bytes.chunks(16) {
+        let row: Vec<String> = row.iter().map(|byte| format!("{byte:#04x}")).collect();
+        writeln!(out, "    {},", row.join(", "))?;
+    }
+    writeln!(out, "];\n")
 }
 
 /// What the filter alone would deny, as lines of a comment.

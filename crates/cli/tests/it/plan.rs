@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::process::Command;
 
+use msrgate_plan::Plan;
+use msrgate_policy::Policy;
+
 use crate::allows::Allows;
 use crate::command::{self, Folder, POLICIES, Ran, count, find, list, text};
 use crate::filter::{Filter, Op, boundaries};
@@ -172,6 +175,13 @@ fn the_rust_that_plan_prints_builds_against_kvm_ioctls_and_is_the_plans_filter()
     assert_eq!(
         printed, kept,
         "cargo run -- plan --emit rust crates/cli/tests/emitted/policy.toml makes it anew"
+    );
+
+    let policy = Policy::parse("policy.toml", EMITTED).expect("a policy");
+    let plan = Plan::compile_for(&policy.decision_map(None).expect("a map"), &policy.options());
+    assert_eq!(
+        Plan::from_bytes(&emitted::EMITTED_PLAN).expect("a plan"),
+        plan.expect("a plan")
     );
 
     let plan = folder.run(&["plan", "--json", "policy.toml"]).code(0).json();
