@@ -17,7 +17,7 @@ pub enum Note {
     /// The map wants something else for MSR 0xffffffff than the filter's default. No range covers it.
     LastMsr,
     /// The map has actions that reach the kernel's register as the host does, which may differ from the guest's own
-    /// instruction: `mask`, `only` and `once`.
+    /// instruction.
     HostView,
     /// The plan has presets: they hold as long as nothing else on the host writes the registers.
     Presets,

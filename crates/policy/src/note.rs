@@ -169,8 +169,8 @@ fn of_plan(note: &Note) -> Option<Diagnostic> {
         ),
         Note::HostView => (
             Code::HostView,
-            "`mask`, `only` and `once` reach the kernel's register as the host does (KVM_GET_MSRS, KVM_SET_MSRS), which \
-             may differ from what the guest's own instruction would have done"
+            "user space reads or writes the kernel's register for the guest (KVM_GET_MSRS, KVM_SET_MSRS), which may differ \
+             from what the guest's own instruction would have done"
                 .to_owned(),
         ),
         Note::Presets => (
