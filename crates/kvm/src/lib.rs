@@ -35,9 +35,7 @@
 //! let vcpu_gate = gate.vcpu(vcpu, 0)?;
 //! loop {
 //!     match vcpu.run() {
-//!         Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => {
-//!             let _ = vcpu_gate.dispatch_vcpu(vcpu);
-//!         }
+//!         Ok(VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_)) => _ = vcpu_gate.dispatch_vcpu(vcpu),
 //!         Ok(_) => break, // The VMM's own exits.
 //!         Err(error) if error.errno() == libc::EINTR => continue, // Nothing to look at.
 //!         Err(error) => return Err(error.into()),
@@ -115,6 +113,11 @@
 //! reason that is not known here, an MSR that no rule names, a register that cannot be read, a handler's panic (where
 //! the program unwinds) all fault the guest; [`Answered`] says why. The answer path does not lock, allocate or panic,
 //! apart from handlers and from the first exit of each vCPU after [`Gate::replace`].
+//!
+//! # What rules log
+//! [`Answered`] has with each answer how much of it the rule wants to be told (`answer.log`). `LogLimiter::admits` of msrgate-core says
+//! of [`Answered::event`] whether it is told now, since `first` and `per_second` leave most out; telling is the VMM's. [`Gate::counts`]
+//! has how many accesses were answered, told or not.
 //!
 //! # System calls
 //! [`system_calls`] gives those that a plan takes, by stage and so by thread, for the lists of a VMM's seccomp filters;

@@ -36,7 +36,7 @@ pub fn open() -> Result<File, ProbeError> {
         })
 }
 
-/// Asks `kvm`, a descriptor of `/dev/kvm`, what it can do: by KVM_CHECK_EXTENSION, never by a version, since
+/// Asks `kvm`, a descriptor of `/dev/kvm` or of a VM, what it can do: by KVM_CHECK_EXTENSION, never by a version, since
 /// distributions carry features back.
 pub fn probe(kvm: &impl AsRawFd) -> Result<Capabilities, ProbeError> {
     for capability in [Capability::UserSpaceMsr, Capability::MsrFilter] {

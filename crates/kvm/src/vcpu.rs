@@ -35,7 +35,6 @@ struct Held {
 }
 
 /// What became of a KVM_RUN exit.
-#[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dispatch {
     /// It was an MSR exit; the answer is in `kvm_run`, and the next KVM_RUN carries it out.
