@@ -16,6 +16,16 @@ pub(crate) fn completions(args: &CompletionsArgs) -> Result<Exit, Failure> {
 }
 
 pub(crate) fn man(args: &ManArgs) -> Result<Exit, Failure> {
+    if let Some(directory) = &args.into {
+        let written = clap_mangen::generate_to(Args::command(), directory);
+        return match written {
+            Ok(()) => Ok(Exit::Yes),
+            Err(error) => Err(Failure::input(format!(
+                "cannot write into {}: {error}",
+                directory.display()
+            ))),
+        };
+    }
     let mut out = io::stdout().lock();
     let mut command = Args::command();
     command.build();
@@ -121,7 +131,7 @@ mod tests {
 
     #[test]
     fn the_documented_options_are_those_of_the_command_line() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/cli.md");
         let document = fs::read_to_string(&path).expect("docs/cli.md");
         let page = page(&document);
         if std::env::var_os("MSRGATE_WRITE_DOCS").is_some() {

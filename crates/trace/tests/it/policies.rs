@@ -10,7 +10,7 @@ use msrgate_policy::Policy;
 use msrgate_trace::{Lines, Record};
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    env!("CARGO_MANIFEST_DIR").into()
 }
 
 /// Each access of a trace, once.
