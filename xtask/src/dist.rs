@@ -12,7 +12,7 @@ use crate::binary::{self, Count};
 use crate::capi;
 use crate::package;
 use crate::process;
-use crate::test::{self, Ending, cargo};
+use crate::test::{self, Ending};
 use crate::toolchain;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");

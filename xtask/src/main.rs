@@ -22,6 +22,7 @@ mod fuzz;
 mod headers;
 mod capi;
 mod dist;
+mod published;
 mod api;
 mod house;
 mod modules;
