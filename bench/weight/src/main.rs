@@ -44,5 +44,8 @@ fn plan(bytes: &[u8]) -> Result<msrgate::Plan, Box<dyn Error>> {
 #[cfg(feature = "language")]
 fn plan(text: &[u8]) -> Result<msrgate::Plan, Box<dyn Error>> {
     let policy = msrgate::Policy::parse("policy.toml", std::str::from_utf8(text)?)?;
-    Ok(msrgate::Plan::compile_for(&policy.decision_map(None)?, &policy.options())?)
+    Ok(msrgate::Plan::compile_for(
+        &policy.decision_map(None)?,
+        &policy.options(),
+    )?)
 }
