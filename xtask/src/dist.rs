@@ -179,29 +179,29 @@ fn others() -> Result<String, String> {
         if package.starts_with(crate::root()) {
             continue;
         }
+        let manifest = read(&package.join("Cargo.toml"))?;
+        let licence = manifest.lines().find_map(|line| line.strip_prefix("license = "));
         // The registry's directories are called by name and version.
-        let title = package.file_name().unwrap_or_default().to_string_lossy();
+        let name = package.file_name().unwrap_or_default().to_string_lossy();
+        let title = format!("{name}: {}", licence.unwrap_or("as follows").trim_matches('"'));
         let files = fs::read_dir(package).map_err(|error| format!("cannot read {}: {error}", package.display()))?;
-        for file in files
-            .filter_map(Result::ok)
-            .map(|file| file.path())
-            .filter(|file| file.is_file())
-        {
+        let files = files.filter_map(Result::ok).map(|file| file.path());
+        let texts = files.filter(|file| {
             let name = file.file_name().unwrap_or_default().to_string_lossy().to_uppercase();
-            if ["LICEN", "COPYING", "NOTICE", "UNLICEN"]
-                .iter()
-                .any(|start| name.starts_with(start))
-            {
-                by_text
-                    .entry(read(&file)?)
-                    .or_default()
-                    .insert(title.clone().into_owned());
-            }
+            let licence = ["LICEN", "COPYING", "NOTICE", "UNLICEN"];
+            file.is_file() && licence.iter().any(|start| name.starts_with(start))
+        });
+        let mut texts = texts.map(|file| read(&file)).collect::<Result<Vec<_>, _>>()?;
+        if texts.is_empty() {
+            texts.push("Its package holds no text of the licence.".to_owned());
+        }
+        for text in texts {
+            by_text.entry(text).or_default().insert(title.clone());
         }
     }
     let texts = by_text.iter().map(|(text, titles)| {
         let titles: Vec<&str> = titles.iter().map(String::as_str).collect();
-        format!("{}\n\n{}\n", titles.join("\n"), text.trim_end())
+        format!("{}\n\n{}\n", titles.join("\n"), text.trim_matches('\n'))
     });
     Ok(texts.collect::<Vec<_>>().join("\n----\n\n"))
 }
@@ -276,6 +276,7 @@ pub(crate) fn check() -> Result<Ending, String> {
             format!("the tarball; no Debian package: {why}")
         }
     };
+    let _ = fs::remove_dir_all(into.join("unpacked"));
     let unpacked = directory_in(&into, "unpacked")?;
     let mut tar = process::bound("tar");
     tar.arg("-xzf")
