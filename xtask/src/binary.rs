@@ -65,12 +65,15 @@ pub(crate) fn tests() -> Result<Vec<Binary>, String> {
     built(&[&["test", "--no-run"], &SCOPE[..]].concat())
 }
 
+/// What builds the command as it is released.
+pub(crate) const RELEASE: [&str; 6] = ["build", "--release", "--package", "msrgate-cli", "--bin", "msrgate"];
+
 /// Builds the command as it is released.
 ///
 /// # Errors
 /// That it does not compile, or that there is none.
 pub(crate) fn released() -> Result<PathBuf, String> {
-    let programs = built(&["build", "--release", "--package", "msrgate-cli", "--bin", "msrgate"])?;
+    let programs = built(&RELEASE)?;
     let program = programs.into_iter().next().ok_or("cargo built no msrgate")?;
     Ok(program.executable)
 }
@@ -80,11 +83,18 @@ pub(crate) fn released() -> Result<PathBuf, String> {
 /// # Errors
 /// That it does not compile; the compiler has spoken by then.
 pub(crate) fn built(arguments: &[&str]) -> Result<Vec<Binary>, String> {
+    Ok(messages(arguments)?.lines().filter_map(binary).collect())
+}
+
+/// Runs a cargo command and gives its messages, a line of JSON each.
+///
+/// # Errors
+/// That it does not compile; the compiler has spoken by then.
+pub(crate) fn messages(arguments: &[&str]) -> Result<String, String> {
     let mut command = process::bound("cargo");
     command.args(arguments).arg("--message-format=json-render-diagnostics");
     command.current_dir(crate::root()).stderr(Stdio::inherit());
-    let messages = process::output(&mut command)?;
-    Ok(messages.lines().filter_map(binary).collect())
+    process::output(&mut command)
 }
 
 fn binary(message: &str) -> Option<Binary> {

@@ -54,9 +54,9 @@ const HEADER: [(&str, &str, &str); 6] = [
 const TESTS: &str = "crates/capi/tests/calls.c";
 
 /// A whole VMM in C on the library, one on what `plan --emit c` prints, and their policy.
-const EXAMPLE: &str = "examples/c/vmm.c";
+pub(crate) const EXAMPLE: &str = "examples/c/vmm.c";
 const HEADER_EXAMPLE: &str = "examples/c/header.c";
-const POLICY: &str = "examples/c/policy.toml";
+pub(crate) const POLICY: &str = "examples/c/policy.toml";
 
 const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-g"];
 
@@ -84,7 +84,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Ending, String> {
             .destdir
             .as_ref()
             .map_or_else(|| prefix.clone(), |dir| dir.join(below));
-        install(prefix, &into, true)?;
+        install(&prefix.display().to_string(), "lib", &into, true)?;
         println!("installed in {}", into.display());
     }
     match arguments.check {
@@ -93,10 +93,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Ending, String> {
     }
 }
 
-/// Installs into `into` what later lies in `prefix`.
-pub(crate) fn install(prefix: &Path, into: &Path, released: bool) -> Result<(), String> {
+/// Installs into `into` what later lies in `prefix`, with the libraries in its directory `libraries`.
+pub(crate) fn install(prefix: &str, libraries: &str, into: &Path, released: bool) -> Result<(), String> {
     let archive = archive(released)?;
-    let (lib, include) = (into.join("lib"), into.join("include"));
+    let (lib, include) = (into.join(libraries), into.join("include"));
     let (pkgconfig, man) = (lib.join("pkgconfig"), into.join("share/man/man3"));
     for directory in [&lib, &include, &pkgconfig, &man] {
         fs::create_dir_all(directory).map_err(|error| format!("cannot make {}: {error}", directory.display()))?;
@@ -118,10 +118,9 @@ pub(crate) fn install(prefix: &Path, into: &Path, released: bool) -> Result<(), 
         symlink(&shared, &path).map_err(|error| format!("cannot link {}: {error}", path.display()))?;
     }
     let description = format!(
-        "prefix={}\nlibdir=${{prefix}}/lib\nincludedir=${{prefix}}/include\n\nName: msrgate\n\
+        "prefix={prefix}\nlibdir=${{prefix}}/{libraries}\nincludedir=${{prefix}}/include\n\nName: msrgate\n\
          Description: An MSR firewall for KVM guests\nVersion: {version}\nLibs: -L${{libdir}} -lmsrgate\n\
          Libs.private: {}\nCflags: -I${{includedir}}\n",
-        prefix.display(),
         SYSTEM.join(" "),
     );
     let path = pkgconfig.join("msrgate.pc");
@@ -179,7 +178,7 @@ fn link(archive: &Path, shared: &Path) -> Result<(), String> {
 pub(crate) fn check() -> Result<Ending, String> {
     let place = toolchain::target("capi");
     let prefix = place.join("prefix");
-    install(&prefix, &prefix, false)?;
+    install(&prefix.display().to_string(), "lib", &prefix, false)?;
     fs::write(prefix.join("include/policy.h"), emitted()?)
         .map_err(|error| format!("cannot write policy.h: {error}"))?;
     let mut trial = Trial {

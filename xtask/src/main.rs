@@ -6,6 +6,7 @@
 //! - `docs` writes the tables of options in `docs/cli.md`.
 //! - `fuzz`, `check-memory` and `check-orders` are stages of it that can run by themselves, and longer.
 //! - `capi` builds and installs the library for VMMs in C, and a stage of `test` tries it.
+//! - `dist` makes the Debian package and the tarball; a stage of `test` installs both and uses them.
 //! - `api` lists the public API of the crates; a stage of `test` compares the listing.
 //! - `nested` and `intel` run any command on a Debian kernel with a real `kvm_amd` or `kvm_intel`,
 //!   on a machine that needs no virtualization of its own.
@@ -20,6 +21,8 @@ mod checker;
 mod fuzz;
 mod headers;
 mod capi;
+mod dist;
+mod published;
 mod api;
 mod house;
 mod modules;
@@ -69,6 +72,8 @@ enum Chore {
     CheckOrders,
     /// Build and install libmsrgate, the library for VMMs in C
     Capi(capi::Arguments),
+    /// Make a Debian package and a tarball of the command, libmsrgate, policies and documents
+    Dist(dist::Arguments),
     /// Run a command on a Debian kernel with kvm_amd, inside QEMU's emulator
     #[command(after_help = job::HELP)]
     Nested(job::NestedArguments),
@@ -85,6 +90,7 @@ fn main() -> ExitCode {
         Chore::Fuzz(arguments) => test::tell(fuzz::run(&arguments)),
         Chore::CheckMemory => test::tell(checker::memory()),
         Chore::Capi(arguments) => test::tell(capi::run(&arguments)),
+        Chore::Dist(arguments) => test::tell(dist::run(&arguments)),
         Chore::Api(arguments) => api::main(&arguments),
         Chore::CheckOrders => test::tell(checker::orders()),
         Chore::Nested(arguments) => lane::main(lane::Lane::Nested, &arguments.into()),

@@ -73,7 +73,8 @@ fn install(packages: &[&str]) -> Result<(), String> {
     process::output(command.env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
 }
 
-fn root() -> bool {
+/// Whether this process may install.
+pub(crate) fn root() -> bool {
     Path::new("/proc/self")
         .metadata()
         .is_ok_and(|process| process.uid() == 0)

@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 use crate::binary::{self, Binary, Count, SCOPE};
 use crate::job::{Job, Root, Series, quoted};
 use crate::lane::{self, Failure, Lane};
-use crate::{capi, checker, fuzz, headers, house, no_std, package, process};
+use crate::{capi, checker, dist, fuzz, headers, house, no_std, package, process, published};
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -60,6 +60,10 @@ enum Stage {
     Headers,
     /// The library for VMMs in C
     Capi,
+    /// The Debian package and the tarball, installed and used
+    Dist,
+    /// The tests of the published crates, from their packages
+    Packages,
     /// Every order in which a filter is replaced, under loom
     Loom,
     /// A few seconds of libFuzzer for each target
@@ -273,6 +277,8 @@ fn run(stage: Stage, work: &Result<Option<Work>, String>) -> Ending {
         Stage::Deny => deny(),
         Stage::Headers => headers::compare(),
         Stage::Capi => capi::check(),
+        Stage::Dist => dist::check(),
+        Stage::Packages => published::check(),
         Stage::Loom => checker::orders(),
         Stage::Fuzz => fuzz::short(),
         Stage::Memory => checker::memory(),

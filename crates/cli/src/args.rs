@@ -580,4 +580,7 @@ pub(crate) struct CompletionsArgs {
 pub(crate) struct ManArgs {
     /// The page of this subcommand; that of msrgate where it is left out
     pub(crate) subcommand: Option<String>,
+    /// Write all pages into this directory instead: msrgate.1, and one of each subcommand
+    #[arg(long, value_name = "DIR", conflicts_with = "subcommand")]
+    pub(crate) into: Option<PathBuf>,
 }

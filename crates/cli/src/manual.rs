@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 
 use crate::args::{Args, CompletionsArgs, ManArgs};
 use crate::exit::{Exit, Failure};
@@ -16,21 +16,26 @@ pub(crate) fn completions(args: &CompletionsArgs) -> Result<Exit, Failure> {
 }
 
 pub(crate) fn man(args: &ManArgs) -> Result<Exit, Failure> {
-    let mut out = io::stdout().lock();
-    let mut command = Args::command();
+    let mut command = Args::command().disable_help_subcommand(true);
     command.build();
-    let page = match &args.subcommand {
-        None => command,
-        Some(name) => match command.find_subcommand(name) {
-            Some(sub) => sub.clone().name(format!("msrgate-{name}")),
-            None => {
-                return Err(Failure::input(format!(
-                    "there is no subcommand `{name}`; `msrgate --help` lists them"
-                )));
-            }
-        },
-    };
-    clap_mangen::Man::new(page).render(&mut out)?;
+    let titled = |sub: &Command| sub.clone().name(format!("msrgate-{}", sub.get_name()));
+    if let Some(directory) = &args.into {
+        let pages = command.get_subcommands().map(titled).chain([command.clone()]);
+        for page in pages {
+            clap_mangen::Man::new(page)
+                .generate_to(directory)
+                .map_err(|error| Failure::input(format!("cannot write into {}: {error}", directory.display())))?;
+        }
+        return Ok(Exit::Yes);
+    }
+    let page =
+        match &args.subcommand {
+            None => command,
+            Some(name) => titled(command.find_subcommand(name).ok_or_else(|| {
+                Failure::input(format!("there is no subcommand `{name}`; `msrgate --help` lists them"))
+            })?),
+        };
+    clap_mangen::Man::new(page).render(&mut io::stdout().lock())?;
     Ok(Exit::Yes)
 }
 
@@ -46,7 +51,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use clap::{Arg, Command};
+    use clap::Arg;
 
     use super::*;
 
@@ -121,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_documented_options_are_those_of_the_command_line() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/cli.md");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/cli.md");
         let document = fs::read_to_string(&path).expect("docs/cli.md");
         let page = page(&document);
         if std::env::var_os("MSRGATE_WRITE_DOCS").is_some() {

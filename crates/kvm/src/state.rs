@@ -314,7 +314,7 @@ mod tests {
 
     #[test]
     fn the_document_shows_a_state() {
-        let document = include_str!("../../../docs/migration.md");
+        let document = include_str!("../docs/migration.md");
         let shown = document.split("```text\n").nth(1).expect("an example");
         let shown = shown.split("```").next().expect("its end");
         let policy = shown.lines().nth(1).expect("a policy").trim_start_matches("policy ");

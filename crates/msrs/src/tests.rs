@@ -130,7 +130,7 @@ fn every_entry_is_found_by_its_index_and_no_other_index_is() {
 
 #[test]
 fn every_msr_of_the_recorded_guests_has_an_entry() {
-    let traces = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../traces");
+    let traces = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("traces");
     let mut seen = 0;
     for trace in std::fs::read_dir(traces).unwrap() {
         let text = std::fs::read_to_string(trace.unwrap().path()).unwrap();
@@ -244,7 +244,7 @@ fn needs_are_in_order_once_each_and_of_accesses_that_there_are() {
 
 #[test]
 fn what_linux_needs_the_recorded_guests_did() {
-    let traces = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../traces");
+    let traces = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("traces");
     let read = |name| std::fs::read_to_string(traces.join(name)).unwrap();
     let texts = ["linux-6.1-microvm.jsonl", "linux-6.1-pc-smp2.jsonl"].map(read);
     // Their processor is AMD's as QEMU emulates it, and has none of these.

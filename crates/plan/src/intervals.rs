@@ -29,24 +29,22 @@ impl<V: Clone + Eq> Intervals<V> {
     /// Takes n log n steps for n ranges.
     pub fn first_match(default: V, ranges: impl IntoIterator<Item = (MsrRange, V)>) -> Intervals<V> {
         let ranges: Vec<(MsrRange, V)> = ranges.into_iter().collect();
-        let mut by_first: Vec<usize> = (0..ranges.len()).collect();
-        let first = |i: usize| ranges.get(i).map(|(range, _)| range.first());
-        by_first.sort_by_key(|i| first(*i));
-        // Positions where the deciding range may change.
-        let mut cuts: Vec<u64> = vec![0];
-        for (range, _) in &ranges {
-            cuts.push(u64::from(range.first().0));
-            cuts.push(u64::from(range.last().0) + 1);
+        // Where the deciding range may change, and which begins there. For all values of one type, so that a program has this
+        // sort once.
+        let mut cuts: Vec<(Msr, Option<usize>)> = vec![(Msr::MIN, None)];
+        for (i, (range, _)) in ranges.iter().enumerate() {
+            cuts.push((range.first(), Some(i)));
+            cuts.extend(range.last().0.checked_add(1).map(|after| (Msr(after), None)));
         }
         cuts.sort_unstable();
-        cuts.dedup();
 
         let mut map = Intervals { starts: Vec::new() };
         let mut open: BinaryHeap<Reverse<usize>> = BinaryHeap::new();
-        let mut coming = by_first.into_iter().peekable();
-        for msr in cuts.into_iter().filter_map(|cut| u32::try_from(cut).ok()).map(Msr) {
-            while let Some(i) = coming.next_if(|i| first(*i) <= Some(msr)) {
-                open.push(Reverse(i));
+        let mut cuts = cuts.into_iter().peekable();
+        while let Some((msr, begins)) = cuts.next() {
+            open.extend(begins.map(Reverse));
+            if cuts.peek().is_some_and(|(next, _)| *next == msr) {
+                continue;
             }
             let value = loop {
                 let Some(Reverse(i)) = open.peek() else {

@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn every_policy_of_the_directory_is_built_in_and_means_what_the_file_does() {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../policies");
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("policies");
         let mut names = Vec::new();
         for within in ["", "base"] {
             for entry in fs::read_dir(directory.join(within)).unwrap() {

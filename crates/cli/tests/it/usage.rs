@@ -205,10 +205,15 @@ fn there_is_a_manual_page_and_one_for_each_subcommand() {
         .run(&["man"])
         .code(0)
         .shows(&[".TH msrgate", ".SH SYNOPSIS", "Exit codes"]);
+    folder.run(&["man", "--into", "."]).code(0);
     for name in folder.subcommands() {
         let page = folder.run(&["man", &name]).code(0);
-        page.shows(&[&format!(".TH msrgate-{name}"), ".SH SYNOPSIS"]);
+        let page = page.shows(&[&format!(".TH msrgate-{name}"), ".SH SYNOPSIS"]);
+        let written = fs::read_to_string(folder.path().join(format!("msrgate-{name}.1"))).expect("its page");
+        assert_eq!(written, page.out);
     }
+    assert!(folder.path().join("msrgate.1").is_file());
+    folder.run(&["man", "--into", "nowhere"]).code(2);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use msrgate_policy::{Code, Diagnostic, Disk, Files, Policy, check, decompile};
 use crate::agreement;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    env!("CARGO_MANIFEST_DIR").into()
 }
 
 /// A policy, and over it the fragments that it is to be tried with.

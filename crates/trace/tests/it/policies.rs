@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use msrgate_core::{Msr, Op};
 use msrgate_msrs::cpuid::CpuVendor;
@@ -11,7 +11,7 @@ use msrgate_policy::Policy;
 use msrgate_trace::{Lines, Record};
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    env!("CARGO_MANIFEST_DIR").into()
 }
 
 /// Each access of a trace, once.
