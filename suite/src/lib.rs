@@ -14,6 +14,7 @@ mod engine;
 mod files;
 mod read;
 mod filter;
+mod library;
 mod live;
 mod machine;
 mod map;
@@ -26,6 +27,7 @@ pub use check::{Checked, Implementation, Stop, Subject, Tally, check, check_all,
 pub use engine::Engine;
 pub use files::cases;
 pub use filter::{CoreFilter, Flat};
+pub use library::Library;
 pub use live::{Live, answer};
 pub use machine::Machine;
 pub use map::Map;

@@ -4,22 +4,24 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use msrgate_core::{Access, Msr, Outcome, Reason, Reasons, Verdict};
+use msrgate_core::{Outcome, Reason, Reasons, Verdict};
 use msrgate_guest::raw::{Arena, Caller, Request};
 use msrgate_guest::{Guest, Mode, Options, Pending};
-use msrgate_kvm::{Capabilities, Fault, Gate, Handler, Handlers, InstallError, VcpuGate, VcpuId};
+use msrgate_kvm::Capabilities;
 use msrgate_msrs::cpuid::Cpuid;
+use msrgate_plan::Plan;
 use msrgate_verify::case::PAGES;
 
 use crate::compiled::{compile, cpuid};
 use crate::engine::edit;
+use crate::library::{Descriptors, Given, Holder, Library};
 use crate::plan::action;
 use crate::{
-    AccessStep, Call, CallResult, Case, Descriptor, Implementation, Machine, Process, Seen, Stop, Subject, Target,
-    perform,
+    AccessStep, Call, CallResult, Case, Descriptor, Implementation, Process, Seen, Stop, Subject, Target, perform,
 };
 
 /// Whether the kernel hides MSRs that it does not know.
@@ -30,12 +32,13 @@ pub struct Live {
     kvm: Kvm,
     probed: Capabilities,
     mode: Mode,
-    name: &'static str,
+    library: Library,
+    name: String,
 }
 
 impl Live {
     /// Opens KVM, or says why the cases cannot be run on it.
-    pub fn open(mode: Mode) -> Result<Live, String> {
+    pub fn open(mode: Mode, library: Library) -> Result<Live, String> {
         let file = msrgate_kvm::open().map_err(|error| error.to_string())?;
         let probed = msrgate_kvm::probe(&file).map_err(|error| error.to_string())?;
         let kvm = Kvm::new().map_err(|error| error.to_string())?;
@@ -46,9 +49,10 @@ impl Live {
             kvm,
             probed,
             mode,
+            library,
             name: match mode {
-                Mode::Real => "live kernel, real mode",
-                Mode::Long => "live kernel, 64-bit mode",
+                Mode::Real => format!("live kernel, real mode, {library:?}"),
+                Mode::Long => format!("live kernel, 64-bit mode, {library:?}"),
             },
         })
     }
@@ -56,7 +60,7 @@ impl Live {
 
 impl Implementation for Live {
     fn name(&self) -> &str {
-        self.name
+        &self.name
     }
 
     fn start(&self, case: &Case, process: Process) -> Result<Box<dyn Subject + '_>, Stop> {
@@ -76,11 +80,13 @@ impl Implementation for Live {
         };
         let mut running = Running {
             probed: self.probed,
+            kvm: self.kvm.as_raw_fd(),
+            library: self.library,
             cpuid: cpuid(case)?,
             guest,
             calls,
             reasons: Reasons::NONE,
-            gate: None,
+            holder: None,
         };
         if let Some(policy) = &case.policy {
             running.replace(policy)?;
@@ -92,29 +98,14 @@ impl Implementation for Live {
 /// A VM, and what is in force on it.
 struct Running {
     probed: Capabilities,
+    kvm: RawFd,
+    library: Library,
     cpuid: Option<Cpuid>,
     guest: Guest,
     calls: Calls,
     reasons: Reasons,
-    gate: Option<(Gate, VcpuGate)>,
-}
-
-struct Suite;
-
-impl Handler for Suite {
-    fn read(&self, _: VcpuId, msr: Msr) -> Result<u64, Fault> {
-        match Machine::handler(Access::Read { msr }) {
-            Outcome::Value(value) => Ok(value),
-            _ => Err(Fault),
-        }
-    }
-
-    fn write(&self, _: VcpuId, msr: Msr, value: u64) -> Result<(), Fault> {
-        match Machine::handler(Access::Write { msr, value }) {
-            Outcome::Done => Ok(()),
-            _ => Err(Fault),
-        }
-    }
+    /// What holds the policy, and the plan of it.
+    holder: Option<(Holder, Arc<Plan>)>,
 }
 
 /// Answers as a case says; what is no answer to the access leaves the fault that stands ready.
@@ -132,7 +123,9 @@ pub fn answer(pending: &mut Pending<'_>, outcome: Outcome) {
 
 impl Subject for Running {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
-        let Running { guest, calls, gate, .. } = self;
+        let Running {
+            guest, calls, holder, ..
+        } = self;
         let mut wrong: Option<Stop> = None;
         let seen = guest
             .run(0, &[step.access], &mut |pending| {
@@ -142,8 +135,8 @@ impl Subject for Running {
                 for call in &step.meanwhile {
                     wrong = wrong.take().or(perform(call, |call| calls.make(call).map(Some)).err());
                 }
-                match gate {
-                    Some((_, gate)) if pending.dispatch(gate).is_some() => {}
+                match holder {
+                    Some((holder, _)) if holder.dispatch(pending) => {}
                     Some(_) => wrong = Some(Stop::fail("the gate takes no notice of the exit")),
                     None => answer(pending, step.answer),
                 }
@@ -165,9 +158,9 @@ impl Subject for Running {
         } else {
             Verdict::Allow
         };
-        let action = |(gate, _): &(Gate, VcpuGate)| action(&gate.plan(), step.msr(), step.op());
+        let action = |(_, plan): &(Holder, Arc<Plan>)| action(plan, step.msr(), step.op());
         Ok(Seen {
-            action: self.gate.as_ref().map(action),
+            action: self.holder.as_ref().map(action),
             // Without the reason a denial looks like any other fault.
             verdict: self.reasons.contains(Reason::Filter).then_some(verdict),
             exit: Some(exit),
@@ -186,21 +179,27 @@ impl Subject for Running {
     fn replace(&mut self, policy: &str) -> Result<(), Stop> {
         let plan = Arc::new(compile(policy, self.cpuid.as_ref())?.plan);
         self.reasons = plan.reasons();
-        let stop = |error: InstallError| match error {
-            InstallError::HostMsrs { .. } => Stop::skip(error),
-            _ => Stop::fail(error),
+        let given = Given {
+            text: policy,
+            cpuid: self.cpuid.as_ref(),
+            plan: Arc::clone(&plan),
         };
-        match &self.gate {
-            Some((gate, _)) => gate.replace(plan).map_err(stop),
+        match &self.holder {
+            Some((holder, _)) => holder.replace(&given)?,
             None => {
-                let handlers = Handlers::new().with(Machine::HANDLER, Suite);
-                let gate = self.probed.install(self.guest.vm(), plan, handlers).map_err(stop)?;
-                let vcpu = self.guest.vcpu(0).map_err(Stop::fail)?;
-                let vcpu = gate.vcpu(vcpu.fd(), 0).map_err(stop)?;
-                self.gate = Some((gate, vcpu));
-                Ok(())
+                let fds = Descriptors {
+                    kvm: self.kvm,
+                    vm: self.guest.vm().as_raw_fd(),
+                    vcpu: self.guest.vcpu(0).map_err(Stop::fail)?.fd().as_raw_fd(),
+                };
+                let holder = Holder::install(self.library, self.probed, fds, &given)?;
+                self.holder = Some((holder, Arc::clone(&plan)));
             }
         }
+        if let Some((_, in_force)) = &mut self.holder {
+            *in_force = plan;
+        }
+        Ok(())
     }
 
     fn kill(&mut self) -> Result<(), Stop> {
