@@ -183,7 +183,7 @@ pub(crate) enum Emit {
 
 #[derive(ClapArgs)]
 pub(crate) struct ExplainArgs {
-    /// Policy file
+    /// Policy file, or a plan or a raw filter in any form of docs/formats.md
     pub(crate) policy: PathBuf,
     /// The MSR: a name or an index
     pub(crate) msr: String,
@@ -245,13 +245,16 @@ pub(crate) struct DiffArgs {
 const DECOMPILE_AFTER: &str = "\
 The policy is the shortest that is found, and says the same: it is read back and compared before it is printed.
 
-For example, what a filter in somebody's source does, and what a change of it would change:
+For example, what the filter of somebody's VMM does:
+  msrgate capture -o c.jsonl -- VMM
+  msrgate decompile c.jsonl
+What a filter in somebody's source does, and what a change of it would change:
   msrgate decompile filter.json > policy.toml
   msrgate diff filter.json policy.toml";
 
 #[derive(ClapArgs)]
 pub(crate) struct DecompileArgs {
-    /// A raw filter or a plan, in any form of docs/formats.md; `-` for standard input
+    /// A raw filter, a plan or a capture, in any form of docs/formats.md; `-` for standard input
     pub(crate) filter: PathBuf,
     /// Print one JSON object
     #[arg(long)]

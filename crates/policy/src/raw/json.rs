@@ -51,7 +51,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     })
 }
 
-fn filter(object: &Object) -> Result<RawFilter, RawError> {
+/// The filter among an object's keys.
+pub(super) fn filter(object: &Object) -> Result<RawFilter, RawError> {
     let flags = match (object.get("default"), object.get("flags")) {
         (Some(_), Some(_)) => return Err(RawError::new("give `default` or `flags`, not both")),
         (None, Some(flags)) => flags_of(flags, "flags")?,
