@@ -200,11 +200,16 @@ pub(crate) fn unresolved(path: &Path) -> Result<Policy, Failure> {
 /// The same of a policy, or of what a plan or a raw filter is as one.
 pub(crate) fn unresolved_or_filter(path: &Path) -> Result<Policy, Failure> {
     let given = input::read(path);
-    let text = match &given {
-        Ok(bytes) if raw::read(bytes).is_ok() => Ok(decompile(&filter(path, bytes)?).to_string().into_bytes()),
-        _ => given,
+    let read = match &given {
+        Ok(bytes) if raw::read(bytes).is_ok() => {
+            let text = decompile(&filter(path, bytes)?).to_string();
+            // Where its lines are to be seen.
+            let name = format!("msrgate decompile {}", input::shown(path));
+            parsed(Path::new(&name), Ok(text.into_bytes()))
+        }
+        _ => parsed(path, given),
     };
-    parsed(path, text).map_err(|refused| refused.report())
+    read.map_err(|refused| refused.report())
 }
 
 /// Reads the policy in the bytes of an input; what is wrong is printed.

@@ -78,7 +78,7 @@ pub(super) fn filter(object: &Object) -> Result<RawFilter, RawError> {
 }
 
 fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
-    let object = object_of(value, at)?;
+    let (object, empty) = (object_of(value, at)?, Value::Array(Vec::new()));
     // How often a profile visits it, a plan says too.
     only(
         object,
@@ -102,7 +102,11 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
             set("read", Ops::READ)? | set("write", Ops::WRITE)?
         }
     };
-    let bitmap = required(object, "bitmap", at)?;
+    let bitmap = match required(object, "bitmap", at)? {
+        // What a capture could not read: the kernel could not either, or did not try.
+        Value::Null => &empty,
+        bitmap => bitmap,
+    };
     Ok(RawRange {
         flags,
         nmsrs: number("nmsrs")?,
