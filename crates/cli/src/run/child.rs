@@ -30,6 +30,9 @@ pub(crate) struct Vmm<'a> {
     pub(crate) no_new_privs: bool,
 }
 
+/// What answers calls.
+type Serve = Box<dyn FnOnce(&Listener) -> io::Result<()> + Send>;
+
 /// What is done with its calls.
 pub(crate) struct Service {
     /// The ioctls that wait.
@@ -37,7 +40,7 @@ pub(crate) struct Service {
     /// Locked while a thread of the VMM stands still: its stops are for whoever serves to wait for.
     pub(crate) tracing: Arc<Mutex<()>>,
     /// Answers them, in a thread of its own.
-    pub(crate) serve: Box<dyn FnOnce(&Listener) -> io::Result<()> + Send>,
+    pub(crate) serve: Serve,
     /// Writes what is told, in another: a byte in the pipe says that it is out.
     pub(crate) write: Box<dyn FnOnce(PipeWriter) + Send>,
     /// SIGUSR1 asks for a summary, and is not the VMM's.

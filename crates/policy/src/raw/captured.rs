@@ -79,7 +79,7 @@ fn last(sets: Vec<Set>) -> Result<RawInput, RawError> {
     let others = taken
         .into_iter()
         .filter(|set| given(set).is_ok_and(|other| other.filter != input.filter));
-    let lines: Vec<String> = others.map(|set| of(set)).collect();
+    let lines: Vec<String> = others.map(of).collect();
     if !lines.is_empty() {
         let more = match lines.len().saturating_sub(NAMED) {
             0 => String::new(),

@@ -166,3 +166,82 @@ fn what_lets_calls_wait_already_is_told() {
     let ran = Ran::of(&mut capture(&folder, &msrgate, &inner)).code(3);
     ran.says(&["another supervisor lets calls wait here already"]);
 }
+
+/// What the VMM prints is what it prints without, with the same exit code.
+#[track_caller]
+fn changes_nothing(program: &Path, arguments: &[&str]) -> (Folder, Ran) {
+    // Some leave files behind.
+    let without = bare(&Folder::new(), program, arguments);
+    let folder = Folder::new();
+    let ran = Ran::of(&mut capture(&folder, program, arguments));
+    assert_eq!(ran.out, without.out, "{program:?} {arguments:?} {}", ran.err);
+    assert_eq!(ran.code, without.code, "{program:?} {arguments:?} {}", ran.err);
+    (folder, ran)
+}
+
+#[test]
+fn random_filters_get_what_they_get_without_and_are_read_as_the_kernel_took_them() {
+    for way in [Way::Dynamic, Way::Static] {
+        let Some(program) = vmm("fuzz", way) else { continue };
+        for seed in ["1", "2", "3"] {
+            changes_nothing(&program, &[seed, "1000"]);
+        }
+        let (folder, _) = changes_nothing(&program, &["4", "100"]);
+        let mut taken = 0;
+        for line in captured(&folder).iter().filter(|line| line["call"] == FILTER) {
+            let ran = folder.run_with(&["decompile", "-"], &line.to_string());
+            let took = line["result"] == 0;
+            taken += i32::from(took);
+            assert_eq!(ran.code, Some(if took { 0 } else { 2 }), "{line} {}", ran.err);
+        }
+        assert!(taken > 5, "{taken}");
+    }
+}
+
+#[test]
+fn a_vm_has_its_number_in_whichever_process_and_by_whichever_descriptor() {
+    let Some(program) = vmm("handed", Way::Dynamic) else {
+        return;
+    };
+    for how in [
+        "scm",
+        "pidfd",
+        "exec",
+        "vfork",
+        "before-setuid",
+        "before-undumpable",
+        "before-chroot",
+    ] {
+        if how.starts_with("before") && !users::is_root() {
+            continue;
+        }
+        let (folder, ran) = changes_nothing(&program, &[how]);
+        let lines = captured(&folder);
+        let made = |line: &&Value| line["call"] == "KVM_CREATE_VM";
+        let vms: Vec<u64> = lines.iter().filter(made).map(|line| count(line, "vm")).collect();
+        assert_eq!(vms, (1..=vms.len() as u64).collect::<Vec<_>>(), "{how}");
+        assert!(
+            lines.iter().all(|line| line["vm"].is_number()),
+            "{how} {lines:#?} {}",
+            ran.err
+        );
+    }
+}
+
+#[test]
+fn calls_of_32_bits_and_of_other_instructions_are_left_to_the_kernel() {
+    let Some(program) = vmm("past", Way::Dynamic) else {
+        return;
+    };
+    let (folder, ran) = changes_nothing(&program, &["int80"]);
+    // A kernel may have no such calls.
+    for line in captured(&folder) {
+        assert!(line["result"].is_null(), "{line}");
+        assert!(ran.err.contains("32-bit system calls"), "{}", ran.err);
+    }
+    for how in ["raw", "syscall", "libc"] {
+        let (folder, _) = changes_nothing(&program, &[how]);
+        let filters = captured(&folder).into_iter().filter(|line| line["call"] == FILTER);
+        assert_eq!(filters.filter(|line| line["result"] == 0).count(), 7, "{how}");
+    }
+}
