@@ -156,6 +156,22 @@ fn without_rights_a_sandboxed_vmms_calls_are_told_without_their_results() {
 }
 
 #[test]
+fn lines_that_cannot_be_written_change_nothing_and_are_told_once() {
+    let Some(program) = vmm("filters", Way::Dynamic) else {
+        return;
+    };
+    let folder = Folder::new();
+    let without = bare(&folder, &program, &[]).code(7);
+    let mut command = folder.command(&["capture", "-o", "/dev/full", "--"]);
+    let ran = Ran::of(command.arg(&program)).code(7);
+    assert_eq!(ran.out, without.out, "{}", ran.err);
+    let told = ran
+        .err
+        .matches("the calls from here on are missing, since they cannot be written");
+    assert_eq!(told.count(), 1, "{}", ran.err);
+}
+
+#[test]
 fn what_lets_calls_wait_already_is_told() {
     let Some(program) = vmm("filters", Way::Dynamic) else {
         return;
