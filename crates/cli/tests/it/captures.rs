@@ -50,6 +50,16 @@ fn other_filters_of_a_capture_are_told_and_equal_ones_are_not() {
     decompiled(&many).code(0).says(&["line 8 (VM 1) and 22 more"]);
 }
 
+/// In time for its length.
+#[test]
+fn a_long_capture_is_read() {
+    let mut lines = vec![NONE; 100_000];
+    lines.extend([FIRST, SECOND]);
+    decompiled(&lines)
+        .code(0)
+        .says(&["of line 100002 (VM 2)", "line 100001 (VM 1)"]);
+}
+
 #[test]
 fn a_capture_without_a_filter_says_why() {
     decompiled(&[NONE]).code(2).says(&["gave the kernel no filter"]);

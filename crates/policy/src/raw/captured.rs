@@ -29,10 +29,13 @@ pub(super) fn read(bytes: &[u8]) -> Option<Result<RawInput, RawError>> {
 fn sets(bytes: &[u8]) -> Result<Vec<Set>, RawError> {
     let mut sets = Vec::new();
     let mut calls = Deserializer::from_slice(bytes).into_iter::<Value>();
+    let (mut line, mut counted) = (1, 0);
     loop {
         let rest = bytes.get(calls.byte_offset()..).unwrap_or_default();
         let begin = bytes.len() - rest.trim_ascii_start().len();
-        let line = 1 + bytes.iter().take(begin).filter(|byte| **byte == b'\n').count();
+        let passed = bytes.get(counted..begin).unwrap_or_default();
+        line += passed.iter().filter(|byte| **byte == b'\n').count();
+        counted = begin;
         match calls.next() {
             Some(Ok(Value::Object(call))) if call.get("call").is_some_and(|call| call == "KVM_X86_SET_MSR_FILTER") => {
                 sets.push(Set { line, call });
