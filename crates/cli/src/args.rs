@@ -64,6 +64,9 @@ pub(crate) enum Command {
     /// Start a VMM that knows nothing of msrgate, its guests under a policy
     #[command(after_help = RUN_AFTER)]
     Run(RunArgs),
+    /// Start a VMM as it is, and print the filters and masks of MSRs that it gives KVM, each as it does so
+    #[command(after_help = CAPTURE_AFTER)]
+    Capture(CaptureArgs),
     /// Say what traces tell: who asked for what, how often, when, and what it got
     #[command(after_help = REPORT_AFTER)]
     Report(ReportArgs),
@@ -180,7 +183,7 @@ pub(crate) enum Emit {
 
 #[derive(ClapArgs)]
 pub(crate) struct ExplainArgs {
-    /// Policy file
+    /// Policy file, or a plan or a raw filter in any form of docs/formats.md
     pub(crate) policy: PathBuf,
     /// The MSR: a name or an index
     pub(crate) msr: String,
@@ -242,13 +245,16 @@ pub(crate) struct DiffArgs {
 const DECOMPILE_AFTER: &str = "\
 The policy is the shortest that is found, and says the same: it is read back and compared before it is printed.
 
-For example, what a filter in somebody's source does, and what a change of it would change:
+For example, what the filter of somebody's VMM does:
+  msrgate capture -o c.jsonl -- VMM
+  msrgate decompile c.jsonl
+What a filter in somebody's source does, and what a change of it would change:
   msrgate decompile filter.json > policy.toml
   msrgate diff filter.json policy.toml";
 
 #[derive(ClapArgs)]
 pub(crate) struct DecompileArgs {
-    /// A raw filter or a plan, in any form of docs/formats.md; `-` for standard input
+    /// A raw filter, a plan or a capture, in any form of docs/formats.md; `-` for standard input
     pub(crate) filter: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -489,6 +495,30 @@ pub(crate) enum LearnArg {
     First,
     /// Every access, passed on to the kernel as the host would make it: the guest may see something else
     All,
+}
+
+const CAPTURE_AFTER: &str = "\
+A line is a JSON object: the call and what the kernel gave for it. `decompile`, `diff` and `explain` take the file, and look at \
+the last filter that the kernel took; they take a line of it alone too.
+
+For example, what a VMM does with its guests' MSRs, and how that differs from a policy:
+  msrgate capture -o c.jsonl -- qemu-system-x86_64 ...
+  msrgate decompile c.jsonl
+  msrgate diff c.jsonl policy.toml
+An earlier filter of it, by its line:
+  sed -n 4p c.jsonl | msrgate decompile -
+
+The VMM keeps its terminal, signals and exit status, and gets what the kernel gives. To other users than root the kernel allows \
+that only with no_new_privs, which is set then.";
+
+#[derive(ClapArgs)]
+pub(crate) struct CaptureArgs {
+    /// Write the lines into this file, and not to standard error among what the VMM prints there
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// The VMM and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "VMM")]
+    pub(crate) command: Vec<OsString>,
 }
 
 const REPORT_AFTER: &str = "\

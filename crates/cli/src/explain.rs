@@ -18,9 +18,10 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     let msr = msr(&args.msr)?;
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
+    let policy = load::unresolved_or_filter(&args.policy)?;
     let loaded = match args.host {
-        true => load::policy_for_host(&args.policy, cpuid.as_ref(), &profile)?,
-        false => load::policy_or_report(&args.policy, cpuid.as_ref(), &profile)?,
+        true => load::planned_for_host(policy, cpuid.as_ref(), &profile)?,
+        false => load::planned_or_report(policy, cpuid.as_ref(), &profile)?,
     };
     let explained = |op| loaded.explain(msr, op);
     let no_preset = |op| {

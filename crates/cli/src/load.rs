@@ -9,7 +9,9 @@ use msrgate_guest::{NoPreset, no_presets};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{AccessCount, By, CompileOptions, DecisionMap, Plan, PlanError, Preset};
 use msrgate_policy::raw::{self, RawFormat, RawInput};
-use msrgate_policy::{Diagnostic, Disk, Explanation, Files, FitAdvice, Policy, PolicyErrors, Source, explain};
+use msrgate_policy::{
+    Diagnostic, Disk, Explanation, Files, FitAdvice, Policy, PolicyErrors, Source, decompile, explain,
+};
 
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
@@ -195,6 +197,21 @@ pub(crate) fn unresolved(path: &Path) -> Result<Policy, Failure> {
     parsed(path, input::read(path)).map_err(|refused| refused.report())
 }
 
+/// The same of a policy, or of what a plan or a raw filter is as one.
+pub(crate) fn unresolved_or_filter(path: &Path) -> Result<Policy, Failure> {
+    let given = input::read(path);
+    let read = match &given {
+        Ok(bytes) if raw::read(bytes).is_ok() => {
+            let text = decompile(&filter(path, bytes)?).to_string();
+            // Where its lines are to be seen.
+            let name = format!("msrgate decompile {}", input::shown(path));
+            parsed(Path::new(&name), Ok(text.into_bytes()))
+        }
+        _ => parsed(path, given),
+    };
+    read.map_err(|refused| refused.report())
+}
+
 /// Reads the policy in the bytes of an input; what is wrong is printed.
 pub(crate) fn unresolved_in(path: &Path, bytes: Vec<u8>) -> Result<Policy, Failure> {
     parsed(path, Ok(bytes)).map_err(|refused| refused.report())
@@ -226,13 +243,19 @@ fn unless_recognised(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
         [b'{', ..] if head.windows(17).any(|word| word == b"\"msrgate_summary\"") => {
             "it is a summary of traces and no policy: `msrgate learn` makes a policy of it"
         }
-        [b'{' | b'[', ..] if serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).is_ok() => {
+        [b'{' | b'[', ..] if is_json(&bytes) => {
             "it is JSON and no policy: `msrgate decompile` makes a policy of a plan or a filter, `msrgate import` of other tools' files"
         }
         [0x7f, b'E', b'L', b'F', ..] => "it is a program and no policy",
         _ => return Ok(bytes),
     };
     Err(what.to_owned())
+}
+
+/// Whether the bytes are JSON, or lines of it.
+fn is_json(bytes: &[u8]) -> bool {
+    let values = serde_json::Deserializer::from_slice(bytes).into_iter::<serde::de::IgnoredAny>();
+    values.into_iter().all(|value| value.is_ok())
 }
 
 fn resolved(policy: &Policy, cpuid: Option<&Cpuid>) -> Result<DecisionMap, Box<Refused>> {

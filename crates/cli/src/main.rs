@@ -77,6 +77,7 @@ fn run(command: &Command) -> Result<Exit, Failure> {
         Command::Verify(verify) => verify::run(verify),
         Command::Scan(scan) => scan::run(scan),
         Command::Run(run) => run::run(run),
+        Command::Capture(capture) => run::capture(capture),
         Command::Report(report) => report::run(report),
         Command::Learn(learn) => learn::run(learn),
         Command::Msr(msr) => msr::run(msr),

@@ -10,12 +10,14 @@ use msrgate_supervise::{Claim, Ledger, Marks, Mode, Setup, Supervisor};
 
 use crate::args::{LearnArg, RunArgs};
 use crate::exit::{Exit, Failure};
+use crate::run::child::Service;
 use crate::run::monitor::Monitor;
 use crate::run::resolve::Resolved;
 use crate::run::trace::Trace;
 use crate::run::writer::Writer;
 use crate::{hint, load, words};
 
+mod capture;
 mod child;
 mod end;
 mod monitor;
@@ -27,6 +29,8 @@ mod signals;
 mod summary;
 mod trace;
 mod writer;
+
+pub(crate) use capture::capture;
 
 /// MSR_PLATFORM_INFO.
 const PLATFORM_INFO: Msr = Msr(0xce);
@@ -116,10 +120,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         started,
         no_new_privs: child::needs_no_new_privs(args.allow_new_privs)?,
     };
-    let status = child::run(vmm, supervisor, marks, writer.every(tells), &lines, &mut monitor)?;
-    match status {
-        Some(status) => end::end(status),
-        // The front has ended long ago.
-        None => Ok(Exit::Yes),
-    }
+    let writer = writer.every(tells);
+    let service = Service {
+        requests: supervisor.requests(),
+        tracing: supervisor.tracing(),
+        serve: Box::new(move |listener| supervisor.serve(listener)),
+        write: Box::new(move |done| writer.write(done)),
+        sums_up: true,
+    };
+    child::run(vmm, service, &marks, &lines, &mut monitor)
 }

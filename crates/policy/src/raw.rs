@@ -1,5 +1,5 @@
 //! Filters and plans as others hand them over: `struct kvm_msr_filter` as JSON, as an initialiser in C, as bytes or a dump of them, and
-//! what `msrgate plan --json` prints.
+//! what `msrgate plan --json` prints and `msrgate capture` writes.
 //!
 //! ```
 //! use msrgate_core::{Msr, Op, Verdict};
@@ -21,6 +21,7 @@ mod filter;
 mod bytes;
 mod c;
 mod json;
+mod captured;
 
 pub use error::RawError;
 pub use filter::{RawFilter, RawInput, RawRange};
@@ -31,7 +32,7 @@ pub use filter::{RawFilter, RawInput, RawRange};
 pub enum RawFormat {
     /// A policy, in TOML.
     Policy,
-    /// What `plan --json` prints, or a raw filter in JSON.
+    /// What `plan --json` prints, what `capture` writes, or a raw filter in JSON.
     Json,
     /// A literal initialiser of `struct kvm_msr_filter` in C, or what gdb prints of one.
     C,
@@ -44,15 +45,15 @@ pub enum RawFormat {
 }
 
 /// What is said of Rust.
-const RUST: &str = "this is Rust, which is not read: write the filter in JSON, print it in gdb, or have its bytes written out by the \
-    program (docs/formats.md)";
+const RUST: &str = "this is Rust, which is not read: `msrgate capture -- VMM` prints the filter that the program gives KVM, or write it in JSON \
+    (docs/formats.md)";
 
 /// What is said of the Rust that msrgate prints.
 const OWN_RUST: &str = "this is what `msrgate plan --emit rust` printed, which is not read: `msrgate plan --json` prints the same plan in \
     a form that is";
 
 /// What is said of a system call in strace's words.
-const STRACE: &str = "strace shows where the filter lies and not what is in it: write its bytes out with gdb at this call \
+const STRACE: &str = "strace shows where the filter lies and not what is in it: `msrgate capture -- VMM` prints what is in it \
     (docs/formats.md)";
 
 impl RawFormat {
@@ -130,7 +131,7 @@ fn other(text: &str) -> Option<&'static str> {
 pub fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     let bytes = unmarked(bytes);
     match RawFormat::of(bytes) {
-        RawFormat::Json => json::read(bytes),
+        RawFormat::Json => captured::read(bytes).unwrap_or_else(|| json::read(bytes)),
         RawFormat::C => c::read(&String::from_utf8_lossy(bytes)),
         RawFormat::Bytes => bytes::read(bytes),
         RawFormat::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),

@@ -19,11 +19,14 @@
 //! filter. A policy that only denies has it too: a VMM may ask for exits of its own at any time, and what the policy denies is
 //! an exit too then.
 //!
+//! A [`Capture`] has no policy: it lets calls wait to see what they ask for and what they get, and makes each as it is.
+//!
 //! # Limits
 //! A VMM is trusted: it can read the marks, and change what it is told. Calls of 32-bit programs get no VM.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod supervisor;
+mod capture;
 mod policy;
 mod watch;
 mod table;
@@ -37,6 +40,7 @@ mod memory;
 mod frame;
 mod spawn;
 
+pub use capture::{Call, Capture, Filter, Request};
 pub use ledger::{Counters, Done, Entry, Faults, Leaf, Ledger, Reader};
 pub use policy::Mode;
 pub use seccomp::{Expected, Listener, Marks, notify};

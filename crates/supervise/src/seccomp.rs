@@ -67,6 +67,11 @@ impl Marks {
             ask: mark(2),
         })
     }
+
+    /// The first of this run's tags: locks of other supervisors are elsewhere.
+    pub(crate) fn first_tag(&self) -> u64 {
+        self.call >> 4 & !0xffff | 1 << 40
+    }
 }
 
 /// Where a command's child-to-be sends what the kernel gives it.

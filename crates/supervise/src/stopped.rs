@@ -29,9 +29,9 @@ pub(crate) const SYSCALL: [u8; 2] = [0x0f, 0x05];
 pub(crate) struct Stopper {
     pub(crate) marks: Marks,
     /// Whether the kernel lets seccomp filters be suspended: it takes CAP_SYS_ADMIN, and no filter on the supervisor.
-    pub(crate) suspends: bool,
+    suspends: bool,
     /// How many seccomp filters a thread has whose VMM has none of its own.
-    pub(crate) filters: i64,
+    filters: i64,
 }
 
 /// A thread that does what it is told.
@@ -60,6 +60,17 @@ pub(crate) enum StopError {
 }
 
 impl Stopper {
+    /// How they are on this one.
+    pub(crate) fn new(marks: Marks) -> Stopper {
+        let this = std::process::id().cast_signed();
+        Stopper {
+            marks,
+            suspends: may_suspend(),
+            // Its own, and the one that makes calls wait.
+            filters: target::status(this, "Seccomp_filters").unwrap_or(0) + 1,
+        }
+    }
+
     /// Stops the thread of a call that waits, of a process. On [`StopError::Refused`] it still waits. `elsewhere` has a `syscall`
     /// instruction, where that of the call is no longer one. `before` does what takes a call that waits, once it is certain
     /// that the thread can be stopped; what it gives is given.
@@ -288,6 +299,6 @@ pub fn may_administer() -> bool {
 }
 
 /// Whether this process may suspend seccomp filters of what it traces (`check_ptrace_options`).
-pub(crate) fn may_suspend() -> bool {
+fn may_suspend() -> bool {
     may_administer() && target::status(std::process::id().cast_signed(), "Seccomp") == Some(0)
 }

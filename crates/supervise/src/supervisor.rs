@@ -24,7 +24,7 @@ use crate::ledger::{Leaf, Ledger};
 use crate::policy::{Mode, Policy, State, is_weaker};
 use crate::region::{Region, Table};
 use crate::seccomp::{Listener, Marks, Waiting};
-use crate::stopped::{Stopped, Stopper, may_suspend};
+use crate::stopped::{Stopped, Stopper};
 use crate::table;
 use crate::target::{self, Object, Other};
 
@@ -179,22 +179,13 @@ impl Supervisor {
     ///
     pub fn new(setup: Setup, marks: Marks, ledger: Arc<Ledger>, say: Box<dyn Fn(Remark) + Send>) -> Supervisor {
         let policy = Policy::new(setup.plan.clone(), setup.options.clone(), setup.mode);
-        let this = std::process::id().cast_signed();
-        let stopper = Stopper {
-            marks,
-            suspends: may_suspend(),
-            // Its own, and the one that makes calls wait.
-            filters: target::status(this, "Seccomp_filters").unwrap_or(0) + 1,
-        };
-        // Locks of other supervisors are elsewhere.
-        let next = marks.call >> 4 & !0xffff | 1 << 40;
         Supervisor {
             setup,
             policy: Arc::new(policy),
             ledger,
             say,
-            hands: Hands::new(stopper),
-            next,
+            hands: Hands::new(Stopper::new(marks)),
+            next: marks.first_tag(),
             vms: HashMap::new(),
             vcpus: HashMap::new(),
             regions: HashMap::new(),

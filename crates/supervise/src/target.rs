@@ -55,6 +55,22 @@ fn tag(thread: i32, fd: RawFd) -> io::Result<u64> {
     Ok(starts.min().unwrap_or(0))
 }
 
+/// Gives the open file of a descriptor a tag, from outside: nothing changes in the process.
+pub(crate) fn name(process: i32, fd: RawFd, tag: u64) -> io::Result<()> {
+    let pid = rustix::process::Pid::from_raw(process).ok_or(io::ErrorKind::NotFound)?;
+    let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
+    let file = rustix::process::pidfd_getfd(process, fd, rustix::process::PidfdGetfdFlags::empty())?;
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: tag.cast_signed(),
+        l_len: 1,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))?;
+    Ok(())
+}
+
 /// The tags of all VMs and vCPUs that a process has descriptors of; an error where its threads do not share them.
 pub(crate) fn tags(process: i32) -> io::Result<Vec<u64>> {
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {

@@ -1,14 +1,14 @@
 //! The VMM as a child that nobody notices: its signals, its stops and its end are this process's own.
 
-use std::io::{self, PipeReader, Read};
+use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::SystemTime;
 
-use msrgate_supervise::{Marks, Supervisor};
+use msrgate_supervise::{Listener, Marks};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -16,11 +16,11 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::exit::{Exit, Failure};
-use crate::run::end::{changed, others};
+use crate::run::end::{changed, end, others};
 use crate::run::killed::Killed;
 use crate::run::monitor::Monitor;
 use crate::run::signals::{Signals, number};
-use crate::run::writer::{Lines, Output, Writer};
+use crate::run::writer::{Lines, Output};
 
 /// What is started.
 pub(crate) struct Vmm<'a> {
@@ -28,6 +28,23 @@ pub(crate) struct Vmm<'a> {
     pub(crate) program: &'a Path,
     pub(crate) started: SystemTime,
     pub(crate) no_new_privs: bool,
+}
+
+/// What answers calls.
+type Serve = Box<dyn FnOnce(&Listener) -> io::Result<()> + Send>;
+
+/// What is done with its calls.
+pub(crate) struct Service {
+    /// The ioctls that wait.
+    pub(crate) requests: Vec<u32>,
+    /// Locked while a thread of the VMM stands still: its stops are for whoever serves to wait for.
+    pub(crate) tracing: Arc<Mutex<()>>,
+    /// Answers them, in a thread of its own.
+    pub(crate) serve: Serve,
+    /// Writes what is told, in another: a byte in the pipe says that it is out.
+    pub(crate) write: Box<dyn FnOnce(PipeWriter) + Send>,
+    /// SIGUSR1 asks for a summary, and is not the VMM's.
+    pub(crate) sums_up: bool,
 }
 
 /// Whether the VMM has to start with `no_new_privs`: to others than root the kernel gives a filter of calls only so.
@@ -41,23 +58,22 @@ pub(crate) fn needs_no_new_privs(allow: bool) -> Result<bool, Failure> {
     Ok(needed)
 }
 
-/// Starts the VMM, and waits for its end and for that of all that it has left behind. SIGUSR1 has it summed up. Gives the
-/// status of the VMM where nobody else got it.
+/// Starts the VMM, and waits for its end and for that of all that it has left behind. Then
+/// this process ends as the VMM did, unless its front has.
 pub(crate) fn run(
     mut vmm: Vmm<'_>,
-    supervisor: Supervisor,
-    marks: Marks,
-    writer: Writer,
+    service: Service,
+    marks: &Marks,
     lines: &Lines,
     monitor: &mut Monitor,
-) -> Result<Option<WaitStatus>, Failure> {
+) -> Result<Exit, Failure> {
     let machine = |line: String| Failure::Line(Exit::Machine, line);
     // Before they are blocked: the child starts as this process did.
     let cannot = |error: io::Error| machine(error.to_string());
     msrgate_supervise::bind(&mut vmm.command).map_err(cannot)?;
     msrgate_supervise::no_signal_for_stops().map_err(cannot)?;
-    let requests = supervisor.requests();
-    let expected = msrgate_supervise::notify(&mut vmm.command, &requests, &marks, vmm.no_new_privs).map_err(cannot)?;
+    let expected = msrgate_supervise::notify(&mut vmm.command, &service.requests, marks, vmm.no_new_privs);
+    let expected = expected.map_err(cannot)?;
     let signals = Signals::block().map_err(|error| machine(format!("signals cannot be watched: {error}")))?;
     let (summed_up, done) = io::pipe().map_err(cannot)?;
 
@@ -76,27 +92,31 @@ pub(crate) fn run(
         );
     }
     let child = Pid::from_raw(child.id().cast_signed());
-    let tracing = supervisor.tracing();
+    let Service { serve, write, .. } = service;
     // They start with this thread's signals blocked.
     let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
-    let written = spawn("writer").spawn(move || writer.write(done)).map_err(cannot)?;
-    let served = spawn("supervisor")
-        .spawn(move || supervisor.serve(&listener))
-        .map_err(cannot)?;
+    let written = spawn("writer").spawn(move || write(done)).map_err(cannot)?;
+    let served = spawn("supervisor").spawn(move || serve(&listener)).map_err(cannot)?;
     let mut watch = Watch {
         child,
         signals,
-        tracing: &tracing,
+        tracing: &service.tracing,
+        sums_up: service.sums_up,
         summed_up,
         lines,
         started: vmm.started,
         status: None,
         stays: false,
     };
-    watch.run(monitor, served, written).map_err(|error| {
+    let status = watch.run(monitor, served, written).map_err(|error| {
         let line = format!("`{}` cannot be waited for: {error}", vmm.program.display());
         machine(line)
-    })
+    })?;
+    match status {
+        Some(status) => end(status),
+        // The front has ended long ago.
+        None => Ok(Exit::Yes),
+    }
 }
 
 fn not_started(program: &Path, error: &io::Error) -> Failure {
@@ -122,7 +142,7 @@ fn no_filter(error: &io::Error) -> String {
     let why = match error.raw_os_error() {
         Some(nix::libc::EBUSY) => {
             "another supervisor lets calls wait here already, such as an outer `msrgate run` or a container's runtime, and \
-             the kernel takes one: put both policies into one by `extends`, or run msrgate outside"
+             the kernel takes one: put policies into one by `extends`, or run msrgate outside"
         }
         Some(nix::libc::EINVAL | nix::libc::ENOSYS) => {
             "this kernel has no seccomp listeners, which it takes (Linux 5.10)"
@@ -130,8 +150,8 @@ fn no_filter(error: &io::Error) -> String {
         _ => "",
     };
     match why {
-        "" => format!("the kernel does not let the VMM's calls wait for the policy: {error}"),
-        _ => format!("the policy cannot be kept: {why}"),
+        "" => format!("the kernel does not let the VMM's calls wait: {error}"),
+        _ => format!("the VMM's calls cannot wait for msrgate: {why}"),
     }
 }
 
@@ -144,8 +164,8 @@ const STOPS: u8 = 200;
 struct Watch<'a> {
     child: Pid,
     signals: Signals,
-    /// Locked while a thread of the VMM stands still: its stops are the supervisor's to wait for.
     tracing: &'a Mutex<()>,
+    sums_up: bool,
     summed_up: PipeReader,
     lines: &'a Lines,
     started: SystemTime,
@@ -175,7 +195,7 @@ impl Watch<'_> {
                     Some(Signal::SIGCHLD) => changes = true,
                     // What is in the background is nobody's terminal's, and ends when its processes do.
                     _ if self.stays => {}
-                    Some(Signal::SIGUSR1) => self.lines.tell(Output::Summary),
+                    Some(Signal::SIGUSR1) if self.sums_up => self.lines.tell(Output::Summary),
                     _ => self.signals.pass_on(&signal, self.child),
                 }
             }

@@ -39,6 +39,12 @@ pub(crate) enum Output {
 pub(crate) struct Lines(Sender<Output>);
 
 impl Lines {
+    /// And where they come out.
+    pub(crate) fn new() -> (Lines, Receiver<Output>) {
+        let (sender, told) = channel();
+        (Lines(sender), told)
+    }
+
     pub(crate) fn say(&self, line: String) {
         self.tell(Output::Line(line));
     }
@@ -69,7 +75,7 @@ impl Writer {
         presets: &[Preset],
         json: bool,
     ) -> (Writer, Lines) {
-        let (sender, told) = channel();
+        let (lines, told) = Lines::new();
         let writer = Writer {
             told,
             reader: Reader::new(Arc::clone(&ledger)),
@@ -79,7 +85,7 @@ impl Writer {
             every: REST,
             kinds: HashMap::new(),
         };
-        (writer, Lines(sender))
+        (writer, lines)
     }
 
     /// Whether somebody waits for events.

@@ -27,6 +27,11 @@ fn the_filters_in_the_document_decompile() {
             ][..],
         ),
         (
+            "## A capture",
+            "json",
+            &["default = \"allow\"", "msr   = \"@sysenter\"\nwrite = \"deny\""],
+        ),
+        (
             "## A filter in C",
             "c",
             &[

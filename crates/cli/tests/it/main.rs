@@ -9,6 +9,7 @@ mod filter;
 
 mod answers;
 mod bad_input;
+mod captures;
 mod decompile;
 mod diff;
 mod documents;

@@ -157,6 +157,8 @@ fn no_input_acts_on_a_terminal_through_any_subcommand() {
             "run -p F -- true",
             "run -p good.toml -- F",
             "run --profile F -p good.toml -- true",
+            "capture -o F/c -- true",
+            "capture -- F",
         ] {
             lines.push(
                 line.split(' ')

@@ -6,6 +6,7 @@
 mod vmm;
 
 mod calls;
+mod captures;
 mod descriptors;
 mod helpers;
 mod kicks;

@@ -51,7 +51,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     })
 }
 
-fn filter(object: &Object) -> Result<RawFilter, RawError> {
+/// The filter among an object's keys.
+pub(super) fn filter(object: &Object) -> Result<RawFilter, RawError> {
     let flags = match (object.get("default"), object.get("flags")) {
         (Some(_), Some(_)) => return Err(RawError::new("give `default` or `flags`, not both")),
         (None, Some(flags)) => flags_of(flags, "flags")?,
@@ -77,7 +78,7 @@ fn filter(object: &Object) -> Result<RawFilter, RawError> {
 }
 
 fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
-    let object = object_of(value, at)?;
+    let (object, empty) = (object_of(value, at)?, Value::Array(Vec::new()));
     // How often a profile visits it, a plan says too.
     only(
         object,
@@ -101,7 +102,11 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
             set("read", Ops::READ)? | set("write", Ops::WRITE)?
         }
     };
-    let bitmap = required(object, "bitmap", at)?;
+    let bitmap = match required(object, "bitmap", at)? {
+        // What a capture could not read: the kernel could not either, or did not try.
+        Value::Null => &empty,
+        bitmap => bitmap,
+    };
     Ok(RawRange {
         flags,
         nmsrs: number("nmsrs")?,

@@ -404,7 +404,7 @@ fn c_whose_filter_is_not_what_its_initialiser_says_is_refused_with_the_line() {
         assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
         let error = read(text.as_bytes()).expect_err(&text);
         assert_eq!(error.line(), Some(line), "{text}: {error}");
-        assert!(error.to_string().contains("print the filter in gdb"), "{text}: {error}");
+        assert!(error.to_string().contains("`msrgate capture` prints the filter"), "{text}: {error}");
     }
 }
 

@@ -10,7 +10,7 @@ use super::*;
 const NOBODY: u32 = 65_534;
 
 /// A folder where nobody may run msrgate and this VMM.
-fn open_to_all(policy: &str, vmm: &Path) -> Folder {
+pub(super) fn open_to_all(policy: &str, vmm: &Path) -> Folder {
     let folder = with_policy(policy);
     for (name, from) in [("msrgate", crate::command::program().as_path()), ("vmm", vmm)] {
         let to = folder.path().join(name);
@@ -22,15 +22,19 @@ fn open_to_all(policy: &str, vmm: &Path) -> Folder {
 }
 
 /// The VMM as nobody, with `/dev/kvm` as its standard input, since nobody may not open it.
-fn as_nobody(folder: &Folder, options: &[&str], arguments: &[&str]) -> Ran {
+pub(super) fn as_nobody(folder: &Folder, subcommand: &str, options: &[&str], arguments: &[&str]) -> Ran {
     let mut command = Command::new(folder.path().join("msrgate"));
-    command.arg("run").args(options).args(["--", "./vmm"]).args(arguments);
+    command
+        .arg(subcommand)
+        .args(options)
+        .args(["--", "./vmm"])
+        .args(arguments);
     command.current_dir(folder.path()).env("KVM_IS_STDIN", "1");
     command.stdin(File::options().read(true).write(true).open("/dev/kvm").unwrap());
     Ran::of(command.uid(NOBODY).gid(NOBODY))
 }
 
-fn is_root() -> bool {
+pub(super) fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
         println!("skipped: it takes root to become nobody");
@@ -63,7 +67,7 @@ fn the_policy_is_in_force_without_rights_and_that_no_new_privs_is_set_is_said() 
             "wrmsr 0x10a fault",
         ];
         let folder = open_to_all(ANSWERS, &program);
-        let ran = as_nobody(&folder, &["-p", "policy.toml"], &accesses).code(0);
+        let ran = as_nobody(&folder, "run", &["-p", "policy.toml"], &accesses).code(0);
         assert_eq!(
             ran.out.lines().collect::<Vec<_>>(),
             [each, each].concat(),
@@ -72,7 +76,7 @@ fn the_policy_is_in_force_without_rights_and_that_no_new_privs_is_set_is_said() 
         );
         ran.says(&["no_new_privs is set", "1 VM and 2 vCPUs"]);
         // What cannot be kept is refused.
-        let ran = as_nobody(&folder, &["-p", "policy.toml", "--allow-new-privs"], &accesses);
+        let ran = as_nobody(&folder, "run", &["-p", "policy.toml", "--allow-new-privs"], &accesses);
         assert_ne!(ran.code, Some(0));
         assert_eq!(ran.out, "");
         ran.says(&["leave --allow-new-privs out"]);
@@ -88,7 +92,7 @@ fn a_sandboxed_thread_without_rights_gets_no_vm_and_the_reason_is_said() {
         return;
     }
     let folder = open_to_all(HELD, &program);
-    let ran = as_nobody(&folder, &["-p", "policy.toml"], &["kill", "early", "r:0x8b"]);
+    let ran = as_nobody(&folder, "run", &["-p", "policy.toml"], &["kill", "early", "r:0x8b"]);
     assert_ne!(ran.code, Some(0));
     assert_eq!(ran.out, "");
     ran.says(&["no VM is made: ", "seccomp sandbox"]);

@@ -22,6 +22,7 @@ const SOURCES: &[(&str, &str)] = sources![
     "accesses.c",
     "asking.c",
     "descriptors.c",
+    "filters.c",
     "fuzz.c",
     "handed.c",
     "helper.c",

@@ -27,8 +27,8 @@ pub(super) struct Token<'a> {
 /// Why a text is refused.
 pub(super) fn error(line: usize, message: &str) -> RawError {
     RawError::new(format!(
-        "{message}; only a literal initialiser and its bitmaps are read: of a program, print the filter in gdb where \
-             ioctl is called, or dump its bytes (docs/formats.md)"
+        "{message}; only a literal initialiser and its bitmaps are read: of a program, `msrgate capture` prints the filter \
+             that the program gives KVM (docs/formats.md)"
     ))
     .at(line)
 }
