@@ -35,6 +35,7 @@ mod policy;
 mod written;
 mod parse;
 mod errors;
+#[cfg(feature = "schema")]
 mod schema;
 mod oracle;
 pub mod print;
@@ -57,4 +58,5 @@ pub use note::notes;
 pub use parse::PolicyErrors;
 pub use pattern::{Pattern, PatternError};
 pub use policy::{CpuidNeeded, Policy, Rule, Spill, Validity, When};
+#[cfg(feature = "schema")]
 pub use schema::schema;

@@ -4,7 +4,7 @@ mod accept;
 mod reader;
 mod rule;
 
-#[cfg(test)]
+#[cfg(all(test, feature = "schema"))]
 pub(crate) use rule::{KEYS as RULE_KEYS, WHEN_KEYS};
 
 use std::collections::HashSet;

@@ -9,6 +9,7 @@ use msrgate_core::{ActionForm, ArgumentKind, Disposition, Parameter, ReadAction,
 pub(crate) struct Written {
     pub(crate) did: Disposition,
     /// What the guest gets.
+    #[cfg_attr(not(feature = "schema"), expect(dead_code, reason = "editors show it"))]
     pub(crate) meaning: &'static str,
     /// What stands with the word.
     pub(crate) with: With,
