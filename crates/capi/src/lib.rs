@@ -279,10 +279,6 @@ pub unsafe extern "C" fn msrgate_dispatch(vcpu: *mut VcpuHandle, run: *mut c_voi
 }
 
 fn told(answered: &Answered, log: bool) -> Answer {
-    let value = match (answered.access, answered.answer.outcome) {
-        (Access::Write { value, .. }, _) | (Access::Read { .. }, Outcome::Value(value)) => value,
-        (Access::Read { .. }, _) => 0,
-    };
     let rule = answered.answer.rule.and_then(|rule| i32::try_from(rule).ok());
     Answer {
         msr: answered.access.msr().0,
@@ -291,7 +287,7 @@ fn told(answered: &Answered, log: bool) -> Answer {
         why: answered.answer.why.map_or(0, |why| why as u8 + 1),
         log: log.into(),
         rule: rule.unwrap_or(-1),
-        value,
+        value: answered.value(),
     }
 }
 

@@ -276,11 +276,10 @@ impl Effect {
 
 /// Says how many rows are not shown.
 pub(crate) fn rest(out: &mut impl Write, rest: usize, what: [&str; 2]) -> io::Result<()> {
-    let [one, more] = what;
+    let [one, more] = what.map(|what| format!("more {what}"));
     match rest {
         0 => Ok(()),
-        1 => writeln!(out, "and 1 more {one}; --all shows all"),
-        rest => writeln!(out, "and {rest} more {more}; --all shows all"),
+        rest => writeln!(out, "and {}; --all shows all", words::counted(rest as u64, &one, &more)),
     }
 }
 

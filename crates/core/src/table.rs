@@ -165,15 +165,20 @@ impl ActionTable {
 
     /// The names of all handlers that an exit may ask.
     pub fn handlers(&self) -> impl Iterator<Item = &str> {
-        let reads = self.reads.iter().map(|entry| &entry.action);
-        let writes = self.writes.iter().map(|entry| &entry.action);
-        let reads = reads
-            .chain([&self.unknown.0, &self.invalid.0])
-            .filter_map(ReadAction::handler);
-        let writes = writes
-            .chain([&self.unknown.1, &self.invalid.1])
-            .filter_map(WriteAction::handler);
-        reads.chain(writes)
+        let reads = self.read_actions().filter_map(ReadAction::handler);
+        reads.chain(self.write_actions().filter_map(WriteAction::handler))
+    }
+
+    /// All that a read may get: by an entry, or where the kernel does not know it or refuses it.
+    pub fn read_actions(&self) -> impl Iterator<Item = &ReadAction> {
+        let of_entries = self.reads.iter().map(|entry| &entry.action);
+        of_entries.chain([&self.unknown.0, &self.invalid.0])
+    }
+
+    /// All that a write may get, likewise.
+    pub fn write_actions(&self) -> impl Iterator<Item = &WriteAction> {
+        let of_entries = self.writes.iter().map(|entry| &entry.action);
+        of_entries.chain([&self.unknown.1, &self.invalid.1])
     }
 
     /// Whether some action makes a vCPU remember something: `shadow` or `once`.

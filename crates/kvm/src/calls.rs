@@ -1,7 +1,9 @@
 //! What a VMM's sandbox must let through.
 
-use msrgate_core::{ReadSource, WriteAction, WriteTarget, abi};
+use msrgate_core::{ReadAction, ReadSource, WriteAction, WriteTarget, abi};
 use msrgate_plan::Plan;
+
+use crate::HostMsrs;
 
 /// When a system call is made, and so by which thread.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -55,19 +57,13 @@ pub struct SystemCall {
 /// threads want at once takes `futex`; where the plan is never replaced none is taken after installing.
 pub fn system_calls(plan: &Plan) -> Vec<SystemCall> {
     let table = plan.table();
-    let (unknown, invalid) = (table.unknown(), table.invalid());
-    let reads = || {
-        let entries = table.reads().iter().map(|entry| &entry.action);
-        entries.chain([&unknown.0, &invalid.0])
-    };
-    let writes = || {
-        let entries = table.writes().iter().map(|entry| &entry.action);
-        entries.chain([&unknown.1, &invalid.1])
-    };
-    let is_host = reads().any(|action| action.source() == ReadSource::Host);
-    let is_masked = writes().any(|action| matches!(action, WriteAction::Mask { .. }));
-    let gets = is_masked || reads().any(|action| action.source() == ReadSource::Register);
-    let sets = writes().any(|action| action.target() == WriteTarget::Register);
+    let is_host = HostMsrs::are_read_by(table);
+    let is_read = |action: &ReadAction| action.source() == ReadSource::Register;
+    // What is masked is read before it is written.
+    let is_masked = |action: &WriteAction| matches!(action, WriteAction::Mask { .. });
+    let gets = table.read_actions().any(is_read) || table.write_actions().any(is_masked);
+    let is_written = |action: &WriteAction| action.target() == WriteTarget::Register;
+    let sets = table.write_actions().any(is_written);
     let presets = !plan.presets().is_empty();
     let when = |is: bool, calls: &[SystemCall]| if is { calls.to_vec() } else { Vec::new() };
     // The device of each CPU, after the list of CPUs.

@@ -14,11 +14,14 @@ use crate::InstallError;
 pub struct HostMsrs(Vec<Option<File>>);
 
 impl HostMsrs {
+    /// Whether some action reads the physical CPU.
+    pub(crate) fn are_read_by(table: &ActionTable) -> bool {
+        table.read_actions().any(|action| action.source() == ReadSource::Host)
+    }
+
     /// Opens the file of every CPU, or none; `None` where `table` reads no physical CPU.
     pub fn for_table(table: &ActionTable) -> Result<Option<HostMsrs>, InstallError> {
-        let entries = table.reads().iter().map(|entry| &entry.action);
-        let mut actions = entries.chain([&table.unknown().0, &table.invalid().0]);
-        if !actions.any(|action| action.source() == ReadSource::Host) {
+        if !HostMsrs::are_read_by(table) {
             return Ok(None);
         }
         // Such as "0-3": CPUs that are there or may come.

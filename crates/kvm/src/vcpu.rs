@@ -62,6 +62,14 @@ pub struct Answered {
 }
 
 impl Answered {
+    /// What the guest wrote, or reads; 0 for a read that faulted.
+    pub fn value(&self) -> u64 {
+        match (self.access, self.answer.outcome) {
+            (Access::Write { value, .. }, _) | (Access::Read { .. }, Outcome::Value(value)) => value,
+            (Access::Read { .. }, _) => 0,
+        }
+    }
+
     /// The record of it.
     pub fn event(&self, t: Nanos, rip: Option<u64>) -> Event {
         Event {
@@ -70,10 +78,7 @@ impl Answered {
             vcpu: self.vcpu.index,
             op: self.access.op(),
             msr: self.access.msr(),
-            value: match (self.access, self.answer.outcome) {
-                (Access::Write { value, .. }, _) | (Access::Read { .. }, Outcome::Value(value)) => value,
-                (Access::Read { .. }, _) => 0,
-            },
+            value: self.value(),
             reason: self.reason,
             did: self.answer.did,
             why: self.answer.why,
