@@ -11,7 +11,9 @@ mod lookup;
 mod instructions;
 mod live;
 mod run_exit;
+mod attach;
 mod boot;
+mod bare;
 mod replace;
 mod plan;
 mod trace;
@@ -71,8 +73,12 @@ enum Key {
     ConstantRead,
     /// An access that `msrgate run` answers, beside a VMM that answers it itself; needs KVM
     RunExit,
+    /// How long a thread of a VMM stands still for `msrgate attach`, beside a debugger; needs KVM
+    Attach,
     /// A Linux boot under `msrgate run`, beside one without, 10 of each in the nested lane; takes long, so only where asked for
     Boot,
+    /// A Linux boot on the hypervisor of examples/bare, beside one without, 10 of each; takes long, so only where asked for
+    Bare,
     /// Installing a plan, beside the bare calls; needs KVM
     Install,
     /// Replacing a filter under readers, beside arc-swap and a lock
@@ -145,7 +151,7 @@ fn main() -> ExitCode {
     }
     let effort = if arguments.quick { Effort::Quick } else { Effort::Full };
     let chosen = |key: &&Key| match arguments.only.as_slice() {
-        [] => !matches!(key, Key::Boot | Key::Weight),
+        [] => !matches!(key, Key::Boot | Key::Bare | Key::Weight),
         only => only.contains(key),
     };
     let mut failed = false;
@@ -158,7 +164,9 @@ fn main() -> ExitCode {
             Key::Lookup => lookup::measure(effort),
             Key::Instructions => instructions::measure(effort),
             Key::RunExit => run_exit::measure(effort),
+            Key::Attach => attach::measure(effort),
             Key::Boot => boot::measure(effort),
+            Key::Bare => bare::measure(effort),
             Key::ExitDispatch => live::exit_dispatch(effort),
             Key::ConstantRead => live::constant_read(effort),
             Key::Install => live::install(effort),

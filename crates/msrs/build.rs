@@ -11,11 +11,19 @@ use std::{env, fs};
 
 use serde::Deserialize;
 
+use self::field::Field;
+
+#[allow(dead_code, unreachable_pub, reason = "the table's readers use the rest")]
+#[path = "src/field.rs"]
+mod field;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Data {
     source: BTreeMap<String, String>,
     bypass: Vec<Bypass>,
+    refusal: Vec<Refusal>,
+    restore: Vec<Restore>,
     // By index, which all keys write with the same width.
     msr: BTreeMap<String, Row>,
 }
@@ -47,6 +55,10 @@ struct Row {
     command: String,
     #[serde(default)]
     rewrite: String,
+    #[serde(default)]
+    fields: String,
+    #[serde(default)]
+    fields_source: String,
     source: String,
     #[serde(default)]
     needs: Vec<Need>,
@@ -63,6 +75,33 @@ struct Bypass {
     from: Option<String>,
     to: Option<String>,
     guest: Option<String>,
+    source: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Refusal {
+    refuses: String,
+    of: Vec<String>,
+    says: String,
+    source: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Restore {
+    msr: String,
+    #[serde(default)]
+    offered: String,
+    #[serde(default)]
+    required: String,
+    #[serde(default)]
+    claims: String,
+    #[serde(default)]
+    weak: String,
+    #[serde(default)]
+    qemu: BTreeMap<String, String>,
+    qemu_property: Option<String>,
     source: String,
 }
 
@@ -110,6 +149,39 @@ fn linux(version: &Option<String>) -> Result<String, Box<dyn Error>> {
     ))
 }
 
+/// The rows of what KVM_SET_MSRS takes, in order of index.
+fn restores(data: &Data) -> Result<String, Box<dyn Error>> {
+    let mut rows = BTreeMap::new();
+    for row in &data.restore {
+        let failed = |what: &str| format!("restore of {}: {what}", row.msr);
+        let known = data.msr.iter().find(|(_, known)| known.name == row.msr);
+        let (index, _) = known.ok_or_else(|| failed("no such MSR"))?;
+        let mask = |text: &str| match text {
+            "" => Ok(0),
+            text => u64::from_str_radix(text.trim_start_matches("0x"), 16),
+        };
+        let mut qemu = Vec::new();
+        for (bit, name) in &row.qemu {
+            qemu.push((bit.parse::<u8>()?, name));
+        }
+        qemu.sort_unstable();
+        let text = format!(
+            "Restore {{ msr: Msr({index}), offered: {:#x}, required: {:#x}, claims: {:#x}, weak: {:#x}, qemu: &{qemu:?}, \
+             qemu_property: {:?}, source: {:?} }},",
+            mask(&row.offered)?,
+            mask(&row.required)?,
+            mask(&row.claims)?,
+            mask(&row.weak)?,
+            row.qemu_property,
+            row.source
+        );
+        if rows.insert(index, text).is_some() {
+            return Err(failed("it is there twice").into());
+        }
+    }
+    Ok(rows.into_values().collect())
+}
+
 /// The place of a text in the string of all texts, which gets it.
 fn place(texts: &mut String, text: &str) -> (usize, usize) {
     let from = texts.find(text).unwrap_or_else(|| {
@@ -117,6 +189,80 @@ fn place(texts: &mut String, text: &str) -> (usize, usize) {
         texts.len() - text.len()
     });
     (from, text.len())
+}
+
+/// Fields as the table has them, of those that a row writes: with what `as`, `controls:`, `0..7` and `=NAME` stand for written
+/// out. In order, so that none overlaps another.
+fn fields(rows: &BTreeMap<String, Row>, written: &str) -> Result<String, String> {
+    if let Some(name) = written.strip_prefix("as ") {
+        let of = rows
+            .values()
+            .find(|row| row.name == name && !row.fields.starts_with("as "));
+        let of = of.ok_or_else(|| format!("no row `{name}` has fields of its own"))?;
+        return fields(rows, &of.fields);
+    }
+    let (items, controls) = match written.strip_prefix("controls: ") {
+        Some(items) => (items, true),
+        None => (written, false),
+    };
+    let mut list: Vec<(String, String, String)> = Vec::new();
+    for item in items.split("; ").filter(|item| !item.is_empty()) {
+        let mut words = item.split(' ');
+        let (Some(bits), Some(name)) = (words.next(), words.next()) else {
+            return Err(format!("the field `{item}` has no name"));
+        };
+        let words: Vec<&str> = words.collect();
+        let words = match words.as_slice() {
+            [same] if same.starts_with('=') => {
+                let other = list.iter().find(|(_, name, _)| same.strip_prefix('=') == Some(name));
+                other
+                    .ok_or_else(|| format!("no field before `{item}` is called so"))?
+                    .2
+                    .clone()
+            }
+            words => words.join(" "),
+        };
+        match bits.split_once("..") {
+            None => list.push((bits.to_owned(), name.to_owned(), words)),
+            Some((first, last)) => {
+                let number = |text: &str| text.parse::<u32>().map_err(|error| format!("`{item}`: {error}"));
+                for (bit, place) in (number(first)?..=number(last)?).zip(0..) {
+                    list.push((bit.to_string(), format!("{name}{place}"), words.clone()));
+                }
+            }
+        }
+    }
+    if controls {
+        let upper: Result<Vec<_>, String> = list
+            .iter()
+            .map(|(bit, name, _)| {
+                let bit: u32 = bit.parse().map_err(|error| format!("the control {name}: {error}"))?;
+                Ok(((bit + 32).to_string(), name.clone(), String::new()))
+            })
+            .collect();
+        list.iter_mut().for_each(|(_, name, _)| name.insert_str(0, "must:"));
+        list.extend(upper?);
+    }
+    let mut free = 0;
+    let mut text = String::new();
+    for (bits, name, words) in list {
+        let item = format!("{bits} {name} {words}").trim_end().to_owned();
+        let parsed = Field::parse(item.clone().leak()).ok_or_else(|| format!("`{item}` is no field"))?;
+        if parsed.first < free || parsed.last < parsed.first || parsed.last > 63 {
+            return Err(format!(
+                "the field `{item}` overlaps the one before it, or has bits that a register has not"
+            ));
+        }
+        let most = parsed.mask() >> parsed.first;
+        let known: Vec<(u64, &str)> = parsed.words().collect();
+        if known.len() != words.split_whitespace().count() || known.iter().any(|(value, _)| *value > most) {
+            return Err(format!("a word of the field `{item}` is none, or too large for it"));
+        }
+        free = parsed.last + 1;
+        text += if text.is_empty() { "" } else { "; " };
+        text += &item;
+    }
+    Ok(text)
 }
 
 /// The number of an item in a list, which gets it if it is new.
@@ -170,7 +316,7 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             rows,
             "Entry {{ msr: Msr({index}), access: Access::{}, state: State::{}, host: Host::{}, kept: Kept::{}, \
              passthrough: {:?}, hot: {}, hardware: {}, essential: {}, changed_in_place: {}, names: {own:?}, \
-             command: {:?}, rewrite: {:?}, classes: {}, vendors: {}, exists: {}, source: {source} }},",
+             command: {:?}, rewrite: {:?}, fields: {:?}, fields_source: {:?}, classes: {}, vendors: {}, exists: {}, source: {source} }},",
             word(&row.access, "read-write"),
             word(&row.state, "nothing"),
             word(&row.host, "nothing"),
@@ -182,6 +328,11 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             row.changed_in_place,
             place(&mut texts, &row.command),
             place(&mut texts, &row.rewrite),
+            place(
+                &mut texts,
+                &fields(&data.msr, &row.fields).map_err(|what| failed(&what))?
+            ),
+            place(&mut texts, &row.fields_source),
             number(&mut classes, slice("Class", &row.class)),
             number(&mut vendors, slice("Vendor", &row.vendor)),
             number(&mut exists, when),
@@ -212,6 +363,18 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             bypass.source
         )?;
     }
+    let mut refusals = String::new();
+    for refusal in &data.refusal {
+        let ops = match refusal.refuses.as_str() {
+            "any" => "&Op::ALL".to_owned(),
+            word => slice("Op", &[word.to_owned()]),
+        };
+        let Refusal { of, says, source, .. } = refusal;
+        write!(
+            refusals,
+            "Refusal {{ ops: {ops}, of: &{of:?}, says: {says:?}, source: {source:?} }},"
+        )?;
+    }
     let sources: Vec<&String> = data.source.values().collect();
     let names: Vec<_> = names.values().collect();
     Ok(format!(
@@ -223,10 +386,13 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
          static BY_NAME: &[(u32, u8, u16)] = &{names:?};\n\
          static NEEDS: &[Need] = &[{needs}];\n\
          static BYPASSES: &[Bypass] = &[{bypasses}];\n\
+         static REFUSALS: &[Refusal] = &[{refusals}];\n\
+         static RESTORES: &[Restore] = &[{}];\n\
          static TABLE: &[Entry] = &[{rows}];\n",
         classes.join(", "),
         vendors.join(", "),
         exists.join(", "),
+        restores(&data)?,
     ))
 }
 

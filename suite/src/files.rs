@@ -9,12 +9,13 @@ macro_rules! files {
 }
 
 /// Name and text of each file of `testdata/cases`.
-pub(crate) const FILES: [(&str, &str); 8] = files![
+pub(crate) const FILES: [(&str, &str); 9] = files![
     "set-msr-filter.toml",
     "bitmaps-in-memory.toml",
     "enable-cap.toml",
     "verdict.toml",
     "deflection.toml",
+    "monitor.toml",
     "policy-decision.toml",
     "policy-actions.toml",
     "policy-conditions.toml",

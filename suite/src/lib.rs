@@ -7,6 +7,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
+mod bare;
 mod bitmap;
 mod check;
 mod compiled;
@@ -22,6 +23,7 @@ mod number;
 mod oracle;
 mod plan;
 
+pub use bare::{Bare, Interceptions};
 pub use bitmap::{Svm, Vmx};
 pub use check::{Checked, Implementation, Stop, Subject, Tally, check, check_all, perform, run};
 pub use engine::Engine;

@@ -7,22 +7,26 @@ use msrgate_engine::{Errno, Msrs, Refusal};
 
 /// A new vCPU's registers.
 ///
-/// 0x174 to 0x176 (SYSENTER), 0xc0000081 (STAR), 0xc0000102 (KERNEL_GS_BASE) and 0x277 (PAT) hold what is written, within
-/// what the cases write: values of 31 bits, and memory types; KERNEL_GS_BASE refuses an address that is not canonical.
+/// 0x174 to 0x176 (SYSENTER), 0xc0000081 (STAR), 0xc0000100 to 0xc0000102 (bases of FS and GS) and 0x277 (PAT) hold what is
+/// written, within what the cases write: values of 31 bits, and memory types; a base refuses an address that is not canonical.
 /// Those of x2APIC are refused, since the guest has no local APIC in the kernel. All others are unknown.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Machine {
     registers: BTreeMap<Msr, u64>,
 }
 
-const KERNEL_GS_BASE: Msr = Msr(0xc000_0102);
+/// FS_BASE, GS_BASE, KERNEL_GS_BASE.
+const BASES: [u32; 3] = [0xc000_0100, 0xc000_0101, 0xc000_0102];
 
 impl Default for Machine {
     fn default() -> Machine {
-        let zero = [0x174, 0x175, 0x176, 0xc000_0081, KERNEL_GS_BASE.0].map(|msr| (Msr(msr), 0));
+        let zero = [0x174, 0x175, 0x176, 0xc000_0081]
+            .into_iter()
+            .chain(BASES)
+            .map(|msr| (Msr(msr), 0));
         let pat = (Msr(0x277), 0x0007_0406_0007_0406);
         Machine {
-            registers: zero.into_iter().chain([pat]).collect(),
+            registers: zero.chain([pat]).collect(),
         }
     }
 }
@@ -48,10 +52,7 @@ impl Machine {
         let register = self.registers.get_mut(&access.msr()).ok_or(Reason::Unknown)?;
         match access {
             Access::Read { .. } => Ok(Outcome::Value(*register)),
-            Access::Write {
-                msr: KERNEL_GS_BASE,
-                value,
-            } if !is_canonical(value) => Err(Reason::Invalid),
+            Access::Write { msr, value } if BASES.contains(&msr.0) && !is_canonical(value) => Err(Reason::Invalid),
             Access::Write { value, .. } => {
                 *register = value;
                 Ok(Outcome::Done)

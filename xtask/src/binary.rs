@@ -2,7 +2,7 @@
 //!
 //! Tests that need a live KVM are the integration tests whose names start with `live`, and those that boot Linux in a
 //! VM the ones whose names start with `nested`. They run in the lanes and nowhere else. Those whose names start with
-//! `browser` run in a stage of their own. Such a test prints `skipped: ` and a reason where it cannot run.
+//! `browser` or `bare` run in stages of their own. Such a test prints `skipped: ` and a reason where it cannot run.
 
 use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
@@ -19,39 +19,18 @@ pub(crate) struct Binary {
     pub(crate) executable: PathBuf,
     /// The package's folder, where cargo runs tests.
     pub(crate) package: PathBuf,
-    kind: Kind,
+    pub(crate) kind: Kind,
 }
 
-#[derive(PartialEq, Eq)]
-enum Kind {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    /// A test that runs on any machine.
     Test,
     LiveTest,
     NestedTest,
     BrowserTest,
+    BareTest,
     Program,
-}
-
-impl Binary {
-    pub(crate) fn live(&self) -> bool {
-        self.kind == Kind::LiveTest
-    }
-
-    pub(crate) fn nested(&self) -> bool {
-        self.kind == Kind::NestedTest
-    }
-
-    pub(crate) fn browser(&self) -> bool {
-        self.kind == Kind::BrowserTest
-    }
-
-    /// Whether it is a test that runs on any machine.
-    pub(crate) fn unit(&self) -> bool {
-        self.kind == Kind::Test
-    }
-
-    pub(crate) fn test(&self) -> bool {
-        self.kind != Kind::Program
-    }
 }
 
 /// The arguments that give every cargo command of the tests the same units to build.
@@ -109,6 +88,7 @@ fn binary(message: &str) -> Option<Binary> {
         (true, true) if name.starts_with("live") => Kind::LiveTest,
         (true, true) if name.starts_with("nested") => Kind::NestedTest,
         (true, true) if name.starts_with("browser") => Kind::BrowserTest,
+        (true, true) if name.starts_with("bare") => Kind::BareTest,
         (true, _) => Kind::Test,
         (false, _) => Kind::Program,
     };
@@ -373,13 +353,18 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
                 r#"{{"executable":"/t/x","manifest_path":"/w/kvm/Cargo.toml","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":true}}}}"#
             )
         };
-        let live = binary(&message("test", "live_filter")).expect("it is a binary");
-        assert!(live.live() && !live.unit() && live.name == "kvm::live_filter");
-        let nested = binary(&message("test", "nested_qemu")).expect("it is a binary");
-        assert!(nested.nested() && !nested.live() && !nested.unit());
-        let browser = binary(&message("test", "browser_report")).expect("it is a binary");
-        assert!(browser.browser() && !browser.live() && !browser.unit());
-        assert!(!binary(&message("lib", "lively")).expect("it is a binary").live());
-        assert!(!binary(&message("test", "filter")).expect("it is a binary").live());
+        let kind = |kind: &str, name: &str| binary(&message(kind, name)).map(|binary| (binary.name, binary.kind));
+        assert_eq!(
+            kind("test", "live_filter"),
+            Some(("kvm::live_filter".into(), Kind::LiveTest))
+        );
+        for (of, name, expected) in [
+            ("test", "nested_qemu", Kind::NestedTest),
+            ("test", "browser_report", Kind::BrowserTest),
+            ("lib", "lively", Kind::Test),
+            ("test", "filter", Kind::Test),
+        ] {
+            assert_eq!(kind(of, name).map(|(_, kind)| kind), Some(expected), "{name}");
+        }
     }
 }

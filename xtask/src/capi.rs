@@ -7,9 +7,9 @@ use std::process::Command;
 
 use clap::Args;
 
-use crate::binary::Count;
+use crate::binary::{self, Count, Kind, SCOPE};
 use crate::process;
-use crate::test::{Ending, cargo};
+use crate::test::Ending;
 use crate::toolchain;
 
 /// The name under which programs find the library that they were linked with: its number grows with a change that breaks them.
@@ -127,27 +127,15 @@ pub(crate) fn install(prefix: &str, libraries: &str, into: &Path, released: bool
     fs::write(&path, description).map_err(|error| format!("cannot write {}: {error}", path.display()))
 }
 
-/// Builds the static library.
+/// Builds the static library: as it is released, or with the workspace's tests, which build it anyway.
 fn archive(released: bool) -> Result<PathBuf, String> {
-    let mut command = cargo(&[
-        "rustc",
-        "--package",
-        "msrgate-capi",
-        "--lib",
-        "--crate-type",
-        "staticlib",
-    ]);
-    if released {
-        command.arg("--release");
-    }
-    let (status, said) = process::watch(&mut command).map_err(|error| format!("cannot run cargo: {error}"))?;
-    if !status.success() {
-        return Err(format!(
-            "the library does not build: {}",
-            said.lines().last().unwrap_or_default()
-        ));
-    }
-    Ok(toolchain::target(if released { "release" } else { "debug" }).join("libmsrgate_capi.a"))
+    let release = ["build", "--release", "--package", "msrgate-capi", "--lib"];
+    let tests = [&["test", "--no-run"], &SCOPE[..]].concat();
+    let messages = binary::messages(if released { &release } else { &tests })?;
+    let is_archive = |word: &&str| word.contains("/libmsrgate_capi") && word.ends_with(".a");
+    let file = messages.rsplit('"').find(is_archive);
+    file.map(PathBuf::from)
+        .ok_or_else(|| "cargo built no libmsrgate_capi.a".to_owned())
 }
 
 /// Makes the shared library of the static one: rustc's own gives no control over which symbols are seen under which version.
@@ -217,17 +205,13 @@ pub(crate) fn check() -> Result<Ending, String> {
 
 /// What `plan --emit c` prints of the examples' policy.
 fn emitted() -> Result<String, String> {
-    let mut command = cargo(&[
-        "run",
-        "--quiet",
-        "--package",
-        "msrgate-cli",
-        "--",
-        "plan",
-        "--emit",
-        "c",
-        POLICY,
-    ]);
+    let built = binary::tests()?;
+    let command = built
+        .iter()
+        .find(|program| program.name == "cli::msrgate" && program.kind == Kind::Program);
+    let command = command.ok_or("cargo built no msrgate")?;
+    let mut command = process::bound(&command.executable);
+    command.args(["plan", "--emit", "c", POLICY]).current_dir(crate::root());
     process::output(&mut command)
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use clap::Args;
 use serde_json::Value;
 
-use crate::binary::{self, Count};
+use crate::binary::{self, Count, SCOPE};
 use crate::capi;
 use crate::package;
 use crate::process;
@@ -254,7 +254,7 @@ fn debian(into: &Path, command: &Path, released: bool) -> Result<PathBuf, String
 pub(crate) fn check() -> Result<Ending, String> {
     let into = toolchain::target("dist-check");
     let made = make(&into, false)?;
-    let vmm = binary::built(&["build", "--package", "msrgate-cli", "--example", "small_vmm"])?;
+    let vmm = binary::built(&[&["build"], &SCOPE[..], &["--example", "small_vmm"]].concat())?;
     let vmm = vmm.into_iter().next().ok_or("cargo built no small_vmm")?.executable;
     let mut trial = Trial {
         vmm,

@@ -14,7 +14,7 @@ use crate::test::{Ending, watched};
 use crate::{process, toolchain};
 
 /// The targets, each a program of `fuzz/` and a folder of `testdata/fuzz/`.
-const TARGETS: [&str; 6] = ["filter", "policy", "trace", "map", "plan", "raw"];
+const TARGETS: [&str; 7] = ["filter", "policy", "trace", "log", "map", "plan", "raw"];
 
 /// What the help ends with.
 pub(crate) const HELP: &str = "\
@@ -24,7 +24,7 @@ What else is new goes to fuzz/corpus/TARGET, from which the next run starts.";
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Run only these targets: filter, policy, trace, map, plan, raw
+    /// Run only these targets: filter, policy, trace, log, map, plan, raw
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(TARGETS))]
     targets: Vec<String>,
     /// How long each target runs
@@ -48,7 +48,7 @@ pub(crate) fn short() -> Result<Ending, String> {
         }
         _ => {}
     }
-    fuzz(TARGETS.into_iter(), 5, &scratch)
+    fuzz(TARGETS.into_iter(), 3, &scratch)
 }
 
 fn fuzz(targets: impl Iterator<Item = &'static str>, seconds: u32, corpora: &Path) -> Result<Ending, String> {

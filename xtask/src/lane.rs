@@ -6,14 +6,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::initramfs::Archive;
 use crate::job::{Job, Root, Series, quoted};
 use crate::kernel::{self, Kernel, Wanted};
-use crate::{intel, nested, package, process};
+use crate::{bochs, intel, nested, package, process};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lane {
@@ -80,13 +79,8 @@ const TRIES: u32 = 3;
 /// # Errors
 /// Only where the lane fails; a script that fails is a [`Done`].
 pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
-    let cache = crate::root().join("target/lanes");
-    let kernel = {
-        // Packages are installed, and a kernel is fetched, by one lane at a time.
-        static PREPARING: Mutex<()> = Mutex::new(());
-        let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
-        prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?
-    };
+    let cache = crate::lanes();
+    let kernel = prepare(lane, job.series, &cache).map_err(Failure::Unavailable)?;
     sweep(&cache);
     let folder = RunFolder::create(&cache).map_err(Failure::Unavailable)?;
     let folder = &folder.0;
@@ -112,10 +106,13 @@ fn unusable(folder: &Path, error: &io::Error) -> String {
 ///
 /// # Errors
 /// What cannot be had, and why.
-fn prepare(lane: Lane, series: Series, cache: &Path) -> Result<Kernel, String> {
+pub(crate) fn prepare(lane: Lane, series: Series, cache: &Path) -> Result<Kernel, String> {
     package::require(kernel::NEEDS)?;
     package::require(&[("/bin/busybox", "busybox-static")])?;
     package::require(lane.needs())?;
+    if lane == Lane::Intel {
+        bochs::program()?;
+    }
     let wanted = Wanted {
         name: format!("{}-{}", lane.name(), series.name()),
         series: series.name(),
@@ -165,7 +162,7 @@ impl Lane {
         }
     }
 
-    /// How long booting may take on a busy machine before the lane counts as hung.
+    /// How much of a processor booting may take before the lane counts as hung.
     fn boot_limit(self) -> Duration {
         match self {
             Self::Nested => Duration::from_secs(60),
@@ -187,6 +184,9 @@ impl Lane {
 pub(crate) const KERNEL_ARGUMENTS: &str = "console=ttyS0,115200 8250.nr_uarts=4 panic=-1 quiet mitigations=off nokaslr \
      tsc=reliable no_timer_check random.trust_cpu=on audit=0 cryptomgr.notests raid=noautodetect";
 
+/// How long a lane says nothing while it runs.
+const BETWEEN_WORDS: Duration = Duration::from_secs(60);
+
 /// One boot. What fails here is the lane.
 fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done, String> {
     let failed = |error: io::Error| unusable(folder, &error);
@@ -203,15 +203,13 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
         .current_dir(folder)
         .stdout(log.try_clone().map_err(failed)?)
         .stderr(log);
-    let child = command
-        .spawn()
-        .map_err(|error| format!("cannot run {}: {error}", process::shown(&command)))?;
-    let mut emulator = Emulator(child);
+    let mut emulator = Emulator::start(&mut command)?;
 
     let mut started: Option<Instant> = None;
     let (mut lived, mut last) = (0, Instant::now());
+    let mut told = Instant::now();
     let status = loop {
-        let ended = emulator.0.try_wait().map_err(failed)?.is_some();
+        let ended = emulator.ended()?;
         let marks = Marks::read(&folder.join("marks"));
         if let Some(why) = marks.failure {
             return Err(why);
@@ -225,6 +223,14 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
         if marks.status.is_some() && whole(&folder.join("output")) {
             // All is there: nothing is lost with what would be left to do, powering off.
             break marks.status;
+        }
+        if told.elapsed() > BETWEEN_WORDS {
+            told = Instant::now();
+            let (seconds, series) = (began.elapsed().as_secs(), job.series.name());
+            let output = fs::read(folder.join("output")).unwrap_or_default();
+            let output = String::from_utf8_lossy(&output);
+            let line = output.lines().last().unwrap_or("no output yet");
+            eprintln!("{} {series}: {seconds} s: {line}", lane.name());
         }
         if ended {
             return Err(format!(
@@ -241,7 +247,8 @@ fn attempt(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Done
                     last_words(folder)
                 ));
             }
-            None if began.elapsed() > lane.boot_limit() => {
+            // A busy machine leaves the emulator little time.
+            None if emulator.processor_time() > Some(lane.boot_limit()) || began.elapsed() > 10 * lane.boot_limit() => {
                 let limit = lane.boot_limit().as_secs();
                 return Err(format!("no boot within {limit} s\n{}", last_words(folder)));
             }
@@ -308,7 +315,7 @@ impl Marks {
     }
 }
 
-fn last_words(folder: &Path) -> String {
+pub(crate) fn last_words(folder: &Path) -> String {
     let mut words = String::new();
     for name in ["console", "log", "bochs.log"] {
         let text = fs::read(folder.join(name)).unwrap_or_default();
@@ -385,7 +392,41 @@ fn initrd(lane: Lane, job: &Job, kernel: &Kernel, folder: &Path) -> Result<Vec<u
 }
 
 /// A running emulator, which is gone when this is.
-struct Emulator(Child);
+pub(crate) struct Emulator(Child);
+
+impl Emulator {
+    /// # Errors
+    /// That it does not start.
+    pub(crate) fn start(command: &mut Command) -> Result<Self, String> {
+        let child = command.spawn();
+        child
+            .map(Self)
+            .map_err(|error| format!("cannot run {}: {error}", process::shown(command)))
+    }
+
+    /// What it has used so far, by the 14th and 15th field of its `stat`, in hundredths of a second; nothing once it is over.
+    pub(crate) fn processor_time(&self) -> Option<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).ok()?;
+        let (_, fields) = stat.rsplit_once(") ")?;
+        let ticks = fields
+            .split(' ')
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok());
+        Some(Duration::from_millis(10 * ticks.sum::<u64>()))
+    }
+
+    /// Whether it is over.
+    ///
+    /// # Errors
+    /// That nobody can tell.
+    pub(crate) fn ended(&mut self) -> Result<bool, String> {
+        let ended = self.0.try_wait();
+        ended
+            .map(|status| status.is_some())
+            .map_err(|error| format!("cannot wait for the emulator: {error}"))
+    }
+}
 
 impl Drop for Emulator {
     fn drop(&mut self) {
@@ -395,15 +436,19 @@ impl Drop for Emulator {
 }
 
 /// A folder for one run, named for this process and numbered, and removed at the end.
-struct RunFolder(PathBuf);
+pub(crate) struct RunFolder(PathBuf);
 
 impl RunFolder {
-    fn create(cache: &Path) -> Result<Self, String> {
+    pub(crate) fn create(cache: &Path) -> Result<Self, String> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let folder = cache.join(format!("run-{process}-{number}"));
         fs::create_dir_all(&folder).map_err(|error| unusable(&folder, &error))?;
         Ok(Self(folder))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 }
 

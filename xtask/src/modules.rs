@@ -4,7 +4,7 @@
 //! passes an item on: who names the item by it is taken to name the module that has it. What a macro of another crate
 //! makes of its tokens is not seen, and neither is a method, which has no path.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
@@ -30,9 +30,9 @@ struct Module {
     /// The modules of which all is used.
     globs: Vec<Name>,
     /// Paths of `use` that are not passed on, and those in its code, from the root on.
-    named: Vec<Name>,
+    named: HashSet<Name>,
     /// Paths in code as they stand there.
-    paths: Vec<Name>,
+    paths: HashSet<Name>,
 }
 
 impl Modules {
@@ -122,7 +122,9 @@ impl Modules {
         if let Some((used, _)) = module.uses.get(first) {
             return self.defining(&[used.as_slice(), rest].concat(), depth + 1);
         }
-        let mut globs = module.globs.iter();
+        // Those that lead to no other module are of an enum of its own, or of another crate.
+        let elsewhere = |glob: &&Name| self.split(glob).is_some_and(|(to, _)| to != name);
+        let mut globs = module.globs.iter().filter(elsewhere);
         globs.find_map(|glob| self.defining(&[glob.as_slice(), item].concat(), depth + 1))
     }
 
@@ -233,9 +235,9 @@ impl Module {
         }
         if path.len() > 1 {
             match absolute(name, &path) {
-                Some(path) => self.named.push(path),
-                None => self.paths.push(path),
-            }
+                Some(path) => self.named.insert(path),
+                None => self.paths.insert(path),
+            };
         }
         len
     }
@@ -270,7 +272,7 @@ impl Module {
                 continue;
             }
             if !public {
-                self.named.push(path.clone());
+                self.named.insert(path.clone());
             }
             self.uses.insert(alias.unwrap_or(last), (path, public));
         }

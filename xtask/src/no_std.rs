@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::process;
+use crate::toolchain;
 
 /// The crates, and the features that they have on.
 const CRATES: [(&str, &[&str]); 4] = [("core", &[]), ("engine", &[]), ("plan", &["hash"]), ("msrs", &[])];
@@ -57,7 +58,8 @@ pub(crate) fn build() -> Result<(bool, String), String> {
     command
         .arg("build")
         .current_dir(&folder)
-        .env("CARGO_TARGET_DIR", folder.join("target"));
+        // What builds the database's table is built already.
+        .env("CARGO_TARGET_DIR", toolchain::target(""));
     if bare {
         command.args(["--target", BARE_TARGET]);
     }

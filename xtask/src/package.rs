@@ -5,11 +5,18 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::process;
 
 /// A program's name, or an absolute path, and the package that brings it.
 pub(crate) type Need = (&'static str, &'static str);
+
+/// The keys by which packages of Debian's are known, and the package that brings them.
+pub(crate) const KEYS: Need = (
+    "/usr/share/keyrings/debian-archive-keyring.gpg",
+    "debian-archive-keyring",
+);
 
 /// Makes sure that every need is there, installing the packages of those that are not.
 ///
@@ -20,6 +27,10 @@ pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
         let absent = needs.iter().filter(|(thing, _)| find(thing).is_none());
         absent.map(|&(_, package)| package).collect()
     };
+    if missing(needs).is_empty() {
+        return Ok(());
+    }
+    let _one = alone();
     let mut packages = missing(needs);
     if packages.is_empty() {
         return Ok(());
@@ -46,11 +57,17 @@ pub(crate) fn require(needs: &[Need]) -> Result<(), String> {
     Err(format!("installed, and still lack what {} bring", packages.join(" ")))
 }
 
+/// Of stages that run at once, one at a time has apt-get change what this machine has.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Fetches the package lists.
 ///
 /// # Errors
 /// apt-get's last words, or that only root may.
-pub(crate) fn update() -> Result<(), String> {
+fn update() -> Result<(), String> {
     if !root() {
         return Err("the package lists are too old, and only root can fetch them: apt-get update".into());
     }
@@ -86,6 +103,7 @@ pub(crate) fn root() -> bool {
 /// Why it cannot be had.
 pub(crate) fn fetch(kind: &str, series: &str, flavour: &str, into: &Path) -> Result<String, String> {
     let failed = |error| format!("cannot write {}: {error}", into.display());
+    let _one = alone();
     fs::create_dir_all(into).map_err(failed)?;
     let once = || -> Result<String, String> {
         let package = newest(kind, series, flavour)?;
@@ -109,6 +127,65 @@ pub(crate) fn fetch(kind: &str, series: &str, flavour: &str, into: &Path) -> Res
     process::output(process::bound("dpkg").arg("-x").arg(&archive).arg(into))?;
     fs::remove_file(&archive).map_err(failed)?;
     Ok(package)
+}
+
+/// Downloads a package's source of this release of Debian, from where this machine has its packages from, and unpacks it into a folder
+/// that is made. What Debian adds is left out.
+///
+/// # Errors
+/// Why it cannot be had.
+pub(crate) fn source(package: &str, release: &str, into: &Path) -> Result<(), String> {
+    let failed = |error| format!("cannot write {}: {error}", into.display());
+    let folder = into.join("apt");
+    fs::create_dir_all(folder.join("lists/partial")).map_err(failed)?;
+    let mut places = Command::new("apt-get");
+    places.args([
+        "indextargets",
+        "--format",
+        "$(SITE) $(RELEASE) $(COMPONENT)",
+        "Created-By: Packages",
+    ]);
+    let places = process::output(&mut places)?;
+    let place = places
+        .lines()
+        .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+            // Updates and security have archives of their own.
+            [site, release, "main"] if !release.contains('-') => Some(site),
+            _ => None,
+        });
+    let place = place.ok_or("this machine has its packages from no archive of Debian's")?;
+    let list = folder.join("sources.list");
+    let line = format!("deb-src [signed-by={}] {place} {release} main\n", KEYS.0);
+    fs::write(&list, line).map_err(failed)?;
+    let apt = || {
+        let mut command = process::bound("apt-get");
+        command.args(["-q", "-o", "APT::Sandbox::User=root", "-o", "Dir::Etc::sourceparts=-"]);
+        for (setting, value) in [
+            ("Dir::Etc::sourcelist", &list),
+            ("Dir::State::lists", &folder.join("lists")),
+        ] {
+            command.arg("-o").arg(format!("{setting}={}", value.display()));
+        }
+        // Those of this machine's other lists stay as they are.
+        command.args(["-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache="]);
+        command.current_dir(into);
+        command
+    };
+    process::output(apt().arg("update"))?;
+    process::output(apt().args(["source", "--download-only", "--tar-only", package]))?;
+    fs::remove_dir_all(&folder).map_err(failed)?;
+    let archive = fs::read_dir(into)
+        .map_err(failed)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.is_file())
+        .ok_or_else(|| format!("apt-get brought no source of {package}"))?;
+    let mut tar = process::bound("tar");
+    tar.arg("-xf")
+        .arg(&archive)
+        .args(["--strip-components=1", "-C"])
+        .arg(into);
+    process::output(&mut tar).map(drop)
 }
 
 /// The newest package whose name is `KIND-SERIES.…-FLAVOUR`.

@@ -2,15 +2,17 @@
 
 /// The image: code, and parameters that the supervisor fills in before it is mapped.
 pub mod image {
-    /// Bytes before the first parameter: a jump to the code.
-    pub const PARAMETERS: usize = 16;
+    /// What an image of any version begins with, behind a jump of two bytes.
+    pub const KIND: &[u8; 14] = b"msrgate answer";
+    /// Bytes before the first parameter.
+    pub const PARAMETERS: usize = 2 + KIND.len();
     /// Address of [`super::private`].
     pub const PRIVATE: usize = 0;
     /// Address of [`super::control`].
     pub const CONTROL: usize = 1;
     /// What a KVM_RUN of the answerer has as its fourth argument, which KVM ignores.
     pub const RUN: usize = 2;
-    /// What a question of the answerer has there.
+    /// What a question of the answerer has there; 0 where no call waits, and then exits alone are asked for, through memory.
     pub const ASK: usize = 3;
     /// Bytes that the kernel puts on the stack below the red zone for the extended state where a signal is delivered
     /// (`xstate_sigframe_size`); 0 where stacks must not be written to.
@@ -25,10 +27,43 @@ pub mod image {
 pub mod private {
     /// 1 where the rest is there.
     pub const ALIVE: usize = 0;
+    /// Not 0 while the thread is there that questions through memory wake: the kernel clears it where the thread ends.
+    pub const KEPT: usize = 1;
+    /// What it is where threads may wait until it is looked which vCPU a descriptor is.
+    pub const WAITS: u64 = 2;
+    /// How often somebody was called through memory; the lower half is a futex.
+    pub const BELL: usize = 2;
+    /// How often of these it was wanted that it is looked which vCPU a descriptor is.
+    pub const WANTED: usize = 3;
+    /// From here on what the VMM itself asks of a VM, by a call that would take the policy's place; [`super::own`].
+    pub const OWN: usize = 4;
     /// From here on a word for each slot: 1 while a thread runs the vCPU.
-    pub const BUSY: usize = 1;
+    pub const BUSY: usize = OWN + super::own::WORDS;
     /// How long it is.
     pub const WORDS: usize = BUSY + super::control::SLOTS;
+}
+
+/// A call of the VMM's own that is asked for through memory, by code in its instruction's stub.
+pub mod own {
+    /// 1 while a thread asks.
+    pub const LOCK: usize = 0;
+    /// [`ASKED`] until there is an answer.
+    pub const STATE: usize = 1;
+    /// The descriptor.
+    pub const FD: usize = 2;
+    /// The request.
+    pub const REQUEST: usize = 3;
+    /// The argument.
+    pub const ARGUMENT: usize = 4;
+    /// What the call gives; [`LET`] where the thread is to make it.
+    pub const RESULT: usize = 5;
+    /// How long it is.
+    pub const WORDS: usize = 6;
+
+    /// There is no answer yet.
+    pub const ASKED: u64 = 1;
+    /// None of these calls gives this.
+    pub const LET: i64 = 1;
 }
 
 /// Memory that only the supervisor writes, and a fork does not hand on.
@@ -39,6 +74,9 @@ pub mod control {
     pub const LIMIT: usize = 1 << 16;
     /// vCPUs that a process has at a time.
     pub const SLOTS: usize = 1 << 14;
+    /// What [`super::private::WANTED`] was when it was last looked which vCPUs there are; the lower half is a futex. It is in the slot
+    /// of number 0, which is no vCPU's.
+    pub const LOOKED: usize = LIMIT;
     /// How long a slot is.
     pub const SLOT: usize = 8;
     /// How long it is.
@@ -55,12 +93,14 @@ pub mod slot {
     pub const VCPU: usize = 2;
     /// The reasons for which the VMM asked for exits.
     pub const MASK: usize = 3;
-    /// [`EVENTS`], [`RIP`], [`REDO`].
+    /// [`EVENTS`], [`RIP`], [`REDO`], [`UNSETTLED`], [`LET_GO`].
     pub const FLAGS: usize = 4;
     /// The VM's number, and the vCPU's in the upper half.
     pub const WHO: usize = 5;
     /// 1 where it may run.
     pub const READY: usize = 6;
+    /// The number of the last question through memory that has an answer, which is a futex, and the answer in the upper half.
+    pub const ANSWER: usize = 7;
 
     /// Each access makes an event.
     pub const EVENTS: u64 = 1;
@@ -68,6 +108,10 @@ pub mod slot {
     pub const RIP: u64 = 2;
     /// Accesses may have to be made again by the guest.
     pub const REDO: u64 = 4;
+    /// An exit may have been made by another filter than the table's: what no entry names is asked for.
+    pub const UNSETTLED: u64 = 8;
+    /// Where nobody is there any more who could be asked, the VM has the VMM's own filter again.
+    pub const LET_GO: u64 = 16;
 }
 
 /// What exits get, which only the supervisor writes.
@@ -131,6 +175,12 @@ pub mod vcpu {
     pub const PENDING: usize = 26;
     /// 1 where the event of that access stands behind the written ones.
     pub const PENDING_EVENT: usize = 27;
+    /// Odd while the thread is in KVM_RUN, and reads no table.
+    pub const RUNS: usize = 28;
+    /// The number of the last question through memory, and the CPU in the upper half.
+    pub const ASKED: usize = 29;
+    /// What it is: a question and a write's value, as the fifth and sixth argument would be.
+    pub const QUESTION: usize = 30;
     /// Counts by MSR and direction.
     pub const TALLIES: usize = 32;
     /// How many there is room for.

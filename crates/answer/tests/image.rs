@@ -40,6 +40,7 @@ fn the_image_fits_a_page_and_begins_with_its_parameters() {
     assert!(IMAGE.len() <= 4096, "{}", IMAGE.len());
     let parameters = &IMAGE[image::PARAMETERS..][..image::COUNT * 8];
     assert!(parameters.iter().all(|byte| *byte == 0), "{parameters:x?}");
+    assert_eq!(&IMAGE[2..image::PARAMETERS], image::KIND);
     // A short jump over them.
     assert_eq!(
         (IMAGE[0], 2 + usize::from(IMAGE[1])),

@@ -4,8 +4,8 @@ use msrgate_core::{Msr, MsrRange, Verdict};
 use msrgate_msrs::cpuid::places;
 use msrgate_msrs::{Entry, Exists};
 use msrgate_policy::{Cause, Explanation};
-use serde_json::{Value, json};
 
+use crate::json::{Printed, object};
 use crate::load::Loaded;
 
 /// How many reasons a line for people names.
@@ -25,21 +25,37 @@ pub(crate) fn name(explained: &Explanation<'_>) -> &'static str {
 }
 
 /// What of its CPUID says that a guest lacks an MSR.
-pub(crate) fn lacks(entry: &Entry) -> Value {
+pub(crate) fn lacks(entry: &'static Entry) -> impl Printed {
     let features = entry.exists().features().iter().map(|feature| {
         let places = places(feature).iter().map(|place| {
-            json!({
-                "leaf": format!("{:#x}", place.leaf),
-                "subleaf": format!("{:#x}", place.subleaf),
-                "register": place.register.to_string(),
-                "bit": place.bit,
-                "width": place.width,
-                "at_least": place.at_least,
-            })
+            object! {
+                /// The leaf, for a hypervisor as if it began at 0x40000000.
+                leaf: format!("{:#x}", place.leaf),
+                /// The subleaf.
+                subleaf: format!("{:#x}", place.subleaf),
+                /// `"EAX"` to `"EDX"`.
+                register: place.register.to_string(),
+                /// The lowest bit of the field.
+                bit: place.bit,
+                /// How many bits it has.
+                width: place.width,
+                /// The least value that says yes; 0 where it is enough that the leaf is there.
+                at_least: place.at_least,
+            }
         });
-        json!({ "name": feature, "places": places.collect::<Value>() })
+        object! {
+            /// Its name.
+            name: feature,
+            /// Where CPUID would tell of it: any of these.
+            places: places.collect::<Vec<_>>(),
+        }
     });
-    json!({ "features": features.collect::<Value>(), "vendors": vendors(entry) })
+    object! {
+        /// The features of which one would have to be there; empty where the vendor says it.
+        features: features.collect::<Vec<_>>(),
+        /// Whose processors have the MSR; empty where features say it.
+        vendors: vendors(entry),
+    }
 }
 
 /// The same in words: `CPUID lacks `mtrr` (CPUID.0x1:EDX[12])`.

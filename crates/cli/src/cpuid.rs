@@ -38,7 +38,13 @@ fn file_cpuid(path: &Path) -> Result<Cpuid, Failure> {
             cpuid.ok_or_else(|| malformed(&"the trace's header has no `cpuid`, so give `cpuid -r -1`'s output"))?;
         return cpuid.map_err(|error| malformed(&error));
     }
-    let text = input::whole(file)
+    of_text(&name, file)
+}
+
+/// What a text that `cpuid -r` printed says.
+pub(crate) fn of_text(name: &str, text: impl io::Read) -> Result<Cpuid, Failure> {
+    let malformed = |error: &dyn std::fmt::Display| Failure::input(format!("{name}: {error}"));
+    let text = input::whole(text)
         .and_then(msrgate_policy::text_of)
         .map_err(|error| malformed(&error))?;
     Cpuid::parse_raw(&text).map_err(|error| malformed(&error))

@@ -6,17 +6,17 @@ use msrgate_core::{ReadAction, WriteAction};
 use msrgate_plan::{By, DecisionMap};
 use msrgate_policy::raw::{RawFormat, RawInput};
 use msrgate_policy::{Decompiled, Policy, decompile};
-use serde_json::{Value, json};
 
 use crate::args::DecompileArgs;
 use crate::exit::{Exit, Failure};
+use crate::json::{self, Printed, object};
 use crate::{input, load, stream};
 
 pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
     let bytes = input::bytes(&args.filter)?;
     if RawFormat::of(&bytes) == RawFormat::Policy {
         return Err(Failure::input(format!(
-            "`{}` is no filter in any form that is known here, and no plan; if it is a policy, it is what `decompile` writes",
+            "`{}` is neither a plan nor a filter in any known form; if it is a policy, it is already what `decompile` writes",
             input::shown(&args.filter)
         )));
     }
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &DecompileArgs) -> Result<Exit, Failure> {
     verify(&text, &given)?;
     let mut out = stream::out();
     match args.json {
-        true => writeln!(out, "{:#}", json(&decompiled, &text, &given))?,
+        true => json::print(&printed(&decompiled, &text, &given))?,
         false => write!(out, "{text}")?,
     }
     Ok(Exit::Yes)
@@ -52,18 +52,25 @@ fn verify(text: &str, given: &RawInput) -> Result<(), Failure> {
     }
 }
 
-fn json(decompiled: &Decompiled, text: &str, given: &RawInput) -> Value {
+pub(crate) fn printed(decompiled: &Decompiled, text: &str, given: &RawInput) -> impl Printed {
     let rules = decompiled.rules.iter().map(|rule| {
-        json!({
-            "msrs": rule.msrs,
-            "read": rule.read.as_ref().map(ReadAction::name),
-            "write": rule.write.as_ref().map(WriteAction::name),
-        })
+        object! {
+            /// The MSRs, as the policy spells them.
+            msrs: &rule.msrs,
+            /// The action's word for reads; null if the rule does not decide reads.
+            read: rule.read.as_ref().map(ReadAction::name),
+            /// The action's word for writes; null if the rule does not decide writes.
+            write: rule.write.as_ref().map(WriteAction::name),
+        }
     });
-    json!({
-        "default": decompiled.default.name(),
-        "rules": rules.collect::<Vec<_>>(),
-        "remarks": given.remarks,
-        "policy": text,
-    })
+    object! {
+        /// The policy's default: `"allow"` or `"deny"`.
+        default: decompiled.default.name(),
+        /// Its rules; the first that names an access decides it.
+        rules: rules.collect::<Vec<_>>(),
+        /// What the kernel takes for something else than it looks like, in sentences.
+        remarks: &given.remarks,
+        /// The policy's text.
+        policy: text,
+    }
 }

@@ -1,21 +1,35 @@
-//! `msrgate diff`: which accesses two policies, plans or raw filters treat differently.
+//! `msrgate diff`: which accesses two policies, plans or raw filters treat differently, and what differs between two scans.
 
-use std::fmt::Display;
+mod html;
+mod rows;
+
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
-use msrgate_core::{MsrRange, Op};
+use msrgate_guest::scan::Difference;
 use msrgate_plan::{By, Differences};
-use serde_json::{Value, json};
 
 use crate::args::{DiffArgs, SortArg};
 use crate::exit::{Exit, Failure};
+use crate::input::Peeked;
+use crate::json::{self, Printed, object};
 use crate::render::{Effect, Table};
+use crate::scanned::Facts;
 use crate::stream::{Stream, Tone};
-use crate::{cpuid, input, load, render, stream, words};
+use crate::{cpuid, input, load, page, render, scanned, stream, words};
+use rows::{fallbacks, rows};
 
 pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
     let cpuid = cpuid::given(&args.cpuid)?;
-    let (a, b) = (input::bytes(&args.a)?, input::bytes(&args.b)?);
+    // A policy that comes with msrgate is no file.
+    let scan = |path: &Path| match msrgate_policy::built_in(path) {
+        Some(_) => Ok(None),
+        None => input::peek(path).map(Some),
+    };
+    let (a, b) = match (scan(&args.a)?, scan(&args.b)?) {
+        (Some(a), Some(b)) if scanned::is_scan(&a.head) && scanned::is_scan(&b.head) => return scans(args, a, b),
+        (a, b) => (whole(&args.a, a)?, whole(&args.b, b)?),
+    };
     let a = load::policy_or_filter(&args.a, a, cpuid.as_ref())?;
     let b = load::policy_or_filter(&args.b, b, cpuid.as_ref())?;
     let by = match (a.by, b.by) {
@@ -30,9 +44,13 @@ pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
             a.differences(&b, by)
         }
     };
-    match args.json {
-        true => writeln!(stream::out(), "{:#}", json(&found, by))?,
-        false => print(&mut stream::page(), &found, by, args)?,
+    match &args.html.html {
+        Some(html) => {
+            let inputs = [&args.a, &args.b].into_iter().chain(&args.cpuid.cpuid);
+            page::write(html, inputs.map(PathBuf::as_path), html::page(&found, by, args))?;
+        }
+        None if args.json => json::print(&printed(&found, by))?,
+        None => print(&mut stream::page(), &found, by, args)?,
     }
     Ok(match found.is_empty() {
         true => Exit::Yes,
@@ -40,68 +58,97 @@ pub(crate) fn run(args: &DiffArgs) -> Result<Exit, Failure> {
     })
 }
 
-/// A range in a direction and what each gives, in words.
-struct Row {
-    range: MsrRange,
-    op: Op,
-    a: String,
-    b: String,
-}
-
-/// The differences by MSR, reads before writes.
-fn rows(found: &Differences) -> Vec<Row> {
-    fn each<'a, A: Display>(op: Op, ranges: &'a [(MsrRange, A, A)]) -> impl Iterator<Item = Row> + 'a {
-        ranges.iter().map(move |(range, a, b)| Row {
-            range: *range,
-            op,
-            a: a.to_string(),
-            b: b.to_string(),
-        })
+/// All of an input of which the beginning was read.
+fn whole(path: &Path, peeked: Option<Peeked>) -> Result<Vec<u8>, Failure> {
+    let Some(peeked) = peeked else {
+        return input::bytes(path);
+    };
+    let shown = input::shown(path);
+    if scanned::is_scan(&peeked.head) {
+        return Err(Failure::input(format!("{shown} is a scan, and the other input is not")));
     }
-    let mut rows: Vec<Row> = each(Op::Read, &found.reads)
-        .chain(each(Op::Write, &found.writes))
-        .collect();
-    rows.sort_by_key(|row| (row.range.first(), row.op));
-    rows
+    input::whole(peeked.all()).map_err(|error| Failure::input(format!("cannot read `{shown}`: {error}")))
 }
 
-/// The differences in what accesses get that the kernel declines: when, direction, and what each gives.
-fn fallbacks(found: &Differences) -> Vec<(&'static str, Op, String, String)> {
-    let mut rows = Vec::new();
-    for (when, fallback) in [("unknown", &found.unknown), ("invalid", &found.invalid)] {
-        if let Some((a, b)) = &fallback.read {
-            rows.push((when, Op::Read, a.to_string(), b.to_string()));
+/// What differs between two scans.
+fn scans(args: &DiffArgs, a: Peeked, b: Peeked) -> Result<Exit, Failure> {
+    let (a_facts, a) = scanned::parsed(&args.a, a)?;
+    let (b_facts, b) = scanned::parsed(&args.b, b)?;
+    let found = b.since(&a);
+    match &args.html.html {
+        Some(html) => {
+            let inputs = [&args.a, &args.b].map(PathBuf::as_path);
+            page::write(html, inputs, scanned::compared_page((&a_facts, &b_facts), &found))?;
         }
-        if let Some((a, b)) = &fallback.write {
-            rows.push((when, Op::Write, a.to_string(), b.to_string()));
-        }
+        None if args.json => json::print(&scans_printed(&a_facts, &b_facts, &found))?,
+        None => scanned::compared(&mut stream::page(), (&a_facts, &b_facts), &found)?,
     }
-    rows
+    Ok(match found.is_empty() {
+        true => Exit::Yes,
+        false => Exit::No,
+    })
 }
 
-fn json(found: &Differences, by: By) -> Value {
+pub(crate) fn scans_printed(a: &Facts, b: &Facts, found: &[Difference]) -> impl Printed {
+    object! {
+        /// Whether they are alike.
+        equal: found.is_empty(),
+        /// `"scans"`.
+        by: "scans",
+        /// Where and under what A was made.
+        a: a,
+        /// Where and under what B was made.
+        b: b,
+        /// What differs, by MSR.
+        differences: found.iter().map(scanned::difference).collect::<Vec<_>>(),
+    }
+}
+
+pub(crate) fn printed(found: &Differences, by: By) -> impl Printed {
     let differences = rows(found).into_iter().map(|row| {
-        json!({
-            "first": row.range.first().to_string(),
-            "last": row.range.last().to_string(),
-            "op": row.op.name(),
-            "a": row.a,
-            "b": row.b,
-            "names": msrgate_msrs::within(row.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
-        })
+        object! {
+            /// The first MSR.
+            first: row.range.first().to_string(),
+            /// The last MSR.
+            last: row.range.last().to_string(),
+            /// The direction.
+            op: row.op.name(),
+            /// What A gives, in words: the action's word and what it is given.
+            a: row.a,
+            /// What B gives.
+            b: row.b,
+            /// By which bits two fixed values of one register differ; null elsewhere.
+            bits: row.bits.map(|(a, b)| words::changed_printed(row.range.first(), a, b)),
+            /// The names of the known MSRs there.
+            names: msrgate_msrs::within(row.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
+        }
     });
-    let fallbacks = fallbacks(found)
-        .into_iter()
-        .map(|(when, op, a, b)| json!({ "when": when, "op": op.name(), "a": a, "b": b }));
-    json!({
-        "equal": found.is_empty(),
-        "by": match by {
+    let fallbacks = fallbacks(found).into_iter().map(|(when, op, a, b)| {
+        object! {
+            /// `"unknown"` or `"invalid"`.
+            when: when,
+            /// The direction.
+            op: op.name(),
+            /// What A gives.
+            a: a,
+            /// What B gives.
+            b: b,
+        }
+    });
+    object! {
+        /// Whether A and B treat every access alike.
+        equal: found.is_empty(),
+        /// `"actions"`: what an access gets was compared. `"verdicts"`: whether it is left to the kernel, since A or B is a
+        /// raw filter.
+        by: match by {
             By::Actions => "actions",
             By::Verdicts => "verdicts",
         },
-        "differences": differences.collect::<Vec<_>>(),
-        "fallbacks": fallbacks.collect::<Vec<_>>(),
-    })
+        /// By MSR, reads before writes; each as long as A and B differ in the same way.
+        differences: differences.collect::<Vec<_>>(),
+        /// Differences in `unknown` and `invalid`; empty with `"verdicts"`.
+        fallbacks: fallbacks.collect::<Vec<_>>(),
+    }
 }
 
 fn print(out: &mut Stream<impl Write>, found: &Differences, by: By, args: &DiffArgs) -> Result<(), Failure> {
@@ -139,7 +186,7 @@ fn print(out: &mut Stream<impl Write>, found: &Differences, by: By, args: &DiffA
                 row.range.last().to_string(),
                 row.op.to_string(),
                 row.a.clone(),
-                row.b.clone(),
+                row.b(),
                 words::names(row.range),
             ]);
         }

@@ -1,21 +1,26 @@
-//! `msrgate explain`: from an access back to the rule that decides it.
+//! `msrgate explain`: what a guest can reach, from an access back to the rule that decides it, and what a kind of finding means.
 
 use std::io::{self, Write};
 use std::path::Path;
 
-use msrgate_core::{DecidedBy, Msr, Op, Reason};
+use msrgate_core::{Action, DecidedBy, Msr, Op, ReadAction, Reason, WriteAction};
 use msrgate_guest::NoPreset;
-use msrgate_msrs::number;
-use msrgate_policy::{Cause, Explanation, Policy, Sees};
-use serde_json::{Value, json};
+use msrgate_msrs::{Class, number};
+use msrgate_policy::{Cause, Code, Explanation, Policy, Sees};
 
 use crate::args::ExplainArgs;
 use crate::exit::{Exit, Failure};
+use crate::json::{self, Printed, object};
 use crate::load::{self, Loaded};
+use crate::stream::Tone;
+use crate::surface::{ClassSurface, Surface};
 use crate::{cause, cpuid, stream, trace, words};
 
 pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
-    let msr = msr(&args.msr)?;
+    if let Some(code) = code(args)? {
+        return finding(code, args.json);
+    }
+    let what = what(args.msr.as_deref())?;
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
     let policy = load::unresolved_or_filter(&args.policy)?;
@@ -23,23 +28,44 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         true => load::planned_for_host(policy, cpuid.as_ref(), &profile)?,
         false => load::planned_or_report(policy, cpuid.as_ref(), &profile)?,
     };
+    let msr = match what {
+        What::All => {
+            let surface = Surface::of(&loaded);
+            match args.json {
+                true => json::print(&surface.printed())?,
+                false => surface.print(&mut stream::page(), args.all)?,
+            }
+            return Ok(Exit::Yes);
+        }
+        What::Class(class) => {
+            let surface = ClassSurface::of(&loaded, class);
+            match args.json {
+                true => json::print(&surface.printed())?,
+                false => surface.print(&mut stream::page(), args.all)?,
+            }
+            return Ok(Exit::Yes);
+        }
+        What::One(msr) => msr,
+    };
     let explained = |op| loaded.explain(msr, op);
     let no_preset = |op| {
         let mut whys = loaded.no_presets.iter().filter(|_| op == Op::Read);
         whys.find(|(range, _)| range.contains(msr)).map(|(_, why)| *why)
     };
-    let json = |op| json(&loaded, &explained(op), no_preset(op));
-    let mut out = stream::out();
     match (args.op, args.json) {
-        (Some(op), true) => writeln!(out, "{:#}", json(op.into()))?,
+        (Some(op), true) => json::print(&access(&loaded, &explained(op.into()), no_preset(op.into())))?,
         (None, true) => {
-            let both = json!({
-                "msr": msr.to_string(),
-                "name": words::name(msr),
-                "read": json(Op::Read),
-                "write": json(Op::Write),
-            });
-            writeln!(out, "{both:#}")?;
+            let [read, write] = Op::ALL.map(|op| access(&loaded, &explained(op), no_preset(op)));
+            json::print(&object! {
+                /// The index.
+                msr: msr.to_string(),
+                /// Its name; null if it is not known.
+                name: words::name(msr),
+                /// The explanation of reads.
+                read: read,
+                /// The explanation of writes.
+                write: write,
+            })?;
         }
         (op, false) => {
             for op in Op::ALL
@@ -53,6 +79,78 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     Ok(Exit::Yes)
 }
 
+/// The code of a finding that stands in place of a policy.
+fn code(args: &ExplainArgs) -> Result<Option<Code>, Failure> {
+    let asked = args.policy.to_string_lossy();
+    if args.msr.is_some() || args.policy.exists() {
+        return Ok(None);
+    }
+    let (kind, number) = asked.split_at_checked(1).unwrap_or_default();
+    let is_code = matches!(kind, "E" | "W" | "N" | "e" | "w" | "n") && number.parse::<u16>().is_ok();
+    match Code::from_code(&asked.to_ascii_uppercase()) {
+        None if is_code => Err(Failure::input(format!("no finding has the code `{asked}`"))),
+        code => Ok(code),
+    }
+}
+
+/// What a kind of finding means.
+fn finding(code: Code, json: bool) -> Result<Exit, Failure> {
+    if json {
+        json::print(&code_of_finding(code))?;
+        return Ok(Exit::Yes);
+    }
+    let mut out = stream::page();
+    out.say(Tone::Title, &format!("{code}: {}", code.title()))?;
+    writeln!(out)?;
+    // Examples stand in from the margin, as the manual pages have them.
+    let mut example = false;
+    for line in words::finding(code).unwrap_or_default().lines() {
+        match (line.starts_with("```"), example) {
+            (true, _) => example = !example,
+            (false, true) => writeln!(out, "    {line}")?,
+            (false, false) => writeln!(out, "{line}")?,
+        }
+    }
+    Ok(Exit::Yes)
+}
+
+/// The same for programs.
+pub(crate) fn code_of_finding(code: Code) -> impl Printed {
+    object! {
+        /// The code.
+        code: code.code(),
+        /// `"error"`, `"warning"` or `"note"`.
+        severity: code.severity().name(),
+        /// What it is, in a clause.
+        title: code.title(),
+        /// Its paragraph in [findings.md](findings.md), in Markdown.
+        text: words::finding(code).unwrap_or_default(),
+    }
+}
+
+/// What is to be explained.
+enum What {
+    All,
+    Class(Class),
+    One(Msr),
+}
+
+fn what(text: Option<&str>) -> Result<What, Failure> {
+    let Some(text) = text else {
+        return Ok(What::All);
+    };
+    let Some(name) = text.strip_prefix('@') else {
+        return msr(text).map(What::One);
+    };
+    name.parse().map(What::Class).map_err(|_| {
+        let near = msrgate_msrs::nearest_of(name, msrgate_msrs::classes());
+        let near = near.map(|near| format!("; did you mean `@{near}`")).unwrap_or_default();
+        Failure::input(format!(
+            "there is no class `@{name}`{near}; `msrgate explain POLICY --all` lists all"
+        ))
+    })
+}
+
 fn msr(text: &str) -> Result<Msr, Failure> {
     if let Ok(index) = number::parse(text) {
         return u32::try_from(index)
@@ -63,7 +161,7 @@ fn msr(text: &str) -> Result<Msr, Failure> {
     named.or_else(|| msrgate_msrs::printed(text)).ok_or_else(|| {
         if Path::new(text).exists() {
             return Failure::input(format!(
-                "`{text}` is no MSR but a file; the policy comes first: `msrgate explain {} MSR`",
+                "`{text}` is not an MSR but a file; the policy comes first: `msrgate explain {} MSR`",
                 words::quoted(Path::new(text))
             ));
         }
@@ -74,19 +172,33 @@ fn msr(text: &str) -> Result<Msr, Failure> {
     })
 }
 
-fn json(loaded: &Loaded, explanation: &Explanation<'_>, no_preset: Option<NoPreset>) -> Value {
+/// What becomes of an access, for programs.
+pub(crate) fn access(
+    loaded: &Loaded,
+    explanation: &Explanation<'_>,
+    no_preset: Option<NoPreset>,
+) -> impl Printed + use<> {
     let rule = explanation.cause.rule().map(|(index, rule)| {
         let source = loaded.policy.sources.get(rule.place.source);
-        json!({
-            "index": index,
-            "file": source.map(|source| source.path().display().to_string()),
-            "line": source.map(|source| source.line_column(rule.place.span.start).0),
-            "why": rule.why,
-        })
+        object! {
+            /// Its number, from 0.
+            index: index,
+            /// The file in which its `[[rule]]` stands.
+            file: source.map(|source| source.path().display().to_string()),
+            /// The line there.
+            line: source.map(|source| source.line_column(rule.place.span.start).0),
+            /// Its reason; null if it gives none.
+            why: rule.why.clone(),
+        }
     });
     let range = match explanation.decider {
-        DecidedBy::Range { slot, bit } => json!({ "slot": slot, "bit": bit }),
-        DecidedBy::X2apic | DecidedBy::Default => Value::Null,
+        DecidedBy::Range { slot, bit } => Some(object! {
+            /// The range, from 0.
+            slot: slot,
+            /// The bit in its bitmap.
+            bit: bit,
+        }),
+        DecidedBy::X2apic | DecidedBy::Default => None,
     };
     let declined = |reason: Reason| match &explanation.sees {
         Sees::Kernel(_, declined) => declined.iter().find(|(when, _)| *when == reason),
@@ -95,26 +207,63 @@ fn json(loaded: &Loaded, explanation: &Explanation<'_>, no_preset: Option<NoPres
     let declined = |reason| declined(reason).map(|(_, action)| action.name());
     let decided_by = cause::name(explanation);
     let lacks = match explanation.cause {
-        Cause::Valid(entry) if decided_by == "valid" => cause::lacks(entry),
-        _ => Value::Null,
+        Cause::Valid(entry) if decided_by == "valid" => Some(cause::lacks(entry)),
+        _ => None,
     };
-    json!({
-        "msr": explanation.msr.to_string(),
-        "name": words::name(explanation.msr),
-        "op": explanation.op.name(),
-        "action": explanation.action.name(),
-        "decided_by": decided_by,
-        "rule": rule,
-        "lacks": lacks,
-        "unknown": declined(Reason::Unknown),
-        "invalid": declined(Reason::Invalid),
-        "verdict": explanation.verdict.name(),
-        "range": range,
-        "sees": explanation.sees.to_string(),
-        "exits": explanation.exits,
-        "no_preset": no_preset.map(NoPreset::name),
-        "touches": explanation.touches,
-    })
+    object! {
+        /// The index.
+        msr: explanation.msr.to_string(),
+        /// Its name; null if it is not known.
+        name: words::name(explanation.msr),
+        /// The direction.
+        op: explanation.op.name(),
+        /// The action's word.
+        action: explanation.action.name(),
+        /// The values that the action has, and what their bits mean; of a `mask` of reads what is kept and what is set.
+        bits: fixed(&explanation.action).iter().map(|(_, value)| object! {
+            /// A value.
+            value: format!("{value:#x}"),
+            /// Its fields that are not zero.
+            bits: words::bits_printed(explanation.msr, *value),
+        }).collect::<Vec<_>>(),
+        /// What decides: `"rule"`, `"default"`, `"valid"` (the guest's CPUID does not show the MSR), `"x2apic"` (the kernel,
+        /// which no filter stops there), or `"last-msr"` (the filter's default, since no range covers 0xffffffff). A VMM's
+        /// own filter, which may deny what the policy leaves to the kernel, is known to `run` only: `vmm-filter` in its
+        /// [trace](trace.md#an-event).
+        decided_by: decided_by,
+        /// The rule that decides; null where none does.
+        rule: rule,
+        /// What of its CPUID says that the guest lacks the MSR; null where that does not decide.
+        lacks: lacks,
+        /// What user space answers where the kernel does not know the MSR: the action's word; null where it is not asked.
+        unknown: declined(Reason::Unknown),
+        /// What user space answers where the kernel refuses the access: likewise.
+        invalid: declined(Reason::Invalid),
+        /// The filter's word: `"allow"` or `"deny"`.
+        verdict: explanation.verdict.name(),
+        /// What gave the verdict; null for the filter's default, and for the x2APIC's MSRs.
+        range: range,
+        /// What the guest gets, in words.
+        sees: explanation.sees.to_string(),
+        /// Whether the access leaves the kernel for user space.
+        exits: explanation.exits,
+        /// Why a fixed answer makes an exit, as `no_presets[].why` of `plan`; null where it makes none, and without
+        /// `--host`.
+        no_preset: no_preset.map(NoPreset::name),
+        /// How often the trace of `--profile` has the access; null without one.
+        touches: explanation.touches,
+    }
+}
+
+/// The values that an action has, and what each is, where it is not the answer.
+fn fixed(action: &Action) -> Vec<(&'static str, u64)> {
+    match action {
+        Action::Read(ReadAction::Value(value) | ReadAction::Shadow(value)) => vec![("", *value)],
+        Action::Read(ReadAction::Mask { keep, set }) => vec![("kept: ", *keep), ("set: ", *set)],
+        Action::Write(WriteAction::Mask { may_change, .. }) => vec![("may change: ", *may_change)],
+        Action::Write(WriteAction::Only(values)) => values.iter().map(|value| ("", *value)).collect(),
+        _ => Vec::new(),
+    }
 }
 
 fn print(
@@ -128,8 +277,8 @@ fn print(
         .unwrap_or_default();
     writeln!(out, "{} {}{name}", explanation.op, explanation.msr)?;
     let past = match cause::name(explanation) {
-        "x2apic" => "; not asked, since the kernel decides of x2APIC (0x800..=0x8ff)",
-        "last-msr" => "; not asked, since the filter's default decides of what no range covers",
+        "x2apic" => "; not consulted, since the kernel itself decides about the x2APIC (0x800..=0x8ff)",
+        "last-msr" => "; not consulted, since no range covers the MSR and the filter's default decides",
         _ => "",
     };
     match explanation.cause {
@@ -148,6 +297,12 @@ fn print(
         _ => writeln!(out, "  rule     none; the default decides{past}")?,
     }
     writeln!(out, "  action   {}", explanation.action)?;
+    for (what, value) in fixed(&explanation.action) {
+        let bits = words::bits(explanation.msr, value);
+        if !bits.is_empty() {
+            writeln!(out, "  bits     {what}{bits}")?;
+        }
+    }
     let decider = match explanation.decider {
         DecidedBy::X2apic => "before any range: x2APIC is never filtered".to_owned(),
         DecidedBy::Range { slot, bit } => format!("range in slot {slot}, bit {bit}"),

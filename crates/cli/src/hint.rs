@@ -11,7 +11,7 @@ fn on(code: Code) -> Option<&'static str> {
         }
         Code::LogsNothing => "`msrgate run --learn` shows what a guest touches",
         Code::StateKept => "`msrgate plan --state` says what to save",
-        Code::HandlerNeeded => "`msrgate run` refuses the policy, and `msrgate replay` answers #GP",
+        Code::HandlerNeeded => "for `msrgate run` a program can answer: say which in `[handlers]`",
         Code::DeniesAll => "`msrgate learn` makes a policy of what a guest did",
         Code::InterfaceDenied => "with `--cpuid` it is looked at",
         _ => return None,

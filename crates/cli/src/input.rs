@@ -1,7 +1,7 @@
 //! Files and standard input, as the command line names them.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Cursor, Read};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -30,13 +30,37 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
         return File::open(path);
     }
     match STDIN_OPENED.swap(true, Ordering::Relaxed) {
-        true => Err(io::Error::other("it is named twice, and it can be read once")),
+        true => Err(io::Error::other("it is named twice, and can be read only once")),
         false => stdin(),
     }
 }
 
 fn stdin() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
+}
+
+/// An input of which the beginning was read, to see what it is.
+pub(crate) struct Peeked {
+    /// Its beginning; all of a short input.
+    pub(crate) head: Vec<u8>,
+    rest: File,
+}
+
+/// Opens an input and reads its beginning.
+pub(crate) fn peek(path: &Path) -> Result<Peeked, Failure> {
+    const HEAD: u64 = 4096;
+    let unreadable = |error: io::Error| Failure::input(format!("cannot read `{}`: {error}", shown(path)));
+    let mut rest = open(path).map_err(unreadable)?;
+    let mut head = Vec::new();
+    (&mut rest).take(HEAD).read_to_end(&mut head).map_err(unreadable)?;
+    Ok(Peeked { head, rest })
+}
+
+impl Peeked {
+    /// All of the input.
+    pub(crate) fn all(self) -> impl Read {
+        Cursor::new(self.head).chain(self.rest)
+    }
 }
 
 /// All of an input, or in words why not; `msrgate:NAME` is a policy that comes with msrgate.

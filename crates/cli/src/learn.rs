@@ -9,10 +9,10 @@ use msrgate_plan::{DecisionMap, Plan, PlanError};
 use msrgate_policy::Policy;
 use msrgate_trace::TraceError;
 use msrgate_trace::learn::{Baseline, Change, Generalize, Kind, Learned, Summary};
-use serde_json::{Value, json};
 
 use crate::args::{LearnArgs, WidenArg};
 use crate::exit::{Exit, Failure};
+use crate::json::{self, Printed, object};
 use crate::load;
 use crate::{cpuid, input, stream, trace, words};
 
@@ -48,11 +48,7 @@ pub(crate) fn run(args: &LearnArgs) -> Result<Exit, Failure> {
     let changes = older.as_ref().map(|older| learned.since(&map, older.older()));
     let mut out = stream::out();
     if args.json {
-        writeln!(
-            out,
-            "{:#}",
-            json(&learned, &text, &plan, older.as_ref(), changes.as_deref())
-        )?;
+        json::print(&printed(&learned, &text, &plan, older.as_ref(), changes.as_deref()))?;
     } else {
         write!(out, "{text}")?;
     }
@@ -98,7 +94,7 @@ fn compiled(learned: &Learned) -> Result<Compiled, Failure> {
 }
 
 /// What the learned policy is held against.
-struct Before {
+pub(crate) struct Before {
     map: DecisionMap,
     origin: Origin,
 }
@@ -160,7 +156,7 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
     });
     let name = words::plain(&input::shown(path));
     let mut text = match changes.is_empty() {
-        true => format!("nothing is otherwise than in {name}"),
+        true => format!("nothing differs from {name}"),
         false => format!("since {name}: {}", counts.join(", ")),
     };
     let mut changes: Vec<&Change> = changes.iter().collect();
@@ -179,10 +175,10 @@ fn told(path: &Path, older: &Before, map: &DecisionMap, changes: &[Change]) -> S
     text
 }
 
-/// What is printed is parsed, so that nothing is printed that is no policy.
+/// What is printed is parsed, so that nothing is printed that is not a policy.
 fn bug(what: String) -> Failure {
     Failure::input(format!(
-        "the learned policy is no policy: {what}; please report it with the traces"
+        "the learned policy is not valid: {what}; please report it with the traces"
     ))
 }
 
@@ -231,79 +227,142 @@ fn read(path: &Path, from: impl BufRead, incomplete: bool) -> Result<Summary, Fa
             words::plain(&name)
         )?;
     }
+    if summary.ignoring > 0 {
+        let name = words::plain(&name);
+        writeln!(
+            io::stderr(),
+            "msrgate: {name}: the host had `kvm.ignore_msrs`: what KVM does not know looks served and is allowed, and faults on \
+             other hosts"
+        )?;
+    }
     Ok(summary)
 }
 
-fn json(
+pub(crate) fn printed(
     learned: &Learned,
     text: &str,
     plan: &Result<Plan, PlanError>,
     older: Option<&Before>,
     changes: Option<&[Change]>,
-) -> Value {
+) -> impl Printed {
     let summary = &learned.summary;
     let rules = learned.rules.iter().map(|rule| {
         let unseen = rule.unseen.iter().map(|(range, op)| {
-            json!({ "first": range.first().to_string(), "last": range.last().to_string(), "op": op.name() })
+            object! {
+                /// The first MSR.
+                first: range.first().to_string(),
+                /// The last MSR.
+                last: range.last().to_string(),
+                /// The direction.
+                op: op.name(),
+            }
         });
         let facts = &rule.facts;
-        json!({
-            "msrs": rule.msrs,
-            "read": rule.read.as_ref().map(ReadAction::name),
-            "write": rule.write.as_ref().map(WriteAction::name),
-            "why": rule.why(summary.traces),
-            "reads": facts.reads,
-            "writes": facts.writes,
-            "fewest": facts.fewest,
-            "most": facts.most,
-            "names": facts.names.iter().collect::<Vec<_>>(),
-            "first": facts.first,
-            "last": facts.last,
-            "unseen": unseen.collect::<Vec<_>>(),
-        })
+        object! {
+            /// The MSRs, as the policy spells them.
+            msrs: &rule.msrs,
+            /// The action's word for reads; null if the rule does not decide reads.
+            read: rule.read.as_ref().map(ReadAction::name),
+            /// The action's word for writes; null if the rule does not decide writes.
+            write: rule.write.as_ref().map(WriteAction::name),
+            /// The reason, as it stands in the policy.
+            why: rule.why(summary.traces),
+            /// How often it was read.
+            reads: facts.reads,
+            /// How often it was written.
+            writes: facts.writes,
+            /// In how many traces that MSR and direction was that is in the fewest.
+            fewest: facts.fewest,
+            /// The same of the one that is in the most.
+            most: facts.most,
+            /// Some of these traces.
+            names: facts.names.iter().collect::<Vec<_>>(),
+            /// When the first access was, in nanoseconds since the first access of its trace.
+            first: facts.first,
+            /// When the last was, likewise.
+            last: facts.last,
+            /// What the rule allows and was not seen.
+            unseen: unseen.collect::<Vec<_>>(),
+        }
     });
     let faulted = summary.faulted.iter().map(|((msr, op), count)| {
-        json!({
-            "msr": msr.to_string(),
-            "name": words::name(*msr),
-            "op": op.name(),
-            "count": count,
-            "served": summary.seen.contains_key(&(*msr, *op)),
-        })
+        object! {
+            /// The MSR.
+            msr: msr.to_string(),
+            /// Its name; null if it is not known.
+            name: words::name(*msr),
+            /// The direction.
+            op: op.name(),
+            /// How often.
+            count: count,
+            /// Whether it was also served, and so is not denied.
+            served: summary.seen.contains_key(&(*msr, *op)),
+        }
     });
-    let remarks = learned
-        .remarks
-        .iter()
-        .map(|remark| json!({ "msr": remark.msr.to_string(), "op": remark.op.name(), "message": remark.message }));
+    let remarks = learned.remarks.iter().map(|remark| {
+        object! {
+            /// The MSR.
+            msr: remark.msr.to_string(),
+            /// The direction.
+            op: remark.op.name(),
+            /// What the trace does not tell.
+            message: &remark.message,
+        }
+    });
     let changes = changes.map(|changes| {
         let each = changes.iter().map(|change| {
-            json!({
-                "change": change.kind.name(),
-                "first": change.range.first().to_string(),
-                "last": change.range.last().to_string(),
-                "op": change.op.name(),
-                "names": msrgate_msrs::within(change.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
-                "before": change.before,
-                "after": change.after,
-                "why": change.why,
-            })
+            object! {
+                /// `"added"`, `"changed"` or `"dropped"`; see [learn.md](learn.md#later-traces).
+                change: change.kind.name(),
+                /// The first MSR.
+                first: change.range.first().to_string(),
+                /// The last MSR.
+                last: change.range.last().to_string(),
+                /// The direction.
+                op: change.op.name(),
+                /// Those of these MSRs that the database knows.
+                names: msrgate_msrs::within(change.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
+                /// What the accesses got, with what the action is given.
+                before: &change.before,
+                /// What they get.
+                after: &change.after,
+                /// What says so, in words.
+                why: &change.why,
+            }
         });
         each.collect::<Vec<_>>()
     });
-    json!({
-        "traces": summary.traces,
-        "names": summary.names.iter().collect::<Vec<_>>(),
-        "events": summary.events,
-        "faults": summary.faults,
-        "unfiltered": summary.unfiltered,
-        "lost": summary.lost,
-        "partial": summary.partial,
-        "complete": summary.is_complete() && older.is_none_or(Before::is_complete),
-        "rules": rules.collect::<Vec<_>>(),
-        "faulted": faulted.collect::<Vec<_>>(),
-        "remarks": remarks.collect::<Vec<_>>(),
-        "changes": changes,
-        "ranges": plan.as_ref().ok().map(|plan| plan.filter().ranges().len()),
-        "policy": text,
-    })
+    object! {
+        /// How many there were, each as often as it was given.
+        traces: summary.traces,
+        /// Some of their names: the four that sort first.
+        names: summary.names.iter().collect::<Vec<_>>(),
+        /// How many accesses were in them.
+        events: summary.events,
+        /// How many of these faulted.
+        faults: summary.faults,
+        /// How many were of the x2APIC's registers, which no filter stops.
+        unfiltered: summary.unfiltered,
+        /// How many accesses are missing from the traces, as far as they tell; above 0 with `--incomplete` only.
+        lost: summary.lost,
+        /// How many of the traces lack [some of what the guest was served with](trace.md#the-header); above 0 with
+        /// `--incomplete` only.
+        partial: summary.partial,
+        /// How many of the traces are from a host with `kvm.ignore_msrs`, where what KVM does not know looks served.
+        ignoring: summary.ignoring,
+        /// Whether none are known to be missing, from OLDER of `--since` neither.
+        complete: summary.is_complete() && older.is_none_or(Before::is_complete),
+        /// The rules of the policy, by their first MSR.
+        rules: rules.collect::<Vec<_>>(),
+        /// What was #GP; the 4096 with the smallest indices.
+        faulted: faulted.collect::<Vec<_>>(),
+        /// What a trace does not tell, so that the policy may serve the guest otherwise.
+        remarks: remarks.collect::<Vec<_>>(),
+        /// With `--since`: what is otherwise than before, by MSR. Null without it.
+        changes: changes,
+        /// How many ranges of a filter the policy takes; null if it takes more than there are.
+        ranges: plan.as_ref().ok().map(|plan| plan.filter().ranges().len()),
+        /// The policy's text.
+        policy: text,
+    }
 }

@@ -15,7 +15,7 @@ use msrgate_policy::{
 
 use crate::exit::{Exit, Failure, with_source};
 use crate::refusal::TooMany;
-use crate::{cpuid, input, render, stream};
+use crate::{cpuid, input, render, scanned, stream};
 
 /// The file system, with the policy that the command line names, which is read already.
 struct Given<'a> {
@@ -34,7 +34,8 @@ impl Files for Given<'_> {
     }
 
     fn extended(&self, by: &Path, name: &str) -> PathBuf {
-        let beside = by != self.path || fs::metadata(by).is_ok_and(|metadata| metadata.is_file());
+        // A file that is not there yet is to be written.
+        let beside = by != self.path || fs::metadata(by).map_or(true, |metadata| metadata.is_file());
         // Nothing lies beside a pipe.
         let directory = by.parent().filter(|_| beside).unwrap_or(Path::new(""));
         directory.join(name)
@@ -71,6 +72,16 @@ pub(crate) struct Refused {
 /// Reads, resolves and compiles a policy.
 pub(crate) fn policy(path: &Path, cpuid: Option<&Cpuid>, profile: &[AccessCount]) -> Result<Loaded, Box<Refused>> {
     planned(parsed(path, input::read(path))?, cpuid, profile)
+}
+
+/// The same of a text in place of what is in the file.
+pub(crate) fn policy_in(
+    path: &Path,
+    text: &str,
+    cpuid: Option<&Cpuid>,
+    profile: &[AccessCount],
+) -> Result<Loaded, Box<Refused>> {
+    planned(parsed(path, Ok(text.as_bytes().to_vec()))?, cpuid, profile)
 }
 
 /// Resolves and compiles a policy that is read already.
@@ -243,6 +254,7 @@ fn unless_recognised(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
         [b'{', ..] if head.windows(17).any(|word| word == b"\"msrgate_summary\"") => {
             "it is a summary of traces and no policy: `msrgate learn` makes a policy of it"
         }
+        _ if scanned::is_scan(head) => "it is a scan and no policy: `msrgate migrate` and `msrgate diff` read scans",
         [b'{' | b'[', ..] if is_json(&bytes) => {
             "it is JSON and no policy: `msrgate decompile` makes a policy of a plan or a filter, `msrgate import` of other tools' files"
         }
@@ -303,7 +315,7 @@ fn refused(policy: &Policy, diagnostic: Diagnostic, exit: Exit) -> Box<Refused> 
 }
 
 impl Refused {
-    fn report(self) -> Failure {
+    pub(crate) fn report(self) -> Failure {
         // Where even this cannot be printed, the exit code still tells.
         let _ = render::findings(&self.diagnostics.iter().collect::<Vec<_>>(), &self.sources);
         match self.too_many {

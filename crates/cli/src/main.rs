@@ -4,13 +4,17 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod json;
 mod input;
+mod output;
 mod trace;
 mod cpuid;
 mod load;
+mod page;
 mod machine;
 mod handler;
 mod cause;
+mod surface;
 mod check;
 mod plan;
 mod explain;
@@ -20,11 +24,23 @@ mod import;
 mod replay;
 mod verify;
 mod scan;
+mod migrate;
+mod doctor;
+mod wrap;
+mod control;
+mod metrics;
+mod journal;
 mod run;
+mod reload;
+mod top;
+mod detach;
 mod report;
 mod learn;
+mod why;
+mod review;
 mod msr;
 mod manual;
+mod scanned;
 mod refusal;
 mod hint;
 mod render;
@@ -76,10 +92,19 @@ fn run(command: &Command) -> Result<Exit, Failure> {
         Command::Replay(replay) => replay::run(replay),
         Command::Verify(verify) => verify::run(verify),
         Command::Scan(scan) => scan::run(scan),
+        Command::Migrate(migrate) => migrate::run(migrate),
+        Command::Doctor(doctor) => doctor::run(doctor),
+        Command::Wrap(wrap) => wrap::run(wrap),
         Command::Run(run) => run::run(run),
+        Command::Attach(attach) => run::attach(attach),
         Command::Capture(capture) => run::capture(capture),
+        Command::Reload(reload) => reload::run(reload),
+        Command::Top(top) => top::run(top),
+        Command::Detach(detach) => detach::run(detach),
         Command::Report(report) => report::run(report),
         Command::Learn(learn) => learn::run(learn),
+        Command::Why(why) => why::run(why),
+        Command::Review(review) => review::run(review),
         Command::Msr(msr) => msr::run(msr),
         Command::Schema => manual::schema(),
         Command::Completions(completions) => manual::completions(completions),

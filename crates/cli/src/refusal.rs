@@ -3,7 +3,8 @@
 use msrgate_core::{Msr, Op};
 use msrgate_plan::{Change, PlanError};
 use msrgate_policy::{FitAdvice, Policy};
-use serde_json::{Value, json};
+
+use crate::json::{Printed, object};
 
 /// A policy that needs too many ranges.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub(crate) struct TooMany {
 }
 
 /// The numbers of a refusal, its witness, and what would fit.
-pub(crate) fn json(too_many: &TooMany) -> Value {
+pub(crate) fn printed(too_many: &TooMany) -> Option<impl Printed> {
     let TooMany { policy, error, fit } = too_many;
     let PlanError::TooManyRanges {
         needed,
@@ -24,52 +25,84 @@ pub(crate) fn json(too_many: &TooMany) -> Value {
         groups,
     } = error
     else {
-        return Value::Null;
+        return None;
     };
     let groups = groups.iter().map(|group| {
-        json!({
-            "first": group.range.first().to_string(),
-            "last": group.range.last().to_string(),
-            "read": group.direction.ops().contains(Op::Read),
-            "write": group.direction.ops().contains(Op::Write),
-            "accesses": group.accesses,
-            "rules": group.rules,
-        })
+        object! {
+            /// The first MSR.
+            first: group.range.first().to_string(),
+            /// The last MSR.
+            last: group.range.last().to_string(),
+            /// Whether it holds for reads.
+            read: group.direction.ops().contains(Op::Read),
+            /// Whether it holds for writes.
+            write: group.direction.ops().contains(Op::Write),
+            /// How many accesses it gives another verdict than the default.
+            accesses: group.accesses,
+            /// The numbers of the rules that ask for it.
+            rules: &group.rules,
+        }
     });
-    json!({
-        "needed": needed,
-        "exact": exact,
-        "separate": separate,
-        "witness": witness.as_deref().map(accesses),
-        "ranges": groups.collect::<Vec<_>>(),
-        "change": fit.change.as_ref().map(|found| change(policy, found)),
-        "without": fit.without.as_ref().map(|without| json!({
-            "rules": without.rules,
-            "accesses": without.accesses,
-        })),
+    Some(object! {
+        /// How many ranges it needs.
+        needed: needed,
+        /// Whether that is the number or at least so many.
+        exact: exact,
+        /// As `minimum.separate` of `plan`.
+        separate: separate,
+        /// As many accesses as ranges, as `minimum.witness` of `plan`; null likewise, and where the ranges are too many to
+        /// search.
+        witness: witness.as_deref().map(accesses),
+        /// The ranges that it would take; empty where they are too many to search.
+        ranges: groups.collect::<Vec<_>>(),
+        /// The fewest accesses that have to get another verdict; the policy so changed was compiled. Null if none was found.
+        change: fit.change.as_ref().map(|found| change(policy, found)),
+        /// Rules without which it fits, compiled too; null if there are none among those of `refused.change`.
+        without: fit.without.as_ref().map(|without| object! {
+            /// Their numbers; none of them can stay.
+            rules: &without.rules,
+            /// How many accesses that changes.
+            accesses: without.accesses,
+        }),
     })
 }
 
 /// Single accesses, as a witness has them.
-pub(crate) fn accesses(accesses: &[(Msr, Op)]) -> Vec<Value> {
-    let access = |(msr, op): &(Msr, Op)| json!({ "msr": msr.to_string(), "op": op.name() });
+pub(crate) fn accesses(accesses: &[(Msr, Op)]) -> Vec<impl Printed> {
+    let access = |(msr, op): &(Msr, Op)| {
+        object! {
+            /// The MSR.
+            msr: msr.to_string(),
+            /// The direction.
+            op: op.name(),
+        }
+    };
     accesses.iter().map(access).collect()
 }
 
-fn change(policy: &Policy, change: &Change) -> Value {
+fn change(policy: &Policy, change: &Change) -> impl Printed {
     let parts = change.parts.iter().map(|part| {
-        json!({
-            "first": part.range.first().to_string(),
-            "last": part.range.last().to_string(),
-            "op": part.op.name(),
-            "to": part.to.name(),
-            "rule": part.rule,
-            "place": part.rule.and_then(|rule| policy.rule_place(rule)),
-        })
+        object! {
+            /// The first MSR.
+            first: part.range.first().to_string(),
+            /// The last MSR.
+            last: part.range.last().to_string(),
+            /// The direction.
+            op: part.op.name(),
+            /// What they have to get: `"allow"` or `"deny"`.
+            to: part.to.name(),
+            /// The rule that says otherwise; null for the default.
+            rule: part.rule,
+            /// Its file and line; null likewise.
+            place: part.rule.and_then(|rule| policy.rule_place(rule)),
+        }
     });
-    json!({
-        "accesses": change.accesses,
-        "proved": change.proved,
-        "parts": parts.collect::<Vec<_>>(),
-    })
+    object! {
+        /// How many.
+        accesses: change.accesses,
+        /// Whether the search left no smaller change out.
+        proved: change.proved,
+        /// Which, by MSR.
+        parts: parts.collect::<Vec<_>>(),
+    }
 }

@@ -3,12 +3,12 @@
 //! The same accesses run three times in step: twice without the policy, since what differs between these two differs
 //! by itself (clocks, counters), and once under it.
 
-mod compare;
+pub(crate) mod compare;
 mod engine;
 pub(crate) mod kvm;
 mod log;
 mod machine;
-mod print;
+pub(crate) mod print;
 #[cfg(test)]
 mod learned;
 
@@ -23,7 +23,7 @@ use msrgate_trace::{Record, TraceError};
 
 use crate::args::{BackendArg, ReplayArgs};
 use crate::exit::{Exit, Failure, with_source};
-use crate::{cpuid, handler, input, load, stream, trace};
+use crate::{cpuid, handler, input, json, load, stream, trace};
 use compare::Comparison;
 use machine::{Backend, Machine};
 
@@ -106,11 +106,11 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<Exit, Failure> {
     // A trace without a single event is reported like any other; one whose header is broken has nothing to report on.
     if let Some(seen) = &comparison {
         match args.json {
-            true => writeln!(
-                stream::out(),
-                "{:#}",
-                print::json(seen, fallback.as_deref(), broken.as_ref().map(|(_, error)| error))
-            )?,
+            true => json::print(&print::printed(
+                seen,
+                fallback.as_deref(),
+                broken.as_ref().map(|(_, error)| error),
+            ))?,
             false => print::text(&mut stream::page(), seen, &args.list)?,
         }
     }

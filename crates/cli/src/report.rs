@@ -1,12 +1,11 @@
 //! `msrgate report`: what traces tell, for people, for programs and for the browser.
 
-mod page;
-mod print;
+mod html;
+pub(crate) mod print;
 mod contents;
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 use msrgate_policy::Source;
 use msrgate_trace::Record;
@@ -14,13 +13,11 @@ use msrgate_trace::report::Report;
 
 use crate::args::ReportArgs;
 use crate::exit::{Exit, Failure};
-use crate::{cpuid, input, load, stream, trace, words};
+use crate::{cpuid, input, json, load, page, stream, trace, words};
 use contents::Contents;
 
 pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
-    // `-` is standard output.
-    let html = args.html.as_deref().filter(|path| *path != Path::new("-"));
-    if let Some(html) = html {
+    if let Some(html) = page::file(args.html.html.as_deref()) {
         let inputs = args.traces.iter().chain(&args.policy).chain(&args.cpuid.cpuid);
         input::refuse_overwrite(html, inputs.map(PathBuf::as_path))?;
     }
@@ -63,6 +60,7 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
                 None => break None,
             }
         };
+        contents.report.end(lines.header().clone());
         contents.files.push((name, error));
     }
     let mut broken = false;
@@ -74,15 +72,12 @@ pub(crate) fn run(args: &ReportArgs) -> Result<Exit, Failure> {
     }
     // Where not even a header could be read there is nothing to report on.
     if readable {
-        match html {
-            Some(path) => {
+        match &args.html.html {
+            Some(html) => {
                 let sources = contents.policy.iter().flat_map(|loaded| &loaded.policy.sources);
-                input::refuse_overwrite(path, sources.map(Source::path))?;
-                fs::write(path, page::page(&contents))
-                    .map_err(|error| Failure::input(format!("cannot write `{}`: {error}", path.display())))?;
+                page::write(html, sources.map(Source::path), html::page(&contents))?;
             }
-            None if args.html.is_some() => io::stdout().write_all(page::page(&contents).as_bytes())?,
-            None if args.json => writeln!(stream::out(), "{:#}", print::json(&contents))?,
+            None if args.json => json::print(&print::printed(&contents))?,
             None => print::text(&mut stream::page(), &contents, &args.list)?,
         }
     }

@@ -1,8 +1,6 @@
 //! `msrgate scan`: what a guest can see on this host.
 
-mod print;
-mod record;
-
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
@@ -15,13 +13,18 @@ use crate::args::{ScanArgs, WriteArg};
 use crate::cpuid::{self, to_kvm};
 use crate::exit::{Exit, Failure, with_source};
 use crate::handler::tell_of_handlers;
-use crate::{load, progress, stream, words};
-use record::{Facts, Found, Ruled};
+use crate::scanned::{self, Facts, Found, Ruled};
+use crate::{input, load, page, progress, stream, words};
 
 pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     let ranges = ranges(args)?;
+    let inputs = || [&args.policy, &args.against, &args.cpuid.cpuid].into_iter().flatten();
+    if let Some(html) = page::file(args.html.html.as_deref()) {
+        // Before the guest has run for seconds.
+        input::refuse_overwrite(html, inputs().map(PathBuf::as_path))?;
+    }
     let cpuid = cpuid::given(&args.cpuid)?;
-    let before = args.against.as_deref().map(record::read).transpose()?;
+    let before = args.against.as_deref().map(scanned::read).transpose()?;
     let machine = |error: &dyn std::error::Error| Failure::Line(Exit::Machine, with_source(error));
     let device = msrgate_kvm::open().map_err(|error| machine(&error))?;
     // Without a policy a kernel without filters does too.
@@ -73,9 +76,10 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
 
     let against = before.map(|(facts, before)| (facts, scan.since(&before)));
     let found = Found { scan, facts, against };
-    match args.json {
-        true => record::write(&mut stream::out(), &found)?,
-        false => print::text(&mut stream::page(), &found)?,
+    match &args.html.html {
+        Some(html) => page::write(html, inputs().map(PathBuf::as_path), scanned::page(&found))?,
+        None if args.json => scanned::write(&mut stream::out(), &found)?,
+        None => scanned::print(&mut stream::page(), &found, args.leaks)?,
     }
     let differs = found.against.is_some_and(|(_, differences)| !differences.is_empty());
     Ok(if differs { Exit::No } else { Exit::Yes })

@@ -62,7 +62,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<Vec<AccessCount>, Failure> {
     }
     if lost > 0 {
         let lost = words::counted(lost, "access is", "accesses are");
-        let note = format!("{name}: {lost} missing from it, so the guest does more than the profile counts");
+        let note = format!("{name}: {lost} missing from it, so the profile counts fewer accesses than the guest makes");
         let _ = writeln!(std::io::stderr(), "msrgate: note: {}", words::plain(&note));
     }
     let touched = counts

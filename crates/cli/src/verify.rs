@@ -1,6 +1,6 @@
 //! `msrgate verify`: does this machine's kernel do what the engine does?
 
-mod report;
+pub(crate) mod report;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
     };
     let mut kernel = Kernel::running();
     if let Some(name) = &args.profile {
-        let unknown = || Failure::input(format!("no profile is called `{name}`"));
+        let unknown = || Failure::input(format!("there is no profile `{name}`"));
         kernel = kernel.with_profile(name).ok_or_else(unknown)?;
     }
     let machine = Machine::open(mode, cpuid.as_ref().map(to_kvm).transpose()?, kernel).map_err(failed)?;

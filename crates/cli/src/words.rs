@@ -4,16 +4,77 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use msrgate_core::{Disposition, FaultCause, Msr, MsrRange, Reason};
+use msrgate_msrs::{Changed, Part};
 use msrgate_plan::Preset;
-use serde_json::{Value, json};
-
+use msrgate_policy::Code;
 pub(crate) use msrgate_policy::print::counted;
 
+use crate::json::{Printed, object};
 use crate::stream;
 
 /// The name of an MSR, where it has one.
 pub(crate) fn name(msr: Msr) -> Option<&'static str> {
     msrgate_msrs::by_msr(msr).map(|entry| entry.name())
+}
+
+/// What the bits of a register's value mean: `SCE LME LMA NXE`; nothing where that is not known.
+pub(crate) fn bits(msr: Msr, value: u64) -> String {
+    joined(&msrgate_msrs::bits(msr, value))
+}
+
+/// A value, and what its bits mean.
+pub(crate) fn value(msr: Msr, value: u64) -> String {
+    match bits(msr, value) {
+        bits if bits.is_empty() => format!("{value:#x}"),
+        bits => format!("{value:#x} ({bits})"),
+    }
+}
+
+/// By which bits a register's value differs from an earlier one: `+SVME -NXE`; nothing where that is not known.
+pub(crate) fn changed(msr: Msr, before: u64, after: u64) -> String {
+    joined(&msrgate_msrs::changed(msr, before, after))
+}
+
+fn joined<T: ToString>(parts: &[T]) -> String {
+    let parts: Vec<String> = parts.iter().map(ToString::to_string).collect();
+    parts.join(" ")
+}
+
+/// What the bits of a register's value mean, as JSON has it.
+pub(crate) fn bits_printed(msr: Msr, value: u64) -> Vec<impl Printed> {
+    msrgate_msrs::bits(msr, value).iter().map(part).collect()
+}
+
+/// By which bits a register's value differs from an earlier one, as JSON has it.
+pub(crate) fn changed_printed(msr: Msr, before: u64, after: u64) -> Vec<impl Printed> {
+    let changed = msrgate_msrs::changed(msr, before, after).into_iter();
+    let one = |changed: Changed| {
+        object! {
+            /// The field in the later value.
+            #[serde(flatten)]
+            after: part(&changed.after),
+            /// What the field was in the earlier value.
+            before: format!("{:#x}", changed.before.value),
+            /// The manual's word for that; null where it has none.
+            word_before: changed.before.word,
+        }
+    };
+    changed.map(one).collect()
+}
+
+fn part(part: &Part) -> impl Printed + use<> {
+    object! {
+        /// The lowest bit.
+        first: part.first,
+        /// The highest bit.
+        last: part.last,
+        /// The field's name; null for bits that are not known.
+        name: part.name,
+        /// Its value; of an address, with the zeros below it.
+        value: format!("{:#x}", part.value),
+        /// The manual's word for the value; null where it has none.
+        word: part.word,
+    }
 }
 
 /// The first names of a range, for orientation.
@@ -27,16 +88,52 @@ pub(crate) fn names(range: MsrRange) -> String {
     }
 }
 
+/// The bits of a mask, by number: `bit 5`, `bits 0..=4, 63`.
+pub(crate) fn bit_numbers(mask: u64) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for bit in (0..64).filter(|bit| mask >> bit & 1 == 1) {
+        match runs.last_mut() {
+            Some((_, last)) if *last + 1 == bit => *last = bit,
+            _ => runs.push((bit, bit)),
+        }
+    }
+    let runs = runs.into_iter().map(|(first, last)| match last - first {
+        0 => first.to_string(),
+        1 => format!("{first}, {last}"),
+        _ => format!("{first}..={last}"),
+    });
+    let word = if mask.count_ones() == 1 { "bit" } else { "bits" };
+    format!("{word} {}", runs.collect::<Vec<_>>().join(", "))
+}
+
+/// What docs/findings.md says of a kind of finding: its paragraph without the heading.
+pub(crate) fn finding(code: Code) -> Option<&'static str> {
+    let heading = format!("\n## {}: ", code.code());
+    let (_, section) = FINDINGS.split_once(&heading)?;
+    let (_, text) = section.split_once('\n')?;
+    Some(text.split("\n## ").next().unwrap_or_default().trim())
+}
+
+/// The home of what findings mean.
+const FINDINGS: &str = include_str!("../docs/findings.md");
+
 /// A hash as programs and people get it.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Presets, as JSON has them.
-pub(crate) fn presets<'a>(presets: impl IntoIterator<Item = &'a Preset>) -> Value {
+pub(crate) fn presets<'a>(presets: impl IntoIterator<Item = &'a Preset>) -> Vec<impl Printed> {
     let presets = presets.into_iter();
     presets
-        .map(|preset| json!({ "msr": preset.msr.to_string(), "value": format!("{:#x}", preset.value) }))
+        .map(|preset| {
+            object! {
+                /// The register.
+                msr: preset.msr.to_string(),
+                /// What is put there.
+                value: format!("{:#x}", preset.value),
+            }
+        })
         .collect()
 }
 
@@ -52,6 +149,14 @@ pub(crate) fn outcome(
         (Some(why), _) => format!("{did}: {why}{would}"),
         (None, Some(reason)) if reason != Reason::Filter => format!("{did} ({reason}){would}"),
         (None, _) => format!("{did}{would}"),
+    }
+}
+
+/// For how long a thread of the VMM stood still at most, of so many nanoseconds.
+pub(crate) fn stood_still(longest: u64) -> String {
+    match longest {
+        0 => "no thread of the VMM stood still".to_owned(),
+        _ => format!("no thread of the VMM stood still for more than {}", duration(longest)),
     }
 }
 
@@ -81,6 +186,12 @@ pub(crate) fn date(time: SystemTime) -> String {
     let year = era * 400 + year + u64::from(month <= 2);
     let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
     format!("{year:04}-{month:02}-{date:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Properties that QEMU's `-cpu` is to turn off, as its argument has them.
+pub(crate) fn switches(properties: &[&str]) -> String {
+    let switches: Vec<String> = properties.iter().map(|name| format!("-{name}")).collect();
+    switches.join(",")
 }
 
 /// A text of others in one line of a table, shown and not acted on. What goes to a [`stream`] needs it only where it is to be

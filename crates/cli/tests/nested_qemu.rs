@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! cargo test -p msrgate-cli --no-run
-//! cargo xtask nested --mem 1536 -- MSRGATE_BIN=$PWD/target/debug/msrgate target/debug/deps/nested_qemu-… --nocapture NAME
+//! cargo xtask nested --mem 1536 -- env MSRGATE_BIN=$PWD/target/debug/msrgate target/debug/deps/nested_qemu-… --nocapture NAME
 //! ```
 
 #[allow(unused_macros, reason = "a part of it")]
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use command::{Folder, find, wait_until};
 use nix::unistd::Pid;
-use policies::{BY_VENDOR, MICROCODE, with_policy};
+use policies::{Attach, BY_VENDOR, MICROCODE, with_policy};
 use serde_json::{Value, json};
 
 /// Reads commands from its serial port and does them. `rd CPU MSR` and `wr CPU MSR VALUE` tell what the device of that
@@ -64,9 +64,9 @@ done
 "#;
 
 /// How long a guest may take to boot, on a busy machine.
-const BOOT: Duration = Duration::from_secs(80);
+const BOOT: Duration = Duration::from_secs(240);
 /// How long it may take for a command.
-const ANSWER: Duration = Duration::from_secs(40);
+const ANSWER: Duration = Duration::from_secs(120);
 
 /// The guest's kernel's command line.
 const APPEND: &str = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on audit=0 \
@@ -221,8 +221,11 @@ impl<'a> Guest<'a> {
     #[track_caller]
     fn says(&mut self, command: &str) -> String {
         writeln!(self.input, "{command}").unwrap();
-        let said = self.until("@end", ANSWER);
-        said.unwrap_or_else(|text| panic!("no end of `{command}`:\n{text}"))
+        self.until("@end", ANSWER).unwrap_or_else(|text| {
+            let _ = self.command.kill();
+            let (status, errors) = self.ended();
+            panic!("no end of `{command}`:\n{text}\n{errors}\n{status}")
+        })
     }
 
     /// What an access gives: `rd CPU MSR` a value or an error, `wr CPU MSR VALUE` `done` or an error.
@@ -572,6 +575,67 @@ fn a_daemon_has_the_policy_for_its_cpuid_and_its_trace_and_the_command_has_ended
     writeln!(serial, "$B poweroff -f").unwrap();
     assert_eq!(lines.find(|line| line.starts_with("rd ")), None, "it is off");
     wait_until(|| mapped().is_empty());
+}
+
+/// What a guest reads of a CPU's microcode revision, and whether it may, while it boots, under two policies that take turns under
+/// load, and afterwards.
+#[test]
+fn a_linux_that_boots_gets_the_policy_each_of_a_hundred_others_and_its_own_again() {
+    let Some(boot) = boot() else { return };
+    let kernel = boot.join("vmlinux");
+    let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    for (machine, cpus, reloads) in [
+        ([MICROVM, &["-sandbox", sandbox]].concat(), 1, 100),
+        // The emulator has one CPU for the four.
+        (vec!["-M", "pc", "-smp", "4"], 4, 20),
+    ] {
+        let denies = "default = \"allow\"\n[[rule]]\nmsr = \"IA32_BIOS_SIGN_ID\"\nread = \"deny\"\n";
+        let folder = furnished(&boot, denies);
+        folder.write("allows.toml", "version = 1\ndefault = \"allow\"\n");
+        let mut guest = Guest::starts(&folder, &bare(), &machine, &kernel);
+        let process = guest.command.id().to_string();
+        let mut attach = None;
+        wait_until(|| {
+            // Until QEMU has a VM, and all its vCPUs.
+            attach = Attach::start(&folder, &[], &process).ok();
+            attach.is_some()
+        });
+        let attach = attach.unwrap();
+        guest.is_ready().unwrap_or_else(|text| panic!("no boot:\n{text}"));
+        let last = cpus - 1;
+        guest.faults(&format!("rd {last} 0x8b"));
+        // QEMU answers this one itself.
+        let topology = guest.gets("rd 0 0x35");
+        assert!(topology.starts_with("0x"), "{topology}");
+
+        // Each CPU reads in a loop meanwhile, and counts what it gets.
+        guest.says(
+            "for cpu in $($B seq 0 $(($($B grep -c ^processor /proc/cpuinfo) - 1))); do (while [ ! -e /stop ]; do \
+             if $B dd if=/dev/cpu/$cpu/msr bs=8 count=1 iflag=skip_bytes skip=139 of=/dev/null 2>/dev/null; \
+             then echo got; else echo fault; fi; done > /counts.$cpu) & done",
+        );
+        for number in 0..reloads {
+            let policy = ["allows.toml", "policy.toml"][number % 2];
+            folder.run(&["reload", &process, "-p", policy]).code(0);
+            if number % 10 == 0 {
+                assert!(guest.gets(&format!("rd {last} 0x8b")).starts_with("0x"));
+                guest.says("until $B grep -q got /counts.0; do :; done");
+            }
+        }
+        guest.faults("rd 0 0x8b");
+        guest.says("until $B grep -q fault /counts.0; do :; done");
+        let counts = guest.says("$B touch /stop; wait; $B cat /counts.* | $B sort | $B uniq -c");
+        let counts: Vec<&str> = counts.split_whitespace().collect();
+        assert!(matches!(counts[..], [_, "fault", _, "got"]), "{counts:?}");
+
+        let ended = attach.detach().code(0);
+        ended.says(&["detached", "stood still for more than"]);
+        for cpu in 0..cpus {
+            assert!(guest.gets(&format!("rd {cpu} 0x8b")).starts_with("0x"));
+        }
+        assert_eq!(guest.gets("rd 0 0x35"), topology);
+        guest.off();
+    }
 }
 
 /// Files that outlive a process.

@@ -74,6 +74,19 @@ impl OneMsr {
     /// Bytes of the structure.
     pub const BYTES: usize = 24;
 
+    /// Bytes of the header of a `struct kvm_msrs` of any length, which begins with the number of entries.
+    pub const HEADER: usize = 8;
+    /// Bytes of an entry, `struct kvm_msr_entry`.
+    pub const ENTRY: usize = Self::BYTES - Self::HEADER;
+
+    /// Reads an entry of a `struct kvm_msrs` of any length.
+    pub fn of_entry(bytes: &[u8; Self::ENTRY]) -> OneMsr {
+        OneMsr {
+            msr: Msr(word(bytes, 0)),
+            value: long(bytes, 8),
+        }
+    }
+
     /// Reads the structure.
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> OneMsr {
         OneMsr {

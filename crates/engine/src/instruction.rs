@@ -79,7 +79,7 @@ impl Instruction {
 /// How an instruction came to the hypervisor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Path {
-    /// A VM exit: the hypervisor skips the instruction by the length that the hardware gave.
+    /// A VM exit: the hypervisor skips the instruction by the length that the hardware gave ([`Advance::Skip`]).
     VmExit,
     /// A VM exit that the kernel's fast path may complete, which matters to writes of IA32_TSC_DEADLINE only
     /// ([`crate::TscDeadline`]). Say so only where the path applies: not in L2; before 6.18 with a usable VMX preemption
@@ -171,7 +171,9 @@ pub enum Written {
 /// Where RIP goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Advance {
-    /// Past the instruction, by the length of the VM exit.
+    /// Past the instruction. VMX gives its length with the exit; SVM gives the next RIP where the processor has NRIPS
+    /// (CPUID 0x8000000A, EDX bit 3). Without NRIPS, whoever skips looks at the instruction for its prefixes: RDMSR and WRMSR
+    /// are two bytes long where they have none.
     Skip,
     /// To this address.
     To(u64),

@@ -110,7 +110,7 @@ impl Vm {
     }
 
     /// Replaces the filter alone, as the kernel's call does: the mask of exit reasons stays, and there is no table any
-    /// more. There is no way back to having no filter; [`Filter::allow_all`] decides likewise. OnLockedBits as
+    /// more. There is no way back to having no filter; [`Filter::allow_all`] decides likewise. Otherwise as
     /// [`Self::install`].
     pub fn set_filter(&self, filter: impl Into<Arc<FlatFilter>>) {
         let filter = Some(filter.into());

@@ -21,7 +21,9 @@
 //! # }
 //! ```
 
+mod lists;
 mod compare;
+mod migrate;
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,6 +35,8 @@ use msrgate_kvm::{Capabilities, Gate, Handlers, InstallError, VcpuGate};
 use msrgate_plan::Plan;
 
 pub use self::compare::{Change, Difference};
+pub use self::lists::{Lists, Offer, Taken};
+pub use self::migrate::{GuestUse, Kind, Obstacle, Shared, common, migrate};
 use crate::memory::MAX_ENTRIES;
 use crate::{Guest, GuestDied, GuestError, Mode, Options};
 
@@ -149,6 +153,7 @@ impl<'a> Scanner<'a> {
                 writable: Vec::new(),
                 broken: Vec::new(),
                 faults: 0,
+                lists: Some(Lists::ask(self.kvm, &self.options())?),
             },
             done: 0,
             of: msrs,
@@ -212,13 +217,16 @@ impl<'a> Scanner<'a> {
         .collect()
     }
 
-    fn machine(&self) -> Result<Machine, ScanError> {
-        let options = Options {
+    fn options(&self) -> Options {
+        Options {
             cpuid: self.cpuid.clone(),
             vcpus: 1,
             irqchip: true,
-        };
-        let mut guest = Guest::new(self.kvm, Mode::Real, &options)?;
+        }
+    }
+
+    fn machine(&self) -> Result<Machine, ScanError> {
+        let mut guest = Guest::new(self.kvm, Mode::Real, &self.options())?;
         if self.x2apic {
             let fd = guest.vcpu(0)?.fd();
             let mut sregs = fd.get_sregs().map_err(GuestError::of("KVM_GET_SREGS"))?;
@@ -334,6 +342,8 @@ pub struct Scan {
     pub broken: Vec<Broken>,
     /// How many of the first reads were #GP.
     pub faults: u64,
+    /// What KVM tells a VMM; `None` where that was not asked.
+    pub lists: Option<Lists>,
 }
 
 /// An MSR whose read gave a value.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use msrgate_core::{Fault, Msr, ReadOutcome, WriteOutcome};
+use msrgate_core::{Fault, FaultCause, Msr, ReadOutcome, WriteOutcome};
 
 /// What a VMM calls a vCPU: handlers and events have it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -96,9 +97,36 @@ impl Handlers {
         names.fold(Handlers::new(), |handlers, name| handlers.with(name, Faulting))
     }
 
+    /// What the handler of this name answers; its panic is an answer too, where the program unwinds.
+    ///
+    /// # Errors
+    /// What the guest's fault is due to.
+    pub fn read(&self, name: &str, vcpu: VcpuId, msr: Msr) -> Result<u64, FaultCause> {
+        let handler = self.find(name).ok_or(FaultCause::NoHandler)?;
+        guarded(|| handler.read(vcpu, msr))
+    }
+
+    /// The same of a write.
+    ///
+    /// # Errors
+    /// What the guest's fault is due to.
+    pub fn write(&self, name: &str, vcpu: VcpuId, msr: Msr, value: u64) -> Result<(), FaultCause> {
+        let handler = self.find(name).ok_or(FaultCause::NoHandler)?;
+        guarded(|| handler.write(vcpu, msr, value))
+    }
+
     /// The handler of this name.
     pub(crate) fn find(&self, name: &str) -> Option<&dyn Handler> {
         self.by_name.get(name).map(|handler| &**handler)
+    }
+}
+
+fn guarded<T>(ask: impl FnOnce() -> Result<T, Fault>) -> Result<T, FaultCause> {
+    // Unwind safe: a handler is shared between threads, so what it holds is its own to keep whole.
+    match catch_unwind(AssertUnwindSafe(ask)) {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(Fault)) => Err(FaultCause::HandlerFault),
+        Err(_) => Err(FaultCause::HandlerPanicked),
     }
 }
 

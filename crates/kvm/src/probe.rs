@@ -110,10 +110,7 @@ impl fmt::Display for ProbeError {
                 "{DEV_KVM} does not exist: load kvm_intel or kvm_amd, and turn virtualization on in the firmware"
             ),
             ProbeError::NoPermission => {
-                write!(
-                    f,
-                    "{DEV_KVM} may not be opened by this user: join the group that owns it"
-                )
+                write!(f, "this user may not open {DEV_KVM}: join the group that owns it")
             }
             ProbeError::Open { .. } => write!(f, "{DEV_KVM} does not open"),
             ProbeError::NotKvm { .. } => write!(f, "the descriptor is not one of {DEV_KVM}"),

@@ -3,11 +3,10 @@
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use msrgate_core::{FaultCause, Msr, MsrBackend};
 
-use crate::{Fault, Handlers, HostMsrs, VcpuId, ioctl};
+use crate::{Handlers, HostMsrs, VcpuId, ioctl};
 
 /// What the actions of one vCPU may reach.
 pub(crate) struct Registers<'a> {
@@ -38,22 +37,10 @@ impl MsrBackend for Registers<'_> {
     }
 
     fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, FaultCause> {
-        let handler = self.handlers.find(name).ok_or(FaultCause::NoHandler)?;
-        guarded(|| handler.read(self.id, msr))
+        self.handlers.read(name, self.id, msr)
     }
 
     fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), FaultCause> {
-        let handler = self.handlers.find(name).ok_or(FaultCause::NoHandler)?;
-        guarded(|| handler.write(self.id, msr, value))
-    }
-}
-
-/// A handler's answer; its panic is one too.
-fn guarded<T>(ask: impl FnOnce() -> Result<T, Fault>) -> Result<T, FaultCause> {
-    // Unwind safe: a handler is shared between threads, so what it holds is its own to keep whole.
-    match catch_unwind(AssertUnwindSafe(ask)) {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(Fault)) => Err(FaultCause::HandlerFault),
-        Err(_) => Err(FaultCause::HandlerPanicked),
+        self.handlers.write(name, self.id, msr, value)
     }
 }

@@ -157,16 +157,16 @@ pub enum StateError {
 impl fmt::Display for StateError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StateError::NoState => f.write_str("this is no state of a vCPU's gate"),
+            StateError::NoState => f.write_str("this is not a state of a vCPU's gate"),
             StateError::Version { found } => write!(
                 f,
-                "the state has version `{found}`, and version {STATE_VERSION} is read here"
+                "the state has version `{found}`, and this msrgate reads version {STATE_VERSION}"
             ),
             StateError::Damaged => f.write_str("the state is cut off or was changed: save it again"),
             StateError::TooLong => write!(f, "the state has more than {MOST_BYTES} bytes"),
             StateError::OtherPolicy { found, ours } => write!(
                 f,
-                "the guest ran under the policy with hash {found}, and here is {}: install that policy first",
+                "the guest ran under the policy with hash {found}, and the one in force has {}: install that policy first",
                 hex(ours)
             ),
             StateError::EmulatedState(error) => error.fmt(f),

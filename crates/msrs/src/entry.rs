@@ -11,7 +11,10 @@ use crate::bypass::{Bypass, BypassKind, Linux, Passes};
 use crate::class::Class;
 use crate::cpuid::{CpuVendor, Cpuid};
 use crate::facts::{Host, Kept, State};
+use crate::field::{Field, fields};
 use crate::need::{Need, System};
+use crate::refusal::Refusal;
+use crate::restore::{self, Restore};
 use crate::wildcard::matches;
 
 include!(concat!(env!("OUT_DIR"), "/table.rs"));
@@ -29,6 +32,17 @@ pub fn needs() -> &'static [Need] {
 /// All ways past a KVM filter that are known.
 pub fn bypasses() -> &'static [Bypass] {
     BYPASSES
+}
+
+/// All that KVM has and refuses.
+#[cfg(test)]
+pub(crate) fn refusals() -> &'static [Refusal] {
+    REFUSALS
+}
+
+/// What KVM_SET_MSRS takes of registers that tell a guest what its processor can do, in order of index.
+pub fn restores() -> &'static [Restore] {
+    RESTORES
 }
 
 /// The MSR that has this name or alias, as [`bare`] and in capitals.
@@ -82,6 +96,8 @@ pub struct Entry {
     names: (u32, u16),
     command: (u32, u16),
     rewrite: (u32, u16),
+    fields: (u32, u16),
+    fields_source: (u32, u16),
     // Places in `CLASSES`, `VENDORS`, `EXISTS` and `SOURCES`.
     classes: u16,
     vendors: u16,
@@ -221,6 +237,11 @@ impl Entry {
         EXISTS.get(usize::from(self.exists)).unwrap_or(&Exists::Model)
     }
 
+    /// The property of QEMU's CPU models without which QEMU leaves the MSR alone or sets it to 0.
+    pub fn qemu_property(&self) -> Option<&'static str> {
+        restore::qemu_property(self.exists().features().first()?)
+    }
+
     /// The document and the title of the section that define it.
     pub fn source(&self) -> &'static str {
         SOURCES.get(usize::from(self.source)).copied().unwrap_or_default()
@@ -299,6 +320,19 @@ impl Entry {
         Some(text(self.command)).filter(|command| !command.is_empty())
     }
 
+    /// The fields that are known of its value, from the lowest bit up.
+    pub fn fields(&self) -> impl Iterator<Item = Field> + use<> {
+        fields(text(self.fields))
+    }
+
+    /// The document and the title of the section that have the fields.
+    pub fn fields_source(&self) -> &'static str {
+        match text(self.fields_source) {
+            "" => self.source(),
+            source => source,
+        }
+    }
+
     /// What it does to a guest that a value which was read is written back; `None` where that is nothing.
     pub fn rewrite(&self) -> Option<&'static str> {
         Some(text(self.rewrite)).filter(|rewrite| !rewrite.is_empty())
@@ -322,6 +356,26 @@ impl Entry {
     /// The ways past a KVM filter to this MSR, without those to all.
     pub fn bypasses(&self) -> impl Iterator<Item = &'static Bypass> {
         bypasses().iter().filter(|bypass| self.is_reached_by(bypass))
+    }
+
+    /// When KVM refuses an access in this direction, though it has the register.
+    pub fn refusals(&self, op: Op) -> impl Iterator<Item = &'static Refusal> {
+        let of = |refusal: &Refusal| {
+            refusal
+                .of
+                .iter()
+                .any(|of| matches(of.as_bytes(), self.name().as_bytes()))
+        };
+        REFUSALS
+            .iter()
+            .filter(move |refusal| refusal.ops.contains(&op) && of(refusal))
+    }
+
+    /// Whether KVM is known to have the register: it keeps a value of it, has an answer, or refuses it. `false` where that is
+    /// not known.
+    pub fn is_known_to_kvm(&self) -> bool {
+        let refused = || Op::ALL.into_iter().any(|op| self.refusals(op).next().is_some());
+        self.state != State::Nothing || self.kept != Kept::Not || self.passthrough.contains(&true) || refused()
     }
 
     /// What passes a KVM filter nevertheless, of any guest and while the filter stays the same; `None` if nothing does.

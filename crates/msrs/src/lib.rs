@@ -29,18 +29,26 @@ mod wildcard;
 mod class;
 mod facts;
 mod bypass;
+mod refusal;
+mod field;
+mod restore;
 mod entry;
 mod need;
 mod search;
 pub mod spell;
 mod lookup;
+mod bits;
 
+pub use self::bits::{Changed, Part, bits, changed};
 pub use self::bypass::{Bypass, BypassKind, Linux, NoVersion, Passes};
 pub use self::class::{Class, UnknownClass};
-pub use self::entry::{Access, Entry, Exists, Vendor, all, bypasses, needs};
+pub use self::entry::{Access, Entry, Exists, Vendor, all, bypasses, needs, restores};
 pub use self::facts::{Host, Kept, State};
-pub use self::lookup::{by_msr, by_name, class, classes, command, glob, spillable, within};
+pub use self::field::Field;
+pub use self::lookup::{by_msr, by_name, class, classes, command, glob, restore, spillable, within};
 pub use self::need::{Need, System};
+pub use self::refusal::Refusal;
+pub use self::restore::Restore;
 pub use self::search::{around, near, nearest, nearest_of, printed, search};
 
 #[cfg(test)]

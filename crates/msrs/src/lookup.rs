@@ -3,7 +3,8 @@
 use msrgate_core::{Msr, MsrRange, Op};
 
 use crate::class::Class;
-use crate::entry::{Entry, all, bare, by_bare_name};
+use crate::entry::{Entry, all, bare, by_bare_name, restores};
+use crate::restore::Restore;
 use crate::wildcard::matches;
 
 /// The MSR of this index.
@@ -59,6 +60,12 @@ pub fn classes() -> impl Iterator<Item = &'static str> {
 /// What a write of an MSR does, where it acts and is not kept ([`Entry::command`]).
 pub fn command(msr: Msr) -> Option<&'static str> {
     by_msr(msr).and_then(Entry::command)
+}
+
+/// What KVM_SET_MSRS takes of an MSR that tells a guest what its processor can do.
+pub fn restore(msr: Msr) -> Option<&'static Restore> {
+    let place = restores().binary_search_by_key(&msr, |row| row.msr).ok()?;
+    restores().get(place)
 }
 
 /// The accesses that user space may pass on to the kernel ([`Entry::passes_through`]), and how much sooner one of less

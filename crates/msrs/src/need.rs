@@ -7,7 +7,7 @@ use core::fmt;
 
 use msrgate_core::{Msr, Op};
 
-use self::System::{Freebsd, Linux, Windows};
+use self::System::{Freebsd, Linux, Macos, Windows};
 
 /// An operating system, of 64 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,11 +19,13 @@ pub enum System {
     Windows,
     /// FreeBSD.
     Freebsd,
+    /// macOS, whose kernel is XNU.
+    Macos,
 }
 
 impl System {
     /// All of them.
-    pub const ALL: [System; 3] = [Linux, Windows, Freebsd];
+    pub const ALL: [System; 4] = [Linux, Windows, Freebsd, Macos];
 }
 
 impl fmt::Display for System {
@@ -32,6 +34,7 @@ impl fmt::Display for System {
             Linux => "Linux",
             Windows => "Windows",
             Freebsd => "FreeBSD",
+            Macos => "macOS",
         })
     }
 }

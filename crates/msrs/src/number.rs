@@ -1,6 +1,6 @@
 //! Numbers as a policy spells them.
 
-/// Why a text is no number.
+/// Why a text is not a number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum NumberError {
     /// Not digits of the base that its prefix names.

@@ -1,3 +1,4 @@
+mod bits;
 mod families;
 mod names;
 
@@ -514,5 +515,28 @@ fn an_index_is_read_as_manuals_and_logs_print_it() {
         "MSR_K7_HWCR",
     ] {
         assert_eq!(crate::printed(text), None, "{text}");
+    }
+}
+
+#[test]
+fn what_kvm_refuses_is_of_registers_that_there_are_and_kvm_has_those() {
+    for refusal in crate::entry::refusals() {
+        for of in refusal.of {
+            let named = |entry: &&Entry| matches(of.as_bytes(), entry.name().as_bytes());
+            assert!(all().iter().any(|entry| named(&entry)), "{of}");
+        }
+    }
+    let of = |name: &str| by_name(name).unwrap_or_else(|| panic!("{name}"));
+    let says = of("IA32_MC0_CTL2").refusals(Op::Read).next().expect("0x280").says;
+    assert!(says.contains("5.19") && says.contains("MCG_CMCI_P"), "{says}");
+    assert!(of("HWCR").refusals(Op::Write).next().is_some() && of("HWCR").refusals(Op::Read).next().is_none());
+    for (name, known) in [
+        ("IA32_MC0_CTL2", true),
+        ("IA32_EFER", true),
+        ("MSR_PP1_ENERGY_STATUS", true),
+        ("IA32_THERM_STATUS", false),
+        ("MSR_TURBO_RATIO_LIMIT", false),
+    ] {
+        assert_eq!(of(name).is_known_to_kvm(), known, "{name}");
     }
 }

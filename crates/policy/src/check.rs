@@ -13,7 +13,7 @@ use msrgate_core::{Log, Msr, MsrRange, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::{DecisionMap, Intervals};
 
-use crate::{Code, Diagnostic, Pattern, Policy, Rule};
+use crate::{Code, Diagnostic, Fix, Pattern, Policy, Rule};
 use names::listed;
 
 /// Findings about a policy that can be used, in the order of the text; those that it accepts are marked. `map` is its
@@ -28,7 +28,7 @@ pub fn check(policy: &Policy, map: &DecisionMap, cpuid: Option<&Cpuid>) -> Vec<D
         findings.extend(unenforceable(rule));
         findings.extend(logs_nothing(rule));
         findings.extend(half_a_shadow(&shadows, rule));
-        findings.extend(needs_handler(rule));
+        findings.extend(needs_handler(policy, rule));
     }
     findings.extend(denies_all(map));
     findings.extend(needs_handler_by_default(policy));
@@ -70,8 +70,11 @@ fn logs_nothing(rule: &Rule) -> Option<Diagnostic> {
     let reads = rule.read.as_ref().is_none_or(|action| *action == ReadAction::Allow);
     let writes = rule.write.as_ref().is_none_or(|action| *action == WriteAction::Allow);
     let message = "the kernel answers what this rule allows, which makes no exit, so there is nothing to log";
-    (rule.log != Log::None && reads && writes)
-        .then(|| Diagnostic::at(Code::LogsNothing, rule.place.clone(), message).help("leave `log` out"))
+    (rule.log != Log::None && reads && writes).then(|| {
+        Diagnostic::at(Code::LogsNothing, rule.place.clone(), message)
+            .help("leave `log` out")
+            .fix(Fix::Key("log"))
+    })
 }
 
 fn half_a_shadow(shadows: &Shadows, rule: &Rule) -> Option<Diagnostic> {
@@ -95,9 +98,13 @@ fn half_a_shadow(shadows: &Shadows, rule: &Rule) -> Option<Diagnostic> {
 }
 
 /// A note on where a rule's handler can be.
-fn needs_handler(rule: &Rule) -> Option<Diagnostic> {
+fn needs_handler(policy: &Policy, rule: &Rule) -> Option<Diagnostic> {
     let read = rule.read.as_ref().and_then(ReadAction::handler);
-    let name = read.or(rule.write.as_ref().and_then(WriteAction::handler))?;
+    let write = rule.write.as_ref().and_then(WriteAction::handler);
+    let name = read
+        .into_iter()
+        .chain(write)
+        .find(|name| !policy.providers.contains_key(*name))?;
     Some(Diagnostic::at(Code::HandlerNeeded, rule.place.clone(), in_a_vmm(name)))
 }
 
@@ -105,7 +112,7 @@ fn needs_handler(rule: &Rule) -> Option<Diagnostic> {
 fn needs_handler_by_default(policy: &Policy) -> Option<Diagnostic> {
     let fallbacks = [&policy.unknown, &policy.invalid].into_iter();
     let mut handlers = fallbacks.flat_map(|(read, write)| [read.handler(), write.handler()]);
-    let name = handlers.find_map(|handler| handler)?;
+    let name = handlers.find_map(|handler| handler.filter(|name| !policy.providers.contains_key(*name)))?;
     Some(Diagnostic::whole(Code::HandlerNeeded, in_a_vmm(name)))
 }
 

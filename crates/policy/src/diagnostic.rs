@@ -71,6 +71,7 @@ pub enum Code {
     Nowhere,
     ReadsOtherwise,
     DeniesAll,
+    LeavesSecret,
     NeverFiltered,
     PassesUnseen,
     LastMsr,
@@ -91,8 +92,8 @@ pub enum Code {
 }
 
 impl Code {
-    const ALL: [(Code, &'static str, &'static str); 56] = [
-        (Code::Syntax, "E001", "the text is not TOML"),
+    const ALL: [(Code, &'static str, &'static str); 57] = [
+        (Code::Syntax, "E001", "the policy is not valid TOML"),
         (Code::Version, "E002", "the version is missing or not known"),
         (Code::UnknownKey, "E003", "a key is not part of the language"),
         (Code::WrongType, "E004", "a value has the wrong type"),
@@ -103,8 +104,8 @@ impl Code {
         (Code::ReversedRange, "E009", "a range ends before it begins"),
         (Code::UnknownAction, "E010", "there is no such action"),
         (Code::MissingKey, "E011", "a key is missing"),
-        (Code::Duplicate, "E012", "something is said twice"),
-        (Code::Cycle, "E013", "policies extend each other in a circle"),
+        (Code::Duplicate, "E012", "something is given twice"),
+        (Code::Cycle, "E013", "policies extend each other in a cycle"),
         (Code::Unreadable, "E014", "a file cannot be read"),
         (Code::DecidesNothing, "E015", "a rule decides neither reads nor writes"),
         (
@@ -148,7 +149,7 @@ impl Code {
             "W005",
             "a wider rule before this one decides part of what it names",
         ),
-        (Code::Repeated, "W006", "a rule says again what rules before it say"),
+        (Code::Repeated, "W006", "a rule repeats what rules before it say"),
         (Code::Useless, "W007", "without the rule, everything would be the same"),
         (
             Code::BreaksGuest,
@@ -179,7 +180,7 @@ impl Code {
         (
             Code::Nowhere,
             "W014",
-            "nothing is known to have an MSR where a rule names one",
+            "no processor or hypervisor is known to have an MSR where a rule names one",
         ),
         (
             Code::ReadsOtherwise,
@@ -187,6 +188,11 @@ impl Code {
             "a rule answers reads of a register that the guest writes",
         ),
         (Code::DeniesAll, "W016", "the policy denies everything"),
+        (
+            Code::LeavesSecret,
+            "W017",
+            "a rule leaves to the kernel what tells of the host and its other guests",
+        ),
         (Code::NeverFiltered, "N001", "the x2APIC is never filtered"),
         (
             Code::PassesUnseen,
@@ -373,8 +379,33 @@ pub struct Diagnostic {
     pub second: Option<(Place, String)>,
     /// What to write instead.
     pub help: Option<String>,
+    /// What to change in the text, where `help` says just that.
+    pub fix: Option<Fix>,
     /// Why the policy lets it stand, where it does.
     pub accepted: Option<String>,
+}
+
+/// A change of a policy's text that does what the help of a finding says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Fix {
+    /// Write this word at the finding's place; quotes stay as they are.
+    Word(String),
+    /// Leave out the rule at the finding's place.
+    Rule,
+    /// Leave out this key of the rule at the finding's place.
+    Key(&'static str),
+}
+
+/// What is to stand in a text in place of some bytes of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Edit {
+    /// Index into the sources.
+    pub source: usize,
+    /// The bytes.
+    pub span: Range<usize>,
+    /// What is to stand there.
+    pub with: String,
 }
 
 /// A kind of warning that a policy's author has looked at and lets stand.
@@ -397,6 +428,7 @@ impl Diagnostic {
             place: Some(place),
             second: None,
             help: None,
+            fix: None,
             accepted: None,
         }
     }
@@ -409,6 +441,7 @@ impl Diagnostic {
             place: None,
             second: None,
             help: None,
+            fix: None,
             accepted: None,
         }
     }
@@ -418,6 +451,48 @@ impl Diagnostic {
     pub fn help(mut self, help: impl Into<String>) -> Diagnostic {
         self.help = Some(help.into());
         self
+    }
+
+    /// With what to change in the text.
+    #[must_use]
+    pub fn fix(mut self, fix: Fix) -> Diagnostic {
+        self.fix = Some(fix);
+        self
+    }
+
+    /// The change of the text that the finding asks for, where there is one.
+    pub fn edit(&self, sources: &[Source]) -> Option<Edit> {
+        let place = self.place.as_ref()?;
+        let text = sources.get(place.source)?.text();
+        let part = text.get(place.span.clone())?;
+        let (span, with) = match self.fix.as_ref()? {
+            Fix::Word(word) => {
+                let quote = part.chars().next().filter(|first| matches!(first, '"' | '\''));
+                let quote = quote.map(String::from).unwrap_or_default();
+                (place.span.clone(), format!("{quote}{word}{quote}"))
+            }
+            Fix::Rule => {
+                let rule = rule_lines(text, place.span.start)?;
+                (with_gap(text, rule), String::new())
+            }
+            Fix::Key(key) => {
+                let rule = rule_lines(text, place.span.start)?;
+                let mut start = rule.start;
+                let lines = text.get(rule)?.split_inclusive('\n').map(|line| {
+                    start += line.len();
+                    (start - line.len()..start, line)
+                });
+                let mut lines =
+                    lines.filter(|(_, line)| line.split('=').next().is_some_and(|name| name.trim() == *key));
+                let (line, _) = lines.next().filter(|_| lines.next().is_none())?;
+                (line, String::new())
+            }
+        };
+        Some(Edit {
+            source: place.source,
+            span,
+            with,
+        })
     }
 
     /// With another place.
@@ -438,9 +513,74 @@ impl Diagnostic {
     }
 }
 
+/// The lines of the rule whose header begins here, without comments and empty lines behind its last key: they belong to what
+/// follows. `None` where the header does not begin a line.
+fn rule_lines(text: &str, header: usize) -> Option<Range<usize>> {
+    let before = text.get(..header)?;
+    let mut lines = text.get(header..)?.split_inclusive('\n');
+    let first = lines.next().filter(|line| line.starts_with("[["))?;
+    if !(before.is_empty() || before.ends_with('\n')) {
+        return None;
+    }
+    let (mut at, mut end) = (header + first.len(), header + first.len());
+    for line in lines {
+        let own = line.trim_start();
+        if own.starts_with('[') && !own.starts_with("[rule.") {
+            break;
+        }
+        at += line.len();
+        if !own.is_empty() && !own.starts_with('#') {
+            end = at;
+        }
+    }
+    Some(header..end)
+}
+
+/// Lines with the empty ones behind them, where an empty one stands before them too.
+fn with_gap(text: &str, lines: Range<usize>) -> Range<usize> {
+    let before = text.get(..lines.start).unwrap_or_default();
+    let behind = text.get(lines.end..).unwrap_or_default();
+    let gap = match before.is_empty() || before.ends_with("\n\n") {
+        true => behind.len() - behind.trim_start_matches(['\n', '\r']).len(),
+        false => 0,
+    };
+    lines.start..lines.end + gap
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_is_left_out_with_its_lines_and_a_key_with_its_own() {
+        let text = "a = 1\n\n[[rule]]\nmsr = 1\nlog = \"all\" # why\n\n[[rule]]\nmsr = 2\n";
+        let sources = [Source::new("p".into(), text.to_owned())];
+        let first = text.find("[[").unwrap()..text.find("\nmsr").unwrap();
+        let at = |span: Range<usize>, fix| {
+            let place = Place { source: 0, span };
+            let edit = Diagnostic::at(Code::Useless, place, "").fix(fix).edit(&sources)?;
+            let mut edited = text.to_owned();
+            edited.replace_range(edit.span, &edit.with);
+            Some(edited)
+        };
+        let rest = "a = 1\n\n[[rule]]\nmsr = 2\n";
+        assert_eq!(at(first.clone(), Fix::Rule).as_deref(), Some(rest));
+        let quiet = "a = 1\n\n[[rule]]\nmsr = 1\n\n[[rule]]\nmsr = 2\n";
+        assert_eq!(at(first.clone(), Fix::Key("log")).as_deref(), Some(quiet));
+        assert_eq!(at(first.clone(), Fix::Key("when")), None);
+        assert_eq!(
+            at(first.start + 1..first.end, Fix::Rule),
+            None,
+            "not from the beginning of a line"
+        );
+        let all = text.find("\"all").unwrap();
+        assert!(
+            at(all..all + 5, Fix::Word("first".to_owned()))
+                .unwrap()
+                .contains("log = \"first\" # why")
+        );
+        assert!(at(0..1, Fix::Word("b".to_owned())).unwrap().starts_with("b = 1"));
+    }
 
     #[test]
     fn codes_are_unique_and_each_variant_has_one() {

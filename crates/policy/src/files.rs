@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const PREFIX: &str = "msrgate:";
 
 /// The policies that come with msrgate, by name.
-const BUILT_IN: [(&str, &str); 19] = [
+const BUILT_IN: [(&str, &str); 21] = [
     ("base/kvm-guest", include_str!("../policies/base/kvm-guest.toml")),
     ("base/linux-amd", include_str!("../policies/base/linux-amd.toml")),
     ("base/linux-intel", include_str!("../policies/base/linux-intel.toml")),
@@ -23,11 +23,13 @@ const BUILT_IN: [(&str, &str); 19] = [
     ("ignore-unknown", include_str!("../policies/ignore-unknown.toml")),
     ("linux-microvm", include_str!("../policies/linux-microvm.toml")),
     ("linux-pc", include_str!("../policies/linux-pc.toml")),
+    ("macos", include_str!("../policies/macos.toml")),
     ("monitoring", include_str!("../policies/monitoring.toml")),
     ("msr-safe", include_str!("../policies/msr-safe.toml")),
     ("openvmm-stubs", include_str!("../policies/openvmm-stubs.toml")),
     ("qemu", include_str!("../policies/qemu.toml")),
     ("qemu-rapl", include_str!("../policies/qemu-rapl.toml")),
+    ("windows", include_str!("../policies/windows.toml")),
 ];
 
 /// Gives the texts that a policy and those it extends are made of.
@@ -79,7 +81,7 @@ impl Files for Disk {
     }
 }
 
-/// The text of a file, or in words why it is no policy's.
+/// The text of a file, or in words why it is not a policy's.
 pub fn text_of(bytes: Vec<u8>) -> Result<String, String> {
     if bytes.len() as u64 > Disk::MOST {
         return Err(format!("it has more than {} MiB", Disk::MOST >> 20));

@@ -16,7 +16,7 @@ mod msr_safe;
 mod imported;
 mod unsayable;
 
-use msrgate_core::{MsrRange, Op, ReadAction, WriteAction};
+use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::DecisionMap;
 
 pub use imported::{ForeignError, Format, Imported};
@@ -29,6 +29,11 @@ pub fn import(format: Format, text: &str) -> Result<Imported, ForeignError> {
         Format::Firecracker => firecracker::import(text),
         Format::MsrSafe => msr_safe::import(text),
     }
+}
+
+/// The registers of a CPU template of Firecracker, each with the bits that it leaves as KVM has them, and the others' values.
+pub fn registers(template: &str) -> Result<Vec<(Msr, u64, u64)>, ForeignError> {
+    firecracker::registers(template)
 }
 
 /// What a policy means in another tool's words; or all accesses for which it has none. There are none for Firecracker's

@@ -31,6 +31,7 @@
 mod files;
 mod diagnostic;
 mod pattern;
+mod provider;
 mod policy;
 mod written;
 mod parse;
@@ -50,7 +51,7 @@ pub mod foreign;
 
 pub use check::check;
 pub use decompile::{Decompiled, DecompiledRule, decompile};
-pub use diagnostic::{Acceptance, Code, Diagnostic, Place, Severity, Source};
+pub use diagnostic::{Acceptance, Code, Diagnostic, Edit, Fix, Place, Severity, Source};
 pub use explain::{Cause, Explanation, Sees, explain};
 pub use files::{Disk, Files, built_in, text_of};
 pub use fit::{FitAdvice, Without};
@@ -58,5 +59,6 @@ pub use note::notes;
 pub use parse::PolicyErrors;
 pub use pattern::{Pattern, PatternError};
 pub use policy::{CpuidNeeded, Policy, Rule, Spill, Validity, When};
+pub use provider::Provider;
 #[cfg(feature = "schema")]
 pub use schema::schema;

@@ -387,9 +387,22 @@ mod tests {
 
         let records = "[[rule]]\nmsr = \"@lbr\"\nread = \"deny\"\n";
         assert_eq!(messages(records, None, Some(Linux(6, 18)), Code::KernelGap).len(), 1);
+        let plan = Plan::compile(&map("allow", closed)).unwrap();
+        let tdx = Cpuid::from_entries([
+            (0, 0, [0x21, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
+            (0x21, 0, [0, 0x6574_6e49, 0x2020_2020, 0x5844_546c]),
+        ]);
         for (kernel, told) in [((6, 15), 0), ((6, 16), 1)] {
-            let found = messages(closed, None, Some(Linux(kernel.0, kernel.1)), Code::Confidential);
+            let linux = Some(Linux(kernel.0, kernel.1));
+            let found = notes(&plan, Some(&tdx), linux).into_iter();
+            let found: Vec<Diagnostic> = found.filter(|note| note.code == Code::Confidential).collect();
             assert_eq!(found.len(), told, "{found:?}");
+            assert_eq!(
+                messages(closed, None, linux, Code::Confidential),
+                [""; 0],
+                "nothing says that it is one"
+            );
+            assert_eq!(messages(closed, VMX, linux, Code::Confidential), [""; 0], "it is none");
         }
     }
 

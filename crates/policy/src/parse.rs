@@ -1,13 +1,14 @@
 //! Text to policy: files, what they extend, and everything that is wrong with them.
 
 mod accept;
+mod providers;
 mod reader;
 mod rule;
 
 #[cfg(all(test, feature = "schema"))]
 pub(crate) use rule::{KEYS as RULE_KEYS, WHEN_KEYS};
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use msrgate_core::{ReadAction, Verdict, WriteAction};
 use toml::de::{DeTable, DeValue};
 
 use crate::files;
-use crate::{Acceptance, Code, Diagnostic, Disk, Files, Place, Policy, Rule, Source, Spill, Validity};
+use crate::{Acceptance, Code, Diagnostic, Disk, Files, Place, Policy, Provider, Rule, Source, Spill, Validity};
 use reader::{HELPED, Reader, Text};
 
 /// A policy that cannot be used, and all that is wrong with it.
@@ -31,8 +32,8 @@ pub struct PolicyErrors {
 const MOST_RANGES: usize = 1 << 19;
 
 /// The keys of a policy.
-pub(crate) const KEYS: [&str; 10] = [
-    "version", "name", "default", "unknown", "invalid", "valid", "spill", "accept", "extends", "rule",
+pub(crate) const KEYS: [&str; 11] = [
+    "version", "name", "default", "unknown", "invalid", "valid", "spill", "accept", "handlers", "extends", "rule",
 ];
 
 /// One file, without those that it extends.
@@ -47,6 +48,7 @@ struct File {
     valid: Option<Validity>,
     spill: Option<Spill>,
     accept: Vec<Acceptance>,
+    providers: BTreeMap<String, Provider>,
     rules: Vec<Rule>,
     extends: Vec<(String, Place)>,
 }
@@ -61,6 +63,9 @@ impl File {
         self.invalid = self.invalid.take().or(base.invalid);
         self.valid = self.valid.or(base.valid);
         self.spill = self.spill.or(base.spill);
+        for (name, provider) in base.providers {
+            self.providers.entry(name).or_insert(provider);
+        }
         self.rules.extend(base.rules);
     }
 
@@ -125,6 +130,7 @@ fn load(path: &Path, files: &dyn Files) -> Result<Policy, PolicyErrors> {
                 valid: file.valid.unwrap_or(bare.valid),
                 spill: file.spill.unwrap_or(bare.spill),
                 accept: file.accept,
+                providers: file.providers,
                 rules: file.rules,
                 sources,
                 ..bare
@@ -179,7 +185,7 @@ impl Loading<'_> {
         if let Some(start) = self.open.iter().position(|open| *open == canonical) {
             let circle = self.open.iter().skip(start).chain([&canonical]);
             let names: Vec<String> = circle.map(|path| path.display().to_string()).collect();
-            let message = format!("policies extend each other in a circle: {}", names.join(" → "));
+            let message = format!("policies extend each other in a cycle: {}", names.join(" → "));
             let place = asked.unwrap_or(Place { source: 0, span: 0..0 });
             self.diagnostics.push(
                 Diagnostic::at(Code::Cycle, place, message)
@@ -211,10 +217,10 @@ impl Loading<'_> {
         for (number, error) in errors.into_iter().enumerate() {
             let span = error.span().unwrap_or(0..0);
             let (code, help) = match number < HELPED && is_repeated_key(text, &span) {
-                true => (Code::Duplicate, "a key is said once: leave one of them out"),
+                true => (Code::Duplicate, "a key may stand once: leave one of them out"),
                 false => (
                     Code::Syntax,
-                    "a line is `key = value`, a text stands in quotes, and `[[rule]]` begins a rule",
+                    "a line is `key = value`, a string stands in quotes, and `[[rule]]` begins a rule",
                 ),
             };
             syntax.push(Diagnostic::at(code, Place { source, span }, error.message().to_owned()).help(help));
@@ -306,6 +312,9 @@ fn read_file(document: &DeTable<'_>, reader: &mut Reader) -> File {
     }
     if let Some(accept) = document.get("accept") {
         file.accept = reader.accept(accept);
+    }
+    if let Some(handlers) = document.get("handlers") {
+        file.providers = reader.providers(handlers);
     }
     file.unknown = document
         .get("unknown")

@@ -144,20 +144,32 @@ pub enum PatternError {
 }
 
 impl PatternError {
+    /// What is most likely meant, where that can be told.
+    pub fn meant(&self) -> Option<String> {
+        match self {
+            PatternError::UnknownName(name) => msrgate_msrs::nearest(name).map(str::to_owned),
+            PatternError::UnknownClass(name) => {
+                msrgate_msrs::nearest_of(name, msrgate_msrs::classes()).map(|near| format!("@{near}"))
+            }
+            PatternError::Reversed { first, last } => Some(format!("{last}..={first}")),
+            PatternError::NotInclusive { first, last } => Some(format!("{first}..={last}")),
+            PatternError::NoMatch(_) | PatternError::Malformed(_) | PatternError::TooLarge(_) => None,
+        }
+    }
+
     /// What to write instead, where that can be told.
     pub fn help(&self) -> Option<String> {
         match self {
-            PatternError::UnknownName(name) => Some(match msrgate_msrs::nearest(name) {
+            PatternError::UnknownName(_) => Some(match self.meant() {
                 Some(near) => {
                     format!("did you mean `{near}`? `msrgate msr TEXT` searches the names; an index works too: `0x8b`")
                 }
                 None => "`msrgate msr TEXT` searches the names; an index works too: `0x8b`".to_owned(),
             }),
-            PatternError::UnknownClass(name) => {
-                let classes = || msrgate_msrs::classes();
-                let near = msrgate_msrs::nearest_of(name, classes());
-                let near = near.map(|near| format!("did you mean `@{near}`? ")).unwrap_or_default();
-                let all: Vec<&str> = classes().collect();
+            PatternError::UnknownClass(_) => {
+                let near = self.meant();
+                let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
+                let all: Vec<&str> = msrgate_msrs::classes().collect();
                 Some(format!("{near}the classes are {}", all.join(", ")))
             }
             PatternError::NoMatch(_) => {

@@ -1,5 +1,6 @@
 //! A policy: ordered rules over a default.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use msrgate_core::{Log, MsrRange, ReadAction, Verdict, WriteAction};
@@ -7,7 +8,7 @@ use msrgate_msrs::Entry;
 use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Spillable};
 
-use crate::{Acceptance, Code, Diagnostic, Pattern, PatternError, Place, Source};
+use crate::{Acceptance, Code, Diagnostic, Pattern, PatternError, Place, Provider, Source};
 
 /// What every access of a guest gets: the first rule that names it, else the default.
 #[derive(Clone, Debug)]
@@ -24,6 +25,8 @@ pub struct Policy {
     pub valid: Validity,
     /// Warnings that may stand, wherever in the policy they are.
     pub accept: Vec<Acceptance>,
+    /// Who answers for handlers that the VMM has no code of.
+    pub providers: BTreeMap<String, Provider>,
     /// What becomes of what 16 ranges do not hold.
     pub spill: Spill,
     /// The rules, its own before those of the policies it extends.
@@ -165,6 +168,7 @@ impl Policy {
             invalid: kernels,
             valid: Validity::Any,
             accept: Vec::new(),
+            providers: BTreeMap::new(),
             spill: Spill::Refuse,
             rules: Vec::new(),
             // Rules that are built in code stand at the beginning of it.
@@ -340,6 +344,7 @@ impl PartialEq for Policy {
             && self.invalid == other.invalid
             && self.valid == other.valid
             && self.spill == other.spill
+            && self.providers == other.providers
             && accepted(&self.accept) == accepted(&other.accept)
             && self.rules.len() == other.rules.len()
             && self.rules.iter().zip(&other.rules).all(|(a, b)| said(a) == said(b))

@@ -8,7 +8,7 @@ use toml::map::Map;
 
 use crate::policy::When;
 use crate::written::is_flag;
-use crate::{Acceptance, Policy, Rule, Spill, Validity};
+use crate::{Acceptance, Policy, Provider, Rule, Spill, Validity};
 
 /// So many of a thing: `1 access`, `2 accesses`.
 pub fn counted(count: u64, one: &str, more: &str) -> String {
@@ -30,6 +30,10 @@ impl fmt::Display for Policy {
         accepted(f, &self.accept)?;
         if self.spill == Spill::UserSpace {
             writeln!(f, "spill = {}", text("user-space"))?;
+        }
+        if !self.providers.is_empty() {
+            let providers = self.providers.iter().map(|(name, one)| (&**name, provider(one)));
+            writeln!(f, "handlers = {}", table(providers))?;
         }
         fallbacks(f, &self.unknown, &self.invalid)?;
         self.rules.iter().try_for_each(|rule| rule.fmt(f))
@@ -166,13 +170,20 @@ fn list(items: impl Iterator<Item = Value>) -> Value {
     Value::Array(items.collect())
 }
 
-fn table(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+fn table<'a>(entries: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
     Value::Table(
         entries
             .into_iter()
             .map(|(key, value)| (key.to_owned(), value))
             .collect::<Map<_, _>>(),
     )
+}
+
+fn provider(provider: &Provider) -> Value {
+    table([match provider {
+        Provider::Command(words) => ("command", list(words.iter().map(|word| text(word)))),
+        Provider::Socket(path) => ("socket", text(&path.to_string_lossy())),
+    }])
 }
 
 pub(crate) fn read_action(action: &ReadAction) -> Value {

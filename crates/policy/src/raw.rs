@@ -135,7 +135,7 @@ pub fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
         RawFormat::C => c::read(&String::from_utf8_lossy(bytes)),
         RawFormat::Bytes => bytes::read(bytes),
         RawFormat::Dump => bytes::read(&bytes::undump(&String::from_utf8_lossy(bytes))?),
-        RawFormat::Policy => Err(RawError::new("this is no filter in any form that is known here")),
+        RawFormat::Policy => Err(RawError::new("this is not a filter in any known form")),
         RawFormat::Other(what) => Err(RawError::new(what)),
     }
 }

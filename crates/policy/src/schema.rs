@@ -38,6 +38,8 @@ struct PolicyFile {
     valid: Option<Validity>,
     /// Warnings that may stand wherever in the policy they are, by code, each with the reason.
     accept: Option<Accept>,
+    /// Programs that answer for handlers under `msrgate run`, by the handlers' names.
+    handlers: Option<Handlers>,
     /// What becomes of what does not fit into the 16 ranges of a filter.
     spill: Option<Spill>,
     /// Policies whose rules come after these; paths are relative to this file.
@@ -51,6 +53,22 @@ struct PolicyFile {
 #[schemars(extend("propertyNames" = { "pattern": "^W[0-9]{3}$" }))]
 #[expect(dead_code, reason = "only the schema is made of it")]
 struct Accept(BTreeMap<String, String>);
+
+/// Programs by the names of the handlers that they answer for.
+#[derive(JsonSchema, Deserialize)]
+#[schemars(extend("propertyNames" = { "pattern": "^[A-Za-z0-9_.-]+$" }))]
+#[expect(dead_code, reason = "only the schema is made of it")]
+struct Handlers(BTreeMap<String, Provider>);
+
+#[derive(JsonSchema, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[expect(dead_code, reason = "only the schema is made of it")]
+enum Provider {
+    /// A program and its arguments, which is asked on its standard input and answers on its standard output.
+    Command(OneOrMore<String>),
+    /// The path of a Unix stream socket.
+    Socket(String),
+}
 
 #[derive(JsonSchema, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -80,6 +80,9 @@ impl Ledger {
     }
 }
 
+/// Words for shadows of policies to come: the memory is taken where they are written.
+const SPARE: usize = 8192;
+
 /// A vCPU's memory ([`vcpu`]).
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -92,16 +95,25 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// With so many words for shadows; and the file that it is.
+    /// With so many words for shadows, and some more for those of policies to come; and the file that it is.
     pub(crate) fn new(process: i32, who: (u32, u32), cells: usize) -> io::Result<(Arc<Ring>, File)> {
-        let (words, file) = memory::Words::new(vcpu::CELLS + cells, false)?;
-        let ring = Ring {
+        let (words, file) = memory::Words::new(Ring::words(cells), false)?;
+        Ok((Ring::of(words, process, who), file))
+    }
+
+    /// How many words it takes with so many for shadows.
+    pub(crate) fn words(cells: usize) -> usize {
+        vcpu::CELLS + cells + SPARE
+    }
+
+    /// The same in memory that is there.
+    pub(crate) fn of(words: memory::Words, process: i32, who: (u32, u32)) -> Arc<Ring> {
+        Arc::new(Ring {
             words,
             who,
             process,
             ended: AtomicBool::new(false),
-        };
-        Ok((Arc::new(ring), file))
+        })
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -124,9 +136,38 @@ impl Ring {
         }
     }
 
-    /// No shadow was written.
-    pub(crate) fn forget_shadows(&self) {
-        (vcpu::CELLS..self.words.count()).for_each(|at| self.words.set(at, 0));
+    /// The last question through memory ([`vcpu::ASKED`]), and what it is.
+    pub(crate) fn asked(&self) -> (u64, (u64, u64)) {
+        let asked = self.words.at(vcpu::ASKED).load(Ordering::SeqCst);
+        let [question, data] = [0, 1].map(|word| self.words.get(vcpu::QUESTION + word));
+        (asked, (question, data))
+    }
+
+    /// No shadow was written, of so many words.
+    pub(crate) fn forget_shadows(&self, cells: usize) {
+        (vcpu::CELLS..).take(cells).for_each(|at| self.words.set(at, 0));
+    }
+
+    /// The shadow of this cell was not written.
+    pub(crate) fn forget(&self, cell: usize) {
+        self.words.set(vcpu::CELLS + 2 * cell, 0);
+    }
+
+    /// What was written to a shadow.
+    pub(crate) fn load(&self, cell: usize) -> Option<u64> {
+        let written = self.words.get(vcpu::CELLS + 2 * cell) != 0;
+        written.then(|| self.words.get(vcpu::CELLS + 2 * cell + 1))
+    }
+
+    /// Writes to a shadow.
+    pub(crate) fn store(&self, cell: usize, value: u64) {
+        self.words.set(vcpu::CELLS + 2 * cell + 1, value);
+        self.words.set(vcpu::CELLS + 2 * cell, 1);
+    }
+
+    /// How often the answerer went into KVM_RUN and came out of it: odd where it is in there.
+    pub(crate) fn runs(&self) -> u64 {
+        self.words.at(vcpu::RUNS).load(Ordering::SeqCst)
     }
 
     /// Whether nobody writes there any more; whether the process is still there is asked where `asks`.
@@ -303,6 +344,11 @@ impl Reader {
         let rings = self.ledger.rings();
         let live = rings.iter().map(|ring| ring.words.get(vcpu::UNCOUNTED));
         live.fold(self.uncounted, u64::wrapping_add)
+    }
+
+    /// The time since the start.
+    pub fn now(&self) -> Nanos {
+        self.elapsed()
     }
 
     /// Counts of VMs and vCPUs.

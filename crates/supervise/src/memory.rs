@@ -30,6 +30,11 @@ impl Words {
     pub(crate) fn new(count: usize, alone: bool) -> io::Result<(Words, File)> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(rustix::fs::memfd_create("msrgate", flags)?);
+        Ok((Words::of(&file, count, alone)?, file))
+    }
+
+    /// The same in a memfd that is new and allows seals, whoever made it.
+    pub(crate) fn of(file: &File, count: usize, alone: bool) -> io::Result<Words> {
         let bytes = count * size_of::<AtomicU64>();
         file.set_len(bytes as u64)?;
         let (null, rights) = (std::ptr::null_mut(), libc::PROT_READ | libc::PROT_WRITE);
@@ -44,8 +49,8 @@ impl Words {
         if alone {
             seals |= SealFlags::FUTURE_WRITE;
         }
-        rustix::fs::fcntl_add_seals(&file, seals)?;
-        Ok((words, file))
+        rustix::fs::fcntl_add_seals(file, seals)?;
+        Ok(words)
     }
 
     fn words(&self) -> &[AtomicU64] {

@@ -1,38 +1,36 @@
 //! The answerer's place in a VMM's process.
 //!
 //! ```text
-//! image     code, with where the rest is                                  the supervisor wrote it
-//! private   whether it is there, which vCPUs are being run                a fork's child finds zeros
-//! control   which descriptor is which vCPU, and what each vCPU works by   only the supervisor can write it
-//! tables    what exits get                                                only the supervisor can write them
+//! image        code, with where the rest is                                  the supervisor wrote it
+//! private      whether it is there, which vCPUs are being run                a fork's child finds zeros
+//! control      which descriptor is which vCPU, and what each vCPU works by   only the supervisor can write it
+//! tables       what exits get                                                only the supervisor can write them
 //! kvm_run, counts and events of each vCPU
-//! stubs     one for each instruction by which the VMM makes KVM_RUN
+//! trampolines  one for each instruction by which the VMM makes KVM_RUN
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
+use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
 use msrgate_answer::IMAGE;
-use msrgate_answer::layout::{control, image, private, slot};
-use msrgate_core::abi;
+use msrgate_answer::layout::{control, image, own, private, slot, table};
 use nix::errno::Errno;
+use rustix::fs::SealFlags;
 
+use crate::detour::Trampolines;
 use crate::ledger::Ring;
 use crate::memory::Words;
-use crate::seccomp::{Marks, Waiting};
-use crate::stopped::{SYSCALL, Stopped};
-use crate::{frame, target};
+use crate::remote::RemoteCalls;
+use crate::seccomp::{Cookies, Waiting};
+use crate::target::{PAGE, WORD};
+use crate::tracee::Tracee;
+use crate::{frame, inject, target};
 
-const PAGE: usize = 4096;
-const WORD: usize = size_of::<u64>();
-/// Bytes of a stub.
-const STUB: usize = 64;
-/// How far a jump of five bytes reaches, less what a page may add.
-const REACH: u64 = 0x7fff_0000;
 const _: () = assert!(IMAGE.len() <= PAGE);
 
 /// What the supervisor knows of one.
@@ -44,21 +42,22 @@ pub(crate) struct Region {
     image: u64,
     private: u64,
     control: Words,
+    /// Where that is in the process.
+    control_at: u64,
     /// Tables that are mapped, and where.
     tables: Vec<(Arc<Table>, u64)>,
     /// By number; there is none of number 0.
     slots: Vec<Option<Slot>>,
-    /// By the VMM's instruction.
-    stubs: HashMap<u64, u64>,
-    /// Where the last page of stubs is, and how many are in it.
-    page: Option<(u64, usize)>,
+    pub(crate) trampolines: Trampolines,
 }
 
 /// A vCPU that the process runs.
 #[derive(Debug)]
 struct Slot {
     vcpu: u64,
-    run: u64,
+    /// The descriptor by which it was brought here.
+    fd: u64,
+    /// Where its memory is, with `kvm_run` behind it.
     shared: u64,
     ring: Arc<Ring>,
 }
@@ -81,8 +80,30 @@ impl Table {
         Ok(Table { words, file, cells })
     }
 
+    /// Whether some access is left to the supervisor.
+    pub(crate) fn asks(&self) -> bool {
+        let entry = |at: usize| self.words.get(at + table::KIND) & 0xff == table::ASK;
+        let defaults = (table::DEFAULTS..table::COUNTS).step_by(table::ENTRY);
+        defaults
+            .chain((table::ENTRIES..self.words.count()).step_by(table::ENTRY))
+            .any(entry)
+    }
+
     fn bytes(&self) -> usize {
         (self.words.count() * WORD).next_multiple_of(PAGE)
+    }
+
+    /// Writes all of it into another file, which can be written no more.
+    fn copy_to(&self, file: &File) -> io::Result<()> {
+        let words = (0..self.words.count()).map(|at| self.words.get(at));
+        let bytes: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        file.set_len(self.bytes() as u64)?;
+        file.write_all_at(&bytes, 0)?;
+        rustix::fs::fcntl_add_seals(
+            file,
+            SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL,
+        )?;
+        Ok(())
     }
 }
 
@@ -96,15 +117,37 @@ pub(crate) struct Entry<'a> {
     pub(crate) who: u64,
 }
 
+/// What answerers ring.
+#[derive(Clone, Copy)]
+pub(crate) struct Bell {
+    /// Where it is in the process.
+    pub(crate) at: u64,
+    pub(crate) rung: u32,
+    /// How often it was wanted that it is looked which vCPUs there are.
+    pub(crate) wanted: u64,
+}
+
+/// What is asked through memory.
+pub(crate) struct Asked {
+    number: usize,
+    pub(crate) vcpu: u64,
+    /// The VMM's descriptor of the vCPU.
+    pub(crate) fd: u64,
+    asked: u32,
+    /// The CPU that asks.
+    pub(crate) cpu: usize,
+    pub(crate) question: (u64, u64),
+}
+
 /// Files that are to be mapped into a process, by their numbers there.
 #[derive(Debug, Default)]
-pub(crate) struct Handed {
+pub(crate) struct HandedFiles {
     pub(crate) control: Option<(Words, i32)>,
     pub(crate) table: Option<i32>,
     pub(crate) ring: Option<(Arc<Ring>, i32)>,
 }
 
-impl Handed {
+impl HandedFiles {
     /// Hands over files for a region that is new, and for a vCPU that is; on an error, not all of them.
     pub(crate) fn over(
         waiting: &Waiting<'_>,
@@ -112,8 +155,8 @@ impl Handed {
         vcpu: u64,
         table: &Arc<Table>,
         ring: impl FnOnce() -> io::Result<(Arc<Ring>, File)>,
-    ) -> (Handed, io::Result<()>) {
-        let mut handed = Handed::default();
+    ) -> (HandedFiles, io::Result<()>) {
+        let mut handed = HandedFiles::default();
         let done = handed.add(waiting, region, vcpu, table, ring);
         (handed, done)
     }
@@ -141,41 +184,35 @@ impl Handed {
     }
 
     /// Takes them out of the process's descriptors again.
-    pub(crate) fn close(&self, stopped: &mut Stopped) {
+    pub(crate) fn close(&self, tracee: &mut Tracee) {
         let fds = [
             self.control.as_ref().map(|(_, fd)| *fd),
             self.table,
             self.ring.as_ref().map(|(_, fd)| *fd),
         ];
-        fds.into_iter().flatten().for_each(|fd| stopped.close(fd));
+        fds.into_iter().flatten().for_each(|fd| tracee.close(fd));
     }
 }
 
 /// The image that an instruction is in, and its parameters; `None` for an instruction of something else.
-pub(crate) fn image_of(process: i32, instruction: u64, marks: &Marks) -> Option<(u64, [u64; image::COUNT])> {
+pub(crate) fn image_of(process: i32, instruction: u64, cookies: &Cookies) -> Option<(u64, [u64; image::COUNT])> {
     let at = instruction & !(PAGE as u64 - 1);
-    let mut bytes = [0; image::COUNT * WORD];
-    let read = target::read(process, at + image::PARAMETERS as u64, &mut bytes);
-    let mut parameters = [0; image::COUNT];
-    for (to, from) in parameters.iter_mut().zip(bytes.as_chunks().0) {
-        *to = u64::from_le_bytes(*from);
-    }
-    (read && parameters[image::ASK] == marks.ask && parameters[image::RUN] == marks.run).then_some((at, parameters))
+    let parameters: [u64; image::COUNT] = target::words(process, at + image::PARAMETERS as u64)?;
+    (parameters[image::ASK] == cookies.ask && parameters[image::RUN] == cookies.run).then_some((at, parameters))
 }
 
 /// Whether what an image calls private is there: not in the child of a fork.
 pub(crate) fn is_alive(process: i32, parameters: &[u64; image::COUNT]) -> bool {
-    let mut alive = [0; WORD];
-    target::read(process, parameters[image::PRIVATE], &mut alive) && u64::from_le_bytes(alive) == 1
+    target::words(process, parameters[image::PRIVATE]) == Some([1])
 }
 
 impl Region {
     /// Makes one in the process of a thread; where `inherited`, in the place of that of the process's parent.
     pub(crate) fn new(
-        stopped: &mut Stopped,
+        tracee: &mut Tracee,
         (words, fd): (Words, i32),
         name: u64,
-        marks: &Marks,
+        cookies: &Cookies,
         stacks: bool,
         inherited: Option<(u64, [u64; image::COUNT])>,
     ) -> Result<Region, Errno> {
@@ -183,17 +220,17 @@ impl Region {
         let (image_at, private_at, control_at) = match inherited {
             Some((at, parameters)) => {
                 let old = parameters[image::CONTROL];
-                let control = stopped.map(old, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd)?;
+                let control = tracee.map(old, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd)?;
                 (at, parameters[image::PRIVATE], control)
             }
             None => {
                 let rights = PROT_READ | PROT_WRITE;
                 let len = (private::WORDS * WORD).next_multiple_of(PAGE);
-                let private = stopped.map(0, len, rights, MAP_PRIVATE | MAP_ANONYMOUS, -1)?;
+                let private = tracee.map(0, len, rights, MAP_PRIVATE | MAP_ANONYMOUS, -1)?;
                 let advice = [private, len as u64, libc::MADV_WIPEONFORK as u64, 0, 0, 0];
-                stopped.call(libc::SYS_madvise, advice)?;
-                let control = stopped.map(0, bytes, PROT_READ, MAP_SHARED, fd)?;
-                let image = stopped.map(0, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1)?;
+                tracee.call(libc::SYS_madvise, advice)?;
+                let control = tracee.map(0, bytes, PROT_READ, MAP_SHARED, fd)?;
+                let image = tracee.map(0, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1)?;
                 (image, private, control)
             }
         };
@@ -201,8 +238,8 @@ impl Region {
         let mut parameters = [0; image::COUNT];
         parameters[image::PRIVATE] = private_at;
         parameters[image::CONTROL] = control_at;
-        parameters[image::RUN] = marks.run;
-        parameters[image::ASK] = marks.ask;
+        parameters[image::RUN] = cookies.run;
+        parameters[image::ASK] = cookies.ask;
         parameters[image::FRAME] = if stacks { frame::bytes() } else { 0 };
         parameters[image::NAME] = name;
         let places = code
@@ -212,26 +249,66 @@ impl Region {
         for (place, parameter) in places.zip(parameters) {
             place.copy_from_slice(&parameter.to_le_bytes());
         }
-        target::write_code(stopped.process, image_at, &code).map_err(errno)?;
-        if !target::write(stopped.process, private_at, &1_u64.to_le_bytes()) {
+        target::write_code(tracee.process, image_at, &code).map_err(target::errno)?;
+        if !target::write(tracee.process, private_at, &1_u64.to_le_bytes()) {
             return Err(Errno::EFAULT);
         }
         Ok(Region {
             name,
-            process: stopped.process,
+            process: tracee.process,
             image: image_at,
             private: private_at,
             control: words,
+            control_at,
             tables: Vec::new(),
             slots: vec![None],
-            stubs: HashMap::new(),
-            page: None,
+            trampolines: Trampolines::new(tracee.process, image_at, private_at),
         })
     }
 
+    /// Makes one in the place of what an earlier policy has left. Code stays for ever, since nobody can tell whether a thread will
+    /// come back to it, out of a signal's handler for example: so there is one image, and one trampoline for each instruction. The memory of
+    /// a vCPU goes that no thread runs there, as in [`Region::collect`].
+    pub(crate) fn instead(
+        tracee: &mut Tracee,
+        (words, fd): (Words, i32),
+        name: u64,
+        cookies: &Cookies,
+        stacks: bool,
+        left: Left,
+    ) -> Result<Region, Errno> {
+        // Whoever has found a slot by its descriptor finds the slot.
+        for (at, word) in (control::LIMIT..).zip(&left.slots) {
+            words.set(at, *word);
+        }
+        let at = (left.image, left.parameters);
+        let mut region = Region::new(tracee, (words, fd), name, cookies, stacks, Some(at))?;
+        region.trampolines = left.trampolines;
+        let mut kept = BTreeSet::from([region.control_at]);
+        let mut ends = HashMap::new();
+        for (number, slot) in left.slots.chunks_exact(control::SLOT).enumerate().skip(1) {
+            let (run, table, vcpu) = (slot[slot::RUN], slot[slot::TABLE], slot[slot::VCPU]);
+            match region.is_busy(number) {
+                true => kept.extend([table, vcpu]),
+                false => _ = ends.insert((vcpu, run), run + PAGE as u64),
+            }
+        }
+        for mapping in target::mappings(tracee.process) {
+            if mapping.name.starts_with(MEMORY) && !kept.contains(&mapping.start) {
+                // Its `kvm_run` is behind it.
+                let end = ends.get(&(mapping.start, mapping.end)).unwrap_or(&mapping.end);
+                unmap(tracee, mapping.start, end - mapping.start);
+            }
+        }
+        let mut descriptors = target::descriptors_of(tracee.process, MEMORY);
+        descriptors.retain(|other| *other != fd);
+        descriptors.into_iter().for_each(|fd| tracee.close(fd));
+        Ok(region)
+    }
+
     /// Whether it is still there: not after an exec.
-    pub(crate) fn is_there(&self, process: i32, marks: &Marks) -> bool {
-        image_of(process, self.image, marks)
+    pub(crate) fn is_there(&self, process: i32, cookies: &Cookies) -> bool {
+        image_of(process, self.image, cookies)
             .is_some_and(|(_, parameters)| parameters[image::NAME] == self.name && is_alive(process, &parameters))
     }
 
@@ -246,13 +323,77 @@ impl Region {
         tables.find(|(known, _)| Arc::ptr_eq(known, table)).map(|(_, at)| *at)
     }
 
+    /// Where a table is in the process; it is brought there where it is not yet, by a thread that waits for no call: by a file
+    /// that the process makes itself.
+    pub(crate) fn map_table(
+        &mut self,
+        tracee: &mut Tracee,
+        remote: &mut RemoteCalls,
+        table: &Arc<Table>,
+    ) -> Result<u64, Errno> {
+        if let Some(at) = self.table(table) {
+            return Ok(at);
+        }
+        let name = remote.lay_out(tracee, b"msrgate\0")?;
+        let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        let fd = tracee.call(libc::SYS_memfd_create, [name, flags, 0, 0, 0, 0])? as i32;
+        let filled = target::file(tracee.process, fd).and_then(|file| table.copy_to(&file));
+        let at = match filled {
+            Ok(()) => tracee.map(0, table.bytes(), PROT_READ, MAP_SHARED, fd),
+            Err(error) => Err(target::errno(error)),
+        };
+        tracee.close(fd);
+        self.tables.push((Arc::clone(table), at?));
+        at
+    }
+
+    /// Takes tables away that are not used.
+    pub(crate) fn unmap_tables(&mut self, tracee: &mut Tracee, used: impl Fn(&Arc<Table>) -> bool) {
+        self.tables.retain(|(table, at)| {
+            let used = used(table);
+            if !used {
+                unmap(tracee, *at, table.bytes() as u64);
+            }
+            used
+        });
+    }
+
+    /// Whether it answers for one of these vCPUs.
+    pub(crate) fn has(&self, vcpu: impl Fn(u64) -> bool) -> bool {
+        self.slots.iter().flatten().any(|slot| vcpu(slot.vcpu))
+    }
+
+    /// The memory of all vCPUs.
+    pub(crate) fn rings(&self) -> impl Iterator<Item = &Arc<Ring>> {
+        self.slots.iter().flatten().map(|slot| &slot.ring)
+    }
+
+    /// The slots of these vCPUs, and how often each answerer went into KVM_RUN and came out of it.
+    pub(crate) fn runs(&self, vcpu: impl Fn(u64) -> bool) -> impl Iterator<Item = (usize, u64)> {
+        let numbered = self.slots.iter().enumerate();
+        let numbered = numbered.filter_map(|(number, slot)| Some((number, slot.as_ref()?)));
+        let of = numbered.filter(move |(_, slot)| vcpu(slot.vcpu));
+        of.map(|(number, slot)| (number, slot.ring.runs()))
+    }
+
+    /// Whether a slot's answerer is at work and has not counted so far yet.
+    pub(crate) fn is_before(&self, number: usize, runs: u64) -> bool {
+        let slot = self.slots.get(number).and_then(Option::as_ref);
+        slot.is_some_and(|slot| slot.ring.runs() < runs && self.is_busy_for_sure(number))
+    }
+
     /// Where a word of a vCPU's slot is.
     fn word(number: usize, word: usize) -> usize {
         control::LIMIT + number * control::SLOT + word
     }
 
     /// Has the vCPU of a descriptor answered here.
-    pub(crate) fn enter(&mut self, stopped: &mut Stopped, handed: &mut Handed, entry: &Entry<'_>) -> Result<(), Errno> {
+    pub(crate) fn enter(
+        &mut self,
+        tracee: &mut Tracee,
+        handed: &mut HandedFiles,
+        entry: &Entry<'_>,
+    ) -> Result<(), Errno> {
         let fd = usize::try_from(entry.fd)
             .ok()
             .filter(|fd| *fd < control::LIMIT)
@@ -260,7 +401,7 @@ impl Region {
         let table = match (self.table(entry.table), handed.table) {
             (Some(at), _) => at,
             (None, Some(fd)) => {
-                let at = stopped.map(0, entry.table.bytes(), PROT_READ, MAP_SHARED, fd)?;
+                let at = tracee.map(0, entry.table.bytes(), PROT_READ, MAP_SHARED, fd)?;
                 self.tables.push((Arc::clone(entry.table), at));
                 at
             }
@@ -276,7 +417,7 @@ impl Region {
                 return Err(Errno::ENOSPC);
             }
             Some(number) => number,
-            None => self.put(stopped, handed, entry)?,
+            None => self.put(tracee, handed, entry)?,
         };
         self.control.set(Self::word(number, slot::TABLE), table);
         self.control.set(Self::word(number, slot::READY), 1);
@@ -286,28 +427,21 @@ impl Region {
         Ok(())
     }
 
-    fn put(&mut self, stopped: &mut Stopped, handed: &mut Handed, entry: &Entry<'_>) -> Result<usize, Errno> {
-        let number = match self.slots.iter().skip(1).position(Option::is_none) {
-            Some(at) => at + 1,
-            None if self.slots.len() < control::SLOTS => {
-                self.slots.push(None);
-                self.slots.len() - 1
-            }
-            None => return Err(Errno::EMFILE),
-        };
+    fn put(&mut self, tracee: &mut Tracee, handed: &mut HandedFiles, entry: &Entry<'_>) -> Result<usize, Errno> {
+        // An earlier policy's may still be run.
+        let is_free = |number: &usize| self.slots.get(*number).is_none_or(Option::is_none) && !self.is_busy(*number);
+        let number = (1..control::SLOTS).find(is_free).ok_or(Errno::EMFILE)?;
+        self.slots.resize_with(self.slots.len().max(number + 1), || None);
         let (ring, file) = handed.ring.as_ref().ok_or(Errno::EBADF)?;
         let rights = PROT_READ | PROT_WRITE;
-        let shared = stopped.map(0, ring.bytes(), rights, MAP_SHARED, *file)?;
+        // One with the other, so that both go at once, whoever takes them away.
+        let shared = tracee.map(0, ring.bytes() + PAGE, rights, MAP_SHARED, *file)?;
         let fd = i32::try_from(entry.fd).map_err(|_| Errno::EBADF)?;
-        let run = stopped.map(0, PAGE, rights, MAP_SHARED, fd)?;
-        // What a VMM starts is not to write there.
-        for (at, bytes) in [(shared, ring.bytes()), (run, PAGE)] {
-            let advice = [at, bytes as u64, libc::MADV_DONTFORK as u64, 0, 0, 0];
-            stopped.call(libc::SYS_madvise, advice)?;
-        }
+        let run = shared + ring.bytes() as u64;
         let words = [
             (slot::RUN, run),
             (slot::VCPU, shared),
+            (slot::ANSWER, 0),
             (slot::MASK, entry.mask),
             (slot::FLAGS, entry.flags),
             (slot::WHO, entry.who),
@@ -315,15 +449,117 @@ impl Region {
         for (word, value) in words {
             self.control.set(Self::word(number, word), value);
         }
+        let mapped = tracee.map(run, PAGE, rights, MAP_SHARED | MAP_FIXED, fd);
+        let bytes = (ring.bytes() + PAGE) as u64;
+        // What a VMM starts is not to write there.
+        let advice = [shared, bytes, libc::MADV_DONTFORK as u64, 0, 0, 0];
+        if let Err(error) = mapped.and_then(|_| tracee.call(libc::SYS_madvise, advice)) {
+            unmap(tracee, shared, bytes);
+            return Err(error);
+        }
         if let Some(slot) = self.slots.get_mut(number) {
             *slot = Some(Slot {
                 vcpu: entry.vcpu,
-                run,
+                fd: entry.fd,
                 shared,
                 ring: Arc::clone(ring),
             });
         }
         Ok(number)
+    }
+
+    /// Has questions asked through memory as long as this thread is there.
+    pub(crate) fn keep(&self, tracee: &mut Tracee) -> Result<(), Errno> {
+        let at = self.private_word(private::KEPT);
+        // Whoever asked somebody else has seen that there is no answer, or was lost.
+        let words = [0; own::WORDS * WORD];
+        target::write(self.process, self.private_word(private::OWN), &words);
+        // The kernel writes a 0 there where the thread ends.
+        tracee.call(libc::SYS_set_tid_address, [at, 0, 0, 0, 0, 0])?;
+        match target::write(self.process, at, &1_u64.to_le_bytes()) {
+            true => Ok(()),
+            false => Err(Errno::EFAULT),
+        }
+    }
+
+    /// What the VMM itself asks of a VM, and has no answer yet: descriptor, request and argument.
+    pub(crate) fn own_call(&self) -> Option<[u64; 3]> {
+        let words: [u64; own::WORDS] = target::words(self.process, self.private_word(private::OWN))?;
+        let asked = words[own::STATE] & 0xffff_ffff == own::ASKED;
+        asked.then_some([words[own::FD], words[own::REQUEST], words[own::ARGUMENT]])
+    }
+
+    /// Gives such a call its result.
+    pub(crate) fn give_own(&self, result: i64) {
+        let words = [(own::RESULT, result.cast_unsigned()), (own::STATE, 0)];
+        for (word, value) in words {
+            target::write(
+                self.process,
+                self.private_word(private::OWN + word),
+                &value.to_le_bytes(),
+            );
+        }
+    }
+
+    /// The bell that answerers ring; `None` where the process has ended.
+    pub(crate) fn bell(&self) -> Option<Bell> {
+        const _: () = assert!(private::WANTED == private::BELL + 1);
+        let at = self.private_word(private::BELL);
+        let [rung, wanted] = target::words(self.process, at)?;
+        Some(Bell {
+            at,
+            rung: rung as u32,
+            wanted,
+        })
+    }
+
+    /// Has threads wait where they do not know which vCPU a descriptor is.
+    pub(crate) fn let_wait(&self) {
+        let at = self.private_word(private::KEPT);
+        // Where it cannot be written the process has ended.
+        let _ = target::write(self.process, at, &private::WAITS.to_le_bytes());
+    }
+
+    /// It was looked which vCPUs there are, as often as was wanted; says where threads wait for that.
+    pub(crate) fn looked(&self, wanted: u64) -> u64 {
+        self.control.at(control::LOOKED).store(wanted, Ordering::SeqCst);
+        self.control_at + (control::LOOKED * WORD) as u64
+    }
+
+    /// What is asked through memory and has no answer yet.
+    pub(crate) fn asked(&self) -> Vec<Asked> {
+        let mut found = Vec::new();
+        for (number, slot) in self.slots.iter().enumerate() {
+            let Some(slot) = slot else { continue };
+            let (asked, question) = slot.ring.asked();
+            if asked as u32 != self.control.get(Self::word(number, slot::ANSWER)) as u32 {
+                found.push(Asked {
+                    number,
+                    vcpu: slot.vcpu,
+                    fd: slot.fd,
+                    asked: asked as u32,
+                    cpu: (asked >> 32) as usize,
+                    question,
+                });
+            }
+        }
+        found
+    }
+
+    /// Gives a question its answer, and says where the thread waits for it.
+    pub(crate) fn answer(&self, asked: &Asked, code: i64) -> u64 {
+        let word = Self::word(asked.number, slot::ANSWER);
+        let answer = u64::from(asked.asked) | code.cast_unsigned() << 32;
+        self.control.at(word).store(answer, Ordering::SeqCst);
+        self.control_at + (word * WORD) as u64
+    }
+
+    /// Whether some vCPU is being run by the image.
+    pub(crate) fn is_any_run(&self) -> bool {
+        let numbered = self.slots.iter().enumerate();
+        numbered
+            .filter(|(_, slot)| slot.is_some())
+            .any(|(number, _)| self.is_busy_for_sure(number))
     }
 
     /// The vCPU of a slot.
@@ -357,16 +593,27 @@ impl Region {
 
     /// Whether a thread runs the vCPU, or was lost while it did.
     fn is_busy(&self, number: usize) -> bool {
-        let mut busy = [0; WORD];
-        let at = self.private + ((private::BUSY + number) * WORD) as u64;
-        !target::read(self.process, at, &mut busy) || busy != [0; WORD]
+        self.busy(number) != Some([0])
+    }
+
+    /// Whether a thread runs the vCPU, in a process that is there.
+    fn is_busy_for_sure(&self, number: usize) -> bool {
+        self.busy(number).is_some_and(|busy| busy != [0])
+    }
+
+    fn busy(&self, number: usize) -> Option<[u64; 1]> {
+        target::words(self.process, self.private_word(private::BUSY + number))
+    }
+
+    /// Where a word of what the process keeps for itself is.
+    fn private_word(&self, word: usize) -> u64 {
+        self.private + (word * WORD) as u64
     }
 
     /// Whoever ran the vCPU is lost.
     pub(crate) fn release(&self, vcpu: u64) {
         if let Some(number) = self.slot(vcpu) {
-            let at = self.private + ((private::BUSY + number) * WORD) as u64;
-            target::write(self.process, at, &[0; WORD]);
+            target::write(self.process, self.private_word(private::BUSY + number), &[0; WORD]);
         }
     }
 
@@ -376,7 +623,7 @@ impl Region {
     }
 
     /// Lets go of vCPUs of which the process has no descriptor any more: their mappings would keep the VMs.
-    pub(crate) fn collect(&mut self, stopped: &mut Stopped, alive: &[u64]) {
+    pub(crate) fn collect(&mut self, tracee: &mut Tracee, alive: &[u64]) {
         for number in 1..self.slots.len() {
             let gone = self.slots.get(number).and_then(Option::as_ref);
             let Some(gone) = gone.filter(|slot| !alive.contains(&slot.vcpu)) else {
@@ -391,10 +638,7 @@ impl Region {
             if self.is_busy(number) {
                 continue;
             }
-            for (at, bytes) in [(gone.run, PAGE), (gone.shared, gone.ring.bytes())] {
-                // A mapping that stays is a leak and no more.
-                let _ = stopped.call(libc::SYS_munmap, [at, bytes as u64, 0, 0, 0, 0]);
-            }
+            unmap(tracee, gone.shared, (gone.ring.bytes() + PAGE) as u64);
             gone.ring.end();
             if let Some(slot) = self.slots.get_mut(number) {
                 *slot = None;
@@ -407,186 +651,95 @@ impl Region {
         self.slots.iter().flatten().for_each(|slot| slot.ring.end());
     }
 
-    /// Where a KVM_RUN that was to be made goes on, and whether it was found just now that its instruction cannot lead there.
-    pub(crate) fn lead(&mut self, stopped: &mut Stopped) -> Result<(u64, bool), Errno> {
-        let site = stopped.site();
-        if let Some(at) = self.stubs.get(&site) {
-            return Ok((*at, false));
-        }
-        let at = self.stub(stopped, site)?;
-        self.stubs.insert(site, at);
-        Ok((at, !patch(stopped.process, site, at)))
+    /// Whether an instruction is the image's.
+    pub(crate) fn is_image(&self, instruction: u64) -> bool {
+        (self.image..self.image + PAGE as u64).contains(&instruction)
     }
 
-    /// A `syscall` instruction that nobody changes.
-    pub(crate) fn syscall(&self) -> Option<u64> {
-        self.stubs.values().next().map(|at| at + STUB_SYSCALL as u64)
+    /// Whether a thread runs the vCPU, by the image.
+    pub(crate) fn is_run(&self, vcpu: u64) -> bool {
+        self.slot(vcpu).is_some_and(|number| self.is_busy_for_sure(number))
     }
+}
 
-    /// Code that makes KVM_RUN by the image, and every other call itself, and goes on behind `site`.
-    fn stub(&mut self, stopped: &mut Stopped, site: u64) -> Result<u64, Errno> {
-        let room = self
-            .page
-            .filter(|(at, count)| (count + 1) * STUB <= PAGE && at.abs_diff(site) < REACH);
-        let (page, count) = match room {
-            Some(room) => room,
-            None => (near(stopped, site)?, 0),
+/// Takes memory out of a process. What stays is taken by the next policy.
+fn unmap(tracee: &mut Tracee, at: u64, bytes: u64) {
+    let _ = tracee.call(libc::SYS_munmap, [at, bytes, 0, 0, 0, 0]);
+}
+
+/// What an earlier policy has left in a process.
+pub(crate) struct Left {
+    image: u64,
+    parameters: [u64; image::COUNT],
+    /// The words of its slots.
+    slots: Vec<u64>,
+    trampolines: Trampolines,
+}
+
+impl Left {
+    /// `None` where there is no image, or none of this build.
+    pub(crate) fn of(process: i32) -> Option<Left> {
+        let mappings = target::mappings(process);
+        let is_there = |at: u64, bytes: usize, rights: &str, name: &str| {
+            mappings.iter().any(|mapping| {
+                let is_within = mapping.start <= at && at + bytes as u64 <= mapping.end;
+                is_within && mapping.rights.starts_with(rights) && mapping.name.starts_with(name)
+            })
         };
-        self.page = Some((page, count + 1));
-        let at = page + (count * STUB) as u64;
-        let code = stub_code(at, site, self.image).ok_or(Errno::ERANGE)?;
-        target::write_code(stopped.process, at, &code).map_err(errno)?;
-        Ok(at)
-    }
-}
-
-fn errno(error: io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-/// A page for code within reach of `site`.
-fn near(stopped: &mut Stopped, site: u64) -> Result<u64, Errno> {
-    let (rights, flags) = (PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE);
-    let below = (1..REACH >> 20).map(|step| (site & !0xfff).checked_sub(step << 20));
-    let above = (1..REACH >> 20).map(|step| (site & !0xfff).checked_add(step << 20));
-    for at in below.chain(above).flatten().filter(|at| *at > 0x1_0000) {
-        match stopped.map(at, PAGE, rights, flags, -1) {
-            Err(Errno::EEXIST) => {}
-            result => return result,
+        let images = inject::code_pages(process, is_image_begin);
+        let (image, parameters) = images.into_iter().find_map(|at| {
+            let mut code = [0; IMAGE.len()];
+            let (begin, end) = (image::PARAMETERS, image::PARAMETERS + image::COUNT * WORD);
+            let is_same = target::read(process, at, &mut code) && code[..begin] == IMAGE[..begin];
+            let parameters: [u64; image::COUNT] = target::words(process, at + begin as u64)?;
+            let (private, control) = (parameters[image::PRIVATE], parameters[image::CONTROL]);
+            let is_whole = is_there(private, private::WORDS * WORD, "rw-p", "")
+                && is_there(control, control::WORDS * WORD, "r--s", MEMORY);
+            (is_same && code[end..] == IMAGE[end..] && is_whole).then_some((at, parameters))
+        })?;
+        let mut slots = Vec::new();
+        let from = parameters[image::CONTROL] + (control::LIMIT * WORD) as u64;
+        // Those that were in use lie together.
+        for page in (from..)
+            .step_by(PAGE)
+            .take(control::SLOTS * control::SLOT * WORD / PAGE)
+        {
+            match target::words::<{ PAGE / WORD }>(process, page) {
+                Some(words) if words != [0; PAGE / WORD] => slots.extend(words),
+                _ => break,
+            }
         }
+        Some(Left {
+            image,
+            parameters,
+            slots,
+            trampolines: Trampolines::left(process, image, parameters[image::PRIVATE]),
+        })
     }
-    Err(Errno::ENOMEM)
 }
 
-/// Where in a stub the `syscall` instruction is for calls that are not KVM_RUN.
-const STUB_SYSCALL: usize = 51;
+/// How the mappings are called that are the supervisor's.
+const MEMORY: &str = "/memfd:msrgate";
 
-fn stub_code(at: u64, site: u64, image: u64) -> Option<[u8; STUB]> {
-    let back = |end: usize| {
-        let distance = (site + 2).wrapping_sub(at + end as u64).cast_signed();
-        i32::try_from(distance).ok().map(i32::to_le_bytes)
-    };
-    let mut code = Vec::with_capacity(STUB);
-    code.extend([0x3d, libc::SYS_ioctl as u8, 0, 0, 0]); // cmp eax, 16
-    code.extend([0x75, 44]); // jne other
-    code.extend([0x81, 0xfe]); // cmp esi, KVM_RUN
-    code.extend(abi::RUN.to_le_bytes());
-    code.extend([0x75, 36]); // jne other
-    code.extend([0x48, 0x8d, 0x64, 0x24, 0x80]); // lea rsp, [rsp - 128], over the red zone
-    code.extend([0x49, 0xbb]); // mov r11, image
-    code.extend(image.to_le_bytes());
-    code.extend([0x41, 0xff, 0xd3]); // call r11
-    code.extend([0x48, 0x8d, 0xa4, 0x24, 0x80, 0, 0, 0]); // lea rsp, [rsp + 128]
-    code.extend([0xe9]); // jmp behind the site
-    code.extend(back(code.len() + 4)?);
-    code.resize(STUB_SYSCALL, 0xcc);
-    code.extend(SYSCALL); // other: syscall
-    code.extend([0xe9]);
-    code.extend(back(code.len() + 4)?);
-    code.resize(STUB, 0xcc);
-    code.try_into().ok()
+/// Whether a page begins as an image does, of whichever build.
+fn is_image_begin(begin: &[u8]) -> bool {
+    begin.get(2..).is_some_and(|begin| begin.starts_with(image::KIND))
 }
 
-/// Leads the instruction at `site` to `stub`: by a jump of two bytes to five dead bytes near it, which jump on. Whoever is
-/// behind the instruction, in a signal's handler or in the kernel, goes on there as before.
-fn patch(process: i32, site: u64, stub: u64) -> bool {
-    const BEFORE: u64 = 128;
-    let mut code = [0; 256];
-    let start = site.wrapping_sub(BEFORE);
-    if !target::read(process, start, &mut code) {
-        return false;
-    }
-    let site_at = BEFORE as usize;
-    if code.get(site_at..site_at + 2) != Some(&SYSCALL) {
-        return false;
-    }
-    let Some(dead) = dead_bytes(&code, start).find(|at| short(site_at, *at).is_some()) else {
-        return false;
-    };
-    let dead_at = start + dead as u64;
-    let distance = stub.wrapping_sub(dead_at + 5).cast_signed();
-    let (Some(short), Ok(distance)) = (short(site_at, dead), i32::try_from(distance)) else {
-        return false;
-    };
-    let mut jump = [0xe9; 5];
-    jump.iter_mut()
-        .skip(1)
-        .zip(distance.to_le_bytes())
-        .for_each(|(to, from)| *to = from);
-    // First what is led to.
-    target::write_code(process, dead_at, &jump).is_ok() && target::write_code(process, site, &[0xeb, short]).is_ok()
+/// Whether an instruction is an image's, whoever brought it there.
+pub(crate) fn is_some_image(process: i32, instruction: u64) -> bool {
+    let mut begin = [0; image::PARAMETERS];
+    target::read(process, instruction & !(PAGE as u64 - 1), &mut begin) && is_image_begin(&begin)
 }
 
-/// The operand of a jump of two bytes.
-fn short(from: usize, to: usize) -> Option<u8> {
-    let distance = to as i64 - (from as i64 + 2);
-    i8::try_from(distance).ok().map(i8::cast_unsigned)
-}
-
-/// Where five bytes or more are that no code reaches: the padding behind a `ret` or a jump, up to where the next function
-/// is aligned.
-fn dead_bytes(code: &[u8], start: u64) -> impl Iterator<Item = usize> {
-    (5..code.len()).filter(move |at| {
-        let byte = |back: usize| at.checked_sub(back).and_then(|at| code.get(at)).copied();
-        let ret = byte(1) == Some(0xc3);
-        let jump = byte(5) == Some(0xe9);
-        let mut end = *at;
-        while let Some(len) = code.get(end..).and_then(padding) {
-            end += len;
-        }
-        let aligned = (start + end as u64).is_multiple_of(16);
-        (ret || jump) && end - at >= 5 && aligned
+/// Whether some image, whoever brought it there, is running a vCPU, or has somebody who could be asked.
+pub(crate) fn is_some_run(process: i32) -> bool {
+    let mut images = inject::code_pages(process, is_image_begin).into_iter();
+    images.any(|page| {
+        let parameter = page + (image::PARAMETERS + image::PRIVATE * WORD) as u64;
+        let mut private = vec![0; private::WORDS * WORD];
+        let read = target::words(process, parameter).is_some_and(|[at]| target::read(process, at, &mut private));
+        let word = |number: usize| private.iter().skip(number * WORD);
+        read && (word(private::BUSY).any(|byte| *byte != 0) || word(private::KEPT).take(WORD).any(|byte| *byte != 0))
     })
-}
-
-/// Bytes of the instruction that begins here, if it is one that compilers fill up with.
-fn padding(code: &[u8]) -> Option<usize> {
-    let prefixes = code.iter().take_while(|byte| matches!(byte, 0x66 | 0x2e)).count();
-    let rest = match code.get(prefixes..)? {
-        [0xcc, ..] if prefixes == 0 => 1,
-        [0x90, ..] => 1,
-        [0x0f, 0x1f, 0x00, ..] => 3,
-        [0x0f, 0x1f, 0x40, _, ..] => 4,
-        [0x0f, 0x1f, 0x44, _, _, ..] => 5,
-        [0x0f, 0x1f, 0x80, _, _, _, _, ..] => 7,
-        [0x0f, 0x1f, 0x84, _, _, _, _, _, ..] => 8,
-        _ => return None,
-    };
-    (prefixes + rest <= code.len()).then_some(prefixes + rest)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dead_bytes_are_padding_behind_the_end_of_a_function() {
-        // mov eax, 16; syscall; ret; ten bytes of `nop`; a function.
-        let mut code = vec![0xb8, 0x10, 0, 0, 0, 0x0f, 0x05, 0xc3];
-        code.extend([
-            0x66, 0x2e, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0, 0x66, 0x90, 0x66, 0x90, 0x90, 0x90, 0x90, 0x90,
-        ]);
-        code.truncate(16);
-        code.extend([0x55; 16]);
-        assert_eq!(
-            dead_bytes(&code, 0x1000).collect::<Vec<_>>(),
-            Vec::<usize>::new(),
-            "the padding is cut"
-        );
-        let mut whole = vec![0xb8, 0x10, 0, 0, 0, 0x0f, 0x05, 0xc3, 0x0f, 0x1f, 0x84, 0, 0, 0, 0, 0];
-        whole.extend([0x55; 16]);
-        assert_eq!(dead_bytes(&whole, 0x1000).collect::<Vec<_>>(), [8]);
-        // A loop's alignment is reached by what is before it.
-        whole[7] = 0x58;
-        assert_eq!(dead_bytes(&whole, 0x1000).count(), 0);
-    }
-
-    #[test]
-    fn a_stub_is_as_long_as_its_jumps_say() {
-        let code = stub_code(0x10_0000, 0x20_0000, 0x7000_0000_0000).unwrap();
-        assert_eq!((code[5], 7 + usize::from(code[6])), (0x75, STUB_SYSCALL));
-        assert_eq!((code[13], 15 + usize::from(code[14])), (0x75, STUB_SYSCALL));
-        assert_eq!(code[STUB_SYSCALL..STUB_SYSCALL + 2], SYSCALL);
-        assert!(stub_code(0x10_0000, 1 << 40, 0).is_none());
-    }
 }

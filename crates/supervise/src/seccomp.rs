@@ -36,7 +36,7 @@ pub(crate) const IOCTL_X32: u32 = 0x4000_0000 | 514;
 
 /// Values that nothing but this run knows, which calls have as their fourth argument: KVM looks at three.
 #[derive(Clone, Copy, Debug)]
-pub struct Marks {
+pub struct Cookies {
     /// A KVM_RUN of the answerer.
     pub(crate) run: u64,
     /// A call that the supervisor makes on a VMM's thread.
@@ -45,27 +45,40 @@ pub struct Marks {
     pub(crate) ask: u64,
 }
 
-impl Marks {
+impl Cookies {
     /// New ones.
     ///
     /// # Errors
     /// The kernel's, which gives no random numbers.
-    pub fn new() -> io::Result<Marks> {
+    pub fn new() -> io::Result<Cookies> {
         let mut bytes = [0; 24];
         let got = rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
         if got != bytes.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let mark = |number: usize| {
+        let cookie = |number: usize| {
             let bytes = bytes.as_chunks().0.get(number).copied().unwrap_or_default();
             // Neither half is 0, which is what most calls have there.
             u64::from_le_bytes(bytes) | 1 << 63 | 1
         };
-        Ok(Marks {
-            run: mark(0),
-            call: mark(1),
-            ask: mark(2),
+        Ok(Cookies {
+            run: cookie(0),
+            call: cookie(1),
+            ask: cookie(2),
         })
+    }
+
+    /// The same where nobody can be asked.
+    pub(crate) fn alone(self) -> Cookies {
+        Cookies { ask: 0, ..self }
+    }
+
+    /// In tags of VMs that ran already.
+    pub(crate) const ATTACHED: u64 = 1 << 61;
+
+    /// The first tag of VMs that ran already.
+    pub(crate) fn attached_tag(&self) -> u64 {
+        self.first_tag() & (Cookies::ATTACHED - 1) | Cookies::ATTACHED
     }
 
     /// The first of this run's tags: locks of other supervisors are elsewhere.
@@ -79,16 +92,16 @@ impl Marks {
 pub struct Expected(UnixDatagram);
 
 /// Has the command's child, and all that it starts, wait where it makes one of these ioctls; KVM_RUN waits where it is
-/// among them and has no mark.
+/// among them and has no cookie.
 ///
 /// Without the right to administer the system the kernel gives such a filter only where `no_new_privs` is set, which
 /// then is.
 ///
 /// # Errors
 /// The kernel's, where it gives no sockets.
-pub fn notify(command: &mut Command, requests: &[u32], marks: &Marks, no_new_privs: bool) -> io::Result<Expected> {
+pub fn notify(command: &mut Command, requests: &[u32], cookies: &Cookies, no_new_privs: bool) -> io::Result<Expected> {
     let (ours, theirs) = UnixDatagram::pair()?;
-    let mut program = program(requests, marks);
+    let mut program = program(requests, cookies);
     let before_exec = move || {
         if no_new_privs {
             nix::sys::prctl::set_no_new_privs()?;
@@ -112,7 +125,7 @@ pub fn notify(command: &mut Command, requests: &[u32], marks: &Marks, no_new_pri
 }
 
 /// The filter's program. `requests` are few, so that no jump is too long.
-fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
+fn program(requests: &[u32], cookies: &Cookies) -> Vec<sock_filter> {
     let (load, equal, end) = (
         (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16,
         (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
@@ -137,13 +150,13 @@ fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
         step(end, libc::SECCOMP_RET_ALLOW, 0, 0),
         step(end, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
     );
-    // Waits but for a mark.
-    let marked = |mark: u64| {
+    // Waits but for a cookie.
+    let marked = |cookie: u64| {
         [
             step(load, mark_low, 0, 0),
-            step(equal, mark as u32, 0, 3),
+            step(equal, cookie as u32, 0, 3),
             step(load, mark_high, 0, 0),
-            step(equal, (mark >> 32) as u32, 0, 1),
+            step(equal, (cookie >> 32) as u32, 0, 1),
             allow,
             wait,
         ]
@@ -164,7 +177,7 @@ fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
         allow,
     ];
     program.push(step(load, request, 0, 0));
-    let calls = marked(marks.call);
+    let calls = marked(cookies.call);
     for (at, request) in managed.iter().enumerate() {
         // Over the other requests, KVM_RUN and `allow`.
         let rest = managed.len() - at - 1;
@@ -176,7 +189,7 @@ fn program(requests: &[u32], marks: &Marks) -> Vec<sock_filter> {
     program.push(allow);
     program.extend(calls);
     if runs {
-        program.extend(marked(marks.run));
+        program.extend(marked(cookies.run));
     }
     program
 }

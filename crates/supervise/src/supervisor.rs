@@ -13,29 +13,30 @@ use libc::EACCES;
 use msrgate_answer::layout::slot;
 use msrgate_core::abi::{self, EnableCap, Layout, RawFilter};
 use msrgate_core::{Filter, Reasons, VcpuState, Verdict};
-use msrgate_kvm::{HostMsrs, InstallError};
+use msrgate_kvm::{Handlers, HostMsrs, InstallError};
 use msrgate_plan::{CompileOptions, DecisionMap, Plan, PlanError, Preset};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use crate::hands::Hands;
+use crate::cells::Cells;
+use crate::control::{Before, Commands, Control, Resolve, Unsettled};
 use crate::ledger::{Leaf, Ledger};
 use crate::policy::{Mode, Policy, State, is_weaker};
 use crate::region::{Region, Table};
-use crate::seccomp::{Listener, Marks, Waiting};
-use crate::stopped::{Stopped, Stopper};
+use crate::remote::RemoteCalls;
+use crate::running::Attached;
+use crate::seccomp::{Cookies, Listener, Waiting};
 use crate::table;
 use crate::target::{self, Object, Other};
+use crate::tracee::{Tracee, Tracer};
 
+mod attached;
 mod cpuid;
 mod exit;
 mod msrs;
+mod reload;
 mod run;
-
-/// Says what a policy is for a guest with these leaves, without presets, which would come too late; an error is one line for
-/// people.
-pub type Resolve = Box<dyn Fn(Vec<Leaf>) -> Result<(Plan, CompileOptions), String> + Send>;
 
 /// Asked for the process that makes the first vCPU, before there is one: an error is one line for people, and then there is
 /// none.
@@ -65,6 +66,8 @@ pub struct Setup {
     pub rip: bool,
     /// What the policy is for a guest's CPUID, where it depends on that.
     pub resolve: Option<Resolve>,
+    /// Who answers for the handlers that the policy names. The VMMs' calls wait meanwhile.
+    pub handlers: Handlers,
     /// What has to be there before the first vCPU is.
     pub claim: Option<Claim>,
 }
@@ -102,7 +105,7 @@ pub struct Supervisor {
     policy: Arc<Policy>,
     ledger: Arc<Ledger>,
     say: Box<dyn Fn(Remark) + Send>,
-    hands: Hands,
+    remote: RemoteCalls,
     /// What the next VM or vCPU is called.
     next: u64,
     vms: HashMap<u64, Vm>,
@@ -111,10 +114,19 @@ pub struct Supervisor {
     /// The newest region of each process.
     newest: HashMap<i32, u64>,
     tables: Vec<(Arc<Policy>, Arc<Table>)>,
+    cells: Cells,
+    /// What each vCPU's registers hold from its making on, whatever the policy is later.
+    presets: Vec<Preset>,
+    /// What other threads want.
+    commands: Option<Commands>,
+    /// After another policy was put in force.
+    unsettled: Option<Unsettled>,
     host: Option<HostMsrs>,
     tracing: Arc<Mutex<()>>,
     /// From how many VMs on is looked which are gone.
     many: usize,
+    /// Where the VMs ran already.
+    attached: Option<Attached>,
 }
 
 impl fmt::Debug for Supervisor {
@@ -129,6 +141,8 @@ struct Vm {
     number: u32,
     /// The descriptor by which it was found last.
     fd: Option<u64>,
+    /// Of VMs that ran already: the others of the process, since the kernel does not tell whose a vCPU is.
+    others: Vec<u64>,
     process: i32,
     state: State,
     /// The VMM's own mask.
@@ -136,6 +150,8 @@ struct Vm {
     /// What the kernel holds.
     in_force: Filter,
     reasons: Reasons,
+    /// What was in force before, newest first, of which an exit may still be.
+    before: Vec<Before>,
 }
 
 struct Vcpu {
@@ -177,23 +193,28 @@ impl From<Errno> for Refusal {
 impl Supervisor {
     /// `say` must not wait.
     ///
-    pub fn new(setup: Setup, marks: Marks, ledger: Arc<Ledger>, say: Box<dyn Fn(Remark) + Send>) -> Supervisor {
+    pub fn new(setup: Setup, cookies: Cookies, ledger: Arc<Ledger>, say: Box<dyn Fn(Remark) + Send>) -> Supervisor {
         let policy = Policy::new(setup.plan.clone(), setup.options.clone(), setup.mode);
         Supervisor {
+            presets: policy.presets().to_vec(),
             setup,
             policy: Arc::new(policy),
             ledger,
             say,
-            hands: Hands::new(Stopper::new(marks)),
-            next: marks.first_tag(),
+            remote: RemoteCalls::new(Tracer::new(cookies)),
+            next: cookies.first_tag(),
             vms: HashMap::new(),
             vcpus: HashMap::new(),
             regions: HashMap::new(),
             newest: HashMap::new(),
             tables: Vec::new(),
+            cells: Cells::default(),
+            commands: None,
+            unsettled: None,
             host: None,
             tracing: Arc::default(),
             many: MANY,
+            attached: None,
         }
     }
 
@@ -207,13 +228,15 @@ impl Supervisor {
             abi::ENABLE_CAP,
             abi::RUN,
         ];
-        if self.setup.resolve.is_some() || self.setup.events {
+        // A policy that takes the place of this one may depend on the CPUID and remember something.
+        let enforces = self.setup.mode == Mode::Enforce;
+        if enforces || self.setup.events {
             requests.extend([abi::SET_CPUID, abi::SET_CPUID2]);
         }
-        if !self.policy.presets().is_empty() {
+        if !self.presets.is_empty() {
             requests.extend([abi::GET_MSRS, abi::SET_MSRS, abi::GET_ONE_REG, abi::SET_ONE_REG]);
         }
-        if self.setup.resolve.is_some() || self.policy.has_emulated_state() {
+        if enforces {
             requests.push(abi::SET_MP_STATE);
         }
         requests
@@ -225,15 +248,31 @@ impl Supervisor {
         Arc::clone(&self.tracing)
     }
 
+    /// A way for other threads to what serves.
+    ///
+    /// # Errors
+    /// The kernel's, where it gives no pipe.
+    pub fn control(&mut self) -> io::Result<Control> {
+        let (commands, control) = Commands::new()?;
+        self.commands = Some(commands);
+        Ok(control)
+    }
+
     /// Answers until nobody is left who could call.
     ///
     /// # Errors
     /// The kernel's, where it does not say who calls.
     pub fn serve(mut self, listener: &Listener) -> io::Result<()> {
         let mut later: Vec<(Waiting<'_>, Instant)> = Vec::new();
+        let mut commands = self.commands.take();
         loop {
-            let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-            let timeout = if later.is_empty() {
+            let mut ready = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+            // One policy after the other.
+            let reading = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.reading);
+            if let Some(commands) = commands.as_ref().filter(|_| !reading) {
+                ready.push(PollFd::new(commands.wake.as_fd(), PollFlags::POLLIN));
+            }
+            let timeout = if later.is_empty() && self.unsettled.is_none() {
                 PollTimeout::NONE
             } else {
                 AGAIN.into()
@@ -242,7 +281,10 @@ impl Supervisor {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            let events = ready[0].revents().unwrap_or(PollFlags::empty());
+            let mut events = ready.iter().map(|ready| ready.revents().unwrap_or(PollFlags::empty()));
+            let (events, wanted) = (events.next().unwrap_or(PollFlags::empty()), events.next());
+            let wanted = wanted.is_some_and(|events| events.contains(PollFlags::POLLIN));
+            self.look_at_settling();
             for (waiting, until) in mem::take(&mut later) {
                 if self.must_wait(&waiting) && Instant::now() < until {
                     later.push((waiting, until));
@@ -260,6 +302,11 @@ impl Supervisor {
                 }
             } else if !events.is_empty() {
                 return Ok(());
+            }
+            if wanted && let Some(command) = commands.as_mut().and_then(Commands::next) {
+                let tracing = Arc::clone(&self.tracing);
+                let _stands_still = tracing.lock().unwrap_or_else(PoisonError::into_inner);
+                self.command(command);
             }
         }
     }
@@ -340,17 +387,17 @@ impl Supervisor {
     }
 
     /// Stops the thread of a call on a VM or a vCPU; where it cannot be, `what` is refused.
-    fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Stopped> {
+    fn stop(&self, waiting: &Waiting<'_>, what: &str) -> Option<Tracee> {
         let process = target::process(waiting.thread);
-        match self.hands.stop(waiting, process, self.syscall(process), || ()) {
-            Ok((mut stopped, ())) => {
+        match self.remote.stop(waiting, process, self.syscall(process), || ()) {
+            Ok((mut tracee, ())) => {
                 // They are the process's that made them. The kernel looks at that first, and next at the request, before
                 // it waits for a vCPU (`kvm_vm_ioctl`, `kvm_vcpu_ioctl`).
-                if stopped.ioctl(waiting.arguments[0], 0, 0) == Err(Errno::EIO) {
-                    stopped.finish(i64::from(-libc::EIO));
+                if tracee.ioctl(waiting.arguments[0], 0, 0) == Err(Errno::EIO) {
+                    tracee.finish(i64::from(-libc::EIO));
                     return None;
                 }
-                Some(stopped)
+                Some(tracee)
             }
             Err(None) => None,
             Err(Some(line)) => {
@@ -362,7 +409,7 @@ impl Supervisor {
 
     /// A `syscall` instruction in a process.
     fn syscall(&self, process: i32) -> Option<u64> {
-        self.regions.get(self.newest.get(&process)?)?.syscall()
+        self.regions.get(self.newest.get(&process)?)?.trampolines.syscall()
     }
 
     fn create_vm(&mut self, waiting: &Waiting<'_>) {
@@ -372,25 +419,25 @@ impl Supervisor {
             Err(error) => return self.refuse_object(waiting, "no VM is made", &error.to_string()),
         }
         let process = target::process(waiting.thread);
-        let mut stopped = match self.hands.stop(waiting, process, self.syscall(process), || ()) {
-            Ok((stopped, ())) => stopped,
+        let mut tracee = match self.remote.stop(waiting, process, self.syscall(process), || ()) {
+            Ok((tracee, ())) => tracee,
             Err(None) => return,
             Err(Some(line)) => return self.refuse_object(waiting, "no VM is made", &line),
         };
-        self.collect(&mut stopped);
+        self.collect(&mut tracee);
         let [kvm, _, kind, ..] = waiting.arguments;
-        let vm = match stopped.ioctl(kvm, abi::CREATE_VM, kind) {
+        let vm = match tracee.ioctl(kvm, abi::CREATE_VM, kind) {
             Ok(vm) => vm,
-            Err(error) => return stopped.give(Err(error)),
+            Err(error) => return tracee.give(Err(error)),
         };
-        match self.adopt_vm(&mut stopped, vm) {
-            Ok(()) => stopped.finish(vm.cast_signed()),
-            Err(refusal) => self.take_back(stopped, vm, waiting.thread, "no VM is made", refusal),
+        match self.adopt_vm(&mut tracee, vm) {
+            Ok(()) => tracee.finish(vm.cast_signed()),
+            Err(refusal) => self.take_back(tracee, vm, waiting.thread, "no VM is made", refusal),
         }
     }
 
     /// Closes a descriptor that nothing can be put in force on.
-    fn take_back(&self, mut stopped: Stopped, fd: u64, thread: i32, what: &str, refusal: Refusal) {
+    fn take_back(&self, mut tracee: Tracee, fd: u64, thread: i32, what: &str, refusal: Refusal) {
         let line = match refusal {
             // It was killed.
             Refusal::Kernel(Errno::ESRCH) => return,
@@ -400,27 +447,29 @@ impl Supervisor {
         if self.tell(thread, what, &line) {
             self.ledger.refuse();
         }
-        stopped.close(fd as i32);
-        stopped.finish(i64::from(-EACCES));
+        tracee.close(fd as i32);
+        tracee.finish(i64::from(-EACCES));
     }
 
-    fn adopt_vm(&mut self, stopped: &mut Stopped, fd: u64) -> Result<(), Refusal> {
+    fn adopt_vm(&mut self, tracee: &mut Tracee, fd: u64) -> Result<(), Refusal> {
         let line = |error: &dyn fmt::Display| Refusal::Line(error.to_string());
         self.open_host_msrs(&self.policy.clone())?;
         let plan = self.policy.composed(None, Some(&BTreeSet::new()));
         let plan = plan.map_err(|error| line(&error))?;
         let tag = self.new_tag();
-        self.hands.tag(stopped, fd, tag)?;
+        self.remote.tag(tracee, fd, tag)?;
         let mut vm = Vm {
             number: 0,
             fd: Some(fd),
-            process: stopped.process,
+            others: Vec::new(),
+            process: tracee.process,
             state: State::new(Arc::clone(&self.policy)),
             mask: Reasons::NONE,
             in_force: Filter::allow_all(),
             reasons: Reasons::NONE,
+            before: Vec::new(),
         };
-        put_in_force(&mut self.hands, stopped, fd, &mut vm, plan.filter(), plan.reasons())?;
+        put_in_force(&mut self.remote, tracee, fd, &mut vm, plan.filter(), plan.reasons())?;
         vm.state.plan = Some(Arc::new(plan));
         vm.number = self.ledger.new_vm();
         self.vms.insert(tag, vm);
@@ -482,29 +531,29 @@ impl Supervisor {
             }
             self.setup.claim = None;
         }
-        let Some(mut stopped) = self.stop(waiting, &what) else {
+        let Some(mut tracee) = self.stop(waiting, &what) else {
             return;
         };
-        let fd = match stopped.ioctl(vm, abi::CREATE_VCPU, id) {
+        let fd = match tracee.ioctl(vm, abi::CREATE_VCPU, id) {
             Ok(fd) => fd,
-            Err(error) => return stopped.give(Err(error)),
+            Err(error) => return tracee.give(Err(error)),
         };
-        match self.adopt_vcpu(&mut stopped, fd, tag, id as u32) {
-            Ok(()) => stopped.finish(fd.cast_signed()),
-            Err(refusal) => self.take_back(stopped, fd, waiting.thread, &what, refusal),
+        match self.adopt_vcpu(&mut tracee, fd, tag, id as u32) {
+            Ok(()) => tracee.finish(fd.cast_signed()),
+            Err(refusal) => self.take_back(tracee, fd, waiting.thread, &what, refusal),
         }
     }
 
-    fn adopt_vcpu(&mut self, stopped: &mut Stopped, fd: u64, vm: u64, id: u32) -> Result<(), Refusal> {
+    fn adopt_vcpu(&mut self, tracee: &mut Tracee, fd: u64, vm: u64, id: u32) -> Result<(), Refusal> {
         let tag = self.new_tag();
-        self.hands.tag(stopped, fd, tag)?;
+        self.remote.tag(tracee, fd, tag)?;
         let mut registers = Vec::new();
-        for preset in self.policy.presets() {
-            let vmms = self.hands.host_read(stopped, fd, preset.msr);
+        for preset in &self.presets {
+            let vmms = self.remote.host_read(tracee, fd, preset.msr);
             let vmms = vmms.ok_or_else(|| Refusal::Line(format!("the kernel gives no value of {}", preset.msr)))?;
             registers.push(Register { preset: *preset, vmms });
-            let _ = self.hands.host_write(stopped, fd, preset.msr, preset.value);
-            if self.hands.host_read(stopped, fd, preset.msr) != Some(preset.value) {
+            let _ = self.remote.host_write(tracee, fd, preset.msr, preset.value);
+            if self.remote.host_read(tracee, fd, preset.msr) != Some(preset.value) {
                 let line = format!("the kernel does not hold {:#x} in {}", preset.value, preset.msr);
                 return Err(Refusal::Line(line));
             }
@@ -512,7 +561,7 @@ impl Supervisor {
         // The number may have been another vCPU's.
         self.regions
             .values()
-            .filter(|region| region.process == stopped.process)
+            .filter(|region| region.process == tracee.process)
             .for_each(|region| region.forget(fd));
         self.ledger.new_vcpu();
         self.vcpus.insert(
@@ -531,39 +580,39 @@ impl Supervisor {
     }
 
     fn set_msr_filter(&mut self, waiting: &Waiting<'_>, tag: u64) {
-        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+        let Some(mut tracee) = self.stop(waiting, "the VMM's call fails") else {
             return;
         };
         let [fd, _, address, ..] = waiting.arguments;
-        let process = stopped.process;
+        match self.take_filter(&mut tracee, fd, tag, address) {
+            Ok(()) => tracee.finish(0),
+            Err(refusal) => self.fail(tracee, waiting.thread, "the VMM's call fails", refusal),
+        }
+    }
+
+    /// Puts the VMM's own filter, which lies at this address, in force together with the policy.
+    fn take_filter(&mut self, tracee: &mut Tracee, fd: u64, tag: u64, address: u64) -> Result<(), Refusal> {
+        let process = tracee.process;
         let mut bytes = [0; Layout::NATIVE.filter_size];
         let read = target::read(process, address, &mut bytes);
         let raw = RawFilter::from_bytes(&bytes, Layout::NATIVE).filter(|_| read);
         let filter = raw.ok_or(abi::Errno::Efault);
         let filter = filter.and_then(|raw| raw.filter(|address, to| target::read(process, address, to)));
-        let filter = match filter {
-            Ok(filter) => filter,
-            Err(error) => return stopped.finish(-i64::from(error as i32)),
-        };
-        let Some(vm) = self.vms.get_mut(&tag) else { return };
+        let filter = filter.map_err(|error| Refusal::Kernel(Errno::from_raw(error as i32)))?;
+        let vm = self.vms.get_mut(&tag).ok_or(Refusal::Kernel(Errno::EBADF))?;
         let weaker = vm.state.filter.as_ref().is_some_and(|old| is_weaker(old, &filter));
         let old = vm.state.filter.replace(filter);
-        match self.compose(&mut stopped, fd, tag) {
-            Ok(()) => stopped.finish(0),
-            Err(refusal) => {
-                if let Some(vm) = self.vms.get_mut(&tag) {
-                    vm.state.filter = old;
-                }
-                return self.fail(stopped, waiting.thread, "the VMM's call fails", refusal);
-            }
+        let composed = self.compose(tracee, fd, tag);
+        let vm = self.vms.get_mut(&tag).ok_or(Refusal::Kernel(Errno::EBADF))?;
+        if let Err(refusal) = composed {
+            vm.state.filter = old;
+            return Err(refusal);
         }
-        if weaker
-            && let Some(vm) = self.vms.get_mut(&tag)
-            && !mem::replace(&mut vm.state.told, true)
-        {
+        if weaker && !mem::replace(&mut vm.state.told, true) {
             let line = "the VMM allows MSRs that its own filter denied before; the policy stays in force";
             (self.say)(Remark::Line(line.to_owned()));
         }
+        Ok(())
     }
 
     fn enable_cap(&mut self, waiting: &Waiting<'_>) {
@@ -574,8 +623,7 @@ impl Supervisor {
         };
         let mut bytes = [0; EnableCap::BYTES];
         let read = target::read(waiting.thread, waiting.arguments[2], &mut bytes);
-        let EnableCap { cap, flags, arg } = EnableCap::from_bytes(&bytes);
-        if !read || cap != abi::CAP_X86_USER_SPACE_MSR {
+        if !read || EnableCap::from_bytes(&bytes).cap != abi::CAP_X86_USER_SPACE_MSR {
             // Of another capability, or of none: the kernel says so.
             return waiting.allow();
         }
@@ -584,19 +632,27 @@ impl Supervisor {
             return self.refuse(waiting, "the call is refused", line);
         }
         // Not for a process whose memory is another than the VM's, as in the kernel.
-        let Some(stopped) = self.stop(waiting, "the VMM's call fails") else {
+        let Some(tracee) = self.stop(waiting, "the VMM's call fails") else {
             return;
         };
+        let taken = self.take_mask(tracee.process, tag, waiting.arguments[2]);
+        tracee.give(taken.map(|()| 0));
+    }
+
+    /// Has the VMM get the exits that it asks for, by the capability that lies at this address.
+    fn take_mask(&mut self, process: i32, tag: u64, address: u64) -> Result<(), Errno> {
+        let mut bytes = [0; EnableCap::BYTES];
+        let read = target::read(process, address, &mut bytes);
+        let EnableCap { flags, arg, .. } = EnableCap::from_bytes(&bytes);
         // In the kernel's order: `kvm_vm_ioctl_enable_cap`.
-        let Some(mask) = Reasons::from_bits(arg).filter(|_| flags == 0) else {
-            return stopped.finish(i64::from(-libc::EINVAL));
-        };
+        let mask = Reasons::from_bits(arg).filter(|_| read && flags == 0);
+        let mask = mask.ok_or(Errno::EINVAL)?;
         // The kernel hands over for all reasons already.
         if let Some(vm) = self.vms.get_mut(&tag) {
             vm.mask = mask;
         }
         self.tell_regions(tag, slot::MASK, u64::from(mask.bits()));
-        stopped.finish(0);
+        Ok(())
     }
 
     /// Has the answerers of a VM's vCPUs know something.
@@ -605,18 +661,18 @@ impl Supervisor {
         self.regions.values().for_each(|region| region.tell(word, of_vm));
     }
 
-    fn fail(&self, stopped: Stopped, thread: i32, what: &str, refusal: Refusal) {
+    fn fail(&self, tracee: Tracee, thread: i32, what: &str, refusal: Refusal) {
         match refusal {
-            Refusal::Kernel(error) => stopped.give(Err(error)),
+            Refusal::Kernel(error) => tracee.give(Err(error)),
             Refusal::Line(line) => {
                 self.tell(thread, what, &line);
-                stopped.finish(i64::from(-EACCES));
+                tracee.finish(i64::from(-EACCES));
             }
         }
     }
 
     /// Puts in force what policy and VMM say together; on an error what was in force still is.
-    fn compose(&mut self, stopped: &mut Stopped, fd: u64, tag: u64) -> Result<(), Refusal> {
+    fn compose(&mut self, tracee: &mut Tracee, fd: u64, tag: u64) -> Result<(), Refusal> {
         let vm = self.vms.get_mut(&tag).ok_or(Refusal::Kernel(Errno::EBADF))?;
         let plan = vm.state.composed().map_err(|error| {
             let with = match &vm.state.filter {
@@ -625,7 +681,7 @@ impl Supervisor {
             };
             Refusal::Line(format!("{with}{error}"))
         })?;
-        put_in_force(&mut self.hands, stopped, fd, vm, plan.filter(), plan.reasons())?;
+        put_in_force(&mut self.remote, tracee, fd, vm, plan.filter(), plan.reasons())?;
         let plan = Arc::new(plan);
         let old = vm.state.plan.replace(Arc::clone(&plan));
         if let Some(old) = old.filter(|old| old.table() != plan.table()) {
@@ -642,28 +698,33 @@ impl Supervisor {
         if let Some((_, table)) = self.tables.iter().find(|(known, _)| Arc::ptr_eq(known, policy)) {
             return Ok(Arc::clone(table));
         }
-        let table = Arc::new(Table::new(table::words(policy))?);
+        self.cells.add(policy.plan().table());
+        let table = Arc::new(Table::new(table::words(policy, &self.cells))?);
         self.tables.push((Arc::clone(policy), Arc::clone(&table)));
         Ok(table)
     }
 
     fn set_mp_state(&mut self, waiting: &Waiting<'_>, tag: u64) {
-        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+        let vm = self.vcpus.get(&tag).and_then(|vcpu| self.vms.get(&vcpu.vm));
+        if vm.is_some_and(|vm| !vm.state.policy.has_emulated_state()) {
+            return waiting.allow();
+        }
+        let Some(mut tracee) = self.stop(waiting, "the VMM's call fails") else {
             return;
         };
         let [fd, request, address, ..] = waiting.arguments;
-        let result = stopped.ioctl(fd, request as u32, address);
+        let result = tracee.ioctl(fd, request as u32, address);
         if let (Ok(_), Some(vcpu)) = (&result, self.vcpus.get_mut(&tag)) {
             vcpu.placed = true;
             // It is looked at where it runs next.
             let this = |vcpu: u64| (vcpu == tag).then_some(0);
             self.regions.values().for_each(|region| region.tell(slot::READY, this));
         }
-        stopped.give(result);
+        tracee.give(result);
     }
 
     /// Lets go of what is no longer there: vCPUs that the process has closed, and processes that have ended.
-    fn collect(&mut self, stopped: &mut Stopped) {
+    fn collect(&mut self, tracee: &mut Tracee) {
         let ended = |process: i32| nix::sys::signal::kill(Pid::from_raw(process), None) == Err(Errno::ESRCH);
         self.regions.retain(|_, region| {
             let over = ended(region.process);
@@ -674,17 +735,17 @@ impl Supervisor {
         });
         let regions = &self.regions;
         self.newest.retain(|_, name| regions.contains_key(name));
-        self.hands.prune(ended);
+        self.remote.prune(ended);
         // Looking through a process's descriptors takes time for each: it is done seldom where there are many.
         let many = self.vms.len() >= self.many;
-        let process = stopped.process;
+        let process = tracee.process;
         let region = self.newest.get(&process).and_then(|name| self.regions.get_mut(name));
         let region = region.filter(|region| region.len() > 0 && (many || region.len() <= FEW));
         if (region.is_some() || many)
             && let Ok(alive) = target::tags(process)
         {
             if let Some(region) = region {
-                region.collect(stopped, &alive);
+                region.collect(tracee, &alive);
             }
             let gone = |tag: &u64, of: i32| of == process && !alive.contains(tag);
             if many {
@@ -708,32 +769,43 @@ impl Supervisor {
 /// Widens the mask, then swaps the filter, then narrows the mask: an access that either filter denies is handed over if
 /// its plan says so. On an error what was in force still is.
 fn put_in_force(
-    hands: &mut Hands,
-    stopped: &mut Stopped,
+    remote: &mut RemoteCalls,
+    tracee: &mut Tracee,
     fd: u64,
     vm: &mut Vm,
     filter: &Filter,
     reasons: Reasons,
 ) -> Result<(), Errno> {
     let both = vm.reasons.union(reasons);
+    let fds: Vec<u64> = [fd].into_iter().chain(vm.others.iter().copied()).collect();
     if both != vm.reasons {
-        hands.set_mask(stopped, fd, both)?;
+        set_masks(remote, tracee, &fds, both)?;
     }
-    if *filter != vm.in_force
-        && let Err(error) = hands.set_filter(stopped, fd, filter)
-    {
-        if both != vm.reasons {
-            // A mask that stays too wide hands over what the answerer faults, as the kernel would.
-            let _ = hands.set_mask(stopped, fd, vm.reasons);
+    if *filter != vm.in_force {
+        for (count, fd) in fds.iter().enumerate() {
+            let Err(error) = remote.set_filter(tracee, *fd, filter) else {
+                continue;
+            };
+            for fd in fds.iter().take(count) {
+                let _ = remote.set_filter(tracee, *fd, &vm.in_force);
+            }
+            if both != vm.reasons {
+                // A mask that stays too wide hands over what the answerer faults, as the kernel would.
+                let _ = set_masks(remote, tracee, &fds, vm.reasons);
+            }
+            return Err(error);
         }
-        return Err(error);
     }
     vm.in_force = filter.clone();
     if both != reasons {
-        let _ = hands.set_mask(stopped, fd, reasons);
+        let _ = set_masks(remote, tracee, &fds, reasons);
     }
     vm.reasons = reasons;
     Ok(())
+}
+
+fn set_masks(remote: &mut RemoteCalls, tracee: &mut Tracee, vms: &[u64], mask: Reasons) -> Result<(), Errno> {
+    vms.iter().try_for_each(|fd| remote.set_mask(tracee, *fd, mask))
 }
 
 /// What a plan that lets nothing through is made of: for a VM whose policy cannot be kept any more.

@@ -3,6 +3,7 @@
 use msrgate_answer::layout::table;
 use msrgate_core::{Disposition, Entry, FaultCause, Log, MsrRange, ReadAction, WriteAction};
 
+use crate::cells::Cells;
 use crate::policy::{Mode, Policy};
 
 /// What the answerer does by itself, and what it asks for.
@@ -20,8 +21,9 @@ enum Kind {
     Route,
 }
 
-/// How many words of its own a vCPU keeps for shadows, and the table ([`msrgate_answer::layout::table`]).
-pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
+/// How many words of its own a vCPU keeps for shadows, and the table ([`msrgate_answer::layout::table`]); `cells` has a place
+/// for all that the policy keeps.
+pub(crate) fn words(policy: &Policy, cells: &Cells) -> (usize, Vec<u64>) {
     let (map, table) = (policy.plan().map(), policy.plan().table());
     let asks = policy.mode() != Mode::Enforce;
     // What is passed on there depends on the VMM's own filter too.
@@ -74,7 +76,7 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
             ..
         } in table.reads()
         {
-            for (range, cell) in parts(policy, *range, matches!(action, ReadAction::Shadow(_))) {
+            for (range, cell) in parts(cells, *range, matches!(action, ReadAction::Shadow(_))) {
                 reads.push(entry(range, read(action), action.did() as u64, *rule, *log, cell));
             }
         }
@@ -101,29 +103,22 @@ pub(crate) fn words(policy: &Policy) -> (usize, Vec<u64>) {
             ..
         } in table.writes()
         {
-            for (range, cell) in parts(policy, *range, *action == WriteAction::Shadow) {
+            for (range, cell) in parts(cells, *range, *action == WriteAction::Shadow) {
                 writes.push(entry(range, write(action), action.did() as u64, *rule, *log, cell));
             }
         }
     }
     words.extend([reads.len() as u64, writes.len() as u64]);
     words.extend(reads.into_iter().chain(writes).flatten());
-    let cells = table.cells().map(|(range, first)| first + range.len() as usize).max();
-    (cells.unwrap_or(0) * 2, words)
+    (cells.words(), words)
 }
 
 /// A range as a whole, or where it keeps a state the parts that lie together.
-fn parts(policy: &Policy, range: MsrRange, keeps: bool) -> Vec<(MsrRange, u64)> {
-    if !keeps {
-        return vec![(range, 0)];
+fn parts(cells: &Cells, range: MsrRange, keeps: bool) -> Vec<(MsrRange, u64)> {
+    match keeps {
+        false => vec![(range, 0)],
+        true => cells.parts(range).map(|(part, cell)| (part, cell as u64)).collect(),
     }
-    let cells = policy.plan().table().cells();
-    let part = |(span, cell): (MsrRange, usize)| {
-        let part = MsrRange::new(range.first().max(span.first()), range.last().min(span.last()))?;
-        let distance = part.first().0 - span.first().0;
-        Some((part, cell as u64 + u64::from(distance)))
-    };
-    cells.filter_map(part).collect()
 }
 
 /// What is not known here is asked for.
@@ -289,7 +284,9 @@ mod tests {
                     }),
                 )).with_unknown(unknown);
             let policy = Policy::new(Plan::compile(&map).unwrap(), CompileOptions::default(), Mode::Enforce);
-            let (cells, words) = words(&policy);
+            let mut places = Cells::default();
+            places.add(policy.plan().table());
+            let (cells, words) = words(&policy, &places);
             let mut cells = vec![0; cells];
             let table = policy.plan().table();
             let mut state: VcpuState = table.vcpu_state();

@@ -8,6 +8,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
+pub(crate) const PAGE: usize = 4096;
+pub(crate) const WORD: usize = size_of::<u64>();
+
 /// What a descriptor is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Object {
@@ -55,16 +58,44 @@ fn tag(thread: i32, fd: RawFd) -> io::Result<u64> {
     Ok(starts.min().unwrap_or(0))
 }
 
-/// Gives the open file of a descriptor a tag, from outside: nothing changes in the process.
-pub(crate) fn name(process: i32, fd: RawFd, tag: u64) -> io::Result<()> {
+/// The descriptors of a process whose files are called so.
+pub(crate) fn descriptors_of(process: i32, name: &str) -> Vec<RawFd> {
+    let entries = fs::read_dir(format!("/proc/{process}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let named =
+        entries.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with(name)));
+    named
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// The open file of a process's descriptor.
+pub(crate) fn file(process: i32, fd: RawFd) -> io::Result<fs::File> {
     let pid = rustix::process::Pid::from_raw(process).ok_or(io::ErrorKind::NotFound)?;
     let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
     let file = rustix::process::pidfd_getfd(process, fd, rustix::process::PidfdGetfdFlags::empty())?;
+    Ok(file.into())
+}
+
+/// Gives the open file of a descriptor a tag, from outside: nothing changes in the process.
+pub(crate) fn name(process: i32, fd: RawFd, tag: u64) -> io::Result<()> {
+    lock(process, fd, libc::F_WRLCK, tag.cast_signed(), 1)
+}
+
+/// Takes all tags of the open file of a descriptor away.
+pub(crate) fn unname(process: i32, fd: RawFd) -> io::Result<()> {
+    lock(process, fd, libc::F_UNLCK, 0, 0)
+}
+
+fn lock(process: i32, fd: RawFd, kind: libc::c_int, start: i64, len: i64) -> io::Result<()> {
+    let file = file(process, fd)?;
     let lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: tag.cast_signed(),
-        l_len: 1,
+        l_start: start,
+        l_len: len,
         l_pid: 0,
     };
     nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_OFD_SETLK(&lock))?;
@@ -94,8 +125,28 @@ pub(crate) fn tags(process: i32) -> io::Result<Vec<u64>> {
     Ok(tags)
 }
 
+/// What the descriptors of a process are that can be looked at, in their order.
+pub(crate) fn objects(process: i32) -> Vec<(u64, Object)> {
+    let entries = fs::read_dir(format!("/proc/{process}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let fds = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut objects: Vec<(u64, Object)> = fds
+        .filter_map(|fd: RawFd| Some((fd as u64, Object::of(process, fd).ok()?)))
+        .collect();
+    objects.sort_unstable_by_key(|(fd, _)| *fd);
+    objects
+}
+
+/// The number of the vCPU of a descriptor, which the kernel says from Linux 4.6 on.
+pub(crate) fn vcpu_number(process: i32, fd: u64) -> Option<u64> {
+    let link = fs::read_link(format!("/proc/{process}/fd/{fd}")).ok()?;
+    link.to_str()?.strip_prefix("anon_inode:kvm-vcpu:")?.parse().ok()
+}
+
 /// Whether a thread of a process is the kernel's, such as KVM's for a VM (`PF_USER_WORKER`): it has no descriptors.
-fn is_kernels(thread: i32) -> bool {
+pub(crate) fn is_kernels(thread: i32) -> bool {
     stat(thread, 9).is_some_and(|flags| flags & 0x4000 != 0)
 }
 
@@ -112,12 +163,29 @@ fn stat(thread: i32, field: usize) -> Option<u64> {
     rest.split_whitespace().nth(field.checked_sub(3)?)?.parse().ok()
 }
 
-/// Whether two threads have the same descriptors (`kcmp(2)`).
+/// Whether two threads have the same descriptors.
 fn share_descriptors(one: i32, other: i32) -> bool {
-    #![expect(unsafe_code, reason = "a system call without a wrapper")]
     const KCMP_FILES: libc::c_int = 2;
+    is_same(one, other, KCMP_FILES, 0, 0)
+}
+
+/// Whether two processes have the same memory.
+pub(crate) fn share_memory(one: i32, other: i32) -> bool {
+    const KCMP_VM: libc::c_int = 1;
+    is_same(one, other, KCMP_VM, 0, 0)
+}
+
+/// Whether two descriptors of a process are one open file.
+pub(crate) fn is_same_file(process: i32, one: RawFd, other: RawFd) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    is_same(process, process, KCMP_FILE, one, other)
+}
+
+/// `kcmp(2)`.
+fn is_same(one: i32, other: i32, kind: libc::c_int, first: RawFd, second: RawFd) -> bool {
+    #![expect(unsafe_code, reason = "a system call without a wrapper")]
     // SAFETY: takes numbers and touches no memory of ours.
-    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) };
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, kind, first, second) };
     order == 0
 }
 
@@ -126,6 +194,22 @@ pub(crate) fn status(thread: i32, field: &str) -> Option<i64> {
     let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
     let mut lines = status.lines();
     lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().parse().ok())
+}
+
+/// Whether a thread of a process has a shadow stack (`map_shadow_stack(2)`), by the text of its status: a signal's frame that the
+/// kernel did not write itself ends it (`restore_signal_shadow_stack`).
+pub(crate) fn has_shadow_stack(status: &str) -> bool {
+    let features = status
+        .lines()
+        .find_map(|line| line.strip_prefix("x86_Thread_features:"));
+    features.is_some_and(|features| features.split_whitespace().any(|feature| feature == "shstk"))
+}
+
+/// The process that traces a thread.
+pub(crate) fn tracer(thread: i32) -> Option<i32> {
+    // A thread of it traces.
+    let tracer = status(thread, "TracerPid").filter(|tracer| *tracer != 0)?;
+    Some(process(i32::try_from(tracer).ok()?)).filter(|process| *process != 0)
 }
 
 /// The process of a thread; 0 where it has ended.
@@ -198,6 +282,62 @@ pub(crate) fn read(process: i32, address: u64, to: &mut [u8]) -> bool {
     read == Ok(len)
 }
 
+/// Words of a process from an address on; `None` where they cannot be read.
+pub(crate) fn words<const N: usize>(process: i32, address: u64) -> Option<[u64; N]> {
+    let mut bytes = [[0; WORD]; N];
+    read(process, address, bytes.as_flattened_mut()).then(|| bytes.map(u64::from_le_bytes))
+}
+
+/// The first bytes at each of these places in a process; zeros where there is nothing to be read.
+pub(crate) fn begins<const N: usize>(process: i32, places: &[u64]) -> Vec<[u8; N]> {
+    /// `UIO_MAXIOV`.
+    const MOST: usize = 1024;
+    let mut found = vec![[0; N]; places.len()];
+    let mut done = 0;
+    while let Some(rest) = places.get(done..).filter(|rest| !rest.is_empty()) {
+        let remote = |place: &u64| RemoteIoVec {
+            base: *place as usize,
+            len: N,
+        };
+        let remote: Vec<RemoteIoVec> = rest.iter().take(MOST).map(remote).collect();
+        let to = found.get_mut(done..done + remote.len()).unwrap_or_default();
+        let read = process_vm_readv(
+            Pid::from_raw(process),
+            &mut [IoSliceMut::new(to.as_flattened_mut())],
+            &remote,
+        );
+        // It ends before the first one that cannot be read.
+        let read = read.unwrap_or(0) / N;
+        done += if read < remote.len() { read + 1 } else { read };
+    }
+    found
+}
+
+/// A mapping of a process.
+pub(crate) struct Mapping {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) rights: String,
+    pub(crate) name: String,
+}
+
+/// The mappings of a process, in their order.
+pub(crate) fn mappings(process: i32) -> Vec<Mapping> {
+    let text = fs::read_to_string(format!("/proc/{process}/maps")).unwrap_or_default();
+    let mapping = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let number = |word| u64::from_str_radix(word, 16).ok();
+        Some(Mapping {
+            start: number(start)?,
+            end: number(end)?,
+            rights: words.next()?.to_owned(),
+            name: words.nth(3).unwrap_or_default().to_owned(),
+        })
+    };
+    text.lines().filter_map(mapping).collect()
+}
+
 /// Writes a process's memory, where the process may.
 pub(crate) fn write(process: i32, address: u64, bytes: &[u8]) -> bool {
     let remote = RemoteIoVec {
@@ -214,6 +354,11 @@ pub(crate) fn write_code(process: i32, address: u64, bytes: &[u8]) -> io::Result
         .write(true)
         .open(format!("/proc/{process}/mem"))?;
     memory.write_all_at(bytes, address)
+}
+
+/// The kernel's number of an error, EIO where it has none.
+pub(crate) fn errno(error: io::Error) -> nix::errno::Errno {
+    nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// A thread's descriptor of the open file of a tag.
@@ -238,4 +383,21 @@ pub(crate) fn is_go(process: i32) -> bool {
     start.truncate(read);
     // A note's type 4 and its name, which the linker puts near the start: `ELF_NOTE_GOBUILDID_TAG`.
     start.windows(8).any(|window| window == b"\x04\0\0\0Go\0\0")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shadow_stack_is_known_by_its_name_among_the_features() {
+        let status = |features: &str| {
+            format!("Name:\tvmm\nx86_Thread_features:\t{features}\nx86_Thread_features_locked:\tshstk\n")
+        };
+        assert!(has_shadow_stack(&status("shstk wrss ")));
+        for without in ["", "wrss ", "noshstk "] {
+            assert!(!has_shadow_stack(&status(without)), "{without}");
+        }
+        assert!(!has_shadow_stack("Name:\tvmm\n"));
+    }
 }

@@ -84,6 +84,9 @@ mod tests {
     }
 
     proptest! {
+        // Each compares thousands of MSRs at each of its touches.
+        #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
         #[test]
         fn what_is_opened_is_allowed_and_nothing_else_changes(
             touches in prop::collection::vec((prop_oneof![0_u32..0x200, 0x2f00_u32..0x6000, any::<u32>()], any::<bool>()), 1..30),

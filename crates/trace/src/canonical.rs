@@ -221,6 +221,20 @@ pub fn write_gap(gap: &Gap, to: &mut impl Write) -> io::Result<()> {
     to.write_all(line.bytes())
 }
 
+/// Writes the line that says that the policy of a hash is in force from there on; readers pass over it.
+///
+/// # Errors
+/// The output's.
+pub fn write_policy(t: Nanos, hash: &str, to: &mut impl Write) -> io::Result<()> {
+    let mut line = Line::new();
+    line.text("{\"t\":");
+    line.decimal(t.0);
+    line.text(",\"policy\":\"");
+    line.text(hash);
+    line.text("\"}\n");
+    to.write_all(line.bytes())
+}
+
 /// A line that is being written. The longest event takes some 300 bytes.
 struct Line {
     bytes: [u8; 512],

@@ -274,6 +274,13 @@ impl Report {
         });
     }
 
+    /// Says anew what the trace that was begun last says of itself: of a log that is known when it is read.
+    pub fn end(&mut self, header: Header) {
+        if let Some(trace) = self.traces.last_mut() {
+            trace.header = header;
+        }
+    }
+
     /// The trace that was begun last, and its number.
     fn trace(&mut self) -> Option<(u32, &mut Trace)> {
         if self.traces.is_empty() {

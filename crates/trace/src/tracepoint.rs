@@ -260,7 +260,7 @@ fn named<const N: usize>(payload: &str, keys: [&str; N]) -> Result<[Option<u64>;
         let place = keys.iter().position(|known| *known == key);
         if let Some(field) = place.and_then(|place| found.get_mut(place)) {
             let word = words.next().unwrap_or_default();
-            *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is no number"))?);
+            *field = Some(number(word).ok_or_else(|| format!("`{key}` is `{word}`, which is not a number"))?);
         }
     }
     Ok(found)
@@ -270,7 +270,7 @@ fn named<const N: usize>(payload: &str, keys: [&str; N]) -> Result<[Option<u64>;
 fn hexadecimal(word: Option<&str>, what: &str) -> Result<u64, String> {
     let word = word.unwrap_or_default();
     let digits = word.strip_prefix("0x").unwrap_or(word);
-    u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is no number"))
+    u64::from_str_radix(digits, 16).map_err(|_| format!("the {what} is `{word}`, which is not a number"))
 }
 
 /// A number in hexadecimal with `0x`, or in decimal, where `perf trace` prints those with bit 63 below zero.
@@ -304,8 +304,10 @@ fn foreign(line: &str, had_events: bool) -> Result<(), String> {
         return Ok(());
     }
     Err(match had_events {
-        true => "this is no line of `perf script`, `perf trace`, `trace-cmd report` or ftrace",
-        false => "this is no trace: neither JSON Lines (docs/trace.md) nor the text of kvm:kvm_msr (docs/formats.md)",
+        true => "this is not a line of `perf script`, `perf trace`, `trace-cmd report` or ftrace",
+        false => {
+            "this is not a trace: neither JSON Lines (docs/trace.md) nor the text of kvm:kvm_msr (docs/formats.md)"
+        }
     }
     .to_owned())
 }
@@ -489,11 +491,11 @@ mod tests {
             ("CPU:0 [EVENTS DROPPED]", "lost"),
             (" x 1 [000] 1.0: PERF_RECORD_LOST lost 27", "lost"),
             ("# entries-in-buffer/entries-written: 10/50   #P:8", "10 of 50"),
-            ("garbage", "no trace"),
-            (" x-1 [0] 1.0: kvm_msr: msr_read CTR1 = 0x0", "no number"),
-            (" x-1 [0] 1.0: kvm_msr: msr_read 1_0000_0000 = 0x0", "no number"),
+            ("garbage", "not a trace"),
+            (" x-1 [0] 1.0: kvm_msr: msr_read CTR1 = 0x0", "not a number"),
+            (" x-1 [0] 1.0: kvm_msr: msr_read 1_0000_0000 = 0x0", "not a number"),
             (" x-1 [0] 1.0: kvm_msr: msr_read 100000000 = 0x0", "32 bits"),
-            (" x-1 [0] 1.0: kvm_msr: msr_read 10 = ", "no number"),
+            (" x-1 [0] 1.0: kvm_msr: msr_read 10 = ", "not a number"),
             (" x-1 [0] 1.0: kvm_msr: msr_peek 10 = 0x0", "neither"),
         ] {
             let error = threads.event(line).expect_err(line);
@@ -503,7 +505,7 @@ mod tests {
         assert!(
             threads
                 .event("garbage")
-                .is_err_and(|error| error.contains("no line of"))
+                .is_err_and(|error| error.contains("not a line of"))
         );
     }
 

@@ -1,4 +1,4 @@
-//! What a file most likely is that is no trace, and what makes one of it.
+//! What a file most likely is that is not a trace, and what makes one of it.
 
 use serde_json::Value;
 
@@ -7,13 +7,14 @@ pub(super) fn message(line: &[u8], error: &str) -> String {
     match known(line) {
         Some(what) => what.to_owned(),
         None => format!(
-            "this is no trace's header, `{{\"msrgate_trace\":1,…}}`, no text of the tracepoint kvm:kvm_msr, and no kernel's log: \
+            "this is neither a trace's header, `{{\"msrgate_trace\":1,…}}`, nor text of the tracepoint kvm:kvm_msr, nor a log that says something of an MSR: \
              {error}"
         ),
     }
 }
 
-fn known(line: &[u8]) -> Option<&'static str> {
+/// What a file is that is not text, and what makes text of it.
+pub(super) fn binary(line: &[u8]) -> Option<&'static str> {
     let binary: [(&[u8], &str); 6] = [
         (
             b"\x1f\x8b",
@@ -37,7 +38,12 @@ fn known(line: &[u8]) -> Option<&'static str> {
             "this is UTF-16: `iconv -f UTF-16 -t UTF-8 FILE | msrgate … -` reads it",
         ),
     ];
-    if let Some((_, what)) = binary.into_iter().find(|(start, _)| line.starts_with(start)) {
+    let known = binary.into_iter().find(|(start, _)| line.starts_with(start));
+    known.map(|(_, what)| what)
+}
+
+fn known(line: &[u8]) -> Option<&'static str> {
+    if let Some(what) = binary(line) {
         return Some(what);
     }
     let text = line.trim_ascii_start();
@@ -63,9 +69,6 @@ fn known(line: &[u8]) -> Option<&'static str> {
     };
     if keys.contains_key("msrgate_summary") {
         return Some("this is a summary, which `learn` alone reads");
-    }
-    if keys.contains_key("MESSAGE") {
-        return Some("this is the journal in JSON: `journalctl -k` without `-o json` prints what is read");
     }
     if keys.contains_key("op") {
         return Some(

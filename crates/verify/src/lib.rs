@@ -43,6 +43,7 @@ pub use error::VerifyError;
 pub use kernel::Kernel;
 pub use machine::Machine;
 pub use policy::Reach;
+pub use random::random_case;
 pub use report::{Disagreement, Interception, Report, Swapped};
 
 /// Is told how much of a run is done: so much, of so much.

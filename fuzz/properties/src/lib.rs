@@ -8,6 +8,7 @@
 mod filter;
 mod policy;
 mod trace;
+mod log;
 mod map;
 mod plan;
 mod raw;
@@ -48,6 +49,13 @@ pub const POLICY: Target = Target {
 pub const TRACE: Target = Target {
     name: "trace",
     check: trace::check,
+};
+
+/// The lines of logs: an access, a gap, an error or nothing, never a panic; what stands around a line does not matter, and a log
+/// has as many accesses as a trace as it has by itself.
+pub const LOG: Target = Target {
+    name: "log",
+    check: log::check,
 };
 
 /// Filters in other forms and other tools' words: read or refused, never a panic, and refused with the kernel's error

@@ -7,7 +7,7 @@ use std::fs;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 
-use msrgate_fuzz_properties::{FILTER, MAP, PLAN, POLICY, RAW, Random, TRACE, Target};
+use msrgate_fuzz_properties::{FILTER, LOG, MAP, PLAN, POLICY, RAW, Random, TRACE, Target};
 
 fn folder(target: Target) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -83,6 +83,16 @@ fn kept_traces_read_back() {
 #[test]
 fn made_traces_read_back() {
     holds_for_made_inputs(TRACE, 3000);
+}
+
+#[test]
+fn kept_logs_say_the_same_with_other_text_around() {
+    holds_for_kept_inputs(LOG);
+}
+
+#[test]
+fn made_logs_say_the_same_with_other_text_around() {
+    holds_for_made_inputs(LOG, 3000);
 }
 
 #[test]

@@ -19,3 +19,5 @@ mod completion;
 mod draining;
 mod concurrency;
 mod interception;
+mod nested_svm;
+mod nested_vmx;

@@ -1,7 +1,8 @@
 //! The answerer: makes a VMM's KVM_RUN, answers the MSR exits that are the policy's, and enters the guest again.
 //!
 //! It runs on the VMM's thread, at the VMM's own call. It allocates nothing, takes no lock, makes no system call but
-//! KVM_RUN, uses no register that `syscall` leaves alone, SSE among them, and no memory but what `layout` describes.
+//! KVM_RUN and where it asks through memory `futex`, uses no register that `syscall` leaves alone, SSE among them, and no
+//! memory but what `layout` describes.
 //!
 //! All of it is one function, so that the stack pointer is the same from each KVM_RUN to the next: see [`Canary`].
 #![no_std]
@@ -33,7 +34,7 @@ global_asm!(
     ".section .text.entry,\"ax\"",
     ".globl entry",
     "entry: jmp 2f",
-    ".balign 16",
+    ".ascii \"msrgate answer\"",
     "parameters: .fill 6, 8, 0",
     "2: push rdi",
     "push rsi",
@@ -63,6 +64,15 @@ unsafe extern "C" {
 
 const EAGAIN: i64 = -11;
 const EINTR: i64 = -4;
+/// No question.
+const NOTHING: u64 = 0xff;
+/// `FUTEX_WAIT_PRIVATE` and `FUTEX_WAKE_PRIVATE`.
+const WAIT: u64 = 0x80;
+const WAKE: u64 = 0x81;
+/// How often, in nanoseconds, a question that has no answer looks whether there will be one.
+const LOOKS: u64 = 100_000_000;
+/// What no answer is.
+const NOBODY_THERE: i64 = -1;
 /// What no kernel writes into `exit_reason`.
 const NOBODY: u32 = 0x6d73_7267;
 /// What no VMM writes into `immediate_exit`.
@@ -121,17 +131,88 @@ fn parameter(number: usize) -> u64 {
     unsafe { (&raw const parameters).cast::<u64>().wrapping_add(number).read_volatile() }
 }
 
-/// `ioctl(2)` with what KVM does not look at.
 #[inline(always)]
-fn ioctl(fd: u64, request: u64, argument: u64, mark: u64, fifth: u64, sixth: u64) -> i64 {
-    let mut result: i64 = 16;
+fn call(number: i64, arguments: [u64; 6]) -> i64 {
+    let mut result = number;
+    let [first, second, third, fourth, fifth, sixth] = arguments;
     // SAFETY: KVM_RUN, or a question that reaches no ioctl: they write to `kvm_run` and the guest's memory, and to no
-    // memory that Rust knows of.
+    // memory that Rust knows of. `futex` reads a word and the time that it waits.
     unsafe {
-        asm!("syscall", inlateout("rax") result, in("rdi") fd, in("rsi") request, in("rdx") argument, in("r10") mark,
+        asm!("syscall", inlateout("rax") result, in("rdi") first, in("rsi") second, in("rdx") third, in("r10") fourth,
             in("r8") fifth, in("r9") sixth, lateout("rcx") _, lateout("r11") _, options(nostack));
     }
     result
+}
+
+/// `ioctl(2)` with what KVM does not look at.
+#[inline(always)]
+fn ioctl(fd: u64, request: u64, argument: u64, cookie: u64, fifth: u64, sixth: u64) -> i64 {
+    call(16, [fd, request, argument, cookie, fifth, sixth])
+}
+
+/// `futex(2)` on a word of this process, by operations that sandboxes leave to threads.
+#[inline(always)]
+fn futex(word: u64, operation: u64, value: u64, time: u64) {
+    call(202, [word, operation, value, time, 0, 0]);
+}
+
+/// The CPU that runs this, as the kernel tells `getcpu(2)` in the vDSO: the limit of a segment (`__CPUNODE_SEG`).
+#[inline(always)]
+fn cpu() -> u64 {
+    let mut limit = 0_u64;
+    // SAFETY: LSL changes this register, and leaves it as it is where there is no such segment.
+    unsafe { asm!("lsl {0:e}, {1:e}", inout(reg) limit, in(reg) 0x7b, options(nomem, nostack)) };
+    limit & 0xfff
+}
+
+/// Wakes whoever answers without a call that waits.
+#[inline(always)]
+fn ring(process: u64) {
+    let bell = at(process, private::BELL);
+    atomic(bell).fetch_add(1, Ordering::SeqCst);
+    futex(bell, WAKE, 1, 0);
+}
+
+/// Asks without a call that waits: the thread that was kept in this process wakes whoever answers.
+#[inline(always)]
+fn ask_by_memory(process: u64, this: u64, shared: u64, code: u64, data: u64) -> i64 {
+    let (answer, kept) = (at(this, slot::ANSWER), at(process, private::KEPT));
+    let before = get::<u32>(answer);
+    let number = before.wrapping_add(1);
+    put(shared, vcpu::QUESTION, code);
+    put(shared, vcpu::QUESTION + 1, data);
+    let asked = u64::from(number) | cpu() << 32;
+    atomic(at(shared, vcpu::ASKED)).store(asked, Ordering::SeqCst);
+    ring(process);
+    let time = [0, LOOKS];
+    loop {
+        // Looked at first: the last answer comes before the end.
+        let is_kept = atomic(kept).load(Ordering::SeqCst) != 0;
+        let now = atomic(answer).load(Ordering::SeqCst);
+        if now as u32 == number {
+            return now as i64 >> 32;
+        }
+        if !is_kept {
+            return NOBODY_THERE;
+        }
+        futex(answer, WAIT, u64::from(before), (&raw const time) as u64);
+    }
+}
+
+/// Has whoever answers look which vCPU a descriptor is, without a call that waits, where threads may wait for that.
+#[inline(always)]
+fn have_it_looked(process: u64, control: u64) {
+    let looked = at(control, control::LOOKED);
+    let wanted = atomic(at(process, private::WANTED)).fetch_add(1, Ordering::SeqCst);
+    let time = [0, LOOKS];
+    loop {
+        let now = atomic(looked).load(Ordering::SeqCst);
+        if now > wanted || atomic(at(process, private::KEPT)).load(Ordering::SeqCst) != private::WAITS {
+            return;
+        }
+        ring(process);
+        futex(looked, WAIT, now, (&raw const time) as u64);
+    }
 }
 
 #[inline(always)]
@@ -188,37 +269,43 @@ impl Canary {
 #[unsafe(no_mangle)]
 extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
     let (process, control) = (parameter(image::PRIVATE), parameter(image::CONTROL));
-    let (run_mark, ask_mark) = (parameter(image::RUN), parameter(image::ASK));
+    let (run_cookie, ask_cookie) = (parameter(image::RUN), parameter(image::ASK));
     let canary = Canary::new();
     canary.set();
     // KVM_RUN was made, on a vCPU that was not this descriptor's slot's.
     let mut ran = false;
+    // Where no call waits: it was looked which vCPU the descriptor is, and the slot whose vCPU it is not.
+    let (mut looked, mut other) = (false, 0);
     let mut answered = 0;
     loop {
         let alive = fd < control::LIMIT as u64 && word(process, private::ALIVE) != 0;
         let number = if alive { word(control, control::DESCRIPTORS + fd as usize) as usize } else { 0 };
-        if number == 0 {
-            let code = if ran { question::OTHER } else { question::WHO };
-            match ioctl(fd, request, argument, ask_mark, code, 0) {
-                reply::AGAIN => continue,
-                EINTR if ran => continue,
-                error => return error,
-            }
-        }
-        let busy = atomic(at(process, private::BUSY + number));
-        if busy.swap(1, Ordering::SeqCst) != 0 {
-            match ioctl(fd, request, argument, ask_mark, question::BUSY, 0) {
-                reply::AGAIN => continue,
-                EINTR if ran => continue,
-                error => return error,
-            }
-        }
         let this = at(control, control::LIMIT + number * control::SLOT);
-        // The supervisor takes a slot away by its descriptors first, and leaves it while it is busy.
-        let is_this = atomic(at(control, control::DESCRIPTORS + fd as usize)).load(Ordering::SeqCst) == number as u64;
-        if !is_this || word(this, slot::READY) == 0 {
-            busy.store(0, Ordering::SeqCst);
-            match ioctl(fd, request, argument, ask_mark, question::WHO, 0) {
+        let busy = atomic(at(process, private::BUSY + number));
+        let mut code = if ran { question::OTHER } else { question::WHO };
+        if number != 0 && number != other {
+            code = question::BUSY;
+            if busy.swap(1, Ordering::SeqCst) == 0 {
+                // The supervisor takes a slot away by its descriptors first, and leaves it while it is busy.
+                let now = atomic(at(control, control::DESCRIPTORS + fd as usize)).load(Ordering::SeqCst);
+                let is_its = now == number as u64 && word(this, slot::READY) != 0;
+                code = if is_its { NOTHING } else { question::WHO };
+                if !is_its {
+                    busy.store(0, Ordering::SeqCst);
+                }
+            }
+        }
+        if code != NOTHING {
+            if ask_cookie == 0 {
+                if !looked {
+                    looked = true;
+                    have_it_looked(process, control);
+                    continue;
+                }
+                // Where nobody is there who could be asked, it is the VMM's and the kernel's.
+                return if ran { 0 } else { ioctl(fd, request, argument, run_cookie, 0, 0) };
+            }
+            match ioctl(fd, request, argument, ask_cookie, code, 0) {
                 reply::AGAIN => continue,
                 EINTR if ran => continue,
                 error => return error,
@@ -236,7 +323,10 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 if synchronised {
                     set(of(page, field::VALID_REGS), valid | field::SYNC_REGS);
                 }
-                let result = ioctl(fd, request, argument, run_mark, 0, 0);
+                let runs = word(shared, vcpu::RUNS) | 1;
+                put(shared, vcpu::RUNS, runs);
+                let result = ioctl(fd, request, argument, run_cookie, 0, 0);
+                put(shared, vcpu::RUNS, runs.wrapping_add(1));
                 if get::<u32>(of(page, field::EXIT_REASON)) == NOBODY {
                     set(of(page, field::EXIT_REASON), before);
                     ran = result == 0;
@@ -262,10 +352,12 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             // The guest is at the access that it is to make again where no register has changed since. That it makes it
             // again comes to an exit only where the kernel refuses it, and then the event that waits is this one's.
             let mut again = pending != 0;
+            let mut open = pending == key;
             if pending != 0 {
                 for register in 0..abi::REGS_BYTES / 8 {
                     again &= get::<u64>(of(page, field::REGS + register * 8)) == word(shared, vcpu::REGISTERS + register);
                 }
+                open &= again;
                 if is_msr {
                     again &= pending == key && why != u64::from(abi::REASON_FILTER);
                 }
@@ -307,6 +399,12 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 entry = at(tables, table::DEFAULTS + (pair + usize::from(write)) * table::ENTRY);
             }
             let mut kind = if known { word(entry, table::KIND) } else { table::FAULT };
+            if kind & 0xff == table::ROUTE
+                && why == u64::from(abi::REASON_FILTER)
+                && word(this, slot::FLAGS) & slot::UNSETTLED != 0
+            {
+                kind = table::ASK | 0xffff_ffff << 32;
+            }
             // Another value may be carried out, which is to be told too.
             if again && why == u64::from(abi::REASON_INVALID) {
                 kind = table::ASK | 0xffff_ffff << 32;
@@ -343,7 +441,10 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 table::ASK => {
                     let code = question::EXIT | why << 8 | u64::from(write) << 12 | (number as u64) << 16 | msr << 32;
                     let answer = loop {
-                        let answer = ioctl(fd, request, argument, ask_mark, code, data);
+                        if ask_cookie == 0 {
+                            break ask_by_memory(process, this, shared, code, data);
+                        }
+                        let answer = ioctl(fd, request, argument, ask_cookie, code, data);
                         // A signal came before the supervisor saw the question; the canary tells of it.
                         if answer != EINTR && answer != EAGAIN {
                             break answer;
@@ -363,7 +464,15 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                         }
                         reply::REDO | reply::TOLD => redo = true,
                         reply::FAULTED => error = 1,
-                        // Nobody is there who answers.
+                        // Nobody is there who answers, and what was watched is open: the guest makes the access again, once.
+                        NOBODY_THERE if flags & slot::LET_GO != 0 && !open => (redo, log) = (true, u64::MAX),
+                        NOBODY_THERE
+                            if (flags & slot::LET_GO != 0 || word(entry, table::KIND) & 0xff == table::ROUTE)
+                                && word(this, slot::MASK) & why != 0 =>
+                        {
+                            publish(shared);
+                            break 0;
+                        }
                         _ => (error, told, rule, log) = (1, NO_RULE, 0xffff_ffff, 0),
                     }
                     if answer == reply::REDO {
@@ -389,13 +498,13 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                 }
                 set(of(page, field::VALID_REGS), valid);
                 let wanted = immediate.swap(OURS, Ordering::SeqCst);
-                ioctl(fd, request, argument, run_mark, 0, 0);
+                ioctl(fd, request, argument, run_cookie, 0, 0);
                 for register in 0..abi::REGS_BYTES / 8 {
                     let value = word(shared, vcpu::REGISTERS + register);
                     set(of(page, field::REGS + register * 8), value);
                 }
                 set(of(page, field::DIRTY_REGS), get::<u64>(of(page, field::DIRTY_REGS)) | field::SYNC_REGS);
-                ioctl(fd, request, argument, run_mark, 0, 0);
+                ioctl(fd, request, argument, run_cookie, 0, 0);
                 let _ = immediate.compare_exchange(OURS, wanted, Ordering::SeqCst, Ordering::SeqCst);
                 set(of(page, field::EXIT_REASON), abi::EXIT_INTR);
             }
@@ -480,7 +589,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
             if answered == MOST || canary.is_gone() {
                 // The access is completed first, as the kernel does before it gives EINTR: the VMM may set registers.
                 let wanted = immediate.swap(OURS, Ordering::SeqCst);
-                let result = ioctl(fd, request, argument, run_mark, 0, 0);
+                let result = ioctl(fd, request, argument, run_cookie, 0, 0);
                 let _ = immediate.compare_exchange(OURS, wanted, Ordering::SeqCst, Ordering::SeqCst);
                 break result;
             }
@@ -492,7 +601,11 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
         if !ran {
             return result;
         }
-        match ioctl(fd, request, argument, ask_mark, question::OTHER, 0) {
+        if ask_cookie == 0 {
+            other = number;
+            continue;
+        }
+        match ioctl(fd, request, argument, ask_cookie, question::OTHER, 0) {
             reply::AGAIN | EINTR => {}
             error => return error,
         }

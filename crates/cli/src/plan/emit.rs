@@ -295,7 +295,7 @@ pub(crate) fn foreign(out: &mut impl Write, loaded: &Loaded, format: Format) -> 
     }
     Err(Failure::Line(
         Exit::No,
-        format!("{} cannot say all that the policy says", format.name()),
+        format!("{} cannot express the whole policy", format.name()),
     ))
 }
 

@@ -5,47 +5,72 @@ use std::io::{self, Write};
 use msrgate_core::MsrRange;
 use msrgate_msrs::Entry;
 use msrgate_policy::state::{Emulated, Kept, Kind, State};
-use serde_json::{Value, json};
 
+use crate::json::{Printed, object};
 use crate::load::Loaded;
 use crate::render::Table;
 use crate::stream::Stream;
 use crate::words;
 
-pub(super) fn json(loaded: &Loaded, state: &State) -> Value {
+pub(crate) fn printed(loaded: &Loaded, state: &State) -> impl Printed {
     let save = state.save.iter().map(|kept| {
-        json!({
-            "msr": kept.entry.msr.to_string(),
-            "name": kept.entry.name(),
-            "state": kept.entry.state.name(),
-            "written": kept.written,
-            "read": kept.read,
-            "passes": kept.entry.unfiltered(),
-        })
+        object! {
+            /// The MSR.
+            msr: kept.entry.msr.to_string(),
+            /// Its name.
+            name: kept.entry.name(),
+            /// How it is saved, as of `msr`.
+            state: kept.entry.state.name(),
+            /// Whether writes of the guest come to the kernel's register.
+            written: kept.written,
+            /// Whether its reads show it.
+            read: kept.read,
+            /// What else reads or changes it, in words; null if nothing is known to.
+            passes: kept.entry.unfiltered(),
+        }
     });
     let drop = state.drop.iter().map(|entry| {
-        json!({
-            "msr": entry.msr.to_string(),
-            "name": entry.name(),
-            "state": entry.state.name(),
-        })
+        object! {
+            /// The MSR.
+            msr: entry.msr.to_string(),
+            /// Its name.
+            name: entry.name(),
+            /// How it would be saved, as of `msr`.
+            state: entry.state.name(),
+        }
     });
     let emulated = state.emulated.iter().map(|emulated| {
-        json!({
-            "first": emulated.range.first().to_string(),
-            "last": emulated.range.last().to_string(),
-            "kind": emulated.kind.name(),
-            "handler": handler(emulated),
-        })
+        object! {
+            /// The first MSR.
+            first: emulated.range.first().to_string(),
+            /// The last MSR.
+            last: emulated.range.last().to_string(),
+            /// `"shadow"`: what the guest wrote. `"once"`: whether the one write has been made. `"handler"`: what the VMM's
+            /// handler keeps.
+            kind: emulated.kind.name(),
+            /// The handler's name; null for the others.
+            handler: handler(emulated),
+        }
     });
-    json!({
-        "policy": { "name": loaded.policy.name, "hash": words::hex(&loaded.plan.map().hash()) },
-        "save": save.collect::<Vec<_>>(),
-        "drop": drop.collect::<Vec<_>>(),
-        "emulated": emulated.collect::<Vec<_>>(),
-        "fallback": state.fallback,
-        "presets": words::presets(loaded.plan.presets()),
-    })
+    object! {
+        /// Which policy.
+        policy: object! {
+            /// Its name.
+            name: &loaded.policy.name,
+            /// The hash, as of `check`.
+            hash: words::hex(&loaded.plan.map().hash()),
+        },
+        /// What KVM keeps and the guest sees or made, by MSR.
+        save: save.collect::<Vec<_>>(),
+        /// What `KVM_GET_MSRS` gives and the guest has nothing of: to be left out, unless the VMM gave it a value itself.
+        drop: drop.collect::<Vec<_>>(),
+        /// What user space keeps for the guest.
+        emulated: emulated.collect::<Vec<_>>(),
+        /// Whether shadows are kept of MSRs that the kernel does not know or refuses.
+        fallback: state.fallback,
+        /// As of `plan`.
+        presets: words::presets(loaded.plan.presets()),
+    }
 }
 
 fn handler(emulated: &Emulated) -> Option<&str> {
@@ -63,9 +88,12 @@ pub(super) fn print(out: &mut Stream<impl Write>, loaded: &Loaded, state: &State
         words::hex(&loaded.plan.map().hash())
     )?;
     if state.emulated.is_empty() && !state.fallback {
-        writeln!(out, "the gates of vCPUs remember nothing\n")?;
+        writeln!(out, "no vCPU has emulated state to save\n")?;
     } else {
-        writeln!(out, "what user space keeps, which the VMM saves with VcpuGate::save:")?;
+        writeln!(
+            out,
+            "state that user space emulates, which the VMM saves with VcpuGate::save:"
+        )?;
         let mut table = Table::new(&["MSR", "what"]);
         for emulated in &state.emulated {
             let what = match &emulated.kind {
@@ -87,7 +115,7 @@ pub(super) fn print(out: &mut Stream<impl Write>, loaded: &Loaded, state: &State
 
     writeln!(
         out,
-        "what KVM keeps and the guest sees or made, which the VMM saves (unlisted: KVM_GET_MSR_INDEX_LIST does not name it):"
+        "state that KVM keeps and the guest reads or writes, which the VMM saves (unlisted: KVM_GET_MSR_INDEX_LIST does not name it):"
     )?;
     let mut table = Table::new(&["MSR", "name", "by", "since"]);
     let rows = state
@@ -101,11 +129,11 @@ pub(super) fn print(out: &mut Stream<impl Write>, loaded: &Loaded, state: &State
     writeln!(out)?;
 
     if state.drop.is_empty() {
-        writeln!(out, "the guest has something of all that KVM_GET_MSRS gives")?;
+        writeln!(out, "the guest uses every MSR that KVM_GET_MSRS gives")?;
     } else {
         writeln!(
             out,
-            "what KVM_GET_MSRS gives and the guest has nothing of, which the VMM leaves out, but for what it set itself:"
+            "MSRs that KVM_GET_MSRS gives and the guest does not use, which the VMM leaves out unless it set them itself:"
         )?;
         let mut table = Table::new(&["MSR", "name"]);
         for (range, name, []) in grouped(state.drop.iter().map(|entry| (*entry, []))) {

@@ -3,47 +3,70 @@
 use std::io::{self, Write};
 
 use msrgate_trace::TraceError;
-use serde_json::{Value, json};
 
 use super::compare::{Comparison, Row};
 use super::machine::Backend;
 use crate::args::{ListArgs, SortArg};
+use crate::json::{self, Printed, object};
 use crate::render::{Effect, Table};
 use crate::stream::{Stream, Tone};
 use crate::{render, words};
 
-pub(crate) fn json(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> Value {
+pub(crate) fn printed(seen: &Comparison, fallback: Option<&str>, broken: Option<&TraceError>) -> impl Printed {
     let rows = seen.rows().map(|(msr, op, row)| {
-        json!({
-            "msr": msr.to_string(),
-            "name": words::name(msr),
-            "op": op.name(),
-            "count": row.count,
-            "action": row.action,
-            "sees": row.sees.text(),
-            "without": row.without.text(),
-            "recorded": row.recorded.text(),
-            "changed": row.changed,
-            "host_differs": row.host_differs,
-        })
+        object! {
+            /// The MSR.
+            msr: msr.to_string(),
+            /// Its name; null if it is not known.
+            name: words::name(msr),
+            /// The direction.
+            op: op.name(),
+            /// How many.
+            count: row.count,
+            /// The action's word.
+            action: row.action,
+            /// What the guest got: up to four different values, `#GP` or `done`, with commas, and `…` if there were more.
+            sees: row.sees.text(),
+            /// The same without the policy.
+            without: row.without.text(),
+            /// The same from the trace.
+            recorded: row.recorded.text(),
+            /// How many the policy changed.
+            changed: row.changed,
+            /// How many the policy left alone and this machine answered otherwise than the trace.
+            host_differs: row.host_differs,
+        }
     });
-    let mut object = json!({
-        "backend": seen.backend.name(),
-        "accesses": seen.accesses(),
-        "changed": seen.changed(),
-        "faults": seen.faults(),
-        "lost": seen.lost(),
-        "partial": seen.partial,
-        "presets": words::presets(seen.presets()),
-        "by_msr": rows.collect::<Vec<_>>(),
-    });
-    if let Some(why) = fallback {
-        object["backend_reason"] = why.into();
+    object! {
+        /// `"kvm"` or `"engine"`.
+        backend: seen.backend.name(),
+        /// How many were made.
+        accesses: seen.accesses(),
+        /// How many of them the policy changed: not left to the kernel, and the guest got something else than without the
+        /// policy on the same backend.
+        changed: seen.changed(),
+        /// How many were #GP.
+        faults: seen.faults(),
+        /// How many are missing from the traces, as far as they tell, and so were not made.
+        lost: seen.lost(),
+        /// How many of the traces lack [some of what the guest was served with](trace.md#the-header): it was not made.
+        partial: seen.partial,
+        /// As of `plan --host`; empty on the engine.
+        presets: words::presets(seen.presets()),
+        /// What was found, by MSR, reads before writes.
+        by_msr: rows.collect::<Vec<_>>(),
+        /// Only if KVM would have been taken and could not be: why.
+        #[serde(skip_serializing_if = "json::is_null")]
+        backend_reason: fallback,
+        /// Only if a trace could not be read to its end; what came before it is in the other keys.
+        #[serde(skip_serializing_if = "json::is_null")]
+        error: broken.map(|error| object! {
+            /// The line of the trace, from 1; 0 where the whole trace is meant.
+            line: error.line,
+            /// What is wrong.
+            message: error.to_string(),
+        }),
     }
-    if let Some(error) = broken {
-        object["error"] = json!({ "line": error.line, "message": error.to_string() });
-    }
-    object
 }
 
 pub(crate) fn text(out: &mut Stream<impl Write>, seen: &Comparison, list: &ListArgs) -> io::Result<()> {

@@ -1,18 +1,19 @@
 //! What a report says, in whatever form.
 
-use msrgate_core::{Msr, Op, Verdict};
+use msrgate_core::{Disposition, Msr, Op, Verdict};
+use msrgate_msrs::Entry;
 use msrgate_policy::Explanation;
-use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row};
+use msrgate_trace::report::{Kind, Lost, MOST_ROWS, MOST_VCPUS, Report, Row, Trace};
 use msrgate_trace::{Coverage, TraceError};
 
 use crate::load::Loaded;
 use crate::words;
 
-/// How many vCPUs a note on gaps names.
-const FEW_LOST: usize = 3;
+/// How many vCPUs or MSRs a note names.
+const FEW: usize = 3;
 
 /// The traces added up, and the policy that they are held against.
-pub(super) struct Contents {
+pub(crate) struct Contents {
     pub(super) report: Report,
     /// For each trace its name, and what ended it early.
     pub(super) files: Vec<(String, Option<TraceError>)>,
@@ -75,8 +76,8 @@ impl Contents {
                      missing"
                 )),
                 Some(Coverage::Logged) => Some(format!(
-                    "{name} is a kernel's log, which has what the kernel did not know and often not all of that: what the \
-                     guests were served with is missing, and what was ignored faults on hosts without `kvm.ignore_msrs`"
+                    "{name} is a log, which has what a hypervisor did not know or refused and often not all of that: what the \
+                     guests were served with is missing"
                 )),
             };
             let ignored = (trace.header.ignore_msrs == Some(true)).then(|| {
@@ -93,6 +94,35 @@ impl Contents {
         notes.chain(self.gaps()).collect()
     }
 
+    /// What looks as if a host had `kvm.ignore_msrs`, where the traces do not say whether it has: reads that got 0 and no fault, of
+    /// registers that KVM is not known to have.
+    fn maybe_ignored(&self) -> Option<String> {
+        let silent = |trace: &Trace| {
+            let header = &trace.header;
+            header.ignore_msrs.is_none() && header.coverage != Some(Coverage::Logged)
+        };
+        if !self.report.traces().iter().any(silent) {
+            return None;
+        }
+        let unknown = self.report.rows().filter(|row| {
+            let of_kvm = msrgate_msrs::by_msr(row.msr).is_some_and(Entry::is_known_to_kvm);
+            let allowed = row.got.each().iter().all(|(got, _)| got.did == Disposition::Allow);
+            let zero = matches!(row.values.each(), [(0, _)]) && row.values.others() == 0;
+            row.op == Op::Read && allowed && zero && !of_kvm
+        });
+        let unknown: Vec<String> = unknown.map(|row| row.msr.to_string()).collect();
+        let few = unknown
+            .get(..FEW)
+            .map_or(unknown.join(", "), |few| format!("{}, …", few.join(", ")));
+        (!unknown.is_empty()).then(|| {
+            format!(
+                "reads of {} that KVM is not known to have got 0 and no fault, {few}: the host may have `kvm.ignore_msrs`, and \
+                 then they fault on others",
+                words::counted(unknown.len() as u64, "MSR", "MSRs")
+            )
+        })
+    }
+
     /// How many accesses are missing from each trace that says so, whose, and when they were lost.
     fn gaps(&self) -> Vec<String> {
         let traces = (0..).zip(&self.files).zip(self.report.traces());
@@ -105,7 +135,7 @@ impl Contents {
         let lost = self.report.lost_by_vcpu().filter(|lost| lost.trace == trace);
         let mut lost: Vec<Lost> = lost.collect();
         lost.sort_by_key(|lost| std::cmp::Reverse(lost.events));
-        lost.truncate(FEW_LOST);
+        lost.truncate(FEW);
         let named = lost.iter().fold(0, |sum: u64, lost| sum.saturating_add(lost.events));
         let whose = lost.iter().map(|lost| {
             let seconds = |t: u64| format!("{:.6} s", t as f64 / 1e9);
@@ -127,7 +157,7 @@ impl Contents {
 
     /// What a reader of the report has to know of it.
     pub(super) fn notes(&self) -> Vec<String> {
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = self.maybe_ignored().into_iter().collect();
         let traces = self.report.traces();
         for ((name, error), trace) in self.files.iter().zip(traces) {
             if let Some(error) = error {
@@ -161,7 +191,7 @@ impl Contents {
             notes.push(format!("no more than {MOST_VCPUS} vCPUs are told apart"));
         }
         if self.report.accesses() > 1 && traces.iter().all(|trace| trace.duration() == 0) {
-            notes.push("the traces do not tell when".to_owned());
+            notes.push("the traces have no times".to_owned());
         }
         notes
     }

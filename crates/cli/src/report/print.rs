@@ -5,10 +5,10 @@ use std::io::{self, Write};
 use msrgate_core::{Disposition, Reason, Within};
 use msrgate_policy::{Cause, Rule};
 use msrgate_trace::report::{Cost, Counts, Got, Kind, Moment, Row};
-use serde_json::{Value, json};
 
 use super::contents::Contents;
 use crate::args::ListArgs;
+use crate::json::{Printed, object};
 use crate::load::Loaded;
 use crate::render::{Effect, Table};
 use crate::stream::{Stream, Tone};
@@ -17,7 +17,7 @@ use crate::{cause, render, words};
 /// How many different values, and how many different callers, a line for people names.
 const FEW: usize = 3;
 
-pub(super) fn json(contents: &Contents) -> Value {
+pub(crate) fn printed(contents: &Contents) -> impl Printed {
     let report = &contents.report;
     let traces = contents
         .files
@@ -25,111 +25,213 @@ pub(super) fn json(contents: &Contents) -> Value {
         .zip(report.traces())
         .map(|((name, error), trace)| {
             let header = &trace.header;
-            json!({
-                "file": name,
-                "host": header.host,
-                "kernel": header.kernel,
-                "guest": header.guest,
-                "vmm": header.vmm,
-                "mode": header.mode,
-                "coverage": header.coverage,
-                "started": header.started,
-                "name": header.name,
-                "pid": header.pid,
-                "ignore_msrs": header.ignore_msrs,
-                "cpu": header.cpu,
-                "policy": header.policy,
-                "accesses": trace.events,
-                "last_ns": trace.duration(),
-                "lost": trace.lost,
-                "error": error.as_ref().map(|error| json!({ "line": error.line, "message": error.to_string() })),
-            })
+            object! {
+                /// Its path as it was given.
+                file: name,
+                /// The host, as the header says it; null where it does not. Any text may be in it.
+                host: &header.host,
+                /// Its kernel, as the header says it; null where it does not.
+                kernel: &header.kernel,
+                /// The guest, as the header says it; null where it does not. Any text may be in it.
+                guest: &header.guest,
+                /// The VMM, as the header says it; null where it does not. Any text may be in it.
+                vmm: &header.vmm,
+                /// How msrgate ran, as the header says it; null where it does not.
+                mode: &header.mode,
+                /// What the trace covers, as the header says it; null where it does not.
+                coverage: serde_json::to_value(header.coverage).unwrap_or_default(),
+                /// When it began, as the header says it; null where it does not.
+                started: &header.started,
+                /// What the VMM calls the VM, as the header says it; null where it does not. Any text may be in it.
+                name: &header.name,
+                /// The VMM's process, as the header says it; null where it does not.
+                pid: header.pid,
+                /// Whether the host had `kvm.ignore_msrs`, as the header says it; null where it does not.
+                ignore_msrs: header.ignore_msrs,
+                /// The processor, as the header says it; null where it does not.
+                cpu: &header.cpu,
+                /// The hash of the policy that the guest ran under; null if the header does not say.
+                policy: &header.policy,
+                /// How many accesses it tells of.
+                accesses: trace.events,
+                /// The latest of them, in nanoseconds from the earliest, wherever in the trace that stands.
+                last_ns: trace.duration(),
+                /// How many accesses are missing from it, as far as it tells.
+                lost: trace.lost,
+                /// Null, or why it could not be read to its end; what came before is in the other keys.
+                error: error.as_ref().map(|error| object! {
+                    /// The line, from 1; 0 where the whole text is meant.
+                    line: error.line,
+                    /// What is wrong.
+                    message: error.to_string(),
+                }),
+            }
         });
     let vcpu = |place: u16, count: u64| {
         let vcpu = report.vcpus().get(usize::from(place));
-        json!({
-            "trace": vcpu.map(|vcpu| vcpu.trace),
-            "vm": vcpu.map(|vcpu| vcpu.vm),
-            "vcpu": vcpu.map(|vcpu| vcpu.vcpu),
-            "count": count,
-        })
+        object! {
+            /// The trace, from 0.
+            trace: vcpu.map(|vcpu| vcpu.trace),
+            /// Which VM.
+            vm: vcpu.map(|vcpu| vcpu.vm),
+            /// Which vCPU of it.
+            vcpu: vcpu.map(|vcpu| vcpu.vcpu),
+            /// How many.
+            count: count,
+        }
     };
     let timeline = report.timeline();
     let rows = report.rows().map(|row| {
         let explained = contents.explain(row.msr, row.op);
-        json!({
-            "msr": row.msr.to_string(),
-            "name": words::name(row.msr),
-            "op": row.op.name(),
-            "count": row.count,
-            "allowed": of(row.kinds, Kind::Allowed),
-            "emulated": of(row.kinds, Kind::Emulated),
-            "faulted": of(row.kinds, Kind::Faulted),
-            "exits": row.exits,
-            "cost": cost(row.cost),
-            "first": moment(report.first(row)),
-            "last": moment(report.last(row)),
-            "got": row.got.each().iter().map(|(got, count)| json!({
-                "did": got.did.name(),
-                "why": got.why.map(|why| why.name()),
-                "reason": got.reason.map(Reason::name),
-                "would": got.would.map(Disposition::name),
-                "in": got.within.map(Within::name),
-                "rule": got.rule,
-                "count": count,
-            })).collect::<Vec<_>>(),
-            "got_otherwise": row.got.others(),
-            "values": values(&row.values, "value"),
-            "other_values": row.values.others(),
-            "vcpus": row.vcpus.each().iter().map(|(place, count)| vcpu(*place, *count)).collect::<Vec<_>>(),
-            "other_vcpus": row.vcpus.others(),
-            "rips": values(&row.rips, "rip"),
-            "other_rips": row.rips.others(),
-            "policy": explained.map(|explained| json!({
-                "action": explained.action.name(),
-                "rule": explained.cause.rule().map(|(number, _)| number),
-                "decided_by": cause::name(&explained),
-                "sees": explained.sees.to_string(),
-                "exits": explained.exits,
-            })),
-        })
+        object! {
+            /// The MSR.
+            msr: row.msr.to_string(),
+            /// Its name; null if it is not known.
+            name: words::name(row.msr),
+            /// The direction.
+            op: row.op.name(),
+            /// How many.
+            count: row.count,
+            /// How many of them the kernel's own register answered.
+            allowed: of(row.kinds, Kind::Allowed),
+            /// How many of them the policy put something else for.
+            emulated: of(row.kinds, Kind::Emulated),
+            /// How many of them were #GP.
+            faulted: of(row.kinds, Kind::Faulted),
+            /// How many left the kernel.
+            exits: row.exits,
+            /// How long they took, as `cost`.
+            cost: cost(row.cost),
+            /// The first of them.
+            first: moment(report.first(row)),
+            /// The last of them.
+            last: moment(report.last(row)),
+            /// What they got, at most 16 different things.
+            got: row.got.each().iter().map(|(got, count)| object! {
+                /// What was done, as in the [trace](trace.md); so are the next five, which are null where it says nothing.
+                did: got.did.name(),
+                /// Why it faulted.
+                why: got.why.map(|why| why.name()),
+                /// Why the kernel handed it over.
+                reason: got.reason.map(Reason::name),
+                /// What the policy would have done.
+                would: got.would.map(Disposition::name),
+                /// What the guest was in.
+                r#in: got.within.map(Within::name),
+                /// The number of the rule.
+                rule: got.rule,
+                /// How many.
+                count: count,
+            }).collect::<Vec<_>>(),
+            /// How many got something else.
+            got_otherwise: row.got.others(),
+            /// What was read or written, the first 8 different values.
+            values: row.values.each().iter().map(|(value, count)| object! {
+                /// The value.
+                value: format!("{value:#x}"),
+                /// How often.
+                count: count,
+                /// What its bits mean; empty where they are not known.
+                bits: words::bits_printed(row.msr, *value),
+            }).collect::<Vec<_>>(),
+            /// How often it was another value.
+            other_values: row.values.others(),
+            /// Who made them, as `vcpus`; at most 16.
+            vcpus: row.vcpus.each().iter().map(|(place, count)| vcpu(*place, *count)).collect::<Vec<_>>(),
+            /// How many other vCPUs made.
+            other_vcpus: row.vcpus.others(),
+            /// From which instruction pointers, the first 16 different ones; empty where the traces do not tell.
+            rips: row.rips.each().iter().map(|(rip, count)| object! {
+                /// An instruction pointer.
+                rip: format!("{rip:#x}"),
+                /// How often it was there.
+                count: count,
+            }).collect::<Vec<_>>(),
+            /// How often it was another.
+            other_rips: row.rips.others(),
+            /// What the policy of `--policy` decides; null without one.
+            policy: explained.map(|explained| object! {
+                /// The action's word.
+                action: explained.action.name(),
+                /// The number of its rule, from 0; null where none decides.
+                rule: explained.cause.rule().map(|(number, _)| number),
+                /// What decides, as of `explain`.
+                decided_by: cause::name(&explained),
+                /// What the guest gets, in words.
+                sees: explained.sees.to_string(),
+                /// Whether the access leaves the kernel for user space.
+                exits: explained.exits,
+            }),
+        }
     });
-    json!({
-        "traces": traces.collect::<Vec<_>>(),
-        "policy": contents.policy.as_ref().map(|Loaded { policy, plan, .. }| json!({
-            "name": policy.name,
-            "hash": words::hex(&plan.map().hash()),
-        })),
-        "accesses": report.accesses(),
-        "allowed": of(report.kinds(), Kind::Allowed),
-        "emulated": of(report.kinds(), Kind::Emulated),
-        "faulted": of(report.kinds(), Kind::Faulted),
-        "exits": report.exits(),
-        "cost": cost(report.cost()),
-        "served_but_denied": contents.policy.as_ref().map(|_| contents.broken()),
-        "unlisted": report.unlisted(),
-        "lost": report.lost(),
-        "gaps": report.lost_by_vcpu().map(|lost| json!({
-            "trace": lost.trace,
-            "vm": lost.vm,
-            "vcpu": lost.vcpu,
-            "events": lost.events,
-            "first_ns": lost.first,
-            "last_ns": lost.last,
-        })).collect::<Vec<_>>(),
-        "vcpus": (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
-        "timeline": {
-            "bucket_ns": timeline.width(),
-            "buckets": timeline.buckets().map(|kinds| json!({
-                "allowed": of(*kinds, Kind::Allowed),
-                "emulated": of(*kinds, Kind::Emulated),
-                "faulted": of(*kinds, Kind::Faulted),
-            })).collect::<Vec<_>>(),
+    object! {
+        /// The traces in the order of the command line.
+        traces: traces.collect::<Vec<_>>(),
+        /// The policy of `--policy`; null without one.
+        policy: contents.policy.as_ref().map(|Loaded { policy, plan, .. }| object! {
+            /// Its name.
+            name: &policy.name,
+            /// The hash, as of `check`.
+            hash: words::hex(&plan.map().hash()),
+        }),
+        /// How many there were.
+        accesses: report.accesses(),
+        /// How many of them the kernel's own register answered.
+        allowed: of(report.kinds(), Kind::Allowed),
+        /// How many of them the policy put something else for.
+        emulated: of(report.kinds(), Kind::Emulated),
+        /// How many of them were #GP.
+        faulted: of(report.kinds(), Kind::Faulted),
+        /// How many left the kernel for user space.
+        exits: report.exits(),
+        /// How long accesses took between the guest's exit and the answer; the way out of the guest and back is not in it.
+        /// Null where the traces do not tell.
+        cost: cost(report.cost()),
+        /// How many of the accesses that did not fault the policy of `--policy` denies; null without one.
+        served_but_denied: contents.policy.as_ref().map(|_| contents.broken()),
+        /// How many were of MSRs for which `by_msr` has no room: it has 32768 rows at most.
+        unlisted: report.unlisted(),
+        /// How many accesses are missing from the traces, as far as they tell.
+        lost: report.lost(),
+        /// Whose, of at most 256 vCPUs.
+        gaps: report.lost_by_vcpu().map(|lost| object! {
+            /// The trace, from 0.
+            trace: lost.trace,
+            /// The VM.
+            vm: lost.vm,
+            /// The vCPU.
+            vcpu: lost.vcpu,
+            /// How many are missing.
+            events: lost.events,
+            /// When the first [gap](trace.md#a-gap) is, in nanoseconds from the trace's earliest access.
+            first_ns: lost.first,
+            /// When the last is.
+            last_ns: lost.last,
+        }).collect::<Vec<_>>(),
+        /// Who made them, at most 256.
+        vcpus: (0..).zip(report.vcpus()).map(|(place, each)| vcpu(place, each.count)).collect::<Vec<_>>(),
+        /// When; several traces are laid over each other. The first bucket begins at the earliest access, or by less than
+        /// its width before.
+        timeline: object! {
+            /// How wide each is.
+            bucket_ns: timeline.width(),
+            /// At most 128.
+            buckets: timeline.buckets().map(|kinds| object! {
+                /// How many accesses were allowed.
+                allowed: of(*kinds, Kind::Allowed),
+                /// How many were emulated.
+                emulated: of(*kinds, Kind::Emulated),
+                /// How many were #GP.
+                faulted: of(*kinds, Kind::Faulted),
+            }).collect::<Vec<_>>(),
         },
-        "by_msr": rows.collect::<Vec<_>>(),
-        "rules": rules(contents),
-        "notes": contents.missing().into_iter().chain(contents.notes()).collect::<Vec<_>>(),
-    })
+        /// By MSR, reads before writes.
+        by_msr: rows.collect::<Vec<_>>(),
+        /// The rules of the policy; empty without one.
+        rules: rules(contents),
+        /// What a reader has to know: accesses that are missing, a trace that breaks off, another policy, no room.
+        notes: contents.missing().into_iter().chain(contents.notes()).collect::<Vec<_>>(),
+    }
 }
 
 fn of(kinds: [u64; 3], kind: Kind) -> u64 {
@@ -141,75 +243,71 @@ fn of(kinds: [u64; 3], kind: Kind) -> u64 {
     }
 }
 
-fn cost(cost: Cost) -> Value {
+fn cost(cost: Cost) -> Option<impl Printed> {
     match cost.count {
-        0 => Value::Null,
-        count => json!({ "accesses": count, "ns": cost.sum, "most_ns": cost.most }),
+        0 => None,
+        count => Some(object! {
+            /// Of how many accesses the traces tell it.
+            accesses: count,
+            /// How long all of these took, in nanoseconds.
+            ns: cost.sum,
+            /// How long the slowest took.
+            most_ns: cost.most,
+        }),
     }
 }
 
-fn moment(moment: Moment) -> Value {
-    json!({ "trace": moment.trace, "ns": moment.t })
+fn moment(moment: Moment) -> impl Printed {
+    object! {
+        /// In which trace.
+        trace: moment.trace,
+        /// When, in nanoseconds from that trace's earliest access.
+        ns: moment.t,
+    }
 }
 
-fn values<const MOST: usize>(counts: &Counts<u64, MOST>, key: &str) -> Vec<Value> {
-    let each = counts.each().iter();
-    each.map(|(value, count)| json!({ key: format!("{value:#x}"), "count": count }))
-        .collect()
-}
-
-fn rules(contents: &Contents) -> Value {
+fn rules(contents: &Contents) -> Vec<impl Printed> {
     let Some(Loaded { policy, .. }) = &contents.policy else {
-        return json!([]);
+        return Vec::new();
     };
     let rules = policy.rules.iter().enumerate().zip(contents.decided());
     rules
         .map(|((number, rule), count)| {
             let source = policy.sources.get(rule.place.source);
-            json!({
-                "index": number,
-                "file": source.map(|source| source.path().display().to_string()),
-                "line": source.map(|source| source.line_column(rule.place.span.start).0),
-                "text": rule.to_string().trim(),
-                "why": rule.why,
-                "accesses": count,
-            })
+            object! {
+                /// Its number, from 0.
+                index: number,
+                /// The file in which its `[[rule]]` stands.
+                file: source.map(|source| source.path().display().to_string()),
+                /// The line there.
+                line: source.map(|source| source.line_column(rule.place.span.start).0),
+                /// The rule in the policy's language.
+                text: rule.to_string().trim().to_owned(),
+                /// Its reason; null if it gives none.
+                why: &rule.why,
+                /// How many of the accesses it decides.
+                accesses: count,
+            }
         })
         .collect()
 }
 
 pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &ListArgs) -> io::Result<()> {
     let report = &contents.report;
-    let several = report.traces().len() > 1;
-    for (number, ((name, _), trace)) in contents.files.iter().zip(report.traces()).enumerate() {
-        let header = &trace.header;
-        let parts = [
-            &header.guest,
-            &header.vmm,
-            &header.host,
-            &header.kernel,
-            &header.started,
-            &header.mode,
-        ];
-        let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
-        let number = if several { format!("{number}: ") } else { String::new() };
-        writeln!(
-            out,
-            "{number}{}: {}",
-            words::plain(name),
-            words::plain(&parts.join("; "))
-        )?;
-    }
-    for note in contents.missing() {
-        writeln!(out, "note: {}", words::plain(&note))?;
-    }
+    let missing = contents.missing();
     if let Some(loaded) = &contents.policy {
         let broken = contents.broken();
         let tone = if broken == 0 { Tone::Good } else { Tone::Bad };
         let name = &loaded.policy.name;
+        // What is missing may be what it denies.
+        let known = if missing.is_empty() {
+            ""
+        } else {
+            ", as far as the traces tell"
+        };
         out.say(
             tone,
-            &format!("`{name}` denies {broken} of the accesses that the guest was served with"),
+            &format!("`{name}` denies {broken} of the accesses that the guest was served with{known}"),
         )?;
     }
     let [allowed, emulated, faulted] = report.kinds();
@@ -234,6 +332,29 @@ pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &Lis
             (_, cost) => format!(", where {} of them took {}", cost.count, words::duration(cost.sum)),
         }
     )?;
+    let several = report.traces().len() > 1;
+    for (number, ((name, _), trace)) in contents.files.iter().zip(report.traces()).enumerate() {
+        let header = &trace.header;
+        let parts = [
+            &header.guest,
+            &header.vmm,
+            &header.host,
+            &header.kernel,
+            &header.started,
+            &header.mode,
+        ];
+        let parts: Vec<&str> = parts.into_iter().flatten().map(String::as_str).collect();
+        let number = if several { format!("{number}: ") } else { String::new() };
+        writeln!(
+            out,
+            "{number}{}: {}",
+            words::plain(name),
+            words::plain(&parts.join("; "))
+        )?;
+    }
+    for note in missing {
+        writeln!(out, "note: {}", words::plain(&note))?;
+    }
     let has_rules = report
         .rows()
         .any(|row| row.got.each().iter().any(|(got, _)| got.rule.is_some()));
@@ -280,7 +401,7 @@ pub(super) fn text(out: &mut Stream<impl Write>, contents: &Contents, list: &Lis
             Cause::Valid(_) => format!("{}, by `valid`", explained.action.name()),
             _ => format!("{}, by default", explained.action.name()),
         }));
-        cells.push(few(&row.values, |value| format!("{value:#x}")));
+        cells.push(few(&row.values, |value| words::value(row.msr, *value)));
         cells.extend(has_cost.then(|| row.cost.mean().map_or_else(String::new, words::duration)));
         cells.extend(has_vcpus.then(|| few(&row.vcpus, |place| vcpu(contents, *place))));
         cells.extend(has_rules.then(|| rules_of(row)));
@@ -378,7 +499,7 @@ fn few<T: PartialEq, const MOST: usize>(counts: &Counts<T, MOST>, word: impl Fn(
 }
 
 /// Seconds from the trace's earliest event on, after the trace's number where there are several.
-pub(super) fn time(moment: Moment, several: bool) -> String {
+fn time(moment: Moment, several: bool) -> String {
     let seconds = moment.t as f64 / 1e9;
     match several {
         true => format!("{}: {seconds:.6}", moment.trace),

@@ -8,18 +8,19 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::SystemTime;
 
-use msrgate_supervise::{Listener, Marks};
+use msrgate_supervise::{Cookies, Listener};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
+use crate::control::Offered;
 use crate::exit::{Exit, Failure};
 use crate::run::end::{changed, end, others};
 use crate::run::killed::Killed;
 use crate::run::monitor::Monitor;
-use crate::run::signals::{Signals, number};
+use crate::run::signals::{Signals, is_terminals, number};
 use crate::run::writer::{Lines, Output};
 
 /// What is started.
@@ -45,6 +46,10 @@ pub(crate) struct Service {
     pub(crate) write: Box<dyn FnOnce(PipeWriter) + Send>,
     /// SIGUSR1 asks for a summary, and is not the VMM's.
     pub(crate) sums_up: bool,
+    /// Starts what answers others, with the signals of the thread that does.
+    pub(crate) beside: Box<dyn FnOnce() -> io::Result<Option<Offered>>>,
+    /// What SIGHUP does, and then it is not the VMM's.
+    pub(crate) reads_again: Option<Arc<dyn Fn() + Send + Sync>>,
 }
 
 /// Whether the VMM has to start with `no_new_privs`: to others than root the kernel gives a filter of calls only so.
@@ -63,7 +68,7 @@ pub(crate) fn needs_no_new_privs(allow: bool) -> Result<bool, Failure> {
 pub(crate) fn run(
     mut vmm: Vmm<'_>,
     service: Service,
-    marks: &Marks,
+    cookies: &Cookies,
     lines: &Lines,
     monitor: &mut Monitor,
 ) -> Result<Exit, Failure> {
@@ -72,7 +77,7 @@ pub(crate) fn run(
     let cannot = |error: io::Error| machine(error.to_string());
     msrgate_supervise::bind(&mut vmm.command).map_err(cannot)?;
     msrgate_supervise::no_signal_for_stops().map_err(cannot)?;
-    let expected = msrgate_supervise::notify(&mut vmm.command, &service.requests, marks, vmm.no_new_privs);
+    let expected = msrgate_supervise::notify(&mut vmm.command, &service.requests, cookies, vmm.no_new_privs);
     let expected = expected.map_err(cannot)?;
     let signals = Signals::block().map_err(|error| machine(format!("signals cannot be watched: {error}")))?;
     let (summed_up, done) = io::pipe().map_err(cannot)?;
@@ -92,16 +97,21 @@ pub(crate) fn run(
         );
     }
     let child = Pid::from_raw(child.id().cast_signed());
-    let Service { serve, write, .. } = service;
+    let (serve, write) = (service.serve, service.write);
     // They start with this thread's signals blocked.
     let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
     let written = spawn("writer").spawn(move || write(done)).map_err(cannot)?;
     let served = spawn("supervisor").spawn(move || serve(&listener)).map_err(cannot)?;
+    let offered = (service.beside)().unwrap_or_else(|error| {
+        lines.say(no_control(&error));
+        None
+    });
     let mut watch = Watch {
         child,
         signals,
         tracing: &service.tracing,
         sums_up: service.sums_up,
+        reads_again: service.reads_again,
         summed_up,
         lines,
         started: vmm.started,
@@ -112,11 +122,17 @@ pub(crate) fn run(
         let line = format!("`{}` cannot be waited for: {error}", vmm.program.display());
         machine(line)
     })?;
+    drop(offered);
     match status {
         Some(status) => end(status),
         // The front has ended long ago.
         None => Ok(Exit::Yes),
     }
+}
+
+/// What is said where others cannot ask.
+pub(crate) fn no_control(error: &io::Error) -> String {
+    format!("`msrgate reload` and `msrgate top` do not reach this VMM, since there is no control socket: {error}")
 }
 
 fn not_started(program: &Path, error: &io::Error) -> Failure {
@@ -166,6 +182,7 @@ struct Watch<'a> {
     signals: Signals,
     tracing: &'a Mutex<()>,
     sums_up: bool,
+    reads_again: Option<Arc<dyn Fn() + Send + Sync>>,
     summed_up: PipeReader,
     lines: &'a Lines,
     started: SystemTime,
@@ -193,6 +210,13 @@ impl Watch<'_> {
             while let Some(signal) = self.signals.read()? {
                 match number(&signal) {
                     Some(Signal::SIGCHLD) => changes = true,
+                    Some(Signal::SIGHUP) if self.reads_again.is_some() && !is_terminals(&signal) => {
+                        if let Some(read) = self.reads_again.clone() {
+                            // No other signal waits for it. Where there is no thread it is as if none had come.
+                            let named = thread::Builder::new().name("reload".to_owned());
+                            let _ = named.spawn(move || read());
+                        }
+                    }
                     // What is in the background is nobody's terminal's, and ends when its processes do.
                     _ if self.stays => {}
                     Some(Signal::SIGUSR1) if self.sums_up => self.lines.tell(Output::Summary),
@@ -213,7 +237,7 @@ impl Watch<'_> {
                 Some(status) => {
                     self.stays = true;
                     self.lines.tell(Output::Background);
-                    self.wait_for_summary()?;
+                    wait_for_summary(&self.summed_up, &self.signals)?;
                     monitor.stay(status)?;
                 }
             }
@@ -225,36 +249,40 @@ impl Watch<'_> {
             self.lines.say(format!("the supervisor ended: {error}"));
         }
         self.lines.tell(Output::End(killed));
-        if self.wait_for_summary()? {
+        if wait_for_summary(&self.summed_up, &self.signals)? {
             // It has ended, or is about to.
             let _ = written.join();
         }
         Ok(self.status.filter(|_| !self.stays))
     }
+}
 
-    /// Waits until a summary is out, or somebody wants an end: whoever reads it may not go on. Tells whether it is out.
-    fn wait_for_summary(&mut self) -> io::Result<bool> {
-        loop {
-            let mut ready = [
-                PollFd::new(self.summed_up.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut ready, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            if ready[0].any() == Some(true) {
-                return Ok((&self.summed_up).read(&mut [0])? > 0);
-            }
-            while let Some(signal) = self.signals.read()? {
-                let which = number(&signal);
-                if matches!(
-                    which,
-                    Some(Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)
-                ) {
-                    return Ok(false);
-                }
+/// Waits until a summary is out, or somebody wants an end: whoever reads it may not go on. Tells whether it is out.
+pub(crate) fn wait_for_summary(mut summed_up: &PipeReader, signals: &Signals) -> io::Result<bool> {
+    loop {
+        let mut ready = [
+            PollFd::new(summed_up.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if ready[0].any() == Some(true) {
+            return Ok(summed_up.read(&mut [0])? > 0);
+        }
+        while let Some(signal) = signals.read()? {
+            if is_end(number(&signal)) {
+                return Ok(false);
             }
         }
     }
+}
+
+/// Whether a signal asks for an end.
+pub(crate) fn is_end(signal: Option<Signal>) -> bool {
+    matches!(
+        signal,
+        Some(Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT | Signal::SIGTERM)
+    )
 }

@@ -9,7 +9,7 @@ use msrgate_supervise::Forked;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getppid, setsid};
 
@@ -28,13 +28,18 @@ impl Monitor {
     pub(crate) fn part() -> Result<Monitor, Failure> {
         let (reader, front) = io::pipe().map_err(|error| machine(&error))?;
         let before = nix::unistd::getpid();
+        // Before there is a VMM that could be seen to run: who sees it may send signals.
+        let mask = SigSet::thread_get_mask().map_err(|error| machine(&error.into()))?;
+        let signals = Signals::block().map_err(|error| machine(&error.into()))?;
         match msrgate_supervise::fork().map_err(|error| machine(&error))? {
             Forked::Parent(monitor) => {
                 drop(front);
-                let status = wait(Pid::from_raw(monitor), reader).map_err(|error| machine(&error.into()))?;
+                let status = wait(Pid::from_raw(monitor), reader, &signals).map_err(|error| machine(&error.into()))?;
                 end(status)
             }
             Forked::Child => {
+                drop(signals);
+                mask.thread_set_mask().map_err(|error| machine(&error.into()))?;
                 // Whoever kills the front means the VMM.
                 prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| machine(&error.into()))?;
                 // Processes that lose their parent are this one's, not init's.
@@ -62,13 +67,12 @@ impl Monitor {
 }
 
 fn machine(error: &io::Error) -> Failure {
-    let line = format!("a process to stay with the VMM cannot be started: {error}");
+    let line = format!("cannot start the process that stays with the VMM: {error}");
     Failure::Line(Exit::Machine, line)
 }
 
 /// Passes signals on to the monitor until it has ended, or stays.
-fn wait(monitor: Pid, mut told: PipeReader) -> Result<WaitStatus, Errno> {
-    let signals = Signals::block()?;
+fn wait(monitor: Pid, mut told: PipeReader, signals: &Signals) -> Result<WaitStatus, Errno> {
     let mut open = true;
     loop {
         // It may have ended before signals were watched.

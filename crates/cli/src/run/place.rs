@@ -181,7 +181,7 @@ impl Place {
                 (b'%', Some(b't')) => path.extend(words::date(started).bytes().filter(|byte| !b"-:".contains(byte))),
                 (b'%', _) => {
                     return Err(format!(
-                        "`{}` is no name of a trace: `%n` is the VM's name, `%p` the VMM's process, `%t` the time, and `%%` \
+                        "`{}` is not a name for a trace: `%n` is the VM's name, `%p` the VMM's process, `%t` the time, and `%%` \
                          a percent sign",
                         self.name.display()
                     ));

@@ -1,13 +1,16 @@
 //! What the policy is for a guest: said at the start, or resolved by the CPUID that its VMM sets.
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use msrgate_core::{Log, ReadAction, WriteAction};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Bypass, BypassKind, Linux};
 use msrgate_plan::{AccessCount, CompileOptions, DecisionMap, Plan};
-use msrgate_policy::Policy;
+use msrgate_policy::{Policy, Provider};
 use msrgate_supervise::{Leaf, Resolve};
 
-use crate::args::RunArgs;
+use crate::args::{CpuidArgs, ProfileArgs};
 use crate::exit::{Exit, Failure};
 use crate::{cpuid, load, machine, trace};
 
@@ -16,52 +19,79 @@ pub(crate) struct Resolved {
     pub(crate) map: DecisionMap,
     /// How the map is compiled.
     pub(crate) options: CompileOptions,
-    /// Where the map is from, and the CPUID that it is for; `None` where it is no policy's.
+    /// Where the map is from, and the CPUID that it is for; `None` where it is not a policy's.
     from: Option<(Policy, Option<Cpuid>)>,
     /// Where the policy depends on a CPUID that the VMM will set: until then nothing is allowed.
     pub(crate) resolve: Option<Resolve>,
     /// Whether some rule wants its accesses told.
     pub(crate) logs: bool,
+    /// Who answers for the handlers that the policy names.
+    pub(crate) providers: BTreeMap<String, Provider>,
     /// How many rules the policy has.
     pub(crate) rules: usize,
 }
 
 impl Resolved {
-    pub(crate) fn new(args: &RunArgs) -> Result<Resolved, Failure> {
-        let ignore_unknown = args.ignore_unknown;
-        let profile = trace::profile(&args.profile)?;
-        let mut resolved = Resolved {
-            map: completed(DecisionMap::allow_all(), ignore_unknown),
-            options: CompileOptions::default(),
-            from: None,
-            resolve: None,
-            logs: false,
-            rules: 0,
+    pub(crate) fn new(
+        policy: Option<&Path>,
+        cpuid: &CpuidArgs,
+        profile: &ProfileArgs,
+        ignore_unknown: bool,
+    ) -> Result<Resolved, Failure> {
+        let profile = trace::profile(profile)?;
+        let Some(path) = policy else {
+            return Ok(Resolved {
+                map: completed(DecisionMap::allow_all(), ignore_unknown),
+                options: CompileOptions::default(),
+                from: None,
+                resolve: None,
+                logs: false,
+                providers: BTreeMap::new(),
+                rules: 0,
+            });
         };
-        let Some(path) = &args.policy else {
-            return Ok(resolved);
+        let cpuid = cpuid::given(cpuid)?;
+        Resolved::of(load::unresolved(path)?, cpuid, profile, ignore_unknown)
+    }
+
+    /// What a policy is, for a guest with this CPUID where it is said.
+    pub(crate) fn of(
+        policy: Policy,
+        cpuid: Option<Cpuid>,
+        profile: Vec<AccessCount>,
+        ignore_unknown: bool,
+    ) -> Result<Resolved, Failure> {
+        let rules = policy.rules.len();
+        let provider = |name: &str| {
+            let provider = policy.providers.get(name).ok_or_else(|| needs_handler(name))?;
+            Ok((name.to_owned(), provider.clone()))
         };
-        let cpuid = cpuid::given(&args.cpuid)?;
-        let policy = load::unresolved(path)?;
-        resolved.rules = policy.rules.len();
+        let providers = policy.handlers().map(provider).collect::<Result<_, Failure>>()?;
         if cpuid.is_some() || !policy.asks_cpuid() {
             let map = load::map(&policy, cpuid.as_ref())?;
-            resolved.logs = map.reads().iter().any(|(_, decision)| is_told(decision.log))
+            let logs = map.reads().iter().any(|(_, decision)| is_told(decision.log))
                 || map.writes().iter().any(|(_, decision)| is_told(decision.log));
-            resolved.map = completed(map, ignore_unknown);
-            resolved.options = policy.options().with_profile(profile);
-            resolved.from = Some((policy, cpuid));
-            return Ok(resolved);
+            return Ok(Resolved {
+                map: completed(map, ignore_unknown),
+                options: policy.options().with_profile(profile),
+                from: Some((policy, cpuid)),
+                resolve: None,
+                logs,
+                providers,
+                rules,
+            });
         }
-        if let Some(name) = policy.handlers().next() {
-            return Err(needs_handler(name));
-        }
-        resolved.map = DecisionMap::deny_all();
-        resolved.logs = policy.rules.iter().any(|rule| is_told(rule.log));
-        resolved.resolve = Some(Box::new(move |leaves| {
-            answer(&policy, ignore_unknown, &profile, leaves)
-        }));
-        Ok(resolved)
+        Ok(Resolved {
+            map: DecisionMap::deny_all(),
+            options: CompileOptions::default(),
+            from: None,
+            logs: policy.rules.iter().any(|rule| is_told(rule.log)),
+            resolve: Some(Box::new(move |leaves| {
+                answer(&policy, ignore_unknown, &profile, leaves)
+            })),
+            providers,
+            rules,
+        })
     }
 
     /// Whether the policy decides every access, and leaves none to the kernel: then all of them are seen.
@@ -96,11 +126,10 @@ impl Resolved {
     /// The plan of the map, if `run` can carry it out; what is wrong with the policy is printed. Whether there is KVM is
     /// not asked: the VMM may not need it.
     pub(crate) fn plan(&self) -> Result<Plan, Failure> {
-        let plan = match &self.from {
-            Some((policy, cpuid)) => load::plan(policy, &self.map, &self.options, cpuid.as_ref())?,
-            None => compiled(&self.map, &self.options)?,
-        };
-        carried_out(plan)
+        match &self.from {
+            Some((policy, cpuid)) => load::plan(policy, &self.map, &self.options, cpuid.as_ref()),
+            None => compiled(&self.map, &self.options),
+        }
     }
 }
 
@@ -122,15 +151,10 @@ fn compiled(map: &DecisionMap, options: &CompileOptions) -> Result<Plan, Failure
     Plan::compile_for(map, options).map_err(|error| Failure::Line(Exit::No, error.to_string()))
 }
 
-fn carried_out(plan: Plan) -> Result<Plan, Failure> {
-    let refused = plan.table().handlers().next().map(needs_handler);
-    refused.map_or(Ok(plan), Err)
-}
-
 fn needs_handler(name: &str) -> Failure {
     Failure::input(format!(
-        "the policy names the handler `{name}`, which is code of a VMM: one that links msrgate can have it, `run` \
-         cannot; give the rule another action"
+        "the policy names the handler `{name}`, which is code of a VMM that links msrgate; for `run` say in the policy \
+         which program answers: `[handlers]`, `{name} = {{ command = [\"PROGRAM\"] }}`"
     ))
 }
 
@@ -151,8 +175,10 @@ fn answer(
     let map = policy.decision_map(Some(&Cpuid::from_entries(leaves)));
     let map = completed(map.map_err(|needed| needed.diagnostic().message)?, ignore_unknown);
     let options = policy.options().with_profile(profile.to_vec());
-    let plan = compiled(&map, &options).and_then(carried_out);
-    Ok((plan.map_err(|failure| failure.to_string())?, options))
+    Ok((
+        compiled(&map, &options).map_err(|failure| failure.to_string())?,
+        options,
+    ))
 }
 
 /// Whether something is to be told of such accesses.

@@ -65,6 +65,11 @@ pub(super) fn number(signal: &siginfo) -> Option<Signal> {
     Signal::try_from(i32::try_from(signal.ssi_signo).ok()?).ok()
 }
 
+/// Whether the kernel sent it, as for a terminal that hangs up.
+pub(super) fn is_terminals(signal: &siginfo) -> bool {
+    signal.ssi_code == SI_KERNEL
+}
+
 /// Whether the child has not got the signal by itself: what a terminal sends goes to both, as they are one group.
 fn is_for(signal: &siginfo, child: Pid) -> bool {
     signal.ssi_code != SI_KERNEL && signal.ssi_pid.cast_signed() != child.as_raw()

@@ -2,17 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use msrgate_core::{Disposition, FaultCause, Msr, Op, Reason};
+use msrgate_core::{Disposition, FaultCause, Msr, Nanos, Op, Reason};
 use msrgate_plan::Preset;
 use msrgate_supervise::{Counters, Done, Faults, Mode, Reader};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::json::{self, Printed, object};
 use crate::render::Table;
 use crate::run::killed::Killed;
 use crate::run::trace::Trace;
 use crate::words::counted;
 use crate::{stream, words};
+
+/// What another subcommand has to say besides the counts.
+pub(crate) struct Besides {
+    /// Lines for people.
+    pub(crate) text: String,
+    /// More keys of the object.
+    pub(crate) json: serde_json::Map<String, Value>,
+}
 
 /// What there is to say besides the counts.
 pub(crate) struct Summary {
@@ -21,6 +30,9 @@ pub(crate) struct Summary {
     json: bool,
     /// What there is from here on is told to nobody but the trace.
     background: bool,
+    /// Policies that took the place of another, and when, since the start.
+    policies: Vec<(Nanos, String)>,
+    pub(crate) besides: Option<Besides>,
 }
 
 impl Summary {
@@ -30,6 +42,8 @@ impl Summary {
             presets: presets.to_vec(),
             json,
             background: false,
+            policies: Vec::new(),
+            besides: None,
         }
     }
 
@@ -37,55 +51,108 @@ impl Summary {
         self.background = true;
     }
 
+    /// Another policy is in force from here on.
+    pub(crate) fn another_policy(&mut self, t: Nanos, hash: String) {
+        self.policies.push((t, hash));
+    }
+
+    /// The policy that took the place of the first, where one did.
+    pub(crate) fn policy(&self) -> Option<&str> {
+        self.policies.last().map(|(_, hash)| hash.as_str())
+    }
+
     /// Tells what there was so far; `killed` is what ended the VMM where a signal did.
     pub(crate) fn print(&self, reader: &Reader, trace: &Trace, killed: Option<Killed>) {
         let tallies = reader.tallies();
         match self.json {
-            true => stream::tell_programs(&self.json(reader, trace, &tallies, killed.as_ref())),
+            true => stream::tell_programs(&self.json(reader, trace, killed.as_ref())),
             false => stream::tell(&self.text(reader, trace, &tallies, killed.as_ref())),
         }
     }
 
-    fn json(
-        &self,
-        reader: &Reader,
-        trace: &Trace,
-        tallies: &BTreeMap<(Msr, Op), Counters>,
-        killed: Option<&Killed>,
-    ) -> Value {
+    /// The same for programs.
+    pub(crate) fn json(&self, reader: &Reader, trace: &Trace, killed: Option<&Killed>) -> Value {
+        let mut summary = json::value(&self.printed(reader, trace, killed));
+        if let (Value::Object(summary), Some(besides)) = (&mut summary, &self.besides) {
+            summary.extend(besides.json.clone());
+        }
+        summary
+    }
+
+    /// The counts.
+    pub(crate) fn printed(&self, reader: &Reader, trace: &Trace, killed: Option<&Killed>) -> impl Printed {
+        let tallies = &reader.tallies();
         let rows = tallies.iter().map(|((msr, op), tally)| {
-            json!({
-                "msr": msr.to_string(),
-                "name": words::name(*msr),
-                "op": op.name(),
-                "count": tally.count,
-                "cost_ns": tally.cost.0,
-                "reason": tally.done.reason.map(|reason| reason.name()),
-                "did": tally.done.did.name(),
-                "why": tally.done.why.map(|why| why.name()),
-                "would": tally.done.would.map(|would| would.name()),
-                "faulted": tally.faults.map_or(0, |faults| faults.count),
-                "fault_rip": tally.faults.and_then(|faults| faults.rip).map(|rip| format!("{rip:#x}")),
-                "value": format!("{:#x}", tally.value),
-            })
+            object! {
+                /// The MSR.
+                msr: msr.to_string(),
+                /// Its name; null if it is not known.
+                name: words::name(*msr),
+                /// The direction.
+                op: op.name(),
+                /// How often.
+                count: tally.count,
+                /// How long all of these took, in nanoseconds.
+                cost_ns: tally.cost.0,
+                /// Why the kernel handed the last one over: `"filter"`, `"unknown"` or `"invalid"`.
+                reason: tally.done.reason.map(|reason| reason.name()),
+                /// What the last one got; see [trace.md](trace.md).
+                did: tally.done.did.name(),
+                /// Why it faulted; null if there is nothing to say.
+                why: tally.done.why.map(|why| why.name()),
+                /// With `--audit`: what the policy would have done; null else.
+                would: tally.done.would.map(|would| would.name()),
+                /// How many of the accesses were #GP.
+                faulted: tally.faults.map_or(0, |faults| faults.count),
+                /// With `--rip`: the guest's instruction pointer at the last of these; null else.
+                fault_rip: tally.faults.and_then(|faults| faults.rip).map(|rip| format!("{rip:#x}")),
+                /// What the last read got or the last write gave.
+                value: format!("{:#x}", tally.value),
+            }
         });
-        json!({
-            "vms": reader.ledger().vms(),
-            "vcpus": reader.ledger().vcpus(),
-            "refused": reader.ledger().refusals(),
-            "background": self.background,
-            "trace": trace.path().map(|path| path.to_string_lossy()),
-            "killed": killed.filter(|killed| killed.signal == Signal::SIGSYS).map(|killed| &killed.line),
-            "signal": killed.map(|killed| killed.signal.as_str()),
-            "cost_ns": cost(tallies),
-            "presets": words::presets(&self.presets),
-            "by_msr": rows.collect::<Vec<_>>(),
-            "lost": {
-                "events": reader.lost(),
-                "unwritten": trace.unwritten().map_or(0, |unwritten| unwritten.events),
-                "uncounted": reader.uncounted(),
+        object! {
+            /// How many VMs the VMM made.
+            vms: reader.ledger().vms(),
+            /// How many vCPUs.
+            vcpus: reader.ledger().vcpus(),
+            /// How many VMs and vCPUs it did not get, since the policy could not be put on them.
+            refused: reader.ledger().refusals(),
+            /// Whether what the VMM started goes on in the background, so that this is not all.
+            background: self.background,
+            /// The file that the trace is written to; null without one, and where no vCPU ran.
+            trace: trace.path().map(|path| path.to_string_lossy()),
+            /// Where the VMM's own seccomp sandbox killed it, a line that says so, with the thread and the call if the
+            /// kernel's log has them; null else.
+            killed: killed.filter(|killed| killed.signal == Signal::SIGSYS).map(|killed| &killed.line),
+            /// The name of the signal that ended the VMM, `"SIGSEGV"`; null where none did.
+            signal: killed.map(|killed| killed.signal.as_str()),
+            /// How long all accesses in `by_msr` took between the guest's exit and its answer, in nanoseconds; the way out
+            /// of the guest and back is not in it.
+            cost_ns: cost(tallies),
+            /// As of `plan --host`: fixed answers that the kernel holds, so that their reads make no exit and are not in
+            /// `by_msr`. Empty with `--trace`, `--audit` and `--learn`.
+            presets: words::presets(&self.presets),
+            /// Policies that took the place of another, in the order of time.
+            reloads: self.policies.iter().map(|(t, hash)| object! {
+                /// When, in nanoseconds since the start.
+                t: t.0,
+                /// The hash of the policy that is in force from there on; of one that depends on the CPUID, what it is for
+                /// the first VM.
+                policy: hash,
+            }).collect::<Vec<_>>(),
+            /// What the policy decided and what the kernel refused, by MSR, reads before writes. With `--audit` and
+            /// `--learn`: what was touched, each once, and what the kernel refused.
+            by_msr: rows.collect::<Vec<_>>(),
+            /// What is not told.
+            lost: object! {
+                /// Events that came faster than they were written.
+                events: reader.lost(),
+                /// Events that could not be written to the trace.
+                unwritten: trace.unwritten().map_or(0, |unwritten| unwritten.events),
+                /// Accesses that are not in `by_msr` for want of room.
+                uncounted: reader.uncounted(),
             },
-        })
+        }
     }
 
     fn text(
@@ -179,12 +246,19 @@ impl Summary {
         if accesses > 0 {
             text.push_str(&table.text(stream::err().width, false));
         }
-        if !self.presets.is_empty() {
+        if !self.presets.is_empty() && self.policies.is_empty() {
             let presets: Vec<String> = self.presets.iter().map(|preset| preset.msr.to_string()).collect();
             text.push_str(&format!(
                 "msrgate: the kernel holds the policy's fixed answers of {}: reads of these make no exit and are not \
                  counted\n",
                 presets.join(", ")
+            ));
+        }
+        if let Some((t, hash)) = self.policies.last() {
+            text.push_str(&format!(
+                "msrgate: another policy took the place of the first {}, the last one {} after the start: {hash}\n",
+                counted(self.policies.len() as u64, "time", "times"),
+                words::duration(t.0)
             ));
         }
         if reader.uncounted() > 0 {
@@ -207,6 +281,7 @@ impl Summary {
             ));
         }
         text.push_str(background);
+        text.push_str(self.besides.as_ref().map_or("", |besides| &besides.text));
         text
     }
 }

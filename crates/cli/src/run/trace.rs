@@ -6,12 +6,13 @@ use std::io::{self, BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use msrgate_core::{Event, Gap, LogLimiter, Op};
+use msrgate_core::{Event, Gap, LogLimiter, Nanos, Op};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_supervise::{Entry, Leaf, Mode};
 use msrgate_trace::{Coverage, Header, write_event, write_gap};
 
 use crate::exit::Failure;
+use crate::journal::Journal;
 use crate::run::place::{self, Place};
 use crate::{stream, words};
 
@@ -87,6 +88,8 @@ enum To {
     People,
     /// Standard error: those whose rule says so.
     Logged,
+    /// The journal, likewise; and what each entry says of the VMM.
+    Journal(Journal, Vec<(&'static str, String)>),
 }
 
 struct Lines {
@@ -120,16 +123,28 @@ pub(crate) struct Unwritten {
 }
 
 impl Trace {
-    /// `name` is `-` for people, and a file has at most this `size`. The policy has so many `rules`.
+    /// `name` is `-` for people, and a file has at most this `size`. The policy has so many `rules`. What is logged goes to the
+    /// journal if that is given.
     pub(crate) fn open(
         name: Option<&Path>,
+        journal: Option<Journal>,
         size: Option<u64>,
         inputs: &[Option<&Path>],
         header: Header,
         rules: usize,
     ) -> Result<Trace, Failure> {
         let to = match name {
-            None => To::Logged,
+            None => match journal {
+                None => To::Logged,
+                Some(journal) => {
+                    let mut of_vmm = vec![
+                        ("SYSLOG_IDENTIFIER", "msrgate".to_owned()),
+                        ("VMM", header.vmm.unwrap_or_default()),
+                    ];
+                    of_vmm.extend(header.name.map(|name| ("VM_NAME", name)));
+                    To::Journal(journal, of_vmm)
+                }
+            },
             Some(name) if name == Path::new("-") => match size {
                 None => To::People,
                 Some(_) => return Err(Failure::input("what `--trace -` prints has no size: name a file")),
@@ -174,7 +189,7 @@ impl Trace {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.to {
             To::File(lines) => lines.part.as_ref().map(|part| part.path.as_path()),
-            To::People | To::Logged => None,
+            To::People | To::Logged | To::Journal(..) => None,
         }
     }
 
@@ -197,7 +212,12 @@ impl Trace {
             // A line that is cut short would make the rest unreadable.
             (To::File(_), _) if self.unwritten.is_some() => Ok(false),
             (To::File(lines), entry) => lines.write(entry),
-            (To::Logged, Entry::Access(event, log)) if !self.limiter.admits(event, *log) => return,
+            (To::Logged | To::Journal(..), Entry::Access(event, log)) if !self.limiter.admits(event, *log) => return,
+            (To::Journal(journal, of_vmm), Entry::Access(event, _)) => {
+                let mut fields = fields(event);
+                fields.extend(of_vmm.iter().cloned());
+                journal.write(&fields).map(|()| true)
+            }
             (_, Entry::Access(event, _)) => {
                 // One call for a line, which the VMM's own output does not cut in two then.
                 let mut text = Vec::new();
@@ -220,6 +240,20 @@ impl Trace {
             Ok(true) => {}
             Ok(false) => self.lose(events, None),
             Err(error) => self.lose(events, Some(error)),
+        }
+    }
+
+    /// Another policy is in force from here on, with so many rules.
+    pub(crate) fn another_policy(&mut self, t: Nanos, hash: &str, rules: usize) {
+        self.limiter = LogLimiter::new(rules);
+        let To::File(lines) = &mut self.to else { return };
+        // Where a file is begun later, this policy is the first one.
+        lines.header.policy = lines.header.policy.take().map(|_| hash.to_owned());
+        if self.unwritten.is_none()
+            && let Some(part) = &mut lines.part
+            && let Err(error) = part.write_policy(t, hash)
+        {
+            self.lose(0, Some(error));
         }
     }
 
@@ -250,7 +284,10 @@ impl Trace {
             events: 0,
             error: match (path, error) {
                 (Some(path), Some(error)) => format!("`{}` cannot be written: {error}", path.display()),
-                (None, Some(error)) => format!("standard error cannot be written: {error}"),
+                (None, Some(error)) => match self.to {
+                    To::Journal(..) => format!("the journal takes no more: {error}"),
+                    _ => format!("standard error cannot be written: {error}"),
+                },
                 (_, None) => String::new(),
             },
         });
@@ -334,6 +371,42 @@ impl Part {
         self.line.splice(end..end, std::iter::repeat_n(b' ', room));
         self.bytes += self.line.len() as u64;
         self.file.write_all(&self.line)
+    }
+}
+
+/// An event as the journal has it.
+fn fields(event: &Event) -> Vec<(&'static str, String)> {
+    let mut text = Vec::new();
+    // Writing to memory does not fail.
+    let _ = line(event, &mut text);
+    let mut fields = vec![
+        ("MESSAGE", String::from_utf8_lossy(&text).trim_end().to_owned()),
+        // A warning, or information (syslog(3)).
+        ("PRIORITY", if event.did.is_fault() { "4" } else { "6" }.to_owned()),
+        ("MSR", event.msr.to_string()),
+        ("OP", event.op.name().to_owned()),
+        ("VALUE", format!("{:#x}", event.value)),
+        ("DID", event.did.name().to_owned()),
+        ("VM", event.vm.to_string()),
+        ("VCPU", event.vcpu.to_string()),
+    ];
+    let more = [
+        ("MSR_NAME", words::name(event.msr).map(str::to_owned)),
+        ("WHY", event.why.map(|why| why.name().to_owned())),
+        ("RULE", event.rule.map(|rule| rule.to_string())),
+        ("RIP", event.rip.map(|rip| format!("{rip:#x}"))),
+    ];
+    fields.extend(more.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    fields
+}
+
+impl Part {
+    fn write_policy(&mut self, t: Nanos, hash: &str) -> io::Result<()> {
+        self.line.clear();
+        msrgate_trace::write_policy(t, hash, &mut self.line)?;
+        self.bytes += self.line.len() as u64;
+        self.file.write_all(&self.line)?;
+        self.file.flush()
     }
 }
 
@@ -438,7 +511,7 @@ mod tests {
             msrgate_trace: msrgate_trace::VERSION,
             ..Header::default()
         };
-        let mut trace = Trace::open(Some(&path), Some(size), &[], header, 0).unwrap();
+        let mut trace = Trace::open(Some(&path), None, Some(size), &[], header, 0).unwrap();
         trace.place().unwrap().claim(7).unwrap();
         trace.begin(&[(1, 0, [5; 4])]);
         let read = |name: &str| {

@@ -2,15 +2,20 @@
 
 use std::collections::HashMap;
 use std::io::{PipeWriter, Write};
+use std::mem;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use msrgate_plan::Preset;
 use msrgate_supervise::{Ledger, Mode, Reader};
+use serde_json::{Map, Value};
 
+use crate::metrics::{self, Metrics};
+use crate::output::{self, Existing};
 use crate::run::killed::Killed;
-use crate::run::summary::Summary;
+use crate::run::summary::{Besides, Summary};
 use crate::run::trace::Trace;
 use crate::stream;
 use crate::words::counted;
@@ -28,6 +33,12 @@ pub(crate) enum Output {
     Line(String),
     /// Sums up what there was so far.
     Summary,
+    /// Gives what there was so far.
+    State(Sender<Value>),
+    /// Another policy is in force from here on.
+    Policy { hash: String, rules: usize, logs: bool },
+    /// Has the summary say this too.
+    Besides(Besides),
     /// Sums up, since the rest is in the background.
     Background,
     /// Sums up, and ends. A signal that killed the VMM is named.
@@ -55,6 +66,15 @@ impl Lines {
     }
 }
 
+/// A file with metrics.
+struct MetricsFile {
+    path: PathBuf,
+    metrics: Metrics,
+    last: Option<Instant>,
+    /// It was said that it cannot be written.
+    failed: bool,
+}
+
 /// What the thread works with.
 pub(crate) struct Writer {
     told: Receiver<Output>,
@@ -63,6 +83,9 @@ pub(crate) struct Writer {
     trace: Trace,
     summary: Summary,
     every: Duration,
+    /// What is known of the run from the start on, for who asks.
+    about: Map<String, Value>,
+    metrics: Option<MetricsFile>,
     /// How many lines of each kind there were.
     kinds: HashMap<String, u64>,
 }
@@ -83,6 +106,8 @@ impl Writer {
             trace,
             summary: Summary::new(mode, presets, json),
             every: REST,
+            about: Map::new(),
+            metrics: None,
             kinds: HashMap::new(),
         };
         (writer, lines)
@@ -94,6 +119,51 @@ impl Writer {
         Writer { every, ..self }
     }
 
+    /// What those who ask are told of the run.
+    pub(crate) fn about(self, about: Map<String, Value>) -> Writer {
+        Writer { about, ..self }
+    }
+
+    /// A file that has what there is.
+    pub(crate) fn metrics(self, file: Option<PathBuf>) -> Writer {
+        let metrics = file.map(|path| MetricsFile {
+            path,
+            metrics: Metrics::default(),
+            last: None,
+            failed: false,
+        });
+        Writer { metrics, ..self }
+    }
+
+    /// All that there is to say of the run.
+    fn state(&self) -> Value {
+        let mut state = self.summary.json(&self.reader, &self.trace, None);
+        if let Value::Object(state) = &mut state {
+            state.extend(self.about.clone());
+            state.insert("t".to_owned(), self.reader.now().0.into());
+            if let Some(hash) = self.summary.policy() {
+                state.insert("policy".to_owned(), hash.into());
+            }
+        }
+        state
+    }
+
+    /// Writes metrics into their file where it is time, or all is over.
+    fn write_metrics(&mut self, end: bool) {
+        let is_due = |file: &MetricsFile| end || file.last.is_none_or(|last| last.elapsed() >= metrics::EVERY);
+        let Some(mut file) = self.metrics.take_if(|file| is_due(file)) else {
+            return;
+        };
+        let text = file.metrics.text(&self.state());
+        file.last = Some(Instant::now());
+        if let Err(error) = output::put(&file.path, &text, None, Existing::Replaced)
+            && !mem::replace(&mut file.failed, true)
+        {
+            self.line(format!("`{}` cannot be written: {error}", file.path.display()));
+        }
+        self.metrics = Some(file);
+    }
+
     /// Writes until it is told to end; `done` gets a byte where a summary is out that somebody waits for.
     pub(crate) fn write(mut self, mut done: PipeWriter) {
         loop {
@@ -102,9 +172,22 @@ impl Writer {
                 self.ledger.end();
             }
             self.drain();
+            self.write_metrics(matches!(told, Ok(Output::End(_))));
             match told {
                 Ok(Output::Line(line)) => self.line(line),
+                Ok(Output::Besides(besides)) => self.summary.besides = Some(besides),
                 Ok(Output::Summary) => self.summary.print(&self.reader, &self.trace, None),
+                Ok(Output::State(asked)) => {
+                    // Who asked may have gone.
+                    let _ = asked.send(self.state());
+                }
+                Ok(Output::Policy { hash, rules, logs }) => {
+                    if logs {
+                        self.every = DRAIN;
+                    }
+                    self.trace.another_policy(self.reader.now(), &hash, rules);
+                    self.summary.another_policy(self.reader.now(), hash);
+                }
                 Ok(Output::Background) => {
                     self.summary.background();
                     self.summary.print(&self.reader, &self.trace, None);

@@ -3,28 +3,20 @@
 use std::io::{self, Write};
 
 use msrgate_verify::{Kernel, Report};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::args::{ModeArg, VerifyArgs};
 use crate::exit::{Exit, Failure};
+use crate::json::{self, Printed, object};
 use crate::stream::{self, Stream};
 use crate::{render, words};
 
 /// A report, and what it is a report of.
-struct Printed<'a> {
+pub(crate) struct Told<'a> {
     report: &'a Report,
     kernel: &'a Kernel,
     mode: &'static str,
     seed: Option<u64>,
-    table: Option<Table>,
-}
-
-/// Rows that one kind of run adds.
-struct Table {
-    /// The key in JSON.
-    name: &'static str,
-    columns: &'static [&'static str],
-    rows: Vec<Vec<Value>>,
 }
 
 /// Prints a report, and says how the command ends.
@@ -33,16 +25,15 @@ pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: O
         ModeArg::Real => "real",
         ModeArg::Long => "long",
     };
-    let printed = Printed {
+    let told = Told {
         report,
         kernel,
         mode,
         seed,
-        table: table(report),
     };
     match args.json {
-        true => writeln!(stream::out(), "{:#}", printed.json())?,
-        false => printed.text(&mut stream::page())?,
+        true => json::print(&told.printed())?,
+        false => told.text(&mut stream::page())?,
     }
     Ok(if !report.disagreements.is_empty() {
         Exit::No
@@ -53,84 +44,124 @@ pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: O
     })
 }
 
-fn table(report: &Report) -> Option<Table> {
-    if !report.interception.is_empty() {
-        let word = |intercepted: bool| if intercepted { "intercepted" } else { "passed" };
-        let rows = report.interception.iter().map(|row| {
-            let [before, under, after] = row.exits;
-            vec![
-                row.msr.to_string().into(),
-                row.name.into(),
-                row.op.name().into(),
-                before.into(),
-                under.into(),
-                after.into(),
-                row.asked.into(),
-                row.intercepted.map(word).join(", ").into(),
-            ]
-        });
-        return Some(Table {
-            name: "interception",
-            columns: &["msr", "name", "op", "before", "under", "after", "user", "bitmap"],
-            rows: rows.collect(),
-        });
-    }
-    let word = |denied: bool| if denied { "deny" } else { "allow" };
-    let rows = report.swapped.iter().map(|row| {
-        vec![
-            row.msr.to_string().into(),
-            row.denied_by.map(word).join(", ").into(),
-            row.denied.into(),
-            row.allowed.into(),
-            row.neither.into(),
-        ]
+/// How often accesses left the guest, without a filter, under it and when it was gone.
+fn interception(report: &Report) -> Vec<impl Printed> {
+    let word = |intercepted: bool| if intercepted { "intercepted" } else { "passed" };
+    let rows = report.interception.iter().map(|row| {
+        let [before, under, after] = row.exits;
+        object! {
+            /// The MSR.
+            msr: row.msr.to_string(),
+            /// Its name.
+            name: row.name,
+            /// The direction.
+            op: row.op.name(),
+            /// How many exits 200 accesses made without a filter; about none if they pass through.
+            before: before,
+            /// How many under a filter that denies them.
+            under: under,
+            /// How many when it was gone.
+            after: after,
+            /// How many exits user space got under the filter.
+            user: row.asked,
+            /// What the engine's bitmap says each time: `passed` or `intercepted`.
+            bitmap: row.intercepted.map(word).join(", "),
+        }
     });
-    (!report.swapped.is_empty()).then(|| Table {
-        name: "swapped",
-        columns: &["msr", "filters", "denied", "allowed", "neither"],
-        rows: rows.collect(),
-    })
+    rows.collect()
 }
 
-impl Printed<'_> {
-    fn json(&self) -> Value {
-        let disagreements = self.report.disagreements.iter().map(|one| {
-            json!({
-                "what": one.what,
-                "live": one.live,
-                "engine": one.engine,
-                "candidate": one.candidate,
-                "case": one.case,
-            })
-        });
-        let known = (self.report.bypasses > 0)
-            .then(|| json!({ "kind": "bypass", "msr": "0x6e0", "op": "wrmsr", "count": self.report.bypasses }));
-        let mut object = json!({
-            "backend": "kvm",
-            "kernel": self.kernel.to_string(),
-            "profile": self.kernel.profile_name(),
-            "mode": self.mode,
-            "seed": self.seed,
-            "candidates": self.report.candidates,
-            "filters": self.report.filters,
-            "accesses": self.report.accesses,
-            "errnos": self.report.calls,
-            "known": known.into_iter().collect::<Vec<_>>(),
-            "skipped": self.report.skipped,
-            "disagreements": disagreements.collect::<Vec<_>>(),
-        });
-        if let Some(table) = &self.table {
-            let row = |row: &Vec<Value>| {
-                table
-                    .columns
-                    .iter()
-                    .map(|name| (*name).to_owned())
-                    .zip(row.clone())
-                    .collect()
-            };
-            object[table.name] = table.rows.iter().map(row).map(Value::Object).collect();
+/// What reads got while two filters took turns.
+fn swapped(report: &Report) -> Vec<impl Printed> {
+    let word = |denied: bool| if denied { "deny" } else { "allow" };
+    let rows = report.swapped.iter().map(|row| {
+        object! {
+            /// The MSR.
+            msr: row.msr.to_string(),
+            /// Which of the two filters allow it.
+            filters: row.denied_by.map(word).join(", "),
+            /// How many reads were denied.
+            denied: row.denied,
+            /// How many were allowed.
+            allowed: row.allowed,
+            /// How many were answered as neither filter says.
+            neither: row.neither,
         }
-        object
+    });
+    rows.collect()
+}
+
+/// The same rows for people, where there are any.
+fn table(titles: &[&'static str], rows: &[impl Printed]) -> Option<render::Table> {
+    let mut table = render::Table::new(titles);
+    for row in rows {
+        let row = json::value(row);
+        let cell = |cell: &Value| cell.as_str().map_or(cell.to_string(), str::to_owned);
+        table.add_row(row.as_object().into_iter().flat_map(|row| row.values().map(cell)));
+    }
+    (!rows.is_empty()).then_some(table)
+}
+
+impl Told<'_> {
+    pub(crate) fn printed(&self) -> impl Printed {
+        let disagreements = self.report.disagreements.iter().map(|one| {
+            object! {
+                /// At what.
+                what: &one.what,
+                /// What the kernel did.
+                live: &one.live,
+                /// What the engine did.
+                engine: &one.engine,
+                /// Which of the random calls, from 0; null without `--random`.
+                candidate: one.candidate,
+                /// The smallest case that shows it, in the format of `testdata/cases/`; null if there is none.
+                case: &one.case,
+            }
+        });
+        let known = (self.report.bypasses > 0).then(|| {
+            object! {
+                /// Which: `"bypass"`.
+                kind: "bypass",
+                /// The MSR.
+                msr: "0x6e0",
+                /// The direction.
+                op: "wrmsr",
+                /// How often.
+                count: self.report.bypasses,
+            }
+        });
+        object! {
+            /// `"kvm"`.
+            backend: "kvm",
+            /// Release and module.
+            kernel: self.kernel.to_string(),
+            /// The kernel that the engine took after.
+            profile: self.kernel.profile_name(),
+            /// `"real"` or `"long"`.
+            mode: self.mode,
+            /// What the random calls followed from; null without `--random`.
+            seed: self.seed,
+            /// How many random calls were made up; 0 without `--random`.
+            candidates: self.report.candidates,
+            /// How many filters were put in force.
+            filters: self.report.filters,
+            /// How many accesses were compared.
+            accesses: self.report.accesses,
+            /// How many calls were compared by whether they are accepted, and with which error.
+            errnos: self.report.calls,
+            /// Known gaps of the kernel that were seen.
+            known: known.into_iter().collect::<Vec<_>>(),
+            /// What could not be compared, and why; the exit code is then 3.
+            skipped: &self.report.skipped,
+            /// Where kernel and engine differ.
+            disagreements: disagreements.collect::<Vec<_>>(),
+            /// With `--interception`: a row for each MSR and direction.
+            #[serde(skip_serializing_if = "json::is_null")]
+            interception: Some(interception(self.report)).filter(|rows| !rows.is_empty()),
+            /// With `--swap`: a row for each MSR.
+            #[serde(skip_serializing_if = "json::is_null")]
+            swapped: Some(swapped(self.report)).filter(|rows| !rows.is_empty()),
+        }
     }
 
     fn text(&self, out: &mut Stream<impl Write>) -> io::Result<()> {
@@ -149,15 +180,16 @@ impl Printed<'_> {
         for line in &self.report.skipped {
             writeln!(out, "skipped: {line}")?;
         }
-        if let Some(table) = &self.table {
-            let mut text = render::Table::new(table.columns);
-            for row in &table.rows {
-                text.add_row(
-                    row.iter()
-                        .map(|cell| cell.as_str().map_or(cell.to_string(), str::to_owned)),
-                );
-            }
-            text.print(out)?;
+        let interception = table(
+            &["msr", "name", "op", "before", "under", "after", "user", "bitmap"],
+            &interception(self.report),
+        );
+        let swapped = table(
+            &["msr", "filters", "denied", "allowed", "neither"],
+            &swapped(self.report),
+        );
+        for table in [interception, swapped].into_iter().flatten() {
+            table.print(out)?;
             writeln!(out)?;
         }
         if self.report.bypasses > 0 {

@@ -40,11 +40,13 @@ pub(crate) const POLICIES: &[(&str, &str)] = embedded!["policies":
     "ignore-unknown.toml",
     "linux-microvm.toml",
     "linux-pc.toml",
+    "macos.toml",
     "monitoring.toml",
     "msr-safe.toml",
     "openvmm-stubs.toml",
     "qemu-rapl.toml",
     "qemu.toml",
+    "windows.toml",
 ];
 
 /// What those policies extend. They have no default, so they are no policies by themselves.
@@ -216,7 +218,16 @@ pub(crate) enum Terminal {
 }
 
 /// What a command shows on a terminal with so many columns.
-pub(crate) fn on_terminal(mut command: Command, columns: u16, streams: Terminal) -> String {
+pub(crate) fn on_terminal(command: Command, columns: u16, streams: Terminal) -> String {
+    at_terminal(command, columns, streams, None).0
+}
+
+/// What a person sees who has typed this ahead, and how the command ends. The terminal echoes what is typed.
+pub(crate) fn typed(command: Command, columns: u16, lines: &str) -> (String, Option<i32>) {
+    at_terminal(command, columns, Terminal::Both, Some(lines))
+}
+
+fn at_terminal(mut command: Command, columns: u16, streams: Terminal, lines: Option<&str>) -> (String, Option<i32>) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
     grantpt(&terminal)
@@ -247,14 +258,21 @@ pub(crate) fn on_terminal(mut command: Command, columns: u16, streams: Terminal)
     if streams != Terminal::Output {
         command.stderr(open());
     }
+    if lines.is_some() {
+        command.stdin(open());
+    }
     let mut child = command.spawn().expect("the program starts");
     // Else there is no end of it.
     drop(command);
+    let mut terminal = fs::File::from(terminal);
+    if let Some(lines) = lines {
+        terminal.write_all(lines.as_bytes()).expect("a terminal that takes it");
+    }
     let mut shown = Vec::new();
     // A terminal that nobody holds any more is an error to its reader.
-    let _ = fs::File::from(terminal).read_to_end(&mut shown);
-    child.wait().expect("an end");
-    String::from_utf8(shown).expect("UTF-8").replace("\r\n", "\n")
+    let _ = terminal.read_to_end(&mut shown);
+    let code = child.wait().expect("an end").code();
+    (String::from_utf8(shown).expect("UTF-8").replace("\r\n", "\n"), code)
 }
 
 /// Fails where what the command shows is wider than a terminal though it could be folded, or where a name or a number is
@@ -311,7 +329,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 pub(crate) fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key]
         .as_str()
-        .unwrap_or_else(|| panic!("`{key}` is no text in {value:#}"))
+        .unwrap_or_else(|| panic!("`{key}` is not a string in {value:#}"))
 }
 
 /// A number that JSON carries as a text in hexadecimal.
@@ -336,4 +354,34 @@ pub(crate) fn list<'a>(value: &'a Value, key: &str) -> &'a [Value] {
     value[key]
         .as_array()
         .unwrap_or_else(|| panic!("`{key}` is no list in {value:#}"))
+}
+
+/// The lines of a text, with one space between words, and without what differs from run to run: times, instruction pointers, and
+/// how often something went around.
+pub(crate) fn without_times(text: &str) -> Vec<String> {
+    let is_unit = |word: &str| {
+        matches!(
+            word.trim_matches(|c: char| "<>,.;:".contains(c)),
+            "ns" | "µs" | "ms" | "s"
+        )
+    };
+    let is_time = |word: &str| {
+        let digits = word.trim_matches(|c: char| "<>,.;:".contains(c));
+        !digits.is_empty() && digits.chars().all(|c| c.is_ascii_digit() || c == '.')
+    };
+    let line = |line: &str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let words = words.iter().enumerate().map(|(place, word)| {
+            let before = place.checked_sub(1).and_then(|place| words.get(place));
+            let after = words.get(place + 1);
+            match () {
+                () if is_time(word) && (after.is_some_and(|word| is_unit(word)) || word.contains('.')) => "TIME",
+                () if before.is_some_and(|word| is_time(word)) && is_unit(word) => "UNIT",
+                () if before == Some(&"RIP") => "RIP",
+                () => word,
+            }
+        });
+        words.collect::<Vec<_>>().join(" ")
+    };
+    text.lines().map(line).filter(|line| !line.is_empty()).collect()
 }

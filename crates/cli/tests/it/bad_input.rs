@@ -346,9 +346,9 @@ fn a_trace_that_cannot_be_read_on_is_told_by_line_and_what_came_before_is_report
     let folder = Folder::furnished();
     for (bad, why) in [
         ("{\"op\":\"rdmsr\",\"msr\":\"0x1", "breaks off"),
-        ("{\"op\":\"rdmsr\",\"msr\":\"0x1\n", "no event"),
-        ("garbage\n", "no event"),
-        ("\u{0}\u{7f}\n", "no event"),
+        ("{\"op\":\"rdmsr\",\"msr\":\"0x1\n", "not an event"),
+        ("garbage\n", "not an event"),
+        ("\u{0}\u{7f}\n", "not an event"),
         ("{\"op\":\"rdtsc\",\"msr\":\"0x10\"}\n", "`rdtsc`"),
         ("{\"op\":\"wrmsr\",\"msr\":\"0x10\"}\n", "no `value`"),
         ("{\"op\":\"rdmsr\",\"msr\":\"0x100000000\"}\n", "32 bits"),
@@ -512,7 +512,7 @@ fn what_is_no_earlier_scan_is_told_before_anything_is_scanned() {
         ("\u{7f}ELF".to_owned(), "line 1 column 1"),
         (scan_with("policy", "\"sandbox\""), "invalid type"),
         (scan_with("faults", "-1"), "invalid value"),
-        (scan_with("writable", r#"[{ "msr": "0x100000000" }]"#), "no MSR"),
+        (scan_with("writable", r#"[{ "msr": "0x100000000" }]"#), "is not an MSR"),
         (
             scan_with("written", r#"[{ "first": "0x2", "last": "0x1" }]"#),
             "0x1 before it begins at 0x2",
@@ -520,20 +520,20 @@ fn what_is_no_earlier_scan_is_told_before_anything_is_scanned() {
         (scan_with("ranges", "null"), "invalid type"),
         (
             scan_with("readable", r#"[{ "msr": "0x10", "value": "five", "volatile": false }]"#),
-            "`five` is no number",
+            "`five` is not a number",
         ),
         (
             scan_with(
                 "readable",
                 r#"[{ "msr": "0x10", "value": "0x10000000000000000", "volatile": false }]"#,
             ),
-            "is no number of 64 bits",
+            "is not a number of 64 bits",
         ),
     ] {
         folder.write("before.json", &text);
         let ran = folder.run(&["scan", "--against", "before.json"]).code(2);
         assert!(ran.out.is_empty(), "{text}");
-        ran.says(&["before.json is no scan, as `msrgate scan --json` prints it", says]);
+        ran.says(&["before.json is not a scan, as `msrgate scan --json` prints it", says]);
     }
     let whole = scan_with("faults", "15");
     for length in 0..whole.len() {

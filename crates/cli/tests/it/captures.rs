@@ -157,7 +157,7 @@ fn what_cannot_be_started_or_written_is_exit_2() {
     folder
         .run(&["capture", "-o", "none/c.jsonl", "--", "true"])
         .code(2)
-        .says(&["`none/c.jsonl` cannot be written"]);
+        .says(&["cannot write `none/c.jsonl`"]);
     let program = folder.path().join("program");
     std::fs::copy(crate::command::find("true").unwrap(), &program).unwrap();
     folder

@@ -50,12 +50,12 @@ fn a_difference_is_a_range_with_what_each_gives_and_the_names() {
         "equal": false,
         "by": "actions",
         "differences": [
-            { "first": "0x170", "last": "0x174", "op": "rdmsr", "a": "deny", "b": "allow", "names": ["IA32_SYSENTER_CS"] },
+            { "first": "0x170", "last": "0x174", "op": "rdmsr", "a": "deny", "b": "allow", "bits": null, "names": ["IA32_SYSENTER_CS"] },
             { "first": "0x170", "last": "0x176", "op": "wrmsr", "a": "only 0x1", "b": "allow",
-              "names": ["IA32_SYSENTER_CS", "IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"] },
+              "bits": null, "names": ["IA32_SYSENTER_CS", "IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"] },
             { "first": "0x175", "last": "0x176", "op": "rdmsr", "a": "deny", "b": "zero",
-              "names": ["IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"] },
-            { "first": "0x177", "last": "0x178", "op": "rdmsr", "a": "allow", "b": "zero", "names": [] },
+              "bits": null, "names": ["IA32_SYSENTER_ESP", "IA32_SYSENTER_EIP"] },
+            { "first": "0x177", "last": "0x178", "op": "rdmsr", "a": "allow", "b": "zero", "bits": null, "names": [] },
         ],
         "fallbacks": [
             { "when": "unknown", "op": "rdmsr", "a": "zero", "b": "deny" },

@@ -1,12 +1,12 @@
 //! What the documents show exists, builds and runs.
 
 #[rustfmt::skip]
-#[path = "../readme/engine.rs"]
-#[allow(missing_docs, unreachable_pub, reason = "as the README shows it")]
+#[path = "../guides/engine.rs"]
+#[allow(missing_docs, unreachable_pub, reason = "as the guide shows it")]
 mod engine;
 #[rustfmt::skip]
-#[path = "../readme/kvm.rs"]
-#[allow(missing_docs, unreachable_pub, dead_code, reason = "as the README shows it; a live test runs it")]
+#[path = "../guides/kvm.rs"]
+#[allow(missing_docs, unreachable_pub, dead_code, reason = "as the guide shows it; a live test runs it")]
 mod kvm;
 
 use std::fs;
@@ -17,7 +17,7 @@ use msrgate_engine::{Completion, Msrs, Refusal, Written};
 use msrgate_plan::Plan;
 use msrgate_policy::Policy;
 
-use crate::command::{Folder, count, list, text};
+use crate::command::{Folder, Terminal, on_terminal, plain};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -105,9 +105,14 @@ fn each_relative_link_leads_to_a_file_and_each_anchor_to_a_heading() {
 }
 
 #[test]
-fn the_rust_in_the_readme_is_the_rust_that_is_built_here() {
-    let kept = [include_str!("../readme/kvm.rs"), include_str!("../readme/engine.rs")];
-    assert_eq!(blocks(&readme(), "rust"), kept);
+fn the_rust_in_the_guides_is_the_rust_that_is_built_here() {
+    for (guide, kept) in [
+        ("docs/guides/vmm.md", include_str!("../guides/kvm.rs")),
+        ("docs/guides/hypervisor.md", include_str!("../guides/engine.rs")),
+    ] {
+        let text = fs::read_to_string(root().join(guide)).expect("a guide");
+        assert_eq!(blocks(&text, "rust"), [kept], "{guide}");
+    }
 }
 
 /// Knows no MSR.
@@ -146,7 +151,7 @@ impl MsrBackend for Nothing {
 }
 
 #[test]
-fn the_engine_in_the_readme_answers() {
+fn the_engine_in_the_guide_answers() {
     let text = "version = 1\ndefault = \"allow\"\n[[rule]]\nmsr = 0x8b\nread = { value = 0x1234 }\n";
     let policy = Policy::parse("policy.toml", text).expect("a policy");
     let plan = Plan::compile(&policy.decision_map(None).expect("no CPUID")).expect("a plan");
@@ -176,151 +181,35 @@ fn the_policy_in_the_readme_has_no_findings() {
 fn the_output_in_the_readme_is_what_the_command_prints() {
     let folder = Folder::furnished();
     let shown = blocks(&readme(), "console").remove(0);
-    let command = "$ cargo run --release -- replay -p policies/linux-microvm.toml traces/linux-6.1-microvm.jsonl --all";
+    let command = "$ cargo run --release -- replay -p policies/linux-microvm.toml traces/linux-6.1-microvm.jsonl";
     let mut lines = shown.lines();
     assert_eq!(lines.next(), Some(command));
     let arguments: Vec<&str> = command.split(" -- ").nth(1).expect("arguments").split(' ').collect();
+    let arguments = [&arguments[..], &["--backend", "engine"]].concat();
     // What a host answers by itself differs; registers, counts and actions do not.
     let words = |line: &str| line.split_whitespace().take(5).map(str::to_owned).collect::<Vec<_>>();
-    let printed = folder
-        .run(&[&arguments[..], &["--backend", "engine"]].concat())
-        .code(0)
-        .out;
-    let rows: Vec<Vec<String>> = printed.lines().map(words).collect();
+    let is_row = |line: &&str| line.starts_with("0x");
+    let printed = folder.run(&[&arguments[..], &["--all"]].concat()).code(0).out;
+    let rows: Vec<Vec<String>> = printed.lines().filter(is_row).map(words).collect();
     let mut compared = 0;
-    for line in lines.filter(|line| line.starts_with("0x") && !line.contains('…')) {
-        assert!(rows.contains(&words(line)), "{line}");
+    for line in lines.filter(is_row) {
+        assert!(rows.contains(&words(line)) && line.ends_with("host differs"), "{line}");
         compared += 1;
     }
     assert!(compared > 5, "{compared}");
     for line in ["564 accesses by", "the policy changed nothing for the guest"] {
         assert!(shown.contains(line) && printed.contains(line), "{line}");
     }
-    let json = folder
-        .run(&[&arguments[..], &["--backend", "engine", "--json"]].concat())
-        .code(0)
-        .json();
-    let deadline = list(&json, "by_msr")
-        .iter()
-        .find(|row| text(row, "msr") == "0x6e0")
-        .expect("a row");
-    assert_eq!(count(deadline, "count"), 397);
-}
-
-/// The keys that docs/json.md names under a heading: what stands in backticks in the first column of its tables.
-fn documented(heading: &str) -> Vec<String> {
-    let document = fs::read_to_string(root().join("docs/json.md")).expect("docs/json.md");
-    let section = document
-        .split(&format!("\n## {heading}\n"))
-        .nth(1)
-        .unwrap_or_else(|| panic!("no heading {heading}"));
-    let section = section.split("\n## ").next().unwrap_or_default();
-    let rows = section.lines().filter(|line| line.starts_with("| `"));
-    let cells = rows.filter_map(|line| line.split('|').nth(1));
-    cells
-        .flat_map(|cell| {
-            cell.split('`')
-                .skip(1)
-                .step_by(2)
-                .map(str::to_owned)
-                .collect::<Vec<_>>()
-        })
-        .collect()
-}
-
-/// All keys within a value, as paths: `ranges[].base`.
-fn paths(value: &serde_json::Value, at: &str, found: &mut Vec<String>) {
-    match value {
-        serde_json::Value::Object(object) => {
-            for (key, value) in object {
-                let path = if at.is_empty() {
-                    key.clone()
-                } else {
-                    format!("{at}.{key}")
-                };
-                found.push(path.clone());
-                paths(value, &path, found);
-            }
-        }
-        serde_json::Value::Array(items) => {
-            let path = format!("{at}[]");
-            items.iter().for_each(|item| paths(item, &path, found));
-        }
-        _ => {}
-    }
-}
-
-#[test]
-fn each_key_that_a_command_prints_is_documented() {
-    let folder = Folder::furnished();
-    folder.write("bad.toml", "version = 1\ndefault = 5\n");
-    folder.write(
-        "cut.jsonl",
-        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\"}\n{\"lost\":2}\ngarbage\n",
+    // The verdict is first; what nothing changed of is a count, on a terminal, and the engine differs in nothing.
+    assert_eq!(shown.lines().nth(1), printed.lines().next());
+    let rest = format!(
+        "and {} more rows, where nothing changed; --all shows all",
+        rows.len() - compared
     );
-    folder.write(
-        "emulated.jsonl",
-        "{\"msrgate_trace\":1}\n{\"op\":\"rdmsr\",\"msr\":\"0x10\",\"did\":\"mask\"}\n",
-    );
-    folder.write("list", "0x10 0x0\n");
-    folder.write(
-        "filter.json",
-        "{\"default\":\"allow\",\"ranges\":[{\"base\":\"0x8b\",\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0000000000000000\"}]}",
-    );
-    let microvm = "policies/linux-microvm.toml";
-    let runs: &[(&str, &[&str])] = &[
-        ("check", &["check", "--json", microvm]),
-        ("check", &["check", "--json", "bad.toml"]),
-        ("check", &["check", "--json", microvm, "policies/qemu.toml"]),
-        ("plan", &["plan", "--json", microvm]),
-        ("plan", &["plan", "--json", "policies/crosvm-itmt.toml"]),
-        ("plan", &["plan", "--json", "policies/qemu-rapl.toml"]),
-        (
-            "plan --state",
-            &["plan", "--state", "--json", "policies/qemu-rapl.toml"],
-        ),
-        (
-            "plan --state",
-            &["plan", "--state", "--json", "policies/hvmi-guard.toml"],
-        ),
-        ("explain", &["explain", "--json", microvm, "IA32_EFER", "read"]),
-        ("explain", &["explain", "--json", microvm, "IA32_EFER"]),
-        (
-            "replay",
-            &["replay", "--json", "--backend", "engine", "-p", microvm, "cut.jsonl"],
-        ),
-        ("report", &["report", "--json", "-p", microvm, "cut.jsonl"]),
-        ("report", &["report", "--json", "traces/linux-6.1-pc-smp2.jsonl"]),
-        ("diff", &["diff", "--json", microvm, "policies/ignore-unknown.toml"]),
-        ("decompile", &["decompile", "--json", "filter.json"]),
-        ("import", &["import", "--json", "--from", "msr-safe", "list"]),
-        ("msr", &["msr", "--json", "@tsc"]),
-        (
-            "learn",
-            &[
-                "learn",
-                "--json",
-                "--widen",
-                "classes",
-                "traces/linux-6.1-microvm.jsonl",
-            ],
-        ),
-        ("learn", &["learn", "--json", "emulated.jsonl"]),
-    ];
-    for &(heading, arguments) in runs {
-        let documented = documented(heading);
-        let mut found = Vec::new();
-        paths(&folder.run(arguments).json(), "", &mut found);
-        for path in found {
-            let path = path.trim_start_matches("[].").trim_start_matches("policies[].");
-            let path = path.trim_start_matches("read.").trim_start_matches("write.");
-            let known = documented.iter().any(|key| key == path);
-            assert!(
-                known,
-                "docs/json.md, {heading}: `{path}` is not there; it has {documented:?}"
-            );
-        }
-    }
+    assert!(shown.lines().any(|line| line == rest), "{rest}");
+    let terminal = plain(&on_terminal(folder.command(&arguments), 200, Terminal::Both));
+    let rest = format!("and {} more rows, where nothing changed; --all shows all", rows.len());
+    assert!(terminal.lines().any(|line| line == rest), "{rest}:\n{terminal}");
 }
 
 #[test]
@@ -349,4 +238,46 @@ fn each_command_and_each_of_its_options_is_documented() {
             );
         }
     }
+}
+
+#[test]
+fn each_command_in_the_readme_and_the_guides_has_the_options_that_it_is_shown_with() {
+    let folder = Folder::new();
+    let commands = folder.subcommands();
+    let mut checked = 0;
+    for name in [
+        "README.md",
+        "docs/tutorial.md",
+        "docs/guides/operator.md",
+        "docs/guides/vmm.md",
+        "docs/guides/hypervisor.md",
+        "docs/guides/auditor.md",
+    ] {
+        let text = fs::read_to_string(root().join(name)).expect("a document");
+        let shown = text.split("msrgate ").skip(1).filter_map(|rest| {
+            // What is shown as code ends with it; what stands behind ` -- ` is the VMM's.
+            let line = rest.replace("\\\n", " ");
+            let line = line
+                .split(['`', '\n', '#', '>'])
+                .next()?
+                .split(" -- ")
+                .next()?
+                .to_owned();
+            let command = line.split(' ').next()?.to_owned();
+            commands.contains(&command).then_some((command, line))
+        });
+        for (command, line) in shown {
+            let help = folder.run(&[&command, "--help"]).code(0).out;
+            for option in line.split(' ').filter(|word| word.starts_with("--")) {
+                let option = option
+                    .split('=')
+                    .next()
+                    .unwrap_or_default()
+                    .trim_end_matches([':', ',', ';']);
+                assert!(help.contains(option), "{name}: {command} has no {option}");
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 15, "{checked}");
 }

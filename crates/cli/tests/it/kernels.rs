@@ -32,8 +32,19 @@ fn check_tells_what_passes_on_the_kernel_that_is_named() {
     assert!(message("6.18.44", "N002").is_some_and(|text| !text.contains("preemption timer")));
     assert!(message("6.1.0-48-amd64", "N024").is_some_and(|text| text.contains("lists of MSRs")));
     assert_eq!(message("6.12", "N024"), None);
-    assert_eq!(message("6.15", "N025"), None);
-    assert!(message("7.2", "N025").is_some_and(|text| text.contains("TDVMCALL")));
+    // It is no guest of TDX; one that is says so in CPUID.
+    assert_eq!(message("7.2", "N025"), None);
+    let tdx = "   0x00000021 0x00: eax=0x00000000 ebx=0x65746e49 ecx=0x20202020 edx=0x5844546c\n";
+    folder.write("tdx.txt", format!("{VMX}{tdx}"));
+    let of_tdx = |kernel: &str| {
+        let notes = notes(&folder, &["--cpuid", "tdx.txt", "--kernel", kernel]).into_iter();
+        notes
+            .filter(|(code, _)| code == "N025")
+            .map(|(_, message)| message)
+            .collect::<String>()
+    };
+    assert_eq!(of_tdx("6.15"), "");
+    assert!(of_tdx("7.2").contains("TDVMCALL"), "{}", of_tdx("7.2"));
 
     folder
         .run(&["check", "--kernel", "newest", "p.toml"])

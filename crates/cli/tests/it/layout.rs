@@ -27,6 +27,12 @@ fn every_command_fits_a_terminal_and_breaks_no_name() {
         "plan --state policies/linux-pc.toml",
         "explain long.toml IA32_EFER",
         "explain long.toml 0x35",
+        "explain long.toml",
+        "explain policies/qemu-rapl.toml --all",
+        "explain policies/linux-pc.toml @mce",
+        "explain policies/linux-pc.toml @mce --all",
+        "plan policies/linux-pc.toml --all",
+        "msr --leaks",
         "diff long.toml policies/linux-pc.toml --all",
         "diff policies/qemu.toml policies/linux-microvm.toml",
         "msr",
@@ -40,10 +46,22 @@ fn every_command_fits_a_terminal_and_breaks_no_name() {
         let arguments: Vec<&str> = line.split(' ').collect();
         fits_any_terminal(|| folder.command(&arguments), Terminal::Both);
     }
-    fits_any_terminal(
-        || folder.command(&["learn", "--since", "long.toml", TRACE]),
-        Terminal::Error,
-    );
+    for line in [
+        &["learn", "--since", "long.toml", TRACE][..],
+        &["review", "long.toml", TRACE, "--accept", "served", "--dry-run"],
+    ] {
+        fits_any_terminal(|| folder.command(line), Terminal::Error);
+    }
+    folder.write("answers", "allow\ndeny\nignore\n");
+    let asked = [
+        "review",
+        "policies/linux-pc.toml",
+        "traces/linux-6.1-microvm.jsonl",
+        "--answers",
+        "answers",
+        "--dry-run",
+    ];
+    fits_any_terminal(|| folder.command(&asked), Terminal::Error);
 }
 
 const REPLAY: [&str; 5] = ["replay", "--backend", "engine", "-p", "linux.toml"];

@@ -70,6 +70,33 @@ fn a_policy_is_commented_named_and_has_its_reasons() {
 }
 
 #[test]
+fn a_reason_has_who_needs_it_and_what_it_tells_of_the_host() {
+    let folder = Folder::new();
+    let events = [
+        "{\"op\":\"rdmsr\",\"msr\":\"0x611\",\"did\":\"allow\"}",
+        "{\"op\":\"rdmsr\",\"msr\":\"0x1b\",\"did\":\"allow\"}",
+        "{\"op\":\"rdmsr\",\"msr\":\"0x179\",\"did\":\"allow\"}",
+        "{\"op\":\"rdmsr\",\"msr\":\"0x17a\",\"did\":\"allow\"}",
+    ];
+    folder.write("t.jsonl", trace(&events));
+    let out = learn(&folder, &["t.jsonl"]);
+    for text in [
+        "why   = \"apic: 1 read in the trace (t.jsonl); Linux needs it (rdmsr: looked at before the local APIC is used",
+        "why   = \"mce: 2 reads in the trace (t.jsonl); Linux needs IA32_MCG_CAP, IA32_MCG_STATUS",
+        "why   = \"rapl: 1 read in the trace (t.jsonl); of the host it may tell what it and its other guests do now\"",
+    ] {
+        assert!(out.contains(text), "no `{text}` in\n{out}");
+    }
+    // A need of a write is none of a read.
+    assert!(!out.contains("turns x2APIC on"), "{out}");
+    folder.write("learned.toml", &out);
+    folder
+        .run(&["check", "learned.toml"])
+        .code(1)
+        .says(&["warning[W017]", "MSR_PKG_ENERGY_STATUS"]);
+}
+
+#[test]
 fn summaries_are_the_same_bytes_in_every_order_and_grouping() {
     let folder = Folder::furnished();
     folder.write(
@@ -303,7 +330,7 @@ fn a_later_trace_says_what_it_adds_and_what_was_not_touched_again() {
     ran.says(&["1 added, 0 changed, 0 dropped"]);
     // What the older one serves already is no change, though a trace does not tell what a mask is.
     let same = folder.run(&["learn", "--since", "old.toml", "old.jsonl"]).code(0);
-    same.says(&["nothing is otherwise than in old.toml"]);
+    same.says(&["nothing differs from old.toml"]);
     folder.write(
         "mask.toml",
         "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = 16\nread = { mask = { keep = 1 } }\n[[rule]]\nmsr = \"0x800..=0x8ff\"\nread = \"allow\"\n",
@@ -315,7 +342,7 @@ fn a_later_trace_says_what_it_adds_and_what_was_not_touched_again() {
     folder
         .run(&["learn", "--since", "mask.toml", "masked.jsonl"])
         .code(1)
-        .says(&["`mask`", "nothing is otherwise"]);
+        .says(&["`mask`", "nothing differs"]);
     folder
         .run(&["learn", "--since", "none.toml", "new.jsonl"])
         .code(2)
@@ -344,7 +371,7 @@ fn a_summary_that_contradicts_itself_is_refused_with_its_line() {
         ),
         (row.replace("{\"allow\":1}", "{\"deny\":1}"), "not known here"),
         (row.replace("0x10", "0x100000000"), "32 bits"),
-        (row.replace("{\"allow\":1}", "{\"allow\":-1}"), "no summary"),
+        (row.replace("{\"allow\":1}", "{\"allow\":-1}"), "not a summary"),
         (format!("{{\"msr\":\"{}", "x".repeat(1 << 20)), "longer than"),
         (row.repeat(2), "twice"),
     ] {
@@ -375,4 +402,57 @@ fn a_trace_may_be_empty_huge_or_odd() {
     folder.write(odd, TRACES[0].1);
     folder.write("learned.toml", learn(&folder, &[odd]));
     folder.run(&["check", "learned.toml"]).code(0);
+}
+
+#[test]
+fn a_trace_of_a_host_that_ignores_what_kvm_does_not_know_is_told() {
+    let folder = Folder::new();
+    let trace = |ignores: bool| {
+        format!(
+            "{{\"msrgate_trace\":1,\"ignore_msrs\":{ignores}}}\n{{\"op\":\"rdmsr\",\"msr\":\"0x19c\",\"value\":\"0x0\"}}\n"
+        )
+    };
+    folder.write("yes.jsonl", trace(true));
+    folder.write("no.jsonl", trace(false));
+    let ran = folder.run(&["learn", "yes.jsonl"]).code(0);
+    assert!(
+        ran.err.contains("yes.jsonl: the host had `kvm.ignore_msrs`"),
+        "{}",
+        ran.err
+    );
+    assert!(
+        ran.out.contains("# 1 trace is from a host with `kvm.ignore_msrs`"),
+        "{}",
+        ran.out
+    );
+    // It stays with a summary.
+    let summary = folder.run(&["learn", "--summary", "yes.jsonl"]).code(0).out;
+    folder.write("yes.summary", summary);
+    let json = folder
+        .run(&["learn", "--json", "yes.summary", "no.jsonl"])
+        .code(0)
+        .json();
+    assert_eq!(json["ignoring"], 1);
+    let ran = folder.run(&["learn", "no.jsonl"]).code(0);
+    assert!(
+        !ran.err.contains("ignore_msrs") && !ran.out.contains("ignore_msrs"),
+        "{}{}",
+        ran.out,
+        ran.err
+    );
+}
+
+#[test]
+fn a_log_that_tells_of_no_guest_is_refused_as_a_whole() {
+    let folder = Folder::new();
+    folder.write(
+        "log",
+        "qemu: error: failed to set MSR 0x48b to 0x5\n[    1.000000] usb 1-1: new device\n",
+    );
+    let told = [
+        "log: no line of this log is about an MSR that a guest accessed",
+        "`msrgate why`",
+    ];
+    let ran = folder.run(&["learn", "log"]).code(2).says(&told);
+    assert!(!ran.err.contains("head -n"), "{}", ran.err);
 }

@@ -6,10 +6,13 @@ mod allows;
 mod command;
 #[path = "../filter/mod.rs"]
 mod filter;
+#[path = "../picture/mod.rs"]
+mod picture;
 
 mod answers;
 mod bad_input;
 mod captures;
+mod ci;
 mod decompile;
 mod diff;
 mod documents;
@@ -19,9 +22,16 @@ mod json;
 mod layout;
 mod kernels;
 mod learn;
+mod migrate;
+mod pages;
+mod pictures;
 mod plan;
 mod replay;
 mod report;
+mod review;
 mod run;
+mod surface;
 mod terminal;
 mod usage;
+mod why;
+mod wrap;

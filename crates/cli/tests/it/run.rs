@@ -17,7 +17,11 @@ fn run(folder: &Folder, command: &[&str]) -> Ran {
 }
 
 fn started(folder: &Folder, script: &str) -> (Child, BufReader<impl Read + use<>>) {
-    let mut command = folder.command(&[&MICROCODE[..], &["sh", "-c", script]].concat());
+    started_under(folder, &MICROCODE, script)
+}
+
+fn started_under(folder: &Folder, run: &[&str], script: &str) -> (Child, BufReader<impl Read + use<>>) {
+    let mut command = folder.command(&[run, &["sh", "-c", script]].concat());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let out = BufReader::new(child.stdout.take().unwrap());
     (child, out)
@@ -138,7 +142,8 @@ fn the_end_of_the_program_is_the_end_of_the_command() {
 fn signals_go_on_to_the_program() {
     let folder = Folder::furnished();
     let script = "trap 'exit 9' TERM; trap 'echo hup' HUP; echo up; while :; do sleep 0.02; done";
-    let (mut child, mut out) = started(&folder, script);
+    // Where no file is named SIGHUP is the program's too.
+    let (mut child, mut out) = started_under(&folder, &["run", "--ignore-unknown", "--"], script);
     assert_eq!(line(&mut out), "up");
     // What a trace that has become too long brings about is the command's own affair.
     kill(pid(&child), Signal::SIGXFSZ).unwrap();
@@ -146,6 +151,24 @@ fn signals_go_on_to_the_program() {
     assert_eq!(line(&mut out), "hup");
     kill(pid(&child), Signal::SIGTERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(9));
+}
+
+#[test]
+fn sighup_reads_the_policy_again_and_the_program_does_not_see_it() {
+    let folder = Folder::furnished();
+    let script = "trap 'echo hup' HUP; echo up; while [ ! -e stop ]; do sleep 0.02; done";
+    let (mut child, mut out) = started(&folder, script);
+    assert_eq!(line(&mut out), "up");
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    kill(pid(&child), Signal::SIGHUP).unwrap();
+    let said = line(&mut errors);
+    assert!(
+        said.contains("fixed-microcode.toml is in force from here on, on 0 VMs; 0 of 2^33"),
+        "{said}"
+    );
+    folder.write("stop", "");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(line(&mut out), "");
 }
 
 #[test]
@@ -249,7 +272,7 @@ fn what_cannot_be_done_is_said_before_the_program_starts() {
         (&["--trace", "."][..], "cannot write `.`"),
         (
             &["--trace", "%d.jsonl"],
-            "`%d.jsonl` is no name of a trace: `%n` is the VM's name",
+            "`%d.jsonl` is not a name for a trace: `%n` is the VM's name",
         ),
         (&["--trace", "100%"], "`%%` a percent sign"),
         (&["--trace", "t", "--trace-size", "63K"], "takes 64K at least"),

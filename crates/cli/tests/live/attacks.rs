@@ -5,6 +5,7 @@
 
 mod vmm;
 
+mod attached;
 mod calls;
 mod captures;
 mod descriptors;
@@ -12,7 +13,9 @@ mod helpers;
 mod kicks;
 mod many;
 mod output;
+mod reloads;
 mod runs;
+mod watched;
 mod sandboxes;
 mod users;
 mod ways;

@@ -8,6 +8,8 @@ mod allows;
 mod command;
 #[path = "../filter/mod.rs"]
 mod filter;
+#[path = "../picture/mod.rs"]
+mod picture;
 #[path = "../policies/mod.rs"]
 mod policies;
 
@@ -16,8 +18,12 @@ mod kvm;
 mod attacks;
 mod database;
 mod learn;
+mod libvirt;
+mod migrate;
+mod pictures;
 mod raw;
 mod replay;
 mod run;
 mod scan;
+mod tutorial;
 mod verify;

@@ -4,9 +4,9 @@
 #[path = "../emitted/filter.rs"]
 #[allow(missing_docs, unreachable_pub, dead_code, reason = "made by the command")]
 mod emitted;
-#[path = "../readme/kvm.rs"]
-#[allow(missing_docs, unreachable_pub, reason = "as the README shows it")]
-mod readme;
+#[path = "../guides/kvm.rs"]
+#[allow(missing_docs, unreachable_pub, reason = "as the guide shows it")]
+mod guide;
 
 use std::fs;
 
@@ -361,19 +361,19 @@ fn without_permission_the_command_says_what_to_do_and_the_engine_still_works() {
     assert!(refused.out.is_empty(), "{}", refused.out);
     refused.says(&[
         "/dev/kvm",
-        "may not be opened by this user",
+        "this user may not open",
         "join the group",
         "`--backend engine`",
     ]);
 
     let fallback = nobody(&[]).code(0);
     fallback
-        .says(&["running on the engine, since", "may not be opened"])
+        .says(&["running on the engine, since", "may not open"])
         .shows(&["a guest on the engine"]);
 
     let report = nobody(&["--json"]).code(0);
     assert_eq!(report.json()["backend"], "engine");
-    assert!(text(&report.json(), "backend_reason").contains("may not be opened"));
+    assert!(text(&report.json(), "backend_reason").contains("may not open"));
 
     nobody(&["--backend", "engine"])
         .code(0)
@@ -381,7 +381,7 @@ fn without_permission_the_command_says_what_to_do_and_the_engine_still_works() {
 }
 
 #[test]
-fn the_readmes_program_runs_a_guest_under_a_policy() {
+fn the_guides_program_runs_a_guest_under_a_policy() {
     use kvm_ioctls::Kvm;
     use msrgate_core::{Access, Msr};
     use msrgate_guest::{Guest, Mode, Options};
@@ -406,7 +406,7 @@ fn the_readmes_program_runs_a_guest_under_a_policy() {
     let vm = Descriptor(guest.vm().as_raw_fd());
     let vcpu = guest.vcpu(0).expect("a vCPU").fd_mut();
     let policy = "version = 1\ndefault = \"allow\"\n[[rule]]\nmsr = 0x8b\nread = { value = 0x1234 }\n";
-    readme::run(&kvm, &vm, vcpu, policy).expect("an end");
+    guide::run(&kvm, &vm, vcpu, policy).expect("an end");
     assert_eq!(vcpu.get_regs().expect("registers").rax, 0x1234);
 }
 

@@ -6,6 +6,7 @@ mod small_vmm;
 
 mod by_cpuid;
 mod descriptors;
+mod handlers;
 mod modes;
 mod processes;
 mod told;
@@ -21,7 +22,7 @@ use serde_json::Value;
 
 use crate::command::{Folder, Ran, count, list, text, wait_until};
 use crate::kvm::kvm_opens;
-use crate::policies::{BY_VENDOR, MICROCODE, summary, with_policy};
+use crate::policies::{BY_VENDOR, MICROCODE, summary, too_much, with_policy};
 
 /// Has this test's own program be the VMM: the value is the VMM's arguments.
 const VMM: &str = "MSRGATE_TEST_VMM";
@@ -71,7 +72,7 @@ fn vmm() {
 }
 
 /// The VMM by itself. With one thread the test runner would put its name before the first line.
-fn bare(vmm: &str) -> Command {
+pub(crate) fn bare(vmm: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--exact", "run::vmm", "--nocapture", "--test-threads=2"])
@@ -345,14 +346,8 @@ fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
     if !kvm_opens() {
         return;
     }
-    let allowed = (0..15)
-        .map(|slot| 0x5000_0000 + (slot << 20))
-        .chain([0x277, 0xc000_0081_u32]);
-    let rules: String = allowed
-        .map(|msr| format!("[[rule]]\nmsr = \"{msr:#x}\"\nread = \"allow\"\nwrite = \"allow\"\n"))
-        .collect();
-    let head = "default = \"deny\"\nspill = \"user-space\"\n";
-    let folder = with_policy(&format!("{head}{rules}"));
+    let policy = too_much();
+    let folder = with_policy(&policy);
     // 2 is no memory type.
     let accesses = "--filter --vcpus 2 w:0x277=0x1 r:0x277 w:0x277=0x2 w:0xc0000081=5 r:0xc0000081 r:0x35";
     let without = Ran::of(&mut bare(accesses)).code(0);
@@ -363,8 +358,8 @@ fn what_a_filter_has_no_room_for_is_passed_on_beside_a_vmms_own_filter() {
     let told = summary(&ran);
     assert!(rows(&told).iter().any(|row| row.3 == "pass"), "{told:#}");
     // So it is where the CPUID tells what the policy is.
-    let rules = format!("{rules}when = {{ vendor = \"amd\" }}\n");
-    folder.write("by_cpuid.toml", format!("version = 1\nname = \"test\"\n{head}{rules}"));
+    let by_cpuid = format!("{policy}when = {{ vendor = \"amd\" }}\n");
+    folder.write("by_cpuid.toml", format!("version = 1\nname = \"test\"\n{by_cpuid}"));
     let with_vendors = format!("--vendors amd,amd {accesses}");
     let ran = under(&folder, &["-p", "by_cpuid.toml"], &with_vendors).code(0);
     assert_eq!(seen(&ran), expected);

@@ -60,7 +60,16 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
     let folder = Folder::new();
     let ran = scan_of(&folder, &["--json", "--all-known"]).code(0);
     let scan = ran.json();
-    let facts = ["host", "microcode", "kernel", "cpuid", "x2apic", "policy"];
+    assert_eq!(count(&scan, "msrgate_scan"), 1);
+    let facts = [
+        "msrgate_scan",
+        "host",
+        "microcode",
+        "kernel",
+        "cpuid",
+        "x2apic",
+        "policy",
+    ];
     let lists = [
         "ranges",
         "readable",
@@ -69,6 +78,9 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
         "unwritten",
         "broken",
         "faults",
+        "listed",
+        "unlisted",
+        "features",
     ];
     keys(&scan, &[&facts[..], &lists].concat());
     assert!(!text(&scan, "kernel").is_empty());
@@ -78,7 +90,7 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
     }
     let mut last = None;
     for seen in list(&scan, "readable") {
-        keys(seen, &["msr", "name", "value", "volatile"]);
+        keys(seen, &["msr", "name", "value", "bits", "volatile"]);
         hex(seen, "value");
         assert!(last < Some(hex(seen, "msr")), "in order");
         last = Some(hex(seen, "msr"));
@@ -89,6 +101,23 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
     for seen in list(&scan, "unwritten") {
         keys(seen, &["msr", "name", "why"]);
     }
+    for offer in list(&scan, "listed").iter().chain(list(&scan, "features")) {
+        keys(offer, &["msr", "name", "value", "writes", "may_set", "may_clear"]);
+        let taken = text(offer, "writes") == "taken";
+        assert_eq!(
+            (taken, taken),
+            (offer["may_set"].is_string(), offer["may_clear"].is_string())
+        );
+        assert!(
+            !taken || hex(offer, "may_set") & hex(offer, "may_clear") == 0,
+            "{offer}"
+        );
+    }
+    // What every kernel saves of every guest, and takes back.
+    let star = list(&scan, "listed")
+        .iter()
+        .find(|offer| hex(offer, "msr") == 0xc000_0081);
+    assert_eq!(star.map(|star| text(star, "writes")), Some("taken"));
     assert!(list(&scan, "broken").is_empty());
     let read: u64 = list(&scan, "ranges")
         .iter()
@@ -110,7 +139,7 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
         .code(0)
         .json();
     keys(&same, &[&facts[..], &lists, &["against", "differences"]].concat());
-    keys(&same["against"], &facts);
+    keys(&same["against"], &facts[1..]);
     assert_eq!(same["differences"], serde_json::json!([]));
     let shown = scan_of(&folder, &["--against", "before.json"]).code(0);
     shown.shows(&["a guest sees what it saw before", "MSRs read by a real guest: "]);
@@ -139,7 +168,7 @@ fn what_a_policy_changed_is_told_and_ends_with_1() {
     let differences: Vec<(u64, &str, &Value, &Value)> = list(&after, "differences")
         .iter()
         .map(|found| {
-            keys(found, &["msr", "name", "what", "before", "after"]);
+            keys(found, &["msr", "name", "what", "before", "after", "bits"]);
             (
                 hex(found, "msr"),
                 text(found, "what"),
@@ -167,6 +196,30 @@ fn what_a_policy_changed_is_told_and_ends_with_1() {
         "#GP → done",
         "4 MSRs differ",
     ]);
+}
+
+#[test]
+fn what_a_guest_reads_that_tells_of_the_host_is_listed_with_what_it_tells() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::new();
+    folder.write(
+        "p.toml",
+        "version = 1\ndefault = \"deny\"\n[[rule]]\nmsr = [\"MSR_PKG_ENERGY_STATUS\", \"IA32_SYSENTER_CS\"]\n\
+         read = { value = 0x1234 }\n",
+    );
+    let scan = ["scan", "--leaks", "--only", "--range", "*", "-p", "p.toml"];
+    let ran = folder.run(&scan).code(0).shows(&[
+        "0x611  MSR_PKG_ENERGY_STATUS  0x1234  what it and its other guests do now",
+        "Intel SDM",
+    ]);
+    assert!(!ran.out.contains("IA32_SYSENTER_CS"), "{}", ran.out);
+    folder.write("p.toml", "version = 1\ndefault = \"deny\"\n");
+    folder
+        .run(&scan)
+        .code(0)
+        .shows(&["no MSR that a guest reads is known to tell of the host"]);
 }
 
 #[test]
@@ -341,6 +394,9 @@ fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
         let features = msrgate_msrs::by_msr(msr).map_or(&[][..], |known| known.exists().features());
         !features.is_empty() && features.iter().all(|feature| cpuid.has(feature) == Some(false))
     };
+    // Other vendor modules give some of them in spite of CPUID: `kvm_pvm` SPEC_CTRL, as 0.
+    let asks_cpuid = ["kvm_intel", "kvm_amd"];
+    let asks_cpuid = asks_cpuid.map(|module| std::path::Path::new("/sys/module").join(module).exists());
     let rows = rows();
     let mut seen = vec![false; rows.len()];
     let mut both = 0;
@@ -348,7 +404,7 @@ fn a_guest_reads_what_the_host_reads_but_for_what_the_document_explains() {
         let (host, guest) = (host_reads(vcpu, msr), read_of(&scan, msr));
         let hidden = rows.iter().any(|row| row.by == Row::BY_CPUID && row.names(msr)) && lacks(msr);
         assert!(
-            !hidden || guest.is_none(),
+            !hidden || guest.is_none() || asks_cpuid == [false, false],
             "CPUID lacks {msr}, and a guest reads {guest:x?}"
         );
         let by = match (host, guest) {
@@ -682,5 +738,43 @@ fn what_a_guest_sees_fits_any_terminal() {
     fits_any_terminal(
         || folder.command(&[&scan[..], &["--against", "before.json"]].concat()),
         Terminal::Output,
+    );
+}
+
+#[test]
+fn a_scan_and_what_differs_from_another_have_a_page() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::new();
+    let tsc = ["scan", "--only", "--range", "IA32_TSC", "--range", "0xdead0000"];
+    let under = |policy: &str, options: &[&str]| {
+        folder.write("policy.toml", policy);
+        folder.run(&[&tsc[..], &["-p", "policy.toml"], options].concat())
+    };
+    let open = "version = 1\nname = \"open\"\ndefault = \"allow\"\n";
+    let shut = "version = 1\nname = \"shut\"\ndefault = \"deny\"\n";
+    let page = under(open, &["--html", "-"]).code(0).out;
+    for text in [
+        "<h1 class=\"verdict even\">A guest can read 1 of 2 MSRs here, and write 1 back</h1>",
+        "<tr id=\"rdmsr-0x10\">",
+        ", under open",
+    ] {
+        assert!(page.contains(text), "the page has no `{text}`: {page}");
+    }
+    let before = under(open, &["--json"]).code(0).out;
+    folder.write("before.json", &before);
+    let page = under(shut, &["--against", "before.json", "--html", "-"]).code(1).out;
+    let after = under(shut, &["--json"]).code(0).out;
+    folder.write("after.json", &after);
+    let diff = |a, b| folder.run(&["diff", a, b, "--html", "-"]);
+    for page in [page, diff("before.json", "after.json").code(1).out] {
+        assert!(page.contains("<h1 class=\"verdict odd\">1 MSR differs</h1>"), "{page}");
+        assert!(page.contains("<a href=\"#rdmsr-0x10\">IA32_TSC: read "), "{page}");
+    }
+    let page = diff("after.json", "after.json").code(0).out;
+    assert!(
+        page.contains("<h1 class=\"verdict good\">A guest sees what it saw before</h1>"),
+        "{page}"
     );
 }

@@ -284,5 +284,5 @@ fn without_permission_verify_says_so_and_ends_with_3() {
     let Some(run) = without_permission(&folder) else { return };
     run(&["verify", "--random", "1"])
         .code(3)
-        .says(&["may not be opened by this user"]);
+        .says(&["this user may not open"]);
 }

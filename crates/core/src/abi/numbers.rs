@@ -61,6 +61,8 @@ pub const RUN_X86_SMM: u16 = 1;
 /// `KVM_RUN_X86_GUEST_MODE`, in `kvm_run.flags` from Linux 6.11 on.
 pub const RUN_X86_GUEST_MODE: u16 = 4;
 
+/// `MAX_IO_MSRS`: KVM_GET_MSRS and KVM_SET_MSRS take fewer entries.
+pub const MAX_IO_MSRS: u32 = 256;
 /// `KVM_MSR_FILTER_MAX_RANGES`.
 pub const MAX_RANGES: usize = 16;
 /// `KVM_MSR_FILTER_MAX_BITMAP_SIZE`: bytes of one range's bitmap.

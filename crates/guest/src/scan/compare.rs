@@ -2,6 +2,7 @@
 
 use msrgate_core::{Msr, MsrRange};
 
+use super::lists::{Lists, Offer};
 use super::{Readable, Scan, joined};
 
 /// What became of an MSR.
@@ -28,6 +29,24 @@ pub enum Change {
     Writable,
     /// Writing back what it holds was done, and is #GP.
     Unwritable,
+    /// KVM_GET_MSR_INDEX_LIST names it, and did not.
+    Listed,
+    /// KVM_GET_MSR_INDEX_LIST named it, and does not.
+    Unlisted,
+    /// KVM offers something else of it as a feature: what KVM_GET_MSRS says on `/dev/kvm`, `None` where it says nothing.
+    Feature {
+        /// What it offered.
+        before: Option<u64>,
+        /// What it offers.
+        after: Option<u64>,
+    },
+    /// KVM_SET_MSRS takes other values: the bits of which it took either value, and of which it does.
+    Taken {
+        /// The bits that could be 1, and those that could be 0.
+        before: (u64, u64),
+        /// The bits that can be 1, and those that can be 0.
+        after: (u64, u64),
+    },
 }
 
 /// An MSR that is not the same in two scans.
@@ -49,6 +68,9 @@ impl Scan {
         let both_read = Both::of(&before.ranges, &self.ranges);
         let both_written = Both::of(&before.written, &self.written);
         let mut all: Vec<Msr> = [&old, &new].into_iter().flat_map(Sorted::msrs).collect();
+        for lists in [&before.lists, &self.lists].into_iter().flatten() {
+            all.extend(lists.listed.iter().chain(&lists.features).map(|offer| offer.msr));
+        }
         all.sort_unstable();
         all.dedup();
         for msr in all {
@@ -74,9 +96,36 @@ impl Scan {
                 };
                 found.extend(change.map(|change| Difference { msr, change }));
             }
+            if let (Some(before), Some(after)) = (&before.lists, &self.lists) {
+                let changes = offered(before, after, msr).into_iter().flatten();
+                found.extend(changes.map(|change| Difference { msr, change }));
+            }
         }
         found
     }
+}
+
+/// What became of an MSR in what KVM tells a VMM.
+fn offered(before: &Lists, after: &Lists, msr: Msr) -> [Option<Change>; 3] {
+    let find = |offers: &[Offer]| offers.iter().find(|offer| offer.msr == msr).copied();
+    let (old, new) = (find(&before.listed), find(&after.listed));
+    let listed = match (old, new) {
+        (None, Some(_)) => Some(Change::Listed),
+        (Some(_), None) => Some(Change::Unlisted),
+        _ => None,
+    };
+    let features = (find(&before.features), find(&after.features));
+    let value = |offer: Option<Offer>| offer.and_then(|offer| offer.value);
+    let values = (value(features.0), value(features.1));
+    let feature = (values.0 != values.1).then_some(Change::Feature {
+        before: values.0,
+        after: values.1,
+    });
+    let ranges = |a: Option<Offer>, b: Option<Offer>| Some((a?.range()?, b?.range()?));
+    let ranges = ranges(features.0, features.1).or(ranges(old, new));
+    let taken = ranges.filter(|(before, after)| before != after);
+    let taken = taken.map(|(before, after)| Change::Taken { before, after });
+    [listed, feature, taken]
 }
 
 /// What a scan found, to look MSRs up in: a scan that comes from a file may be in no order.
@@ -149,6 +198,7 @@ mod tests {
             writable: writable.map(|(index, ..)| msr(*index)).collect(),
             broken: Vec::new(),
             faults: 0,
+            lists: None,
         }
     }
 

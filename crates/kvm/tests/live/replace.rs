@@ -100,7 +100,7 @@ fn running_vcpus_get_old_or_new_and_never_a_third_thing() {
                         read(ONLY_B),
                         write(Msr(0x175), 1),
                     ]
-                    .repeat(20);
+                    .repeat(5);
                     let mut counts = [0; 3];
                     let mut writes = 0;
                     while !stop.load(Ordering::Relaxed) {
@@ -164,7 +164,7 @@ fn a_plan_comes_to_running_vcpus_changes_and_goes_without_a_fault() {
     let mut guest = Guest::new(&kvm, Mode::Real, &Options::default()).unwrap();
     let mut probed = probed;
     let mut counts = [0u64; 2];
-    for _ in 0..10 {
+    for _ in 0..4 {
         let vm = guest.vm().as_raw_fd();
         let vcpu_fd = guest.vcpu(0).unwrap().fd().as_raw_fd();
         let vcpu: OnceLock<Mutex<VcpuGate>> = OnceLock::new();
@@ -178,7 +178,7 @@ fn a_plan_comes_to_running_vcpus_changes_and_goes_without_a_fault() {
                 loop {
                     let over = stop.load(Ordering::Relaxed);
                     let seen = guest
-                        .run(&[read(SYSENTER_CS); 50], &mut |pending| {
+                        .run(&[read(SYSENTER_CS); 20], &mut |pending| {
                             pending.dispatch(&gate.wait().lock().unwrap()).unwrap();
                         })
                         .unwrap();

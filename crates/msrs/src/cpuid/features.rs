@@ -217,6 +217,8 @@ pub(super) static FEATURES: &[Feature] = &[
     // Key Locker, leaf 0x19
     f("aeskle", &[processor(0x19, 0, Ebx, 0)]),
     f("key_locker_backup", &[processor(0x19, 0, Ebx, 4)]),
+    // Intel TDX, leaf 0x21: "IntelTDX    ", of which EBX has the beginning
+    f("tdx_guest", &[field(0x21, 0, Ebx, 0, 32, 0x6574_6e49)]),
     // Extended CPUID Information, leaf 0x8000_0001
     f("svm", &[processor(0x8000_0001, 0, Ecx, 2)]),
     f("extapic", &[processor(0x8000_0001, 0, Ecx, 3)]),

@@ -7,7 +7,7 @@ use msrgate_core::{Log, Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_plan::{Decision, DecisionMap, Intervals};
 
 use super::names::listed;
-use crate::{Code, Diagnostic, Pattern, Policy, Rule};
+use crate::{Code, Diagnostic, Fix, Pattern, Policy, Rule};
 
 /// How many intervals of the decision map are looked at for rules that hide each other: ranges within ranges have the square
 /// of their number. What is left of the rules then is only looked at for whether it counts at all.
@@ -216,7 +216,9 @@ fn never_counts(policy: &Policy, map: &DecisionMap, rule: &Rule, hidden: &[Hidde
     let patterns = rule.msrs.len() * (usize::from(rule.read.is_some()) + usize::from(rule.write.is_some()));
     let diagnostic = if hidden.len() == patterns && hidden.iter().all(|part| part.same) {
         let message = "rules before this one say the same of all its accesses, so it never counts";
-        Diagnostic::at(Code::Repeated, rule.place.clone(), message).help("leave it out")
+        Diagnostic::at(Code::Repeated, rule.place.clone(), message)
+            .help("leave it out")
+            .fix(Fix::Rule)
     } else {
         let message = "rules before this one decide all its accesses, so it never counts";
         Diagnostic::at(Code::Unreachable, rule.place.clone(), message)
@@ -262,6 +264,7 @@ fn useless(rule: &Rule) -> Diagnostic {
     let message = "without this rule everything would be the same: what is behind it, or the default, says so anyway";
     Diagnostic::at(Code::Useless, rule.place.clone(), message)
         .help("leave it out, or keep it by `accept = { W007 = \"why it stays\" }`")
+        .fix(Fix::Rule)
 }
 
 /// The rules without which something would get another action or be logged otherwise, in one direction.

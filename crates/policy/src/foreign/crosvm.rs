@@ -95,7 +95,7 @@ fn one(value: &str, seen: &mut HashSet<Msr>, to: &mut Imported) -> Result<(), St
     let wanted = |key: &str| keys.get(key).copied().ok_or_else(|| format!("`{key}` is missing"));
     let index = wanted("index")?;
     let index = number::parse(index).ok().and_then(|index| u32::try_from(index).ok());
-    let msr = Msr(index.ok_or("`index` is no number of 32 bits")?);
+    let msr = Msr(index.ok_or("`index` is not a number of 32 bits")?);
     if !seen.insert(msr) {
         return Err("the index was given before".to_owned());
     }

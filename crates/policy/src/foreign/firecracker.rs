@@ -35,15 +35,7 @@ struct Modifier {
 const MOST_WRITTEN: usize = 16;
 
 pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
-    let template: Template = serde_json::from_str(text).map_err(|error| {
-        let what = match text.contains("\"guest_cpu_config\"") {
-            true => {
-                "this is a fingerprint, and the template is in it: `jq .guest_cpu_config FILE` prints it".to_owned()
-            }
-            false => format!("this is no CPU template: {error}"),
-        };
-        ForeignError::at(error.line(), what)
-    })?;
+    let template = parsed(text)?;
     let mut comments = vec![
         "From a CPU template of Firecracker. It sets what registers hold at first, which a guest's write may change; \
          here reads always get it."
@@ -60,18 +52,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
         remarks: Vec::new(),
     };
     let mut written: Vec<&str> = Vec::new();
-    let mut seen = HashSet::new();
-    for Modifier { addr, bitmap } in &template.msr_modifiers {
-        let index = number::parse(addr).ok().and_then(|index| u32::try_from(index).ok());
-        let msr = Msr(index.ok_or_else(|| ForeignError::new(format!("the addr `{addr}` is no number of 32 bits")))?);
-        if !seen.insert(msr) {
-            return Err(ForeignError::new(format!("the addr `{addr}` is there twice")));
-        }
-        let (keep, set) = bits(bitmap).ok_or_else(|| {
-            ForeignError::new(format!(
-                "the bitmap of `{addr}` is `{bitmap}`, not up to 64 of 0, 1 and x"
-            ))
-        })?;
+    for (msr, keep, set) in registers_of(&template)? {
         let read = match keep {
             0 => Some(ReadAction::Value(set)),
             u64::MAX => None,
@@ -83,6 +64,42 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
     }
     imported.remarks = remarks(&written);
     Ok(imported)
+}
+
+/// The registers of a template, each with the bits that are left as they are, and the bits that are set.
+pub(super) fn registers(text: &str) -> Result<Vec<(Msr, u64, u64)>, ForeignError> {
+    registers_of(&parsed(text)?)
+}
+
+fn parsed(text: &str) -> Result<Template, ForeignError> {
+    serde_json::from_str(text).map_err(|error| {
+        let what = match text.contains("\"guest_cpu_config\"") {
+            true => {
+                "this is a fingerprint, and the template is in it: `jq .guest_cpu_config FILE` prints it".to_owned()
+            }
+            false => format!("this is not a CPU template: {error}"),
+        };
+        ForeignError::at(error.line(), what)
+    })
+}
+
+fn registers_of(template: &Template) -> Result<Vec<(Msr, u64, u64)>, ForeignError> {
+    let mut seen = HashSet::new();
+    let mut registers = Vec::new();
+    for Modifier { addr, bitmap } in &template.msr_modifiers {
+        let index = number::parse(addr).ok().and_then(|index| u32::try_from(index).ok());
+        let msr = Msr(index.ok_or_else(|| ForeignError::new(format!("the addr `{addr}` is not a number of 32 bits")))?);
+        if !seen.insert(msr) {
+            return Err(ForeignError::new(format!("the addr `{addr}` is there twice")));
+        }
+        let (keep, set) = bits(bitmap).ok_or_else(|| {
+            ForeignError::new(format!(
+                "the bitmap of `{addr}` is `{bitmap}`, not up to 64 of 0, 1 and x"
+            ))
+        })?;
+        registers.push((msr, keep, set));
+    }
+    Ok(registers)
 }
 
 /// Of registers that a guest writes a policy says something else than a template does.

@@ -30,7 +30,7 @@ pub(super) fn import(text: &str) -> Result<Imported, ForeignError> {
                 break;
             }
             let number =
-                number(word).ok_or_else(|| ForeignError::at(line, format!("`{word}` is no number of 64 bits")))?;
+                number(word).ok_or_else(|| ForeignError::at(line, format!("`{word}` is not a number of 64 bits")))?;
             let Some(msr) = index.take() else {
                 let msr = u32::try_from(number).map(Msr);
                 let msr =

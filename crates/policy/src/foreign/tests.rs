@@ -86,7 +86,7 @@ fn a_template_of_firecracker_is_fixed_values_and_masks() {
     gets(&map, 0x1a0, "mask keep 0xfffffffffffffffa set 0x4", "allow");
     gets(&map, 0x8b, "allow", "allow");
     for (text, what) in [
-        ("{", "no CPU template"),
+        ("{", "not a CPU template"),
         ("{\"msr_modifers\":[]}", "msr_modifers"),
         (
             "{\"firecracker_version\":\"1.9.0\",\"guest_cpu_config\":{\"msr_modifiers\":[]}}",
@@ -156,7 +156,7 @@ fn a_list_of_msr_safe_is_reads_and_masks_over_a_default_of_deny() {
         ),
         ("0x10", "ends before the write mask of 0x10"),
         ("0x10 0\n0x10 0", "line 2: 0x10 was listed before"),
-        ("0x10 mask", "line 1: `mask` is no number"),
+        ("0x10 mask", "line 1: `mask` is not a number"),
         ("0x100000000 0", "32 bits"),
     ] {
         let error = import(Format::MsrSafe, text).expect_err(text).to_string();

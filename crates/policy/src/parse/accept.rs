@@ -27,7 +27,7 @@ impl Reader {
                         None => format!("the warnings are {}", warnings().collect::<Vec<_>>().join(", ")),
                     },
                 };
-                self.found(Diagnostic::at(Code::UnknownKey, place, format!("`{name}` is no warning")).help(help));
+                self.found(Diagnostic::at(Code::UnknownKey, place, format!("`{name}` is not a warning")).help(help));
                 continue;
             };
             let Some(reason) = self.text(value, "the reason, a text") else {

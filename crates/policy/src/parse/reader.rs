@@ -13,7 +13,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::written::{READS, WRITES, With, Written, choices, table};
-use crate::{Code, Diagnostic, Pattern, Place};
+use crate::{Code, Diagnostic, Fix, Pattern, Place};
 
 type Value<'a> = Spanned<DeValue<'a>>;
 
@@ -85,7 +85,10 @@ impl Reader {
                     None => format!("the keys of {what} are {}", known.join(", ")),
                 };
                 let place = self.place(key);
-                self.found(Diagnostic::at(Code::UnknownKey, place, format!("{what} has no key `{name}`")).help(help));
+                let mut found =
+                    Diagnostic::at(Code::UnknownKey, place, format!("{what} has no key `{name}`")).help(help);
+                found.fix = near.map(|near| Fix::Word(near.to_owned()));
+                self.found(found);
             }
         }
     }
@@ -170,7 +173,7 @@ impl Reader {
                 let message = format!("`{written}` is not a number");
                 self.found(
                     Diagnostic::at(Code::BadNumber, place, message)
-                        .help("write `0x8b` or `139`; a value beyond 63 bits as a text: `\"0xffffffffffffffff\"`"),
+                        .help("write `0x8b` or `139`; a value beyond 63 bits as a string: `\"0xffffffffffffffff\"`"),
                 );
                 None
             }
@@ -207,7 +210,7 @@ impl Reader {
                 (key.get_ref().to_string(), self.place(key), Some(argument))
             }
             other => {
-                let message = format!("this is {}, and an action is wanted", kind(other));
+                let message = format!("expected an action, found {}", kind(other));
                 let found = Diagnostic::at(Code::WrongType, self.place(value), message);
                 self.found(found.help(choices(direction, actions)));
                 return None;
@@ -220,7 +223,7 @@ impl Reader {
                 .find(|(of, other, _)| (*of, *other) == (direction, &*word));
             let (message, help) = match (action, mistaken) {
                 (Some(action), _) => (
-                    format!("a {direction}'s `{word}` is not written so"),
+                    format!("a {direction}'s `{word}` is not written like this"),
                     format!("write {action}"),
                 ),
                 (None, mistaken) => (
@@ -246,17 +249,23 @@ impl Reader {
     }
 
     fn handler(&mut self, value: &Value<'_>) -> Option<String> {
-        let name = self.text(value, "a handler's name")?;
+        let wanted = "a handler's name; a program that answers for it stands in `[handlers]`";
+        let name = self.text(value, wanted)?;
+        let place = self.place(value);
+        self.handler_name(&name, place)
+    }
+
+    /// A name that handlers can have, which stands at this place.
+    pub(super) fn handler_name(&mut self, name: &str, place: Place) -> Option<String> {
         let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
         if name.is_empty() || !name.chars().all(fine) {
-            let place = self.place(value);
             self.found(
                 Diagnostic::at(Code::WrongType, place, format!("`{name}` cannot name a handler"))
                     .help("a handler's name is made of letters, digits, `_`, `-` and `.`"),
             );
             return None;
         }
-        Some(name)
+        Some(name.to_owned())
     }
 
     /// What `unknown` or `invalid` says: a word for both directions, or an action for each.

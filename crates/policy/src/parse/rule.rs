@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 use super::reader::Reader;
 use crate::pattern::PatternError;
 use crate::policy::When;
-use crate::{Code, Diagnostic, Pattern, Place, Rule};
+use crate::{Code, Diagnostic, Fix, Pattern, Place, Rule};
 
 /// The keys of a rule.
 pub(crate) const KEYS: [&str; 7] = ["msr", "read", "write", "when", "log", "why", "accept"];
@@ -102,6 +102,7 @@ impl Reader {
                     fine = false;
                     let mut diagnostic = Diagnostic::at(code(&error), place, error.to_string());
                     diagnostic.help = self.helps().then(|| error.help()).flatten();
+                    diagnostic.fix = self.helps().then(|| error.meant()).flatten().map(Fix::Word);
                     self.found(diagnostic);
                 }
             }
@@ -140,7 +141,7 @@ impl Reader {
             match vendors.iter().find(|(name, _)| name.eq_ignore_ascii_case(&vendor.text)) {
                 Some((_, vendor)) => when.vendor.push(*vendor),
                 None => {
-                    let message = format!("`{}` is not a CPU vendor that is known here", vendor.text);
+                    let message = format!("`{}` is not a known CPU vendor", vendor.text);
                     self.found(
                         Diagnostic::at(Code::UnknownCondition, vendor.place, message)
                             .help("write `intel`, `amd` or `hygon`"),
@@ -160,20 +161,22 @@ impl Reader {
                 when.features.push(feature.text);
                 continue;
             }
-            let message = format!("`{}` is not a CPUID feature that is known here", feature.text);
+            let message = format!("`{}` is not a known CPUID feature", feature.text);
             let near = self.helps().then(|| nearest_of(&feature.text, known)).flatten();
             let help = match near {
                 Some(near) => format!("did you mean `{near}`? the names are those of `/proc/cpuinfo`"),
                 None => "the names are those of `/proc/cpuinfo`".to_owned(),
             };
-            self.found(Diagnostic::at(Code::UnknownCondition, feature.place, message).help(help));
+            let mut found = Diagnostic::at(Code::UnknownCondition, feature.place, message).help(help);
+            found.fix = near.map(|near| Fix::Word(near.to_owned()));
+            self.found(found);
         }
         if self.diagnostics.len() > before {
             return None;
         }
         if when.is_always() {
             let place = self.place(value);
-            let empty = Diagnostic::at(Code::MissingKey, place, "`when` asks nothing");
+            let empty = Diagnostic::at(Code::MissingKey, place, "`when` has no condition");
             self.found(
                 empty.help("say for which guests: { vendor = \"intel\", features = [\"mtrr\"] }, or leave it out"),
             );

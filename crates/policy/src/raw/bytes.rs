@@ -108,15 +108,15 @@ pub(super) fn looks_like_dump(line: &str) -> bool {
 pub(super) fn undump(text: &str) -> Result<Vec<u8>, RawError> {
     if let Some(at) = text.find("\"\\") {
         let inner = text.get(at + 1..).unwrap_or_default();
-        let (bytes, rest) = string(inner).ok_or_else(|| RawError::new("the text does not end"))?;
+        let (bytes, rest) = string(inner).ok_or_else(|| RawError::new("the string does not end"))?;
         if rest.starts_with("...") {
-            return Err(RawError::new("the text was cut off (`...`); strace takes `-s 99999`"));
+            return Err(RawError::new("the string was cut off (`...`); strace takes `-s 99999`"));
         }
         return Ok(bytes);
     }
     if text.trim_start().starts_with("\\x") {
         let closed = format!("{}\"", text.trim());
-        let (bytes, _) = string(&closed).ok_or_else(|| RawError::new("the text has an escape that is not known"))?;
+        let (bytes, _) = string(&closed).ok_or_else(|| RawError::new("the string has an unknown escape"))?;
         return Ok(bytes);
     }
     let mut bytes = Vec::new();
@@ -127,7 +127,7 @@ pub(super) fn undump(text: &str) -> Result<Vec<u8>, RawError> {
         }
         match row(line.trim()) {
             Ok(Some(row)) => bytes.extend(row),
-            Ok(None) => return Err(error("this is no line of a dump")),
+            Ok(None) => return Err(error("this is not a line of a dump")),
             Err(what) => return Err(error(what)),
         }
     }

@@ -26,7 +26,7 @@ pub(super) fn read(text: &str) -> Result<RawInput, RawError> {
         reader.take(";");
         return match reader.peek() {
             None => filter.given(),
-            Some(token) => Err(error(token.line, "the text goes on behind the filter")),
+            Some(token) => Err(error(token.line, "something follows the filter")),
         };
     }
     let mut found: Option<(&str, RawFilter)> = None;

@@ -44,7 +44,7 @@ fn sets(bytes: &[u8]) -> Result<Vec<Set>, RawError> {
             // A VMM that goes on has written no more yet.
             Some(Err(error)) if error.is_eof() => return Ok(sets),
             Some(_) => {
-                let message = "this is no call among those that `msrgate capture` wrote: the VMM's own output may stand between \
+                let message = "this is not a call among those that `msrgate capture` wrote: the VMM's own output may stand between \
                     them, which `-o FILE` keeps apart";
                 return Err(RawError::new(message).at(line));
             }

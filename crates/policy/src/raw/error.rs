@@ -1,8 +1,8 @@
-//! Why a file is no filter.
+//! Why a file is not a filter.
 
 use std::fmt;
 
-/// Why a file is no filter.
+/// Why a file is not a filter.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RawError {
     message: String,

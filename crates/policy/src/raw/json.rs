@@ -19,10 +19,10 @@ type Object = Map<String, Value>;
 /// Reads what `plan --json` prints, or the filter alone.
 pub(super) fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     let value: Value = serde_json::from_slice(bytes)
-        .map_err(|error| RawError::new(format!("this is no JSON: {error}")).at(error.line()))?;
+        .map_err(|error| RawError::new(format!("this is not JSON: {error}")).at(error.line()))?;
     let object = value
         .as_object()
-        .ok_or_else(|| RawError::new("this is no JSON object"))?;
+        .ok_or_else(|| RawError::new("this is not a JSON object"))?;
     // A plan may have keys of a later msrgate; a filter that someone wrote may have misspelt ones.
     let plan = object.contains_key("actions");
     if !plan {
@@ -113,7 +113,7 @@ fn range(value: &Value, at: &str) -> Result<RawRange, RawError> {
         base: number("base")?,
         bitmap: bytes_of(bitmap).ok_or_else(|| {
             RawError::new(format!(
-                "`{at}.bitmap` is neither a text of pairs of hexadecimal digits, as \"0700000000000000\", nor a list of bytes"
+                "`{at}.bitmap` is neither a string of pairs of hexadecimal digits, as \"0700000000000000\", nor an array of bytes"
             ))
         })?,
     })
@@ -230,7 +230,7 @@ fn fallback(object: &Object, key: &str) -> Result<(ReadAction, WriteAction), Raw
     let none = Object::new();
     let arguments = |op: &str| match object.get(op) {
         Some(Value::Object(arguments)) => Ok(arguments),
-        Some(_) => Err(RawError::new(format!("`{key}.{op}` is no object"))),
+        Some(_) => Err(RawError::new(format!("`{key}.{op}` is not an object"))),
         None => Ok(&none),
     };
     let read = read_action(
@@ -297,7 +297,7 @@ fn write_action(word: &str, given: &Object, at: &str) -> Result<WriteAction, Raw
 fn only(object: &Object, known: &[&str], at: &str) -> Result<(), RawError> {
     match object.keys().find(|key| !known.contains(&key.as_str())) {
         Some(key) if at.is_empty() => Err(RawError::new(format!(
-            "`{key}` is no key of a filter; it has {}",
+            "`{key}` is not a key of a filter; it has {}",
             known.join(", ")
         ))),
         Some(key) => Err(RawError::new(format!("`{at}.{key}`: a range has {}", known.join(", ")))),
@@ -319,7 +319,7 @@ fn required<'a>(object: &'a Object, key: &str, at: &str) -> Result<&'a Value, Ra
 fn object_of<'a>(value: &'a Value, at: &str) -> Result<&'a Object, RawError> {
     value
         .as_object()
-        .ok_or_else(|| RawError::new(format!("`{at}` is no object")))
+        .ok_or_else(|| RawError::new(format!("`{at}` is not an object")))
 }
 
 fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], RawError> {
@@ -330,7 +330,7 @@ fn list<'a>(value: &'a Value, at: &str) -> Result<&'a [Value], RawError> {
 fn text<'a>(value: &'a Value, at: &str) -> Result<&'a str, RawError> {
     value
         .as_str()
-        .ok_or_else(|| RawError::new(format!("`{at}` is no text")))
+        .ok_or_else(|| RawError::new(format!("`{at}` is not a string")))
 }
 
 fn u64_of(value: &Value, at: &str) -> Result<u64, RawError> {
@@ -338,7 +338,7 @@ fn u64_of(value: &Value, at: &str) -> Result<u64, RawError> {
         Value::String(text) => number::parse(text).ok(),
         value => value.as_u64(),
     };
-    number.ok_or_else(|| RawError::new(format!("`{at}` is no number of 64 bits: {value}")))
+    number.ok_or_else(|| RawError::new(format!("`{at}` is not a number of 64 bits: {value}")))
 }
 
 fn bytes_of(value: &Value) -> Option<Vec<u8>> {

@@ -106,14 +106,14 @@ fn a_filter_in_json_may_have_names_and_lists_and_a_byte_order_mark() {
     let verdicts = [0x174, 0x175, 0x176, 0x177].map(|msr| verdict(&filter, msr, Op::Write) == Verdict::Allow);
     assert_eq!(verdicts, [true, false, true, false]);
     for (text, what) in [
-        ("{\"flags\":\"KVM_MSR_FILTER_DENY\",\"ranges\":[]}", "no number"),
+        ("{\"flags\":\"KVM_MSR_FILTER_DENY\",\"ranges\":[]}", "not a number"),
         (
             "{\"flags\":0,\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":[256]}]}",
-            "nor a list of bytes",
+            "nor an array of bytes",
         ),
         (
             "{\"flags\":0,\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0x01\"}]}",
-            "nor a list of bytes",
+            "nor an array of bytes",
         ),
         ("[{\"base\":1}]", "a default beside its ranges"),
     ] {
@@ -146,7 +146,7 @@ fn what_the_kernel_takes_for_something_else_is_remarked() {
 #[test]
 fn json_that_is_no_filter_says_what_is_wrong_and_where() {
     for (text, what) in [
-        ("{", "line 1: this is no JSON"),
+        ("{", "line 1: this is not JSON"),
         ("{}", "`default` is missing"),
         ("{\"default\":\"allow\"}", "`ranges` is missing"),
         (
@@ -154,12 +154,12 @@ fn json_that_is_no_filter_says_what_is_wrong_and_where() {
             "neither \"allow\" nor \"deny\"",
         ),
         ("{\"default\":\"deny\",\"flags\":1,\"ranges\":[]}", "not both"),
-        ("{\"default\":\"allow\",\"ranges\":[5]}", "`ranges[0]` is no object"),
+        ("{\"default\":\"allow\",\"ranges\":[5]}", "`ranges[0]` is not an object"),
         ("{\"default\":\"allow\",\"ranges\":[{\"bse\":1}]}", "`ranges[0].bse`"),
-        ("{\"default\":\"allow\",\"rages\":[]}", "`rages` is no key"),
+        ("{\"default\":\"allow\",\"rages\":[]}", "`rages` is not a key"),
         (
             "{\"default\":\"allow\",\"ranges\":[{\"base\":1,\"nmsrs\":1,\"flags\":1,\"bitmap\":\"0\"}]}",
-            "`ranges[0].bitmap` is neither a text of pairs",
+            "`ranges[0].bitmap` is neither a string of pairs",
         ),
         (
             "{\"default\":\"allow\",\"ranges\":[{\"base\":\"0x1_0000_0000\",\"nmsrs\":1,\"flags\":1,\"bitmap\":\"\"}]}",
@@ -426,15 +426,18 @@ fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_
             with("static u64 b[1];", &format!("[1] = {range}, [0] = {range}")),
             "line 2: an index leads back",
         ),
-        (with("static u64 b;", range), "`b` is no array"),
+        (with("static u64 b;", range), "`b` is neither an array"),
         (
             with("static u64 *b = x;", range),
-            "line 1: `static` is no type of unsigned integers",
+            "line 1: `static` is neither a type of unsigned integers",
         ),
         (with("u64 b[2];", range), "a variable has no initialiser"),
         (with("static u64 b[2], c;", range), "`;` is missing"),
         (with("static u64 b[2][2];", range), "`;` is missing"),
-        (with("static bool b[2] = { 1 };", range), "`static bool` is no type"),
+        (
+            with("static bool b[2] = { 1 };", range),
+            "`static bool` is neither a type",
+        ),
         (with("u8 b[1] = { 1, 2 };", range), "line 1: this list has room for 1"),
         (
             with("u8 b[2] = { 0x100 };", range),
@@ -447,21 +450,21 @@ fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_
             with("u8 b[0xffffffff] = { 1 };", range),
             "line 1: `0xffffffff` is not known as a number of at most",
         ),
-        (with("", "{ 1, 1, 1, p }"), "line 2: `p` is no array"),
+        (with("", "{ 1, 1, 1, p }"), "line 2: `p` is neither an array"),
         (with("u8 b[8] = { 1 };", "{ 1, 1, 1, b + 1 }"), "line 2: `}` is missing"),
         (with("", "{ 1, 1, 1, 0, 0 }"), "a range has four fields"),
         (
             with("", "{ .nmsrs = 1, .flags = 1 }"),
-            "`flags` is no field that may stand here",
+            "`flags` is not a field that may stand here",
         ),
         (
             with("", "{ .nmsrs = 1, .nmsrs = 1 }"),
-            "`nmsrs` is no field that may stand here",
+            "`nmsrs` is not a field that may stand here",
         ),
         (with("", "{ flags: 1 }"), "`flags` is not known as a number"),
         (
             "struct kvm_msr_filter f = {\n .flag = 1 };".to_owned(),
-            "line 2: `flag` is no field",
+            "line 2: `flag` is not a field",
         ),
         (flags("MSR_NOBODY"), "line 2: `MSR_NOBODY` is not known"),
         (flags("msr_efer"), "line 2: `msr_efer` is not known"),
@@ -490,13 +493,16 @@ fn c_that_is_no_literal_initialiser_or_that_the_kernel_refuses_is_told_with_its_
         ),
         (
             "// f\nvoid g(struct kvm_msr_filter *f) { f->flags = 1; }".to_owned(),
-            "line 2: `void` is no type",
+            "line 2: `void` is neither a type",
         ),
         (
             "struct kvm_msr_filter a = { 0 };\nstruct kvm_msr_filter b = { 0 };".to_owned(),
             "line 2: here are several filters, `a` and `b`",
         ),
-        ("{ .flags = 0 };\nf.flags = 1;".to_owned(), "line 2: the text goes on"),
+        (
+            "{ .flags = 0 };\nf.flags = 1;".to_owned(),
+            "line 2: something follows the filter",
+        ),
         ("/* */ struct kvm_msr_filter f = { 0 }; /*".to_owned(), "does not end"),
     ] {
         assert_eq!(RawFormat::of(text.as_bytes()), RawFormat::C, "{text}");
@@ -698,7 +704,7 @@ fn dumps_of_those_bytes_are_read_whichever_tool_made_them() {
     for (dump, what) in [
         ("00000000  00 00\n*\n00000188\n", "line 2: `*`"),
         ("0000000 0000 0001\n", "words and not bytes"),
-        ("00 11\nzz\n", "line 2: this is no line of a dump"),
+        ("00 11\nzz\n", "line 2: this is not a line of a dump"),
         ("00 11\n", "here are 2 bytes"),
         ("write(1, \"\\x00\\x01\"..., 392) = 392", "cut off"),
         ("write(1, \"\\x00\\x01", "does not end"),

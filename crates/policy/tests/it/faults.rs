@@ -53,6 +53,15 @@ write = "deny"
 msr  = "IA32_PPIN"
 read = "host"
 
+# W017
+[[rule]]
+msr  = "MSR_PP1_ENERGY_STATUS"
+read = "allow"
+
+[[rule]]
+msr  = "0x640..=0x642"
+read = "zero"
+
 # W002
 [[rule]]
 msr   = "@x2apic"

@@ -1,6 +1,6 @@
 //! What holds for every policy, tried on random ones.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use msrgate_msrs::cpuid::{CpuVendor, Cpuid};
 use msrgate_plan::{By, DecisionMap, Intervals, Plan, PlanError};
 use msrgate_policy::raw::{self, RawInput};
 use msrgate_policy::{
-    Acceptance, Code, Diagnostic, Pattern, Place, Policy, PolicyErrors, Rule, Severity, Spill, Validity, When, check,
-    decompile,
+    Acceptance, Code, Diagnostic, Pattern, Place, Policy, PolicyErrors, Provider, Rule, Severity, Spill, Validity,
+    When, check, decompile,
 };
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{self, Index, select};
@@ -165,6 +165,15 @@ fn accept() -> impl Strategy<Value = Vec<Acceptance>> {
     })
 }
 
+fn providers() -> impl Strategy<Value = BTreeMap<String, Provider>> {
+    let word = "[ -~é]{1,9}";
+    let provider = prop_oneof![
+        vec(word, 1..4).prop_map(Provider::Command),
+        word.prop_map(|path| Provider::Socket(path.into())),
+    ];
+    btree_map("[a-zA-Z0-9_.-]{1,9}", provider, 0..3)
+}
+
 /// Any policy that one file can hold.
 fn policy() -> impl Strategy<Value = Policy> {
     let default = select(vec![Verdict::Allow, Verdict::Deny]);
@@ -181,11 +190,11 @@ fn policy() -> impl Strategy<Value = Policy> {
         fallback(),
         fallback(),
         (valid, select(vec![Spill::Refuse, Spill::UserSpace])),
-        accept(),
+        (accept(), providers()),
         vec(rule(), 0..10),
     );
     parts.prop_map(
-        |(name, default, unknown, invalid, (valid, spill), accept, rules)| Policy {
+        |(name, default, unknown, invalid, (valid, spill), (accept, providers), rules)| Policy {
             name,
             default,
             unknown,
@@ -193,6 +202,7 @@ fn policy() -> impl Strategy<Value = Policy> {
             valid,
             spill,
             accept,
+            providers,
             rules: without_repetition(rules),
             sources: Vec::new(),
         },

@@ -25,25 +25,25 @@ impl Supervisor {
         let [fd, request, address, ..] = waiting.arguments;
         let request = request as u32;
         if self.setup.resolve.is_none() {
-            // A trace tells of it, and no more depends on it.
+            // A trace tells of it, and a policy to come may depend on it.
             let leaves = leaves(target::process(waiting.thread), request, address);
             self.note(tag, leaves.unwrap_or_default());
             return waiting.allow();
         }
-        let Some(mut stopped) = self.stop(waiting, &what) else {
+        let Some(mut tracee) = self.stop(waiting, &what) else {
             return;
         };
-        let Some(leaves) = leaves(stopped.process, request, address) else {
+        let Some(leaves) = leaves(tracee.process, request, address) else {
             // The kernel says what is wrong with it. If it finds nothing the vCPU does not run.
-            let result = stopped.ioctl(fd, request, address);
+            let result = tracee.ioctl(fd, request, address);
             if result.is_ok() {
                 self.set_ready(tag, false);
             }
-            return stopped.give(result);
+            return tracee.give(result);
         };
         let policy = match self.resolve(tag, leaves.clone()) {
             Ok(policy) => policy,
-            Err(refusal) => return self.fail(stopped, waiting.thread, &what, refusal),
+            Err(refusal) => return self.fail(tracee, waiting.thread, &what, refusal),
         };
         let Some(vm) = self.vcpus.get(&tag).map(|vcpu| vcpu.vm) else {
             return;
@@ -55,20 +55,20 @@ impl Supervisor {
         if changes && object.state.resolved.iter().any(|known| *known != id) {
             let line = "the policy means something else for it than for the VM's other vCPUs, and a VM has one filter: \
                         give all of them the same model and features";
-            return self.fail(stopped, waiting.thread, &what, Refusal::Line(line.to_owned()));
+            return self.fail(tracee, waiting.thread, &what, Refusal::Line(line.to_owned()));
         }
         let old = mem::replace(&mut object.state.policy, Arc::clone(&policy));
         let vm_fd = object.descriptor(waiting.thread, vm);
         let composed = match (changes, vm_fd) {
             (false, _) => Ok(()),
-            (true, Some(vm_fd)) => self.compose(&mut stopped, vm_fd, vm),
+            (true, Some(vm_fd)) => self.compose(&mut tracee, vm_fd, vm),
             (true, None) => Err(Refusal::Line("the VMM has no descriptor of its VM any more".to_owned())),
         };
         if let Err(refusal) = composed {
             self.put_back(vm, old);
-            return self.fail(stopped, waiting.thread, &what, refusal);
+            return self.fail(tracee, waiting.thread, &what, refusal);
         }
-        let result = stopped.ioctl(fd, request, address);
+        let result = tracee.ioctl(fd, request, address);
         match &result {
             Ok(_) => {
                 if let Some(object) = self.vms.get_mut(&vm) {
@@ -82,18 +82,20 @@ impl Supervisor {
                 self.put_back(vm, old);
                 if changes
                     && let Some(vm_fd) = vm_fd
-                    && self.compose(&mut stopped, vm_fd, vm).is_err()
+                    && self.compose(&mut tracee, vm_fd, vm).is_err()
                 {
                     self.set_ready(tag, false);
                 }
             }
         }
-        stopped.give(result);
+        tracee.give(result);
     }
 
     /// The VMM has set this CPUID.
     fn note(&mut self, tag: u64, leaves: Vec<Leaf>) {
-        if let Some(vcpu) = self.vcpus.get_mut(&tag).filter(|_| self.ledger.first_run().is_none()) {
+        // Of a vCPU that has run the kernel takes no other one (`kvm_set_cpuid`).
+        let has_run = self.regions.values().any(|region| region.ring(tag).is_some());
+        if let Some(vcpu) = self.vcpus.get_mut(&tag).filter(|_| !has_run) {
             vcpu.cpuid = leaves;
         }
     }

@@ -4,32 +4,32 @@ use std::sync::Arc;
 
 use msrgate_answer::layout::{reply, vcpu};
 use msrgate_core::{Access, Answer, Disposition, Exit, FaultCause, Log, Msr, MsrBackend, Op, Outcome, Reason};
-use msrgate_kvm::HostMsrs;
+use msrgate_kvm::{Handlers, HostMsrs, VcpuId};
 
 use super::{Refusal, Remark, Supervisor, denies, put_in_force};
-use crate::hands::Hands;
 use crate::policy::{Mode, Owner, Touch};
+use crate::remote::RemoteCalls;
 use crate::seccomp::Waiting;
-use crate::stopped::Stopped;
 use crate::target::{self, Object};
+use crate::tracee::Tracee;
 use crate::{table, watch};
 
 /// What an exit comes to.
-struct Verdict {
+pub(super) struct Verdict {
     /// A number of [`reply`].
-    code: i64,
+    pub(super) code: i64,
     /// The value of a read.
-    value: u64,
+    pub(super) value: u64,
     /// `None` where it is not to be told.
-    told: Option<(Disposition, Option<FaultCause>)>,
+    pub(super) told: Option<(Disposition, Option<FaultCause>)>,
     /// What the policy would do, where it is not in force.
-    would: Option<Disposition>,
-    rule: Option<u32>,
-    log: Log,
+    pub(super) would: Option<Disposition>,
+    pub(super) rule: Option<u32>,
+    pub(super) log: Log,
 }
 
 impl Verdict {
-    fn of(code: i64) -> Verdict {
+    pub(super) fn of(code: i64) -> Verdict {
         Verdict {
             code,
             value: 0,
@@ -40,7 +40,7 @@ impl Verdict {
         }
     }
 
-    fn answered(answer: Answer) -> Verdict {
+    pub(super) fn answered(answer: Answer) -> Verdict {
         let (code, value) = match answer.outcome {
             Outcome::Value(value) => (reply::ANSWERED, value),
             Outcome::Done => (reply::ANSWERED, 0),
@@ -57,71 +57,100 @@ impl Verdict {
     }
 }
 
+/// Who asks for an exit.
+#[derive(Clone, Copy)]
+pub(super) struct Question<'a> {
+    /// The call that waits; `None` where it is asked through memory, and then a thread that makes calls is there.
+    pub(super) waiting: Option<&'a Waiting<'a>>,
+    pub(super) process: i32,
+    /// A thread that has the VMM's descriptors, and the vCPU's.
+    pub(super) thread: i32,
+    pub(super) fd: u64,
+    /// The CPU that runs the vCPU, where that is told.
+    pub(super) cpu: Option<usize>,
+}
+
+impl Question<'_> {
+    fn cpu(&self) -> Option<usize> {
+        self.cpu.or_else(|| target::cpu(self.thread))
+    }
+}
+
 /// What actions reach: the thread is stopped where one asks the kernel.
-struct Reach<'a, 'l> {
-    hands: &'a mut Hands,
+pub(super) struct Reach<'a> {
+    remote: &'a mut RemoteCalls,
     host: Option<&'a HostMsrs>,
-    waiting: &'a Waiting<'l>,
-    process: i32,
-    stopped: &'a mut Option<Stopped>,
+    /// Who answers by name, and for which vCPU.
+    handlers: Option<(&'a Handlers, VcpuId)>,
+    question: Question<'a>,
+    tracee: &'a mut Option<Tracee>,
     refused: Option<String>,
 }
 
-impl<'a, 'l> Reach<'a, 'l> {
-    fn new(
-        hands: &'a mut Hands,
-        host: Option<&'a HostMsrs>,
-        waiting: &'a Waiting<'l>,
-        process: i32,
-        stopped: &'a mut Option<Stopped>,
-    ) -> Reach<'a, 'l> {
+impl<'a> Reach<'a> {
+    pub(super) fn new(
+        remote: &'a mut RemoteCalls,
+        question: Question<'a>,
+        tracee: &'a mut Option<Tracee>,
+    ) -> Reach<'a> {
         Reach {
-            hands,
-            host,
-            waiting,
-            process,
-            stopped,
+            remote,
+            host: None,
+            handlers: None,
+            question,
+            tracee,
             refused: None,
         }
     }
 
-    fn thread(&mut self) -> Option<(&mut Hands, &mut Stopped)> {
-        if self.stopped.is_none() {
-            match self.hands.stop(self.waiting, self.process, None, || ()) {
-                Ok((stopped, ())) => *self.stopped = Some(stopped),
+    /// With what a policy's actions may ask besides.
+    pub(super) fn with(mut self, host: Option<&'a HostMsrs>, handlers: &'a Handlers, vcpu: VcpuId) -> Reach<'a> {
+        self.host = host;
+        self.handlers = Some((handlers, vcpu));
+        self
+    }
+
+    fn thread(&mut self) -> Option<(&mut RemoteCalls, &mut Tracee)> {
+        if self.tracee.is_none()
+            && let Some(waiting) = self.question.waiting
+        {
+            match self.remote.stop(waiting, self.question.process, None, || ()) {
+                Ok((tracee, ())) => *self.tracee = Some(tracee),
                 Err(line) => self.refused = line,
             }
         }
-        Some((self.hands, self.stopped.as_mut()?))
+        Some((self.remote, self.tracee.as_mut()?))
     }
 }
 
-impl MsrBackend for Reach<'_, '_> {
+impl MsrBackend for Reach<'_> {
     fn kernel_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
-        let fd = self.waiting.arguments[0];
-        let (hands, stopped) = self.thread().ok_or(FaultCause::KernelRefused)?;
-        hands.host_read(stopped, fd, msr).ok_or(FaultCause::KernelRefused)
+        let fd = self.question.fd;
+        let (remote, tracee) = self.thread().ok_or(FaultCause::KernelRefused)?;
+        remote.host_read(tracee, fd, msr).ok_or(FaultCause::KernelRefused)
     }
 
     fn kernel_write(&mut self, msr: Msr, value: u64) -> Result<(), FaultCause> {
-        let fd = self.waiting.arguments[0];
-        let (hands, stopped) = self.thread().ok_or(FaultCause::KernelRefused)?;
-        hands
-            .host_write(stopped, fd, msr, value)
+        let fd = self.question.fd;
+        let (remote, tracee) = self.thread().ok_or(FaultCause::KernelRefused)?;
+        remote
+            .host_write(tracee, fd, msr, value)
             .ok_or(FaultCause::KernelRefused)
     }
 
     fn host_read(&mut self, msr: Msr) -> Result<u64, FaultCause> {
-        let value = |host: &HostMsrs| host.read(target::cpu(self.waiting.thread)?, msr);
+        let value = |host: &HostMsrs| host.read(self.question.cpu()?, msr);
         self.host.and_then(value).ok_or(FaultCause::HostUnreadable)
     }
 
-    fn handler_read(&mut self, _: &str, _: Msr) -> Result<u64, FaultCause> {
-        Err(FaultCause::NoHandler)
+    fn handler_read(&mut self, name: &str, msr: Msr) -> Result<u64, FaultCause> {
+        let (handlers, vcpu) = self.handlers.ok_or(FaultCause::NoHandler)?;
+        handlers.read(name, vcpu, msr)
     }
 
-    fn handler_write(&mut self, _: &str, _: Msr, _: u64) -> Result<(), FaultCause> {
-        Err(FaultCause::NoHandler)
+    fn handler_write(&mut self, name: &str, msr: Msr, value: u64) -> Result<(), FaultCause> {
+        let (handlers, vcpu) = self.handlers.ok_or(FaultCause::NoHandler)?;
+        handlers.write(name, vcpu, msr, value)
     }
 }
 
@@ -137,14 +166,39 @@ impl Supervisor {
             _ = waiting.give(reply::FAULTED);
             return;
         };
+        let question = Question {
+            waiting: Some(waiting),
+            process: self.regions.get(&region).map_or(0, |region| region.process),
+            thread: waiting.thread,
+            fd: waiting.arguments[0],
+            cpu: None,
+        };
+        let mut tracee = None;
+        let code = self.decide(question, region, tag, (code, value), &mut tracee);
+        match tracee {
+            Some(tracee) => tracee.finish(code),
+            // Who no longer waits asks again.
+            None => _ = waiting.give(code),
+        }
+    }
+
+    /// Writes down what an exit gets ([`vcpu::REPLY`]), and gives what the answerer is to do; `asked` is the fifth and the sixth
+    /// argument of the question.
+    pub(super) fn decide(
+        &mut self,
+        question: Question<'_>,
+        region: u64,
+        tag: u64,
+        asked: (u64, u64),
+        tracee: &mut Option<Tracee>,
+    ) -> i64 {
+        let (code, value) = asked;
         let msr = Msr((code >> 32) as u32);
         let access = match code >> 12 & 1 {
             0 => Access::Read { msr },
             _ => Access::Write { msr, value },
         };
-        let mut stopped = None;
-        let process = self.regions.get(&region).map_or(0, |region| region.process);
-        let verdict = self.verdict(waiting, process, tag, access, (code >> 8 & 0xf) as u32, &mut stopped);
+        let verdict = self.verdict(question, tag, access, (code >> 8 & 0xf) as u32, tracee);
         if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
             let rule = u64::from(verdict.rule.unwrap_or(u32::MAX));
             let (told, log) = match verdict.told {
@@ -159,21 +213,16 @@ impl Supervisor {
             };
             ring.reply([verdict.value, told, rule, log]);
         }
-        match stopped {
-            Some(stopped) => stopped.finish(verdict.code),
-            // Who no longer waits asks again.
-            None => _ = waiting.give(verdict.code),
-        }
+        verdict.code
     }
 
     fn verdict(
         &mut self,
-        waiting: &Waiting<'_>,
-        process: i32,
+        question: Question<'_>,
         tag: u64,
         access: Access,
         reason: u32,
-        stopped: &mut Option<Stopped>,
+        tracee: &mut Option<Tracee>,
     ) -> Verdict {
         let nobody = Verdict::answered(Answer::fault(FaultCause::NoRule, None));
         let vm_tag = self.vcpus.get(&tag).map(|vcpu| vcpu.vm);
@@ -184,9 +233,15 @@ impl Supervisor {
         let Some(plan) = vm.state.plan.clone() else {
             return nobody;
         };
+        if reason == Reason::Filter
+            && let Some(verdict) = self.verdict_before(question, tag, access, tracee)
+        {
+            return verdict;
+        }
+        let Some(vm) = self.vms.get(&vm_tag) else { return nobody };
         let policy = Arc::clone(&vm.state.policy);
         let owner = match policy.owner(access, reason, vm.mask) {
-            Owner::Watch => return self.touched(waiting, process, vm_tag, access, stopped),
+            Owner::Watch => return self.touched(question, vm_tag, access, tracee),
             // What the VMM denies is denied in the plan too; what it allows may be spilled.
             Owner::Vmm if policy.spills() && plan.table().passes(access.msr(), access.op()) => Owner::Policy,
             owner => owner,
@@ -195,17 +250,19 @@ impl Supervisor {
             return Verdict::of(reply::VMM);
         }
         if policy.mode() != Mode::Enforce {
-            return self.refused(waiting, process, vm_tag, access, stopped);
+            return self.refused(question, vm_tag, access, tracee);
         }
         let Some(vcpu) = self.vcpus.get_mut(&tag) else {
             return nobody;
         };
         let state = vcpu.state.get_or_insert_with(|| plan.table().vcpu_state());
-        let mut reach = Reach::new(&mut self.hands, self.host.as_ref(), waiting, process, stopped);
+        let id = VcpuId::new(vcpu.id).in_vm(vm.number);
+        let reach = Reach::new(&mut self.remote, question, tracee);
+        let mut reach = reach.with(self.host.as_ref(), &self.setup.handlers, id);
         let answer = plan.table().answer(Exit::new(access, reason), state, &mut reach);
         if let Some(line) = reach.refused {
             self.tell(
-                waiting.thread,
+                question.thread,
                 &format!("the guest gets a fault for {}", access.msr()),
                 &line,
             );
@@ -214,14 +271,7 @@ impl Supervisor {
     }
 
     /// The guest touched what is watched: it is written down and opened, and the guest does it again.
-    fn touched(
-        &mut self,
-        waiting: &Waiting<'_>,
-        process: i32,
-        vm_tag: u64,
-        access: Access,
-        stopped: &mut Option<Stopped>,
-    ) -> Verdict {
+    fn touched(&mut self, question: Question<'_>, vm_tag: u64, access: Access, tracee: &mut Option<Tracee>) -> Verdict {
         let nobody = Verdict::answered(Answer::fault(FaultCause::NoRule, None));
         let (msr, op) = (access.msr(), access.op());
         let Some(vm) = self.vms.get_mut(&vm_tag) else {
@@ -240,7 +290,7 @@ impl Supervisor {
             Touch::Open => return Verdict::of(reply::REDO),
             Touch::Pass | Touch::First => {}
         }
-        let mut reach = Reach::new(&mut self.hands, None, waiting, process, stopped);
+        let mut reach = Reach::new(&mut self.remote, question, tracee);
         if touch == Touch::Pass {
             let outcome = match access {
                 Access::Read { msr } => reach.kernel_read(msr).map(Outcome::Value),
@@ -256,10 +306,10 @@ impl Supervisor {
             Op::Read => reach.kernel_read(msr).unwrap_or(0),
             Op::Write => 0,
         };
-        let Some((hands, thread)) = reach.thread() else {
+        let Some((remote, thread)) = reach.thread() else {
             return nobody;
         };
-        let vm_fd = vm.descriptor(waiting.thread, vm_tag);
+        let vm_fd = vm.descriptor(question.thread, vm_tag);
         vm.state.open.insert((msr, op));
         let opened = match (denied, vm_fd) {
             // Nothing is to be opened.
@@ -268,9 +318,9 @@ impl Supervisor {
             (false, Some(fd)) => match watch::opened(&vm.in_force, msr, op) {
                 Some(filter) => {
                     let reasons = vm.reasons;
-                    put_in_force(hands, thread, fd, vm, &filter, reasons).map_err(Refusal::from)
+                    put_in_force(remote, thread, fd, vm, &filter, reasons).map_err(Refusal::from)
                 }
-                None => self.compose_watching(stopped.as_mut(), fd, vm_tag),
+                None => self.compose_watching(tracee.as_mut(), fd, vm_tag),
             },
         };
         let Some(vm) = self.vms.get_mut(&vm_tag) else {
@@ -282,7 +332,7 @@ impl Supervisor {
                 Refusal::Line(line) => line,
                 Refusal::Kernel(error) => error.desc().to_owned(),
             };
-            self.tell(waiting.thread, &format!("the guest gets a fault for {msr}"), &line);
+            self.tell(question.thread, &format!("the guest gets a fault for {msr}"), &line);
             return nobody;
         }
         if vm.cannot_open(msr, op) {
@@ -300,14 +350,7 @@ impl Supervisor {
     }
 
     /// The kernel refuses the value of a first touch: the next one is the first one again, since the kernel may carry it out.
-    fn refused(
-        &mut self,
-        waiting: &Waiting<'_>,
-        process: i32,
-        vm_tag: u64,
-        access: Access,
-        stopped: &mut Option<Stopped>,
-    ) -> Verdict {
+    fn refused(&mut self, question: Question<'_>, vm_tag: u64, access: Access, tracee: &mut Option<Tracee>) -> Verdict {
         let verdict = Verdict::answered(Answer::fault(FaultCause::KernelRefused, None));
         let (msr, op) = (access.msr(), access.op());
         let Some(vm) = self.vms.get_mut(&vm_tag).filter(|vm| !vm.state.blind) else {
@@ -316,19 +359,19 @@ impl Supervisor {
         if !vm.state.open.remove(&(msr, op)) {
             return verdict;
         }
-        let mut reach = Reach::new(&mut self.hands, None, waiting, process, stopped);
-        let Some((hands, thread)) = reach.thread() else {
+        let mut reach = Reach::new(&mut self.remote, question, tracee);
+        let Some((remote, thread)) = reach.thread() else {
             vm.state.open.insert((msr, op));
             return verdict;
         };
         let reasons = vm.reasons;
         let closed = match (
-            vm.descriptor(waiting.thread, vm_tag),
+            vm.descriptor(question.thread, vm_tag),
             watch::closed(&vm.in_force, msr, op),
         ) {
             (None, _) => false,
-            (Some(fd), Some(filter)) => put_in_force(hands, thread, fd, vm, &filter, reasons).is_ok(),
-            (Some(fd), None) => stopped
+            (Some(fd), Some(filter)) => put_in_force(remote, thread, fd, vm, &filter, reasons).is_ok(),
+            (Some(fd), None) => tracee
                 .as_mut()
                 .is_some_and(|thread| self.compose(thread, fd, vm_tag).is_ok()),
         };
@@ -340,7 +383,7 @@ impl Supervisor {
 
     /// A plan for all that was touched; where there is no room for it nothing is watched any more: rather that than a
     /// change for the guest.
-    fn compose_watching(&mut self, thread: Option<&mut Stopped>, fd: u64, vm_tag: u64) -> Result<(), Refusal> {
+    fn compose_watching(&mut self, thread: Option<&mut Tracee>, fd: u64, vm_tag: u64) -> Result<(), Refusal> {
         let thread = thread.ok_or(Refusal::Kernel(nix::errno::Errno::ESRCH))?;
         let Err(refusal) = self.compose(thread, fd, vm_tag) else {
             return Ok(());

@@ -10,10 +10,10 @@ impl Supervisor {
         if self.vcpus.get(&tag).is_none_or(|vcpu| vcpu.registers.is_empty()) {
             return waiting.allow();
         }
-        let Some(mut stopped) = self.stop(waiting, "the VMM's call fails") else {
+        let Some(mut tracee) = self.stop(waiting, "the VMM's call fails") else {
             return;
         };
-        let (hands, Some(vcpu)) = (&mut self.hands, self.vcpus.get_mut(&tag)) else {
+        let (remote, Some(vcpu)) = (&mut self.remote, self.vcpus.get_mut(&tag)) else {
             return;
         };
         let [fd, request, address, ..] = waiting.arguments;
@@ -23,20 +23,20 @@ impl Supervisor {
             .filter(|register| register.vmms != register.preset.value)
         {
             // Where it is not taken the VMM sees the preset.
-            let _ = hands.host_write(&mut stopped, fd, register.preset.msr, register.vmms);
+            let _ = remote.host_write(&mut tracee, fd, register.preset.msr, register.vmms);
         }
-        let result = stopped.ioctl(fd, request as u32, address);
+        let result = tracee.ioctl(fd, request as u32, address);
         let mut lost = None;
         for register in &mut vcpu.registers {
             let preset = register.preset;
-            let holds = hands.host_read(&mut stopped, fd, preset.msr);
+            let holds = remote.host_read(&mut tracee, fd, preset.msr);
             register.vmms = holds.unwrap_or(register.vmms);
             if holds == Some(preset.value) {
                 continue;
             }
             // Whether it was taken is what reading shows.
-            let _ = hands.host_write(&mut stopped, fd, preset.msr, preset.value);
-            if hands.host_read(&mut stopped, fd, preset.msr) != Some(preset.value) {
+            let _ = remote.host_write(&mut tracee, fd, preset.msr, preset.value);
+            if remote.host_read(&mut tracee, fd, preset.msr) != Some(preset.value) {
                 lost = Some(preset);
             }
         }
@@ -46,7 +46,7 @@ impl Supervisor {
             if let (Some(object), Ok(plan)) = (self.vms.get_mut(&vm), closed())
                 && let Some(vm_fd) = object.descriptor(waiting.thread, vm)
             {
-                let _ = put_in_force(hands, &mut stopped, vm_fd, object, plan.filter(), plan.reasons());
+                let _ = put_in_force(remote, &mut tracee, vm_fd, object, plan.filter(), plan.reasons());
             }
             let line = format!("the kernel no longer holds {:#x} in {}", preset.value, preset.msr);
             self.tell(
@@ -54,8 +54,8 @@ impl Supervisor {
                 &format!("the guest of vCPU {id} gets #GP for every MSR from here on"),
                 &line,
             );
-            return stopped.finish(i64::from(-libc::EACCES));
+            return tracee.finish(i64::from(-libc::EACCES));
         }
-        stopped.give(result);
+        tracee.give(result);
     }
 }

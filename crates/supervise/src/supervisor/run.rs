@@ -1,4 +1,4 @@
-//! KVM_RUN without a mark, and what answerers ask.
+//! KVM_RUN without a cookie, and what answerers ask.
 
 use std::mem;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use msrgate_core::abi;
 use nix::errno::Errno;
 
 use super::{Refusal, Remark, Supervisor};
-use crate::hands::Hands;
 use crate::ledger::Ring;
 use crate::policy::Mode;
-use crate::region::{self, Entry, Handed, Region, Table};
+use crate::region::{self, Entry, HandedFiles, Region, Table};
+use crate::remote::RemoteCalls;
 use crate::seccomp::Waiting;
-use crate::stopped::Stopped;
 use crate::target::{self, Object, Other};
+use crate::tracee::{NO_TSC, Tracee};
 
 /// Why a vCPU does not run whose exits cannot be answered.
 const NO_MEMORY: &str = "the VMM gets no memory for its answers";
@@ -30,10 +30,10 @@ enum Caller {
 
 impl Supervisor {
     pub(super) fn run(&mut self, waiting: &Waiting<'_>) {
-        let [fd, _, _, mark, code, _] = waiting.arguments;
-        let marks = self.hands.stopper.marks;
-        let image = match mark == marks.ask {
-            true => region::image_of(waiting.thread, waiting.instruction, &marks),
+        let [fd, _, _, cookie, code, _] = waiting.arguments;
+        let cookies = self.remote.tracer.cookies;
+        let image = match cookie == cookies.ask {
+            true => region::image_of(waiting.thread, waiting.instruction, &cookies),
             false => None,
         };
         let alive = image.filter(|(_, parameters)| region::is_alive(waiting.thread, parameters));
@@ -60,7 +60,7 @@ impl Supervisor {
             }
             (Caller::Vmm, _) => {
                 let newest = self.newest.get(&process).and_then(|name| self.regions.get(name));
-                newest.filter(|region| region.is_there(process, &marks))
+                newest.filter(|region| region.is_there(process, &cookies))
             }
         };
         match (code & 0xff, &caller, known) {
@@ -98,36 +98,41 @@ impl Supervisor {
         let process = target::process(waiting.thread);
         let region = known.and_then(|name| self.regions.get(&name));
         let ring = || Ring::new(process, (number, id), table.cells);
-        let hand_over = || Handed::over(waiting, region, tag, &table, ring);
-        let (mut stopped, (mut handed, done)) =
-            match self.hands.stop(waiting, process, self.syscall(process), hand_over) {
-                Ok(stopped) => stopped,
+        let hand_over = || HandedFiles::over(waiting, region, tag, &table, ring);
+        let (mut tracee, (mut handed, done)) =
+            match self.remote.stop(waiting, process, self.syscall(process), hand_over) {
+                Ok(tracee) => tracee,
                 Err(None) => return,
                 Err(Some(line)) => return self.refuse(waiting, &what, &line),
             };
-        let done = done.map_err(|error| Refusal::Line(error.to_string())).and_then(|()| {
-            let entered = self.entered(&mut stopped, waiting, tag, &table, &mut handed, &caller, known);
+        let done = done.map_err(|error| Refusal::Line(format!("{NO_MEMORY}: {error}")));
+        let done = done.and_then(|()| {
+            let at = self.remote.lay_out(&mut tracee, &[0; 4])?;
+            if !tracee.may_time(at) {
+                return Err(Refusal::Line(NO_TSC.to_owned()));
+            }
+            let entered = self.entered(&mut tracee, waiting, tag, &table, &mut handed, &caller, known);
             entered.map_err(Refusal::Kernel)
         });
-        handed.close(&mut stopped);
+        handed.close(&mut tracee);
         match done {
-            Ok(None) => stopped.finish(reply::AGAIN),
-            Ok(Some((stub, slow))) => {
+            Ok(None) => tracee.finish(reply::AGAIN),
+            Ok(Some((trampoline, slow))) => {
                 if slow {
                     let line = "its KVM_RUN has no room for a jump beside it, so that each one stops its thread, which takes a fraction of a millisecond";
                     self.tell(waiting.thread, "the VMM runs slower", line);
                 }
-                stopped.redirect(stub, libc::SYS_ioctl);
+                tracee.redirect(trampoline, libc::SYS_ioctl);
             }
             // It was killed.
             Err(Refusal::Kernel(Errno::ESRCH)) => {}
             Err(refusal) => {
-                let error = match &refusal {
-                    Refusal::Kernel(error) => error.desc(),
+                let line = match refusal {
+                    Refusal::Kernel(error) => format!("{NO_MEMORY}: {}", error.desc()),
                     Refusal::Line(line) => line,
                 };
-                self.tell(waiting.thread, &what, &format!("{NO_MEMORY}: {error}"));
-                stopped.finish(i64::from(-EACCES));
+                self.tell(waiting.thread, &what, &line);
+                tracee.finish(i64::from(-EACCES));
             }
         }
     }
@@ -139,51 +144,63 @@ impl Supervisor {
     )]
     fn entered(
         &mut self,
-        stopped: &mut Stopped,
+        tracee: &mut Tracee,
         waiting: &Waiting<'_>,
         tag: u64,
         table: &Arc<Table>,
-        handed: &mut Handed,
+        handed: &mut HandedFiles,
         caller: &Caller,
         known: Option<u64>,
     ) -> Result<Option<(u64, bool)>, Errno> {
         let name = match known {
             Some(name) => name,
-            None => self.settle(stopped, handed, caller)?,
+            None => self.settle(tracee, handed, caller)?,
         };
         let vcpu = self.vcpus.get(&tag).ok_or(Errno::EBADF)?;
         let vm = self.vms.get(&vcpu.vm).ok_or(Errno::EBADF)?;
-        let flags = [
-            (self.setup.events, slot::EVENTS),
-            (self.setup.rip, slot::RIP),
-            (self.setup.mode != Mode::Enforce, slot::REDO),
-        ];
         let entry = Entry {
             vcpu: tag,
             fd: waiting.arguments[0],
             table,
             mask: u64::from(vm.mask.bits()),
-            flags: flags
-                .into_iter()
-                .filter(|(on, _)| *on)
-                .fold(0, |all, (_, flag)| all | flag),
+            flags: self.flags(),
             who: u64::from(vm.number) | u64::from(vcpu.id) << 32,
         };
         let region = self.regions.get_mut(&name).ok_or(Errno::EBADF)?;
-        region.enter(stopped, handed, &entry)?;
+        region.enter(tracee, handed, &entry)?;
         if let Some((ring, _)) = &handed.ring {
             self.ledger.add(Arc::clone(ring));
         }
         self.ledger.run(&vcpu.cpuid);
-        self.look_at_reset(stopped, waiting.arguments[0], tag, name);
+        self.look_at_reset(tracee, waiting.arguments[0], tag, name);
         match caller {
             Caller::Answerer(..) => Ok(None),
-            Caller::Vmm => self.regions.get_mut(&name).ok_or(Errno::EBADF)?.lead(stopped).map(Some),
+            Caller::Vmm => {
+                let site = tracee.site();
+                self.regions
+                    .get_mut(&name)
+                    .ok_or(Errno::EBADF)?
+                    .trampolines
+                    .detour(tracee, site)
+                    .map(Some)
+            }
         }
     }
 
+    /// The flags of each vCPU's slot.
+    pub(super) fn flags(&self) -> u64 {
+        let flags = [
+            (self.setup.events, slot::EVENTS),
+            (self.setup.rip, slot::RIP),
+            (self.setup.mode != Mode::Enforce, slot::REDO),
+            (self.lets_go(), slot::LET_GO),
+        ];
+        let set = flags.into_iter().filter(|(on, _)| *on);
+        set.fold(0, |all, (_, flag)| all | flag)
+    }
+
     /// A region in a process that has none.
-    fn settle(&mut self, stopped: &mut Stopped, handed: &mut Handed, caller: &Caller) -> Result<u64, Errno> {
+    fn settle(&mut self, tracee: &mut Tracee, handed: &mut HandedFiles, caller: &Caller) -> Result<u64, Errno> {
         let control = handed.control.take().ok_or(Errno::EBADF)?;
         let fd = control.1;
         let inherited = match caller {
@@ -191,23 +208,23 @@ impl Supervisor {
             Caller::Answerer(at, parameters) => Some((*at, *parameters)),
         };
         let name = self.new_tag();
-        let marks = self.hands.stopper.marks;
-        let stacks = !target::is_go(stopped.process);
-        let region = Region::new(stopped, control, name, &marks, stacks, inherited);
-        stopped.close(fd);
+        let cookies = self.remote.tracer.cookies;
+        let stacks = !target::is_go(tracee.process);
+        let region = Region::new(tracee, control, name, &cookies, stacks, inherited);
+        tracee.close(fd);
         self.regions.insert(name, region?);
-        self.newest.insert(stopped.process, name);
+        self.newest.insert(tracee.process, name);
         Ok(name)
     }
 
     /// A vCPU that the VMM has reset remembers nothing. Looked at where it runs next, since a VMM resets a vCPU before it
     /// loads a saved state too, which undoes no lock.
-    fn look_at_reset(&mut self, stopped: &mut Stopped, fd: u64, tag: u64, region: u64) {
+    fn look_at_reset(&mut self, tracee: &mut Tracee, fd: u64, tag: u64, region: u64) {
         let Some(vcpu) = self.vcpus.get_mut(&tag) else { return };
-        if mem::replace(&mut vcpu.placed, false) && is_reset(&mut self.hands, stopped, fd) {
+        if mem::replace(&mut vcpu.placed, false) && is_reset(&mut self.remote, tracee, fd) {
             vcpu.state = None;
             if let Some(ring) = self.regions.get(&region).and_then(|region| region.ring(tag)) {
-                ring.forget_shadows();
+                ring.forget_shadows(self.cells.words());
             }
         }
     }
@@ -224,14 +241,14 @@ impl Supervisor {
 
 /// "Processor State After Reset": CS has a base that no other state has in real mode, and RIP is at the first instruction.
 /// A guest can bring this about too, so it says something only where the VMM has just set the state.
-fn is_reset(hands: &mut Hands, stopped: &mut Stopped, fd: u64) -> bool {
+fn is_reset(remote: &mut RemoteCalls, tracee: &mut Tracee, fd: u64) -> bool {
     let mut special = [0; abi::SREGS_BYTES];
     // `struct kvm_segment`, the first one CS: base, limit, selector.
-    let cs = hands.ioctl(stopped, fd, abi::GET_SREGS, &mut special).is_ok()
+    let cs = remote.ioctl(tracee, fd, abi::GET_SREGS, &mut special).is_ok()
         && special.first_chunk().map(|base| u64::from_le_bytes(*base)) == Some(0xffff_0000)
         && special.get(12..14) == Some(&[0, 0xf0]);
     let mut registers = [0; abi::REGS_BYTES];
-    let read = hands.ioctl(stopped, fd, abi::GET_REGS, &mut registers).is_ok();
+    let read = remote.ioctl(tracee, fd, abi::GET_REGS, &mut registers).is_ok();
     let rip = registers
         .get(abi::REGS_RIP..)
         .and_then(<[u8]>::first_chunk)

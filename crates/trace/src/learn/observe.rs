@@ -120,7 +120,9 @@ impl Summary {
         } else {
             let lines = Lines::new(whole)?;
             let mut observer = Observer::default();
-            observer.summary.partial = lines.header().is_partial().into();
+            let header = lines.header();
+            observer.summary.partial = header.is_partial().into();
+            observer.summary.ignoring = (header.ignore_msrs == Some(true)).into();
             for record in lines {
                 match record? {
                     Record::Event(event) => observer.see(&event)?,

@@ -35,6 +35,8 @@ pub struct LearnedRule {
     pub facts: Facts,
     /// What it allows beyond that, as ranges in order.
     pub unseen: Vec<(MsrRange, Op)>,
+    /// What it serves that was seen.
+    pub(super) served: Vec<(Msr, Op)>,
     /// The first MSR, by which rules are ordered.
     first: Msr,
 }
@@ -147,6 +149,7 @@ fn rules(mut left: Wants, whole: &[(Class, Op)], summary: &Summary) -> Vec<Learn
 fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, summary: &Summary) -> LearnedRule {
     let mut facts = Facts::default();
     let mut unseen = Vec::new();
+    let mut served = Vec::new();
     for op in Op::ALL {
         if !want.decides(op) {
             continue;
@@ -154,7 +157,10 @@ fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, s
         let mut beyond = Vec::new();
         for msr in msrs {
             match summary.seen.get(&(*msr, op)) {
-                Some(seen) => facts.add(op, seen),
+                Some(seen) => {
+                    facts.add(op, seen);
+                    served.push((*msr, op));
+                }
                 None => beyond.push(*msr),
             }
         }
@@ -167,6 +173,7 @@ fn rule(msrs: &[Msr], patterns: Vec<String>, want: Want, class: Option<Class>, s
         class,
         facts,
         unseen,
+        served,
         first: msrs.first().copied().unwrap_or(Msr::MIN),
     }
 }

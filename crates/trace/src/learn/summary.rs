@@ -145,6 +145,8 @@ pub struct Summary {
     pub lost: u64,
     /// How many of the traces lack some of what guests were served with ([`crate::Header::is_partial`]). If any do, likewise.
     pub partial: u64,
+    /// How many of the traces are from a host with `kvm.ignore_msrs`, where what KVM does not know looks served.
+    pub ignoring: u64,
     /// The MSRs and directions that were served.
     pub seen: BTreeMap<(Msr, Op), Seen>,
     /// How often an MSR and direction faulted; the smallest 4096 of them.
@@ -166,6 +168,7 @@ impl Summary {
         add(&mut self.unfiltered, other.unfiltered);
         add(&mut self.lost, other.lost);
         add(&mut self.partial, other.partial);
+        add(&mut self.ignoring, other.ignoring);
         for (key, seen) in &other.seen {
             match self.seen.get_mut(key) {
                 Some(ours) => ours.merge(seen),
@@ -205,6 +208,9 @@ impl Summary {
         }
         if self.partial > 0 {
             write!(to, ",\"partial\":{}", self.partial)?;
+        }
+        if self.ignoring > 0 {
+            write!(to, ",\"ignoring\":{}", self.ignoring)?;
         }
         writeln!(to, ",\"rows\":{rows}}}")?;
         for ((msr, op), seen) in &self.seen {
@@ -258,7 +264,8 @@ impl Summary {
             if line.trim_ascii().is_empty() {
                 continue;
             }
-            let malformed = |error: serde_json::Error| LearnError::at(number, format!("this is no summary: {error}"));
+            let malformed =
+                |error: serde_json::Error| LearnError::at(number, format!("this is not a summary: {error}"));
             if header.is_some() {
                 let row: Row = serde_json::from_slice(&line).map_err(malformed)?;
                 row.enter(&mut summary).map_err(|what| LearnError::at(number, what))?;
@@ -279,6 +286,7 @@ impl Summary {
             summary.unfiltered = first.unfiltered;
             summary.lost = first.lost;
             summary.partial = first.partial;
+            summary.ignoring = first.ignoring;
             header = Some(first);
         }
         let rows = (summary.seen.len() + summary.faulted.len()) as u64;
@@ -333,6 +341,8 @@ struct Header {
     lost: u64,
     #[serde(default)]
     partial: u64,
+    #[serde(default)]
+    ignoring: u64,
     rows: u64,
 }
 
@@ -361,7 +371,7 @@ struct Row {
 
 impl Row {
     fn enter(self, summary: &mut Summary) -> Result<(), String> {
-        let parse = |text: &str| number::parse(text).map_err(|_| format!("`{text}` is no number"));
+        let parse = |text: &str| number::parse(text).map_err(|_| format!("`{text}` is not a number"));
         let index = parse(&self.msr)?;
         let msr = u32::try_from(index).map_err(|_| format!("`msr` is {index:#x}, and an index has 32 bits"))?;
         let op = Op::ALL.into_iter().find(|op| op.name() == self.op);
@@ -452,7 +462,7 @@ impl LearnError {
 impl From<TraceError> for LearnError {
     fn from(error: TraceError) -> LearnError {
         LearnError {
-            line: Some(error.line),
+            line: Some(error.line).filter(|line| *line > 0),
             message: error.to_string(),
             source: Some(Box::new(error)),
         }

@@ -4,12 +4,17 @@ use std::fmt;
 
 use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_msrs::spell::{name, runs};
+use msrgate_msrs::{Need, System};
 use msrgate_policy::print;
 
 use super::rule::{Facts, Learned, LearnedRule};
+use super::summary::Summary;
 
 /// How many MSRs a sentence names.
 const NAMED: usize = 12;
+
+/// How many MSRs a sentence names that a system needs.
+const NEEDED: usize = 4;
 
 /// As a policy that a person can go on from: commented, each rule with its reason.
 impl fmt::Display for Learned {
@@ -42,6 +47,20 @@ impl fmt::Display for Learned {
                     match summary.partial {
                         1 => "1 trace lacks".to_owned(),
                         count => format!("{count} traces lack"),
+                    }
+                ),
+            )?;
+        }
+        if summary.ignoring > 0 {
+            writeln!(f, "#")?;
+            print::comment(
+                f,
+                &format!(
+                    "{} from a host with `kvm.ignore_msrs`: what KVM does not know looks served there and is allowed here, and \
+                     faults on other hosts.",
+                    match summary.ignoring {
+                        1 => "1 trace is".to_owned(),
+                        count => format!("{count} traces are"),
                     }
                 ),
             )?;
@@ -110,6 +129,77 @@ pub(super) fn span(range: MsrRange) -> String {
     }
 }
 
+impl Summary {
+    /// How often guests made accesses, in which traces and when, as a clause.
+    pub fn history(&self, accesses: &[(Msr, Op)]) -> String {
+        let mut facts = Facts::default();
+        let mut faults: u64 = 0;
+        for access in accesses {
+            if let Some(seen) = self.seen.get(access) {
+                facts.add(access.1, seen);
+            }
+            faults = faults.saturating_add(self.faulted.get(access).copied().unwrap_or_default());
+        }
+        let faults = print::counted(faults, "fault", "faults");
+        match (facts.most, faults.starts_with("0 ")) {
+            (0, _) => faults,
+            (_, true) => facts.text(self.traces),
+            (_, false) => format!("{} and {faults}", facts.text(self.traces)),
+        }
+    }
+
+    /// What speaks for serving accesses, or against it: how often guests made them, which systems need them, and what they
+    /// tell of the host; in a sentence.
+    pub fn evidence(&self, accesses: &[(Msr, Op)]) -> String {
+        let history = self.history(accesses);
+        let parts = [Some(history), needed(accesses), telling(accesses)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Which systems make some of these accesses unguarded; of a single MSR also what for.
+fn needed(accesses: &[(Msr, Op)]) -> Option<String> {
+    let mut systems: Vec<(System, Vec<&Need>)> = Vec::new();
+    let needs = msrgate_msrs::needs().iter();
+    for need in needs.filter(|need| accesses.contains(&(need.msr, need.op))) {
+        match systems.iter_mut().find(|(system, _)| *system == need.system) {
+            Some((_, needs)) => needs.push(need),
+            None => systems.push((need.system, vec![need])),
+        }
+    }
+    systems.sort_by_key(|(system, _)| *system);
+    let several = accesses
+        .iter()
+        .any(|(msr, _)| Some(*msr) != accesses.first().map(|(msr, _)| *msr));
+    let clause = |(system, needs): &(System, Vec<&Need>)| {
+        if !several {
+            let whys: Vec<String> = needs.iter().map(|need| format!("{}: {}", need.op, need.why)).collect();
+            return format!("{system} needs it ({})", whys.join("; "));
+        }
+        let mut names: Vec<String> = needs.iter().map(|need| name(need.msr)).collect();
+        names.dedup();
+        let more = names.len().saturating_sub(NEEDED);
+        names.truncate(NEEDED);
+        if more > 0 {
+            names.push(format!("{more} more"));
+        }
+        format!("{system} needs {}", names.join(", "))
+    };
+    let clauses: Vec<String> = systems.iter().map(clause).collect();
+    (!clauses.is_empty()).then(|| clauses.join("; "))
+}
+
+/// What of the host the values of these reads tell, where it is of others.
+fn telling(accesses: &[(Msr, Op)]) -> Option<String> {
+    let mut told: Vec<String> = Vec::new();
+    for (msr, op) in accesses {
+        let secret = msrgate_msrs::by_msr(*msr).filter(|entry| entry.is_secret() && *op == Op::Read);
+        let told_by = secret.map(|entry| entry.host.to_string());
+        told.extend(told_by.filter(|kind| !told.contains(kind)));
+    }
+    (!told.is_empty()).then(|| format!("of the host it may tell {}", told.join(", ")))
+}
+
 impl LearnedRule {
     /// What speaks for the rule, in a sentence; `traces` is how many there were in all.
     pub fn why(&self, traces: u64) -> String {
@@ -119,6 +209,9 @@ impl LearnedRule {
             (None, _) => "not in the database: ".to_owned(),
         };
         let mut text = format!("{class}{}", self.facts.text(traces));
+        for part in [needed(&self.served), telling(&self.served)].into_iter().flatten() {
+            text.push_str(&format!("; {part}"));
+        }
         if self.read.as_ref().is_some_and(|read| *read != ReadAction::Allow)
             || self.write.as_ref().is_some_and(|write| *write != WriteAction::Allow)
         {

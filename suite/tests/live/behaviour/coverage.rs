@@ -5,7 +5,7 @@ use msrgate_core::{Access, Msr, Ops, Outcome};
 use msrgate_engine::{Instruction, Intercepts, Path, Step, Vcpu, Vm};
 use msrgate_guest::{Mode, Options};
 
-use super::code::{self, CODE, OUT, Page};
+use super::code::{self, CODE, OUT, Pages};
 use super::hypervisor::{
     Came, EXIT_IO, FILTER, Hypervisor, KERNEL_GS_BASE, RunMsr, SYSENTER_CS, denying, everywhere, on_the_kernel,
 };
@@ -93,7 +93,7 @@ fn every_msr_that_is_passed_through_is_filtered() {
 fn run_code(program: &[u8], msrs: &[Msr], prepare: impl Fn(&mut Live) -> kvm_regs, look: impl Fn(&mut Live, u32)) {
     let Some(kernel) = Kernel::running() else { return };
     let mut live = Live::new(&kernel, Mode::Long, Options::default());
-    let page = Page::with(program);
+    let page = Pages::with(&[program]);
     page.map(live.guest.vm());
     let regs = prepare(&mut live);
     {
@@ -204,7 +204,7 @@ fn above_privilege_level_0_an_access_faults_before_anybody_is_asked() {
         for level in [0u8, 3] {
             let kernel = live.kernel.clone();
             let mut live = Live::new(&kernel, Mode::Long, Options::default());
-            let page = Page::with(&[&[0x0f, 0x32][..], &OUT].concat());
+            let page = Pages::with(&[&[&[0x0f, 0x32][..], &OUT].concat()]);
             page.map(live.guest.vm());
             {
                 let vm: &mut dyn Hypervisor = &mut live;

@@ -4,7 +4,7 @@ use kvm_bindings::kvm_regs;
 use msrgate_core::{Access, Op, Ops, Outcome, abi};
 use msrgate_guest::Mode;
 
-use super::code::{self, OUT, Page};
+use super::code::{self, OUT, Pages};
 use super::hypervisor::{
     Came, EINTR, EXIT_IO, FILTER, Hypervisor, JUNK, SYSENTER_CS, SYSENTER_ESP, UNKNOWN, UNKNOWN_MSR, everywhere,
     on_the_kernel,
@@ -170,7 +170,7 @@ const LOOP: [u8; 18] = [
 #[test]
 fn a_guest_that_moves_to_a_new_vm_at_each_exit_repeats_nothing_and_loses_nothing() {
     on_the_kernel(|live| {
-        let page = Page::with(&LOOP);
+        let page = Pages::with(&[&LOOP]);
         page.map(live.guest.vm());
         code::enter(
             live,

@@ -47,6 +47,21 @@ impl Kernel {
         None
     }
 
+    /// The kernel, where it has this module and a guest can be a hypervisor itself; otherwise likewise.
+    pub(crate) fn nesting(module: Module) -> Option<Kernel> {
+        let kernel = Kernel::running()?;
+        let name = match module {
+            Module::Intel => "kvm_intel",
+            Module::Amd => "kvm_amd",
+            Module::Software => return None,
+        };
+        if kernel.module == module && parameter(name, "nested") {
+            return Some(kernel);
+        }
+        println!("skipped: no guest here is a hypervisor by {name}");
+        None
+    }
+
     fn detected() -> Kernel {
         let running = msrgate_verify::Kernel::running();
         Kernel {

@@ -40,7 +40,7 @@ fn captured(folder: &Folder) -> Vec<Value> {
 
 #[test]
 fn each_call_is_told_with_what_the_vmm_got_however_it_is_built() {
-    for way in Way::ALL {
+    for way in Way::IN_C {
         let Some(program) = vmm("filters", way) else { continue };
         let folder = Folder::new();
         let without = bare(&folder, &program, &[]).code(7);
@@ -103,11 +103,23 @@ fn sandboxed_vmms_run_as_they_do_without() {
             let calls: Vec<&str> = lines.iter().map(|line| text(line, "call")).collect();
             let made = ["KVM_CREATE_VM", "KVM_CREATE_VCPU"];
             let expected = match kind {
-                "caps" => [&made[..], &["KVM_ENABLE_CAP", FILTER]].concat(),
-                "early" => [&made[..], &["KVM_ENABLE_CAP"]].concat(),
-                _ => made.to_vec(),
+                "caps" => [&made[..], &["KVM_ENABLE_CAP", FILTER, "KVM_GET_MSRS"]].concat(),
+                "early" => [&made[..], &["KVM_ENABLE_CAP", "KVM_GET_MSRS"]].concat(),
+                _ => [&made[..], &["KVM_GET_MSRS"]].concat(),
             };
             assert_eq!(calls, expected, "{way:?} {kind}");
+            let get = lines.last().unwrap();
+            let entry = &list(get, "msrs")[0];
+            assert_eq!(
+                (text(entry, "msr"), get["vm"].as_u64(), get["vcpu"].as_u64()),
+                ("0x8b", Some(1), Some(0)),
+                "{get}"
+            );
+            // The VMM prints what it got.
+            if get["result"] == 1 {
+                let got = format!("vmm 0x8b {}", text(entry, "value"));
+                assert!(ran.out.lines().any(|line| line == got), "{got}: {}", ran.out);
+            }
             // To make a call in a sandbox takes rights; without them the kernel makes it unseen.
             let unseen = lines.iter().any(|line| line["result"].is_null());
             assert_eq!(
@@ -259,5 +271,18 @@ fn calls_of_32_bits_and_of_other_instructions_are_left_to_the_kernel() {
         let (folder, _) = changes_nothing(&program, &[how]);
         let filters = captured(&folder).into_iter().filter(|line| line["call"] == FILTER);
         assert_eq!(filters.filter(|line| line["result"] == 0).count(), 7, "{how}");
+        let sets: Vec<Value> = captured(&folder)
+            .into_iter()
+            .filter(|line| line["call"] == "KVM_SET_MSRS")
+            .collect();
+        assert_eq!(sets.len(), 7, "{how}");
+        for set in sets {
+            let entry = serde_json::json!({ "msr": "0x8b", "name": "IA32_BIOS_SIGN_ID", "value": "0x5555" });
+            assert_eq!(
+                (&set["msrs"], &set["vcpu"]),
+                (&serde_json::json!([entry]), &0.into()),
+                "{how} {set}"
+            );
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use super::*;
 
 /// Who has no rights.
-const NOBODY: u32 = 65_534;
+pub(super) const NOBODY: u32 = 65_534;
 
 /// A folder where nobody may run msrgate and this VMM.
 pub(super) fn open_to_all(policy: &str, vmm: &Path) -> Folder {
@@ -29,7 +29,7 @@ pub(super) fn as_nobody(folder: &Folder, subcommand: &str, options: &[&str], arg
         .args(options)
         .args(["--", "./vmm"])
         .args(arguments);
-    command.current_dir(folder.path()).env("KVM_IS_STDIN", "1");
+    command.current_dir(folder.path()).env("KVM_FD", "0");
     command.stdin(File::options().read(true).write(true).open("/dev/kvm").unwrap());
     Ran::of(command.uid(NOBODY).gid(NOBODY))
 }

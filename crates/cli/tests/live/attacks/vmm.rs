@@ -1,4 +1,4 @@
-//! VMMs in C, compiled when they are first wanted.
+//! VMMs in C and Go, compiled when they are first wanted.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,17 +20,21 @@ const SOURCES: &[(&str, &str)] = sources![
     "guest.h",
     "sandbox.h",
     "accesses.c",
+    "accesses.go",
     "asking.c",
     "descriptors.c",
     "filters.c",
     "fuzz.c",
+    "guest.c",
     "handed.c",
     "helper.c",
     "kicks.c",
     "lives.c",
     "many.c",
     "past.c",
+    "running.c",
     "pauses.c",
+    "reloads.c",
     "sandbox.c",
     "sequence.c",
     "smm.c",
@@ -52,22 +56,44 @@ pub(crate) enum Way {
     StaticPie,
     /// Its system calls are instructions of its own.
     Inline,
+    /// Its ioctls are made in a function as Rust's musl has it, without room beside it.
+    Packed,
     /// With musl in it.
     Musl,
+    /// In Go: `accesses` alone.
+    Go,
     /// A library, and no VMM.
     Library,
 }
 
 impl Way {
-    pub(crate) const ALL: [Way; 5] = [Way::Dynamic, Way::Static, Way::StaticPie, Way::Inline, Way::Musl];
+    pub(crate) const IN_C: [Way; 6] = [
+        Way::Dynamic,
+        Way::Static,
+        Way::StaticPie,
+        Way::Inline,
+        Way::Packed,
+        Way::Musl,
+    ];
+    pub(crate) const ALL: [Way; 7] = [
+        Way::Dynamic,
+        Way::Static,
+        Way::StaticPie,
+        Way::Inline,
+        Way::Packed,
+        Way::Musl,
+        Way::Go,
+    ];
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Way::Dynamic => "dynamic",
             Way::Static => "static",
             Way::StaticPie => "static-pie",
             Way::Inline => "inline",
+            Way::Packed => "packed",
             Way::Musl => "musl",
+            Way::Go => "go",
             Way::Library => "library",
         }
     }
@@ -79,6 +105,8 @@ impl Way {
             Way::Static => ("cc", &["-static"]),
             Way::StaticPie => ("cc", &["-static-pie"]),
             Way::Inline => ("cc", &["-DINLINE"]),
+            Way::Packed => ("cc", &["-static", "-DPACKED"]),
+            Way::Go => ("go", &[]),
             Way::Library => ("cc", &["-shared", "-fPIC"]),
             // The kernel's headers are no part of musl.
             Way::Musl => (
@@ -100,12 +128,17 @@ type Built = HashMap<(String, Way), Option<PathBuf>>;
 
 /// A VMM's program; `None`, and a line that says why, where the test is to be skipped.
 pub(crate) fn vmm(name: &str, way: Way) -> Option<PathBuf> {
-    static BUILT: Mutex<Option<Built>> = Mutex::new(None);
-    if !kvm_opens() {
+    if std::env::var("MSRGATE_LANE").is_ok_and(|lane| lane != "host") && !QUICK.contains(&name) && kvm_opens() {
+        println!("skipped: an emulated processor takes minutes for it; live/run.rs has what depends on the vendor");
         return None;
     }
-    if std::env::var("MSRGATE_LANE").is_ok_and(|lane| lane != "host") && !QUICK.contains(&name) {
-        println!("skipped: an emulated processor takes minutes for it; live/run.rs has what depends on the vendor");
+    vmm_anywhere(name, way)
+}
+
+/// Likewise, on an emulated processor too: for what depends on the kernel.
+pub(crate) fn vmm_anywhere(name: &str, way: Way) -> Option<PathBuf> {
+    static BUILT: Mutex<Option<Built>> = Mutex::new(None);
+    if !kvm_opens() {
         return None;
     }
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,17 +162,32 @@ fn build(name: &str, way: Way) -> Option<PathBuf> {
     for (name, text) in SOURCES {
         fs::write(directory.join(name), text).unwrap();
     }
-    let output = Command::new(compiler)
-        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", &program])
-        .args(options)
-        .arg(format!("{name}.c"))
-        .current_dir(&directory)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{program}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let cc = |options: &[&str], source: &str, program: &str| {
+        let mut command = Command::new(if way == Way::Go { "cc" } else { compiler });
+        command.args(["-O2", "-Wall", "-Wextra", "-Werror", "-pthread", "-o", program]);
+        command.args(options).arg(source);
+        finished(command.current_dir(&directory))
+    };
+    match way {
+        Way::Go => {
+            cc(&[], "guest.c", "guest");
+            let guest = finished(&mut Command::new(directory.join("guest")));
+            fs::write(directory.join("guest.bin"), guest).unwrap();
+            let mut go = Command::new(compiler);
+            go.args(["build", "-o", &program, &format!("{name}.go")]);
+            // What it keeps for the next time lies here too.
+            go.env("GOCACHE", directory.join("go"));
+            finished(go.current_dir(&directory));
+        }
+        _ => _ = cc(options, &format!("{name}.c"), &program),
+    }
     Some(directory.join(program))
+}
+
+/// What a command prints, which has to succeed.
+fn finished(command: &mut Command) -> Vec<u8> {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {said}");
+    output.stdout
 }

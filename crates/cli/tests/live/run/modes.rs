@@ -138,15 +138,16 @@ fn learned(folder: &Folder, printed: &[(u32, Op, bool)]) {
         .collect();
     assert_eq!(faulted, expected);
     fs::write(folder.path().join("learned.toml"), text(&learned, "policy")).unwrap();
-    for (msr, op, fault) in printed {
+    let each: BTreeSet<(u32, Op)> = printed.iter().map(|(msr, op, _)| (*msr, *op)).collect();
+    for (msr, op) in each {
         let explained = folder
-            .run(&["explain", "--json", "learned.toml", &format!("{msr:#x}"), op_word(*op)])
+            .run(&["explain", "--json", "learned.toml", &format!("{msr:#x}"), op_word(op)])
             .json();
-        let served = printed.contains(&(*msr, *op, false));
+        let served = printed.contains(&(msr, op, false));
         assert_eq!(
             text(&explained, "action") == "allow",
             served,
-            "{msr:#x} {op} {fault} {explained:#}"
+            "{msr:#x} {op} {explained:#}"
         );
     }
 }
@@ -228,7 +229,7 @@ fn what_is_learned_of_a_random_guest_under_a_random_policy_gives_it_the_same() {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (seed >> 33) as usize % count
     };
-    for _ in 0..6 {
+    for _ in 0..3 {
         let mut policy = "default = \"deny\"\n".to_owned();
         for msr in &MSRS[2..] {
             // All that is answered, so that the trace has all.

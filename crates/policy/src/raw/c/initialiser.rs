@@ -174,7 +174,7 @@ impl<'a> Reader<'a> {
             if self.gdb || self.take(".") {
                 let name = self.word()?;
                 let found = names.iter().skip(next).position(|known| *known == name);
-                next += found.ok_or_else(|| self.error(&format!("`{name}` is no field that may stand here")))?;
+                next += found.ok_or_else(|| self.error(&format!("`{name}` is not a field that may stand here")))?;
                 self.want("=")?;
             }
             field(self, next)?;
@@ -236,7 +236,7 @@ impl<'a> Reader<'a> {
         match self.variables.get(name) {
             Some((bytes, array)) if *array || address => Ok(bytes.clone()),
             _ => Err(self.error(&format!(
-                "`{name}` is no array of integers, or no `&` of an integer, defined before"
+                "`{name}` is neither an array of integers nor `&` of an integer, defined before"
             ))),
         }
     }
@@ -289,7 +289,7 @@ impl<'a> Reader<'a> {
             ["unsigned", "int"] | ["uint32_t" | "__u32" | "u32" | "unsigned"] => Ok((4, u32::MAX.into())),
             ["unsigned", "long"] | ["unsigned", "long", "long"] | ["uint64_t" | "__u64" | "u64"] => Ok((8, u64::MAX)),
             _ => Err(self.error(&format!(
-                "`{}` is no type of unsigned integers and no filter",
+                "`{}` is neither a type of unsigned integers nor a filter",
                 words.join(" ")
             ))),
         }

@@ -1,0 +1,17 @@
+//! What KVM has and refuses to guests all the same.
+
+use msrgate_core::Op;
+
+/// Accesses that KVM refuses as invalid, though it has the register: a row of the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Refusal {
+    /// The directions.
+    pub ops: &'static [Op],
+    /// Names of registers, in which `?` and `*` stand for any characters.
+    pub of: &'static [&'static str],
+    /// When it is refused: a clause.
+    pub says: &'static str,
+    /// A function of KVM.
+    pub source: &'static str,
+}
