@@ -125,24 +125,24 @@ impl Lab {
     /// Boots Linux on the hypervisor, runs a command in it and powers off. What is seen may be less than that.
     ///
     /// # Errors
-    /// That there is no machine.
+    /// That there is no machine, or that it stands still whenever it is tried.
     fn boot(&self, cpus: u32, words: &str, command: &str) -> Result<Views, String> {
         let folder = RunFolder::create(&self.cache)?;
         let folder = folder.path();
         let failed = |error: std::io::Error| format!("cannot use {}: {error}", folder.display());
         fs::write(folder.join("initrd"), self.initrd(command)?).map_err(failed)?;
         let words = format!("{KERNEL_ARGUMENTS} {words}");
-        let (mut emulator, limit) = match self.hardware {
-            Hardware::Svm => (self.qemu(cpus, &words), SVM_LIMIT),
+        match self.hardware {
+            Hardware::Svm => {
+                let words = format!("{words} {}", nested::PERIODIC_TICKS);
+                lane::persist(Lane::Nested, || run(&mut self.qemu(cpus, &words), folder, SVM_LIMIT))
+            }
             Hardware::Vmx => {
                 let modules = [self.kernel.folder.join("vmlinuz"), folder.join("initrd")];
-                (
-                    intel::bare(cpus, &self.hypervisor, &words, &modules, folder)?,
-                    VMX_LIMIT,
-                )
+                let mut emulator = intel::bare(cpus, &self.hypervisor, &words, &modules, folder)?;
+                run(&mut emulator, folder, VMX_LIMIT)
             }
-        };
-        run(emulator.current_dir(folder), folder, limit)
+        }
     }
 
     fn qemu(&self, cpus: u32, words: &str) -> Command {
@@ -180,18 +180,26 @@ impl Lab {
 }
 
 /// Waits until the emulator ends, or the hypervisor says that it does not go on.
+///
+/// # Errors
+/// That neither comes: the end of the console is with it.
 fn run(emulator: &mut Command, folder: &Path, limit: Duration) -> Result<Views, String> {
+    for port in ["console", "output"] {
+        let _ = fs::remove_file(folder.join(port));
+    }
     let failed = |error: std::io::Error| format!("cannot run {}: {error}", folder.display());
     let log = fs::File::create(folder.join("log")).map_err(failed)?;
     let began = Instant::now();
-    emulator.stdout(log.try_clone().map_err(failed)?).stderr(log);
+    emulator
+        .current_dir(folder)
+        .stdout(log.try_clone().map_err(failed)?)
+        .stderr(log);
     let mut emulator = Emulator::start(emulator)?;
     let mut processor_time = Duration::ZERO;
     let read = |name: &str| String::from_utf8_lossy(&fs::read(folder.join(name)).unwrap_or_default()).into_owned();
     loop {
         processor_time = emulator.processor_time().unwrap_or(processor_time);
-        // A busy machine leaves the emulator little time.
-        let ended = emulator.ended()? || processor_time > limit || began.elapsed() > 10 * limit;
+        let ended = emulator.ended()?;
         let output = read("output");
         if ended || output.ends_with("halted\n") {
             let console = read("console");
@@ -204,6 +212,14 @@ fn run(emulator: &mut Command, folder: &Path, limit: Duration) -> Result<Views, 
                 took: began.elapsed(),
                 processor_time,
             });
+        }
+        // A busy machine leaves the emulator little time.
+        if processor_time > limit || began.elapsed() > 10 * limit {
+            return Err(format!(
+                "the emulated machine did not come to its end within {} s of a processor\n{output}{}",
+                limit.as_secs(),
+                lane::last_words(folder)
+            ));
         }
         thread::sleep(Duration::from_millis(20));
     }
@@ -504,7 +520,7 @@ pub(crate) fn on_vmx() -> Result<Count, String> {
     let record = folder.join("record");
     count += cases(&lab, Some(&record))?;
     let mut emulator = intel::bare(1, &lab.hypervisor, "bare.cases", &[record], folder)?;
-    let views = run(emulator.current_dir(folder), folder, VMX_LIMIT)?;
+    let views = run(&mut emulator, folder, VMX_LIMIT)?;
     let wrong = match views
         .hypervisor
         .trim()

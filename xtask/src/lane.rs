@@ -87,15 +87,21 @@ pub(crate) fn run(lane: Lane, job: &Job) -> Result<Done, Failure> {
     initrd(lane, job, &kernel, folder)
         .and_then(|bytes| fs::write(folder.join("initrd"), bytes).map_err(|error| unusable(folder, &error)))
         .map_err(Failure::Unavailable)?;
-    // QEMU's emulator stops now and then while a guest of four CPUs runs in it: no timer of the machine comes any more.
-    let mut tries = 1;
-    loop {
-        match attempt(lane, job, &kernel, folder) {
-            Err(why) if tries < TRIES => eprintln!("{}: trying once more: {why}", lane.name()),
-            result => return result.map_err(Failure::Broken),
+    persist(lane, || attempt(lane, job, &kernel, folder)).map_err(Failure::Broken)
+}
+
+/// Tries again where the machine fails: an emulator has faults of its own.
+///
+/// # Errors
+/// Why the last one failed.
+pub(crate) fn persist<T>(lane: Lane, mut attempt: impl FnMut() -> Result<T, String>) -> Result<T, String> {
+    for _ in 1..TRIES {
+        match attempt() {
+            Err(why) => eprintln!("{}: trying once more: {why}", lane.name()),
+            done => return done,
         }
-        tries += 1;
     }
+    attempt()
 }
 
 fn unusable(folder: &Path, error: &io::Error) -> String {

@@ -27,6 +27,9 @@ const PLANS: [&[u8]; 2] = [
 /// The delivery mode and trigger of an NMI, in a local APIC's command.
 const NMI: u32 = 0x4400;
 
+/// Rounds of waiting until another NMI is sent: far more than one takes, some tenths of a second in all.
+const LATE: u64 = 50_000;
+
 /// The machine under the guest.
 pub(crate) struct Hypervisor {
     pub(crate) vm: Arc<Vm>,
@@ -140,9 +143,14 @@ impl Hypervisor {
             if turn % 2 == 0 {
                 continue;
             }
-            while cpu.turns.load(SeqCst) == turn {
-                // On SVM one that is on its way will come to an exit. On VMX it may have come before the entry, and be gone.
-                if !cpu.kicked.swap(true, SeqCst) || !self.amd {
+            for round in 0_u64.. {
+                if cpu.turns.load(SeqCst) != turn {
+                    break;
+                }
+                // On SVM one that is on its way will come to an exit; what did not come in so long is lost, which no processor
+                // does, but QEMU. On VMX it may have come before the entry, and be gone.
+                let late = round % LATE == LATE - 1;
+                if !cpu.kicked.swap(true, SeqCst) || !self.amd || late {
                     machine::interprocessor(cpu.id, NMI);
                 }
                 machine::pause(20_000);
