@@ -83,6 +83,8 @@ struct Bypass {
 struct Refusal {
     refuses: String,
     of: Vec<String>,
+    #[serde(default)]
+    unknown: bool,
     says: String,
     source: String,
 }
@@ -369,10 +371,16 @@ fn table(text: &str) -> Result<String, Box<dyn Error>> {
             "any" => "&Op::ALL".to_owned(),
             word => slice("Op", &[word.to_owned()]),
         };
-        let Refusal { of, says, source, .. } = refusal;
+        let Refusal {
+            of,
+            unknown,
+            says,
+            source,
+            ..
+        } = refusal;
         write!(
             refusals,
-            "Refusal {{ ops: {ops}, of: &{of:?}, says: {says:?}, source: {source:?} }},"
+            "Refusal {{ ops: {ops}, of: &{of:?}, is_unknown: {unknown}, says: {says:?}, source: {source:?} }},"
         )?;
     }
     let sources: Vec<&String> = data.source.values().collect();

@@ -530,8 +530,20 @@ fn what_kvm_refuses_is_of_registers_that_there_are_and_kvm_has_those() {
     let says = of("IA32_MC0_CTL2").refusals(Op::Read).next().expect("0x280").says;
     assert!(says.contains("5.19") && says.contains("MCG_CMCI_P"), "{says}");
     assert!(of("HWCR").refusals(Op::Write).next().is_some() && of("HWCR").refusals(Op::Read).next().is_none());
+    let lbr = of("MSR_LASTBRANCH_0_FROM_IP")
+        .refusals(Op::Write)
+        .next()
+        .expect("0x680");
+    assert!(
+        lbr.is_unknown
+            && of("IA32_MC0_CTL2")
+                .refusals(Op::Read)
+                .all(|refusal| !refusal.is_unknown)
+    );
     for (name, known) in [
         ("IA32_MC0_CTL2", true),
+        ("IA32_PRED_CMD", true),
+        ("MSR_LBR_SELECT", true),
         ("IA32_EFER", true),
         ("MSR_PP1_ENERGY_STATUS", true),
         ("IA32_THERM_STATUS", false),

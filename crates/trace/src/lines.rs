@@ -75,13 +75,12 @@ impl<R: BufRead> Lines<R> {
                 Some((format, "the tracepoint kvm:kvm_msr", None))
             }
             // Logs begin with anything.
-            () => match String::from_utf8_lossy(lines.from.fill_buf().unwrap_or_default())
-                .lines()
-                .any(log::says)
-            {
-                true => log(),
-                false => None,
-            },
+            () => {
+                let head = String::from_utf8_lossy(lines.from.fill_buf().unwrap_or_default());
+                log::is_log(std::iter::once(&*text).chain(head.lines()))
+                    .then(log)
+                    .flatten()
+            }
         };
         if let Some((format, mode, coverage)) = read {
             lines.header = Header {

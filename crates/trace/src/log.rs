@@ -8,10 +8,14 @@
 //! ```
 //!
 //! What stands around the words of a line does not matter: a time, a host's name, the marks of a mail or of Markdown. A line
-//! that a mail folded is read with the one behind it. All other lines are passed over.
+//! that a mail folded is read with the one behind it. Of a program whose words are not known a line is read if it has an access,
+//! a word of trouble and a register's number, and of a system that stops at #GP the registers that it prints. All other lines
+//! are passed over.
 
 mod cause;
+mod dump;
 mod forms;
+mod loose;
 mod stamp;
 
 use std::borrow::Cow;
@@ -20,6 +24,7 @@ use msrgate_core::{Disposition, Event, Gap, Msr, Nanos, Op};
 
 pub use self::cause::{Cause, Speaker};
 
+use self::dump::Dump;
 use self::forms::{Found, Reading};
 use self::stamp::Clock;
 
@@ -61,7 +66,7 @@ impl Said {
             (Cause::Ignored | Cause::Dropped, Op::Read) => Disposition::Zero,
             (Cause::Ignored | Cause::Dropped, Op::Write) => Disposition::Ignore,
             (Cause::Unknown | Cause::Refused | Cause::Fault, _) => Disposition::Fault,
-            (Cause::Vmm | Cause::Lacking | Cause::Program, _) => return None,
+            (Cause::Vmm | Cause::Lacking | Cause::Program | Cause::Crash | Cause::Privileged, _) => return None,
         };
         Some(Event {
             t: self.t,
@@ -99,6 +104,7 @@ pub struct Log {
     clock: Clock,
     /// A line that may go on in the next one, and what is wrong if it does not.
     open: Option<(String, Option<String>)>,
+    dump: Dump,
 }
 
 impl Log {
@@ -119,6 +125,7 @@ impl Log {
             let whole = format!("{before} {}", unquoted(&message));
             if let Reading::Access(found) = forms::read(&whole)
                 && found.start < before.len()
+                && found.by != Speaker::Other
             {
                 return self.access(&whole, moment, &found).map(Some);
             }
@@ -139,7 +146,10 @@ impl Log {
                 Ok(None)
             }
             Reading::Broken(wrong) => Err(wrong),
-            Reading::Other => Ok(None),
+            Reading::Other => match self.dump.read(&message) {
+                Some(found) => self.access(&message, moment, &found).map(Some),
+                None => Ok(None),
+            },
         }
     }
 
@@ -193,12 +203,13 @@ impl Log {
 
 /// Whether a file that begins with this line is a log.
 pub(crate) fn begins(line: &str) -> bool {
-    stamp::begins(line) || says(line)
+    stamp::begins(line) || !matches!(forms::read(line), Reading::Other | Reading::Open(None))
 }
 
-/// Whether a line says something of an MSR.
-pub(crate) fn says(line: &str) -> bool {
-    !matches!(forms::read(line), Reading::Other | Reading::Open(None))
+/// Whether one of these lines, or several, say something of an MSR.
+pub(crate) fn is_log<'a>(mut lines: impl Iterator<Item = &'a str>) -> bool {
+    let mut log = Log::default();
+    lines.any(|line| !matches!(log.line(line), Ok(None)))
 }
 
 /// A line of a mail without the marks that quote it.

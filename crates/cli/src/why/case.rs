@@ -1,7 +1,7 @@
 //! What there is to say of a register that logs name: from their lines and from the database.
 
 use msrgate_core::{Msr, Op};
-use msrgate_msrs::{Class, Entry, Kept, Need, State};
+use msrgate_msrs::{Class, Entry, Kept, Need, Refusal, State};
 use msrgate_policy::{Diagnostic, Policy};
 use msrgate_trace::log::{Cause, Speaker};
 
@@ -47,15 +47,20 @@ impl Access<'_> {
     pub(super) fn is_elsewhere(&self) -> bool {
         matches!(
             self.by,
-            Speaker::Xen | Speaker::VirtualBox | Speaker::Bhyve | Speaker::Vmware
+            Speaker::Xen | Speaker::VirtualBox | Speaker::Bhyve | Speaker::Vmware | Speaker::Other
         )
+    }
+
+    /// Whether somebody did not get what was asked for.
+    fn is_refused(&self) -> bool {
+        self.is_missed() || self.cause == Cause::Vmm
     }
 
     /// Whether a guest was refused something, or got what the register does not hold.
     fn is_missed(&self) -> bool {
         !matches!(
             self.cause,
-            Cause::Dropped | Cause::Vmm | Cause::Lacking | Cause::Program
+            Cause::Dropped | Cause::Vmm | Cause::Lacking | Cause::Program | Cause::Crash | Cause::Privileged
         )
     }
 }
@@ -85,14 +90,14 @@ impl Case<'_> {
     }
 
     /// When KVM refuses an access though it has the register, by the database.
-    fn refusals(&self, access: &Access<'_>) -> Vec<&'static str> {
+    fn refusals(&self, access: &Access<'_>) -> Vec<&'static Refusal> {
         let refusals = access
             .ops()
             .iter()
             .flat_map(|op| self.entry.into_iter().flat_map(|entry| entry.refusals(*op)));
-        let mut says: Vec<&'static str> = refusals.map(|refusal| refusal.says).collect();
-        says.dedup();
-        says
+        let mut refusals: Vec<&'static Refusal> = refusals.collect();
+        refusals.dedup();
+        refusals
     }
 
     /// Whether `kvm.ignore_msrs`, and `unknown` in a policy, cover the access: what the line or the database says; `None` where
@@ -101,7 +106,11 @@ impl Case<'_> {
         match (access.by, access.cause) {
             (Speaker::Kvm, Cause::Ignored | Cause::Unknown) => Some(true),
             (Speaker::Kvm, Cause::Refused | Cause::Dropped) => Some(false),
-            (Speaker::Linux | Speaker::MsrDriver, Cause::Fault) if !self.refusals(access).is_empty() => Some(false),
+            (Speaker::Linux | Speaker::MsrDriver | Speaker::Dump, Cause::Fault) => {
+                let refusals = self.refusals(access);
+                let is_unknown = refusals.iter().all(|refusal| refusal.is_unknown);
+                (!refusals.is_empty()).then_some(is_unknown)
+            }
             _ => None,
         }
     }
@@ -123,8 +132,17 @@ impl Case<'_> {
                 "the guest wrote a counter and read something else: the VM has no such counter, and the guest goes without".to_owned()
             }
             (Cause::Dropped, _) => format!("{by} has the register and drops what is written; the guest goes on"),
+            (Cause::Unknown, Speaker::Other) => {
+                "the program that says so does not know the register; whether the guest gets #GP or a 0 is not said".to_owned()
+            }
             (Cause::Unknown, _) => format!("{by} does not know the register: #GP"),
             (Cause::Refused, _) => format!("{by} has the register and refuses this access: #GP"),
+            (Cause::Fault, Speaker::Dump) if access.op.is_none() => {
+                "a system stopped at #GP with this register in RCX, from which RDMSR and WRMSR take it; the dump does not have the instruction"
+                    .to_owned()
+            }
+            (Cause::Fault, Speaker::Dump) => "#GP at which a system stopped: RCX of its dump is the register".to_owned(),
+            (Cause::Fault, Speaker::Other) => "the access failed, and the line does not say more of it".to_owned(),
             (Cause::Fault, _) => format!("#GP, as {by} tells of its own access"),
             (Cause::Vmm, Speaker::Xen) => {
                 "Xen does not take it from the state of a guest that it is to restore: it does not know the register".to_owned()
@@ -143,13 +161,19 @@ impl Case<'_> {
                 format!("this host lacks bits that the CPU model has, and {by} leaves them out")
             }
             (Cause::Program, _) => "a program wrote it through /dev/cpu/N/msr".to_owned(),
+            (Cause::Crash, _) => "a Windows guest reports its crash: the bug check is in P0, its parameters are in P1 to P4".to_owned(),
+            (Cause::Privileged, _) => {
+                "a Windows guest reports its crash, of exception 0xc0000096: a privileged instruction got #GP, of which RDMSR and WRMSR are the likeliest".to_owned()
+            }
             // A cause that is new.
             (other, _) => other.name().to_owned(),
         };
-        if !access.is_elsewhere() && !matches!(access.cause, Cause::Dropped | Cause::Lacking | Cause::Program) {
+        if !access.is_elsewhere() && access.is_refused() {
             let unknown = self.is_unknown(access);
-            for says in self.refusals(access).into_iter().filter(|_| unknown != Some(true)) {
-                text += &format!("; {says}");
+            for refusal in self.refusals(access) {
+                if unknown.is_none_or(|unknown| unknown == refusal.is_unknown) {
+                    text += &format!("; {}", refusal.says);
+                }
             }
             match unknown {
                 Some(false) => text += ". `kvm.ignore_msrs` and a policy's `unknown` do not cover it",
@@ -192,7 +216,7 @@ impl Case<'_> {
     /// What the guest does then.
     pub(super) fn then(&self, access: &Access<'_>) -> Option<&'static str> {
         match (access.cause, access.by) {
-            (Cause::Ignored | Cause::Dropped | Cause::Program, _) => None,
+            (Cause::Ignored | Cause::Dropped | Cause::Program | Cause::Crash | Cause::Privileged, _) => None,
             (Cause::Lacking, _) => Some("the guest goes on without; with `enforce` QEMU ends"),
             (Cause::Vmm, _) => Some("the VMM ends, or the guest goes on without the register's value"),
             (Cause::Fault, Speaker::Linux) if access.op == Some(Op::Read) => {
@@ -200,6 +224,7 @@ impl Case<'_> {
             }
             (Cause::Fault, Speaker::Linux) => Some("Linux goes on, and warns where it did not expect the fault"),
             (Cause::Fault, Speaker::MsrDriver) => Some("the tool fails, and the guest goes on"),
+            (Cause::Fault, Speaker::Dump) => None,
             _ if self.needs(access).next().is_some() => None,
             _ => Some(
                 "a system that expects the fault goes on; one that does not stops: Windows with a bug check, FreeBSD with a panic. Linux warns",
@@ -252,15 +277,21 @@ impl Case<'_> {
         access.is_elsewhere() && entry.is_some_and(|entry| is_answered(entry, op))
     }
 
-    /// Whether other hypervisors alone tell of it.
+    /// Whether other hypervisors alone refused it.
     pub(super) fn is_elsewhere(&self) -> bool {
-        self.accesses.iter().all(Access::is_elsewhere)
+        let is_needless = |access: &Access<'_>| access.is_elsewhere() && access.is_refused();
+        self.accesses.iter().all(is_needless)
     }
 
     /// Whether nothing was refused, neither a guest nor a VMM.
     pub(super) fn is_harmless(&self) -> bool {
         let mut accesses = self.accesses.iter();
-        accesses.all(|access| !access.is_missed() && access.cause != Cause::Vmm)
+        accesses.all(|access| !access.is_refused()) && !self.is_crash(Cause::Crash) && !self.is_crash(Cause::Privileged)
+    }
+
+    /// Whether a guest tells of its end, for this cause.
+    fn is_crash(&self, cause: Cause) -> bool {
+        self.accesses.iter().any(|access| access.cause == cause)
     }
 
     /// Properties for QEMU's `-cpu` to turn off, so that it does not set what it could not, or not ask for what the host lacks.
@@ -288,6 +319,10 @@ impl Case<'_> {
         let switches = words::switches(&self.qemu());
         let Some(access) = self.accesses.iter().find(|access| access.cause == Cause::Vmm) else {
             return match switches.as_str() {
+                _ if self.is_crash(Cause::Privileged) => {
+                    "the line does not name the register. `msrgate run --ignore-unknown --trace - -- QEMU…` does, and answers it".to_owned()
+                }
+                _ if self.is_crash(Cause::Crash) => "the line does not say that the guest was refused a register".to_owned(),
                 _ if !self.is_harmless() => "KVM has the register: a guest on KVM needs no rule".to_owned(),
                 "" => "nothing is to be mended: no guest was refused anything".to_owned(),
                 _ => format!("nothing is to be mended; with `-cpu MODEL,{switches}` QEMU does not ask for it"),

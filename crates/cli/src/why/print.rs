@@ -202,12 +202,13 @@ fn register(case: &Case<'_>) -> impl Printed {
             /// The direction; null where the line does not say it.
             op: access.op.map(Op::name),
             /// Who says it: `"KVM"`, `"Linux"` (of its own accesses), `"the msr driver"`, `"QEMU"`, `"Cloud Hypervisor"`,
-            /// `"Firecracker"`, `"Xen"`, `"VirtualBox"`, `"bhyve"`, `"VMware"`.
+            /// `"Firecracker"`, `"Xen"`, `"VirtualBox"`, `"bhyve"`, `"VMware"`, `"a dump of registers"`; `"another program"` of a line whose form is not known.
             by: access.by.name(),
             /// `"ignored"`: the hypervisor does not know the register, and gave 0 or dropped the write. `"dropped"`: it has
             /// the register, and dropped the write. `"unknown"`: it does not know the register, #GP. `"refused"`: it has the
             /// register and refuses the access, #GP. `"fault"`: #GP, and the line does not say why. `"vmm"`: the kernel
             /// refused the VMM, no guest. `"lacking"`: the host lacks bits of the VMM's CPU model. `"program"`: a program wrote it through the kernel's driver.
+            /// `"crash"`: a guest reports its crash. `"privileged"`: the same, since a privileged instruction got #GP.
             cause: access.cause.name(),
             /// Whether `kvm.ignore_msrs`, and `unknown` in a policy, cover the access; null where neither the line nor the
             /// database tells.

@@ -15,7 +15,15 @@ const IN_HAND: &[(&str, &str, &str, &str)] = &[
     ("(XEN) d1v0 RDMSR 0x00000150 unimplemented", "0x150", "rdmsr", "unknown"),
     ("00:00:01.000000 CPUM: Unknown MSR 0x641 read   (VirtualBox's log, in several spellings)", "0x641", "rdmsr", "unknown"),
     ("Unhandled rdmsr 0x641 (bhyve)", "0x641", "rdmsr", "unknown"),
+    ("FATAL: Unhandled MSR write: 1a4", "0x1a4", "wrmsr", "unknown"),
+    ("HV crash parameters: (0x7e 0xffffffffc0000096 0xfffff80311112222 0x0 0x0)", "0x40000100", "wrmsr", "privileged"),
+    (DUMP, "0x49", "wrmsr", "fault"),
 ];
+
+const DUMP: &str = "[    1.1] Oops: general protection fault, maybe for address 0x1: 0000 [#1] PREEMPT SMP PTI
+[    1.1] Code: b9 49 00 00 00 48 89 c2 48 c1 ea 20 <0f> 30 e9 13 fc ff ff
+[    1.1] RAX: 0000000000000001 RBX: ffff8c1002ca0000 RCX: 0000000000000049
+[    1.1] RDX: 0000000000000000 RSI: 0000000000000001 RDI: ffffffff8b507040";
 
 #[test]
 fn a_line_gives_register_direction_and_cause_from_an_argument_a_file_or_a_pipe() {
@@ -195,6 +203,24 @@ fn a_line_of_another_hypervisor_has_its_own_remedy_and_no_rule_for_what_kvm_has(
             "vcpu-0| I125: SetMSR: unknown MSR[0x1d9]:=0x0 (sinking): rip=0xafd5990 count=91",
             ["a guest on KVM needs no rule\n", "VMware does not know"],
         ),
+        (
+            "FATAL: Unhandled MSR read: c0002001",
+            [
+                "note: lines are of another program",
+                "the program that says so does not know",
+            ],
+        ),
+        (
+            "WinBSOD: Synthetic MSR[0x40000101] 0xffffffffc0000096",
+            [
+                "no rule helps\n",
+                "`msrgate run --ignore-unknown --trace - -- QEMU…` does",
+            ],
+        ),
+        (
+            "WinBSOD: Synthetic MSR[0x40000100] 0x80",
+            ["no rule helps\n", "does not say that the guest was refused a register"],
+        ),
     ] {
         folder.run(&["why", line]).code(0).shows(&shown);
     }
@@ -245,6 +271,15 @@ fn each_rule_that_is_printed_passes_check() {
         );
         folder.run(&["check", "one.toml"]).code(0).shows(&["ok"]);
     }
+    // KVM has the branch records of some guests, and calls them unknown to the others.
+    let access = folder.run(&[
+        "why",
+        "--json",
+        "unchecked MSR access error: WRMSR to 0x680 (tried to write 0x0)",
+    ]);
+    let access = list(&list(&access.code(0).json(), "registers")[0], "accesses")[0].clone();
+    assert_eq!(access["ignorable"], true);
+    assert!(text(&access, "why").contains("Linux 5.12"), "{access}");
     // A write that only seems done is none.
     assert_eq!(of("0xc0000080"), None);
     // No filter stops x2APIC.

@@ -24,6 +24,10 @@ pub enum Speaker {
     Bhyve,
     /// VMware.
     Vmware,
+    /// A system that stopped at #GP and printed its registers.
+    Dump,
+    /// A program whose lines are not known: another hypervisor, a VMM or a tool.
+    Other,
 }
 
 impl Speaker {
@@ -40,6 +44,8 @@ impl Speaker {
             Speaker::VirtualBox => "VirtualBox",
             Speaker::Bhyve => "bhyve",
             Speaker::Vmware => "VMware",
+            Speaker::Dump => "a dump of registers",
+            Speaker::Other => "another program",
         }
     }
 }
@@ -65,6 +71,10 @@ pub enum Cause {
     Lacking,
     /// A program wrote or read it through the kernel's driver.
     Program,
+    /// A guest reports its crash through a register of Hyper-V's.
+    Crash,
+    /// A guest reports that it crashed since a privileged instruction got #GP.
+    Privileged,
 }
 
 impl Cause {
@@ -79,6 +89,8 @@ impl Cause {
             Cause::Vmm => "vmm",
             Cause::Lacking => "lacking",
             Cause::Program => "program",
+            Cause::Crash => "crash",
+            Cause::Privileged => "privileged",
         }
     }
 }

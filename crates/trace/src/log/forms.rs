@@ -12,13 +12,20 @@ use super::cause::Speaker::{
 };
 use super::cause::{Cause, Speaker};
 
+/// HV_X64_MSR_CRASH_P0, to which Windows writes its bug check; P1, behind it, has the exception of most.
+const CRASH_P0: u32 = 0x4000_0100;
+const CRASH_P1: u32 = CRASH_P0 + 1;
+
+/// STATUS_PRIVILEGED_INSTRUCTION.
+const PRIVILEGED: u32 = 0xc000_0096;
+
 const R: Option<Op> = Some(Op::Read);
 const W: Option<Op> = Some(Op::Write);
 
 /// A form: who says it, what became of the access, the direction, and the words, in lower case.
 ///
 /// `{m}` is the index and `{v}` the value, both with `0x`; `{M}` and `{V}` may lack it, and an `h` may stand behind `{M}`; `{d}` is the
-/// value in decimal, `{b}` the number of a bit that stands for it, `{n}` a decimal number, `{w}` any word. What stands behind `|` may be
+/// value in decimal, `{b}` the number of a bit that stands for it, `{n}` a decimal number, `{p}` the parameter of a bug check, `{w}` any word. What stands behind `|` may be
 /// missing. A form that has no index says which register it is about.
 struct Form(Speaker, Cause, Option<Op>, &'static str, Option<u32>);
 
@@ -39,6 +46,10 @@ const FORMS: &[Form] = &[
     ),
     Form(Kvm, Cause::Unknown, R, "unhandled rdmsr: {m}", None),
     Form(Kvm, Cause::Unknown, W, "unhandled wrmsr: {m} data {V}", None),
+    Form(Kvm, Cause::Unknown, W, "unhandled wrmsr {m} data {V}", None),
+    // The first KVMs had no `0x` and no value.
+    Form(Kvm, Cause::Unknown, R, "kvm: unhandled rdmsr: {M}", None),
+    Form(Kvm, Cause::Unknown, W, "kvm: unhandled wrmsr: {M}", None),
     Form(Kvm, Cause::Refused, R, "unhandled rdmsr({m})", None),
     Form(Kvm, Cause::Refused, W, "unhandled wrmsr({m}) = {v}", None),
     // `disabled perfctr`, `unimplemented perfctr`.
@@ -137,6 +148,8 @@ const FORMS: &[Form] = &[
     Form(Xen, Cause::Ignored, R, "faking rdmsr {m}", None),
     Form(Xen, Cause::Unknown, R, "read from unimplemented msr {m}", None),
     Form(Xen, Cause::Unknown, W, "write {V} to unimplemented msr {m}", None),
+    Form(Xen, Cause::Unknown, W, "(xen) write to unimplemented msr {m}", None),
+    Form(Xen, Cause::Unknown, W, "v{n} write to unimplemented msr {m}", None),
     Form(Xen, Cause::Unknown, W, "unimplemented msr {m} ({V})", None),
     Form(Xen, Cause::Unknown, R, "unimplemented msr {m}", None),
     Form(Xen, Cause::Vmm, W, "attempted load of unhandled msr {m}", None),
@@ -166,8 +179,23 @@ const FORMS: &[Form] = &[
     Form(Bhyve, Cause::Unknown, W, "wrmsr to register {M}({V}) on vcpu", None),
     Form(Bhyve, Cause::Unknown, W, "unknown wrmsr code {M}, val {V}", None),
     Form(Bhyve, Cause::Unknown, R, "vm exit rdmsr {M}", None),
-    // `SetMSR` and, in older versions, `WRMSR`.
+    // `SetMSR` and, in older versions, `WRMSR`; `GetMSR` and `RDMSR`.
     Form(Vmware, Cause::Ignored, W, "msr: unknown msr[{m}]:={V}", None),
+    Form(Vmware, Cause::Ignored, R, "msr: unknown msr[{m}] (read as", None),
+    // A Windows guest's bug check and its parameters.
+    Form(Vmware, Cause::Crash, W, "winbsod: synthetic msr[{m}] {v}", None),
+    Form(Qemu, Cause::Crash, W, "hv crash parameters: ({V} {p}", Some(CRASH_P0)),
+    Form(Qemu, Cause::Crash, W, "hyper-v: arg1='{v}', arg2='{p}", Some(CRASH_P0)),
+    Form(Kvm, Cause::Crash, W, "hv crash ({V} {p}", Some(CRASH_P0)),
+    Form(Xen, Cause::Crash, W, "viridian crash: {V} {p}", Some(CRASH_P0)),
+    Form(Xen, Cause::Crash, W, "viridian guest_crash: {V} {p}", Some(CRASH_P0)),
+    Form(
+        VirtualBox,
+        Cause::Crash,
+        W,
+        "guest indicates a fatal condition! p0={V} p1={p}",
+        Some(CRASH_P0),
+    ),
     Form(Bhyve, Cause::Unknown, R, "unhandled rdmsr {m}", None),
     Form(Bhyve, Cause::Unknown, W, "unhandled wrmsr {m}| {v}", None),
 ];
@@ -217,7 +245,10 @@ pub(super) fn read(line: &str) -> Reading {
             .windows(word.len())
             .any(|bytes| bytes.eq_ignore_ascii_case(word.as_bytes()))
     };
-    if !has("msr") {
+    if !["msr", "crash", "hyper-v: arg1", "fatal condition"]
+        .into_iter()
+        .any(has)
+    {
         let end = line.trim_end();
         let folded = has("guest rip: ") && ENDS.iter().any(|word| end.to_ascii_lowercase().ends_with(word));
         return if folded { Reading::Open(None) } else { Reading::Other };
@@ -241,7 +272,13 @@ pub(super) fn read(line: &str) -> Reading {
     if let Some(found) = named(&line) {
         return Reading::Access(found);
     }
-    wrong
+    let found = match wrong {
+        // What it says of the access may stand in the next line.
+        Some(Reading::Open(_)) => None,
+        _ => super::loose::read(&line).map(Reading::Access),
+    };
+    found
+        .or(wrong)
         .or_else(|| suppressed(&line).map(Reading::Missing))
         .unwrap_or(Reading::Other)
 }
@@ -283,6 +320,7 @@ impl Form {
             };
             let cause = match (by, cause, op) {
                 (Kvm, Cause::Refused, W) if text.starts_with("unhandled") && is_dropped(index) => Cause::Dropped,
+                (_, Cause::Crash, _) if numbers.exception(index) == Some(PRIVILEGED) => Cause::Privileged,
                 _ => cause,
             };
             let msr = Msr(index);
@@ -309,9 +347,17 @@ struct Numbers {
     index: Option<u64>,
     value: Option<u64>,
     bit: Option<u64>,
+    parameter: Option<u64>,
 }
 
 impl Numbers {
+    /// The exception of a bug check that its first parameter is, as the line has it with the bug check or by itself.
+    #[expect(clippy::cast_possible_truncation, reason = "Windows extends its sign")]
+    fn exception(&self, index: u32) -> Option<u32> {
+        let value = self.value.filter(|_| index == CRASH_P1);
+        self.parameter.or(value).map(|value| value as u32)
+    }
+
     /// Reads what a form says from where a text begins, and gives what stands behind.
     fn read<'a>(&mut self, form: &str, text: &'a str) -> Result<&'a str, Fit> {
         let mut rest = text;
@@ -350,7 +396,7 @@ impl Numbers {
         let number = match kind {
             "m" | "v" => hex(digits),
             "M" => hex(Some(digits.unwrap_or(word).trim_end_matches('h'))),
-            "V" => hex(digits.or(Some(word))),
+            "V" | "p" => hex(digits.or(Some(word))),
             "d" | "n" => word.parse().ok(),
             "b" => word.parse().ok().filter(|bit| *bit < 64),
             _ => Some(0).filter(|_| !word.is_empty()),
@@ -362,6 +408,7 @@ impl Numbers {
             "m" | "M" => self.index = Some(number),
             "v" | "V" | "d" => self.value = Some(number),
             "b" => self.bit = Some(number),
+            "p" => self.parameter = Some(number),
             _ => {}
         }
         Ok(text.get(word.len()..).unwrap_or_default())

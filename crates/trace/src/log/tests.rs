@@ -105,6 +105,42 @@ const LINES: &[Row] = &[
     // What others make of a line: libvirt's error within JSON.
     (r#"{"level":"info","reason":"Message='... qemu-kvm: error: failed to set MSR 0x48e to 0xfff9fffe04006172\\nqemu-kvm: kvm.c:2713: ...'"}"#, Qemu, Cause::Vmm, Some(Write), 0x48e, Some(0xfff9_fffe_0400_6172)),
     ("vm exit rdmsr 0xe8, cpu 0", Bhyve, Cause::Unknown, Some(Read), 0xe8, None),
+    // The first KVMs, and those of CentOS 6.
+    ("kvm: unhandled wrmsr: c0000101", Kvm, Cause::Unknown, Some(Write), 0xc000_0101, None),
+    ("kvm: 23090: cpu0 unhandled wrmsr 0x391 data 2000000f", Kvm, Cause::Unknown, Some(Write), 0x391, Some(0x2000_000f)),
+    ("(XEN) d2v0 write to unimplemented MSR 0x40000106", Xen, Cause::Unknown, Some(Write), 0x4000_0106, None),
+    ("(XEN) write to unimplemented MSR 0x40000106", Xen, Cause::Unknown, Some(Write), 0x4000_0106, None),
+    ("Jun 28 23:41:21.806: vcpu-0| RDMSR: unknown MSR[0x2a] (read as zero): rip=0x57cb count=1", Vmware, Cause::Ignored, Some(Read), 0x2a, None),
+    // What Windows tells of its crash.
+    ("2026-01-02T03:04:05.678Z vcpu-0 - WinBSOD: Synthetic MSR[0x40000100] 0x80", Vmware, Cause::Crash, Some(Write), 0x4000_0100, Some(0x80)),
+    ("vcpu-0 - WinBSOD: Synthetic MSR[0x40000101] 0xffffffffc0000096", Vmware, Cause::Privileged, Some(Write), 0x4000_0101, Some(0xffff_ffff_c000_0096)),
+    ("HV crash parameters: (0x7e 0xffffffffc0000096 0xfffff80311112222 0x0 0x0)", Qemu, Cause::Privileged, Some(Write), 0x4000_0100, Some(0x7e)),
+    ("HV crash parameters: (0 0 0 0 0)", Qemu, Cause::Crash, Some(Write), 0x4000_0100, Some(0)),
+    ("panic hyper-v: arg1='0x7e', arg2='0xffffffffc0000096', arg3='0xfffff80311112222', arg4='0xf', arg5='0xe'", Qemu, Cause::Privileged, Some(Write), 0x4000_0100, Some(0x7e)),
+    ("kvm [4]: vcpu0 hv crash (0x1e 0xffffffffc0000005 0xfffff80311112222 0x0 0x0)", Kvm, Cause::Crash, Some(Write), 0x4000_0100, Some(0x1e)),
+    ("(XEN) d1v0 VIRIDIAN CRASH: 7e ffffffffc0000096 fffff80311112222 0 0", Xen, Cause::Privileged, Some(Write), 0x4000_0100, Some(0x7e)),
+    ("00:00:09.1 GIM: HyperV: Guest indicates a fatal condition! P0=0x1e P1=0xffffffffc0000096 P2=0x5 P3=0x0", VirtualBox, Cause::Privileged, Some(Write), 0x4000_0100, Some(0x1e)),
+    // Jailhouse, libvmm, L4Re, NOVA's VMM, propolis, and other hypervisors, VMMs and tools whose forms nobody has listed.
+    ("FATAL: Unhandled MSR read: c0002001", Other, Cause::Unknown, Some(Read), 0xc000_2001, None),
+    ("FATAL: Unhandled MSR write: 1a4", Other, Cause::Unknown, Some(Write), 0x1a4, None),
+    ("Unhandled msr read to register at address 0x1A0", Other, Cause::Unknown, Some(Read), 0x1a0, None),
+    ("Unhandled MSR read: 1073741858", Other, Cause::Unknown, Some(Read), 0x4000_0022, None),
+    ("VMM|ERROR: unknown rdmsr 0x3a", Other, Cause::Unknown, Some(Read), 0x3a, None),
+    ("WARNING: Unknown rdmsr: 0000008b at 0xc0112233", Other, Cause::Unknown, Some(Read), 0x8b, None),
+    ("unknown wrmsr 000001A0 0000000000850089", Other, Cause::Unknown, Some(Write), 0x1a0, Some(0x85_0089)),
+    ("VM1: Unsupported RDMSR: 0x1a2", Other, Cause::Unknown, Some(Read), 0x1a2, None),
+    ("unsupported wrmsr 1d9 <-(2:1) at c0101010", Other, Cause::Unknown, Some(Write), 0x1d9, Some(0x2_0000_0001)),
+    ("[  1]: Writing unsupported MSR 0x140", Other, Cause::Unknown, Some(Write), 0x140, None),
+    ("WRMSR: Unsupported MSR 0x00000140 = 0x0000000000000001", Other, Cause::Unknown, Some(Write), 0x140, Some(1)),
+    ("RDMSR: unhandled MSR 0x1b8, returning 0", Other, Cause::Ignored, Some(Read), 0x1b8, None),
+    ("RDMSR: Unknown MSR 0x00000150 outside handled ranges, injecting #GP (RIP=0xFFFFF80311112222)", Other, Cause::Unknown, Some(Read), 0x150, None),
+    ("hvf: unknown msr 0x1a2", Other, Cause::Unknown, None, 0x1a2, None),
+    ("unexpected rdmsr exit: 35", Other, Cause::Unknown, Some(Read), 0x35, None),
+    ("Unhandled rdmsr 00000034, rip: 0", Other, Cause::Unknown, Some(Read), 0x34, None),
+    ("Unhandled RDMSR(c0010015)", Other, Cause::Unknown, Some(Read), 0xc001_0015, None),
+    ("KVM_SET_MSRS failed, r: 3 (failed on MSR 48b)", Other, Cause::Fault, Some(Write), 0x48b, None),
+    ("rdmsr c0010015: unhandled", Other, Cause::Unknown, Some(Read), 0xc001_0015, None),
+    ("rdmsr: 1a2 should not come here!", Other, Cause::Fault, Some(Read), 0x1a2, None),
 ];
 
 #[test]
@@ -260,6 +296,86 @@ fn a_line_that_a_mail_folded_is_read_with_the_one_behind_it() {
     }
 }
 
+type Told = (Option<Op>, u32, Option<u64>);
+
+/// What systems print as they stop at #GP: the lines, and what the dump says of an MSR.
+#[rustfmt::skip]
+const DUMPS: &[(&[&str], Option<Told>)] = &[
+    // Linux of today and of 3.2, and one that stopped at `mov %rdi,%cr3`.
+    (&[
+        "[    1.1] Oops: general protection fault, maybe for address 0x1: 0000 [#1] PREEMPT SMP PTI",
+        "[    1.1] RIP: 0010:switch_mm_irqs_off+0x473/0x500",
+        "[    1.1] Code: b9 49 00 00 00 48 89 c2 48 c1 ea 20 <0f> 30 e9 13 fc ff ff",
+        "[    1.1] RAX: 0000000000000001 RBX: ffff8c1002ca0000 RCX: 0000000000000049",
+        "[    1.1] RDX: 0000000000000000 RSI: 0000000000000001 RDI: ffffffff8b507040",
+    ], Some((Some(Write), 0x49, Some(1)))),
+    (&[
+        "general protection fault: 0000 [#1] SMP",
+        "RIP: 0010:[<ffffffff8104f4ad>]  [<ffffffff8104f4ad>] native_read_msr_safe+0xa/0x1d",
+        "RAX: 0000000000000000 RBX: 00000000ffffffff RCX: 000000000000038f",
+        "RDX: 0000000000000000 RSI: 0000000000000001 RDI: 000000000000038f",
+    ], Some((Some(Read), 0x38f, None))),
+    (&[
+        "general protection fault: 0000 [#1] SMP",
+        "RIP: 0010:load_new_mm_cr3+0x7d/0x170",
+        "RAX: 0000000000000000 RBX: 00000000ffffffff RCX: 000000000000038f",
+        "RDX: 0000000000000000 RSI: 0000000000000001 RDI: 000000000000038f",
+        "Call Trace: ? native_read_msr+0x5/0x10",
+        "Code: 48 09 d7 <0f> 22 df 0f 1f 40 00",
+        "RIP: native_read_msr+0x7d/0x170 RSP: ffffbe26c1707e70",
+    ], None),
+    // macOS and firmware print no instruction.
+    (&[
+        "panic(cpu 0 caller 0xffffff8010f8776f): Kernel trap at 0xffffff7f947fc102, type 13=general protection, registers:",
+        "RAX: 0x0000000020100800, RBX: 0x0000000000000002, RCX: 0x00000000000000e2, RDX: 0x0000000000000000",
+    ], Some((None, 0xe2, None))),
+    (&[
+        "panic(cpu 0 caller 0xffffff8010f8776f): Kernel trap at 0xffffff7f947fc102, type 13=general protection, registers:",
+        "RAX: 0x0000000020100800, RBX: 0x0000000000000002, RCX: 0xffffff8010f8776f, RDX: 0x0000000000000000",
+    ], None),
+    (&[
+        "!!!! X64 Exception Type - 0D(#GP - General Protection)  CPU Apic ID - 00000000 !!!!",
+        "RAX  - 0000000000000000, RCX - 0000000000000487, RDX - 0000000000000000",
+    ], Some((None, 0x487, None))),
+    // OpenBSD, FreeBSD and Xen.
+    (&[
+        "kernel: protection fault trap, code=0",
+        "Stopped at      identifycpu+0x1b1:      rdmsr",
+        "rax               0x1",
+        "rcx               0xc0011029",
+        "rdx               0",
+    ], Some((Some(Read), 0xc001_1029, None))),
+    (&[
+        "Fatal trap 9: general protection fault while in kernel mode",
+        "rdi: ffffffff81ca2b30 rsi: 0000000000000000 rdx: 0000000000000005",
+        "rcx: 0000000000000140  r8: 0000000000000002  r9: 0000000000000000",
+        "rax: 0000000000000001 rbx: 0000000000000001 rbp: ffffffff82a01a20",
+        "Stopped at      initializecpu+0x1a2: wrmsr",
+    ], Some((Some(Write), 0x140, Some(0x5_0000_0001)))),
+    (&[
+        "(XEN) ----[ Xen-4.17  x86_64  debug=n  Not tainted ]----",
+        "(XEN)  c0 01 00 00 00 b9 64 00 01 c0 <0f> 32 48 c1 e2 20",
+        "(XEN) rax: 0000000000000000   rbx: ffff830837bd0000   rcx: 00000000c0010064",
+        "(XEN) rdx: 0000000000000000   rsi: 000000000000000a   rdi: ffff82d0405d3e00",
+        "(XEN) GENERAL PROTECTION FAULT",
+    ], Some((Some(Read), 0xc001_0064, None))),
+];
+
+#[test]
+fn a_dump_of_registers_tells_of_the_msr_at_which_a_system_stopped() {
+    for (lines, told) in DUMPS {
+        let mut log = Log::default();
+        let mut read = Vec::new();
+        for line in *lines {
+            if let Some(Line::Access(said)) = log.line(line).expect(line) {
+                assert_eq!((said.by, said.cause), (Dump, Cause::Fault), "{line}");
+                read.push((said.op, said.msr.0, said.value));
+            }
+        }
+        assert_eq!(read, told.iter().copied().collect::<Vec<_>>(), "{lines:?}");
+    }
+}
+
 #[test]
 fn other_lines_are_passed_over_and_broken_ones_told() {
     for line in [
@@ -268,6 +384,13 @@ fn other_lines_are_passed_over_and_broken_ones_told() {
         "[    0.1] Performance Events: PMU not available due to virtualization, using software events only.",
         "msr: module loaded, unrecognized option",
         "Failed to read MSR_PLATFORM_INFO",
+        // An access without trouble, trouble without an access, and numbers that are no register's.
+        "vmx_handle_rdmsr: rdmsr exit, msr=0x1b, data returned to guest=0x0:0xfee00900",
+        "RDMSR: MSR[0x11e] (read as 708101): rip=0x4651",
+        "msr_rmw(): CPU0 read msr failed",
+        "rdmsr failed on 16 CPUs; 17 MSRs 1 MiB apart: refused",
+        "unknown option 0x10 of the module msr",
+        "CPU 1/KVM 18 [015] 48.258056: kvm:kvm_msr: msr_read 1a6 = 0x0 (#GP)",
         "rdmsr tool, wrmsr tool",
         // A CPUID bit is no MSR's, a bit is one of 64, and without leave nothing was read.
         "qemu: warning: host doesn't support requested feature: CPUID.01H:ECX.fma [bit 12]",
