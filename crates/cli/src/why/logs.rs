@@ -36,7 +36,7 @@ pub(crate) struct Logs {
     pub(super) suppressed: u64,
     /// How many accesses have no row, since there were too many before.
     pub(super) unlisted: u64,
-    /// Whether QEMU or Firecracker says that KVM refused a register, and not which.
+    /// Whether a VMM says that KVM refused a register, and not which.
     pub(super) nameless: bool,
 }
 
@@ -49,6 +49,13 @@ pub(super) struct Times {
     pub(super) others: u64,
     /// The first line that says it, or its beginning.
     pub(super) line: String,
+}
+
+/// Whether a VMM says that KVM refused registers, and not which: `Failed to set all KVM MSRs`, `KVM_SET_MSRS failed`.
+fn is_nameless(line: &str) -> bool {
+    let has = |words: &[&str]| words.iter().any(|word| line.contains(word));
+    let fails = ["fail", "Fail", "FAIL", "Not all", "Could not", "could not"];
+    line.contains("kvm_msr_buf") || has(&["MSRs", "MSRS", "MsrEntries", "Msr entries"]) && has(&fails)
 }
 
 impl Logs {
@@ -121,7 +128,7 @@ impl Logs {
                 continue;
             }
             self.lines += 1;
-            self.nameless |= text.contains("kvm_msr_buf") || text.contains("Not all given MSRs were set");
+            self.nameless |= is_nameless(text);
             let mut said = log.line(text);
             if said.is_err() {
                 self.broken += 1;

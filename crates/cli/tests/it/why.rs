@@ -300,6 +300,13 @@ fn what_says_nothing_of_an_msr_is_a_no_and_what_is_no_log_is_refused() {
         .run(&["why", assertion])
         .code(1)
         .says(&["does not say which", "`journalctl -k | msrgate why`"]);
+    for line in [
+        "Failed to set all KVM MSRs for this vCPU. Only a partial write was done.",
+        "  Fatal: KVM_SET_MSRS failed: Bad address",
+        "Could not get vCPU state GetMsrEntries(InvalidParameter)",
+    ] {
+        folder.run_with(&["why"], line).code(1).says(&["does not say which"]);
+    }
     folder
         .run(&["why", "0x641"])
         .code(2)
