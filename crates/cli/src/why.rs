@@ -47,7 +47,8 @@ pub(crate) fn run(args: &WhyArgs) -> Result<Exit, Failure> {
         };
         writeln!(
             stream::err(),
-            "msrgate: {lines} nothing of an MSR that is understood here{broken}{nameless}"
+            "msrgate: {lines} nothing of an MSR that is understood here{broken}{nameless}{}",
+            logs::register(&args.logs)
         )?;
         return Ok(Exit::No);
     }

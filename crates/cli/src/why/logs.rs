@@ -58,6 +58,20 @@ fn is_nameless(line: &str) -> bool {
     line.contains("kvm_msr_buf") || has(&["MSRs", "MSRS", "MsrEntries", "Msr entries"]) && has(&fails)
 }
 
+/// What to ask where a register is named, in the command line, and nothing is said of it.
+pub(super) fn register(given: &[PathBuf]) -> String {
+    let given: Vec<_> = given.iter().map(|path| path.to_string_lossy()).collect();
+    let words = given.iter().flat_map(|text| text.split_whitespace());
+    let mut names = words.filter(|word| word.starts_with("0x") || word.contains('_'));
+    let named = names.find_map(|word| match msrgate_msrs::search(word).as_slice() {
+        [one] => Some(one.name()),
+        _ => None,
+    });
+    named.map_or_else(String::new, |name| {
+        format!("; `msrgate msr {name}` says what is known of the register")
+    })
+}
+
 impl Logs {
     /// What the command line names: files, lines, or the words of one line that no quotes hold together.
     pub(super) fn given(&mut self, given: &[PathBuf]) -> Result<(), Failure> {
@@ -80,10 +94,7 @@ impl Logs {
                     self.read(Cursor::new(line)).map_err(Failure::input)?;
                 }
                 () => {
-                    let known = match msrgate_msrs::search(&line).as_slice() {
-                        [one] => format!("; `msrgate msr {}` says what is known of the register", one.name()),
-                        _ => String::new(),
-                    };
+                    let known = register(given);
                     return Err(Failure::input(format!(
                         "`{line}` is neither a file nor a line that says something of an MSR{known}"
                     )));
