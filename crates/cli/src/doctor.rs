@@ -5,11 +5,11 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, kvm_enable_cap};
+use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_enable_cap, kvm_msr_entry};
 use kvm_ioctls::Kvm;
-use msrgate_core::{Reason, Reasons};
+use msrgate_core::{Msr, Reason, Reasons};
 use msrgate_kvm::{Handlers, ProbeError};
-use msrgate_msrs::{BypassKind, Linux};
+use msrgate_msrs::{BypassKind, Entry, Linux};
 use msrgate_plan::{DecisionMap, Plan};
 
 use crate::args::DoctorArgs;
@@ -17,6 +17,9 @@ use crate::exit::{Exit, Failure, with_source};
 use crate::json::{self, Printed, object};
 use crate::stream::{self, Stream, Tone};
 use crate::words;
+
+/// How many vCPUs one VM has for what is tried, which every kernel takes.
+const MOST_VCPUS: u64 = 64;
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Failure> {
     let host = Host::new(Path::new("/"));
@@ -152,9 +155,9 @@ fn print(out: &mut Stream<impl Write>, checks: &[Check], failed: u64) -> io::Res
 fn kvm(opens: bool) -> Vec<Check> {
     if !opens {
         let skipped = |name| Check::new(name, Status::Skipped, "/dev/kvm does not open");
-        return ["filter", "exits"].map(skipped).into();
+        return ["filter", "exits", "features"].map(skipped).into();
     }
-    vec![filter(), exits()]
+    vec![filter(), exits(), features()]
 }
 
 /// Whether a VM takes a filter.
@@ -202,6 +205,74 @@ fn exits() -> Check {
         )
         .remedy("Linux 5.10 and newer does (KVM_CAP_X86_USER_SPACE_MSR)"),
     }
+}
+
+/// Whether KVM takes what it offers of the registers that tell a guest what its processor can do: QEMU sets those as it starts a
+/// guest.
+fn features() -> Check {
+    const NAME: &str = "features";
+    let one = |msr, data| {
+        let entry = kvm_msr_entry {
+            index: msr,
+            data,
+            ..Default::default()
+        };
+        Msrs::from_entries(&[entry]).ok()
+    };
+    let tried = || -> Result<Vec<Msr>, kvm_ioctls::Error> {
+        let kvm = Kvm::new()?;
+        let vm = kvm.create_vm()?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let mut refused = Vec::new();
+        for (id, msr) in (0..).zip(kvm.get_msr_feature_index_list()?.as_slice().to_vec()) {
+            let Some(mut offer) = one(msr, 0).filter(|_| id < MOST_VCPUS) else {
+                continue;
+            };
+            if kvm.get_msrs(&mut offer)? != 1 {
+                continue;
+            }
+            // A vCPU for each: some take a value only before another has one.
+            let vcpu = vm.create_vcpu(id)?;
+            vcpu.set_cpuid2(&cpuid)?;
+            if vcpu.set_msrs(&offer).unwrap_or_default() != 1 {
+                refused.push(Msr(msr));
+            }
+        }
+        Ok(refused)
+    };
+    let refused = match tried() {
+        Ok(refused) => refused,
+        Err(error) => {
+            return Check::new(
+                NAME,
+                Status::Skipped,
+                format!("KVM does not say what it offers: {error}"),
+            );
+        }
+    };
+    if refused.is_empty() {
+        return Check::new(
+            NAME,
+            Status::Pass,
+            "KVM takes what it offers VMMs of registers that tell of features",
+        );
+    }
+    let named = |msr: &Msr| match msrgate_msrs::by_msr(*msr) {
+        Some(entry) => format!("{msr} {}", entry.name()),
+        None => msr.to_string(),
+    };
+    let names: Vec<String> = refused.iter().map(named).collect();
+    let entries = refused.iter().filter_map(|msr| msrgate_msrs::by_msr(*msr));
+    let properties: Vec<&str> = entries.filter_map(Entry::qemu_property).collect();
+    let remedy = match words::switches(&properties) {
+        none if none.is_empty() => "a newer kernel may take it; `msrgate why` says more of such a message".to_owned(),
+        switches => format!("with QEMU `-cpu MODEL,{switches}`, for `-cpu host` too; a newer kernel may take it"),
+    };
+    let says = format!(
+        "KVM offers a VMM what it then refuses: {}. QEMU may end with `failed to set MSR`",
+        names.join(", ")
+    );
+    Check::new(NAME, Status::Warn, says).remedy(remedy)
 }
 
 /// The files of a machine.

@@ -63,6 +63,17 @@ impl Peeked {
     }
 }
 
+/// What a file that begins so has of guests' accesses, and which subcommands read it, where it is a trace or a summary.
+pub(crate) fn recorded(head: &[u8]) -> Option<(&'static str, &'static str)> {
+    let head = head.get(..4096).unwrap_or(head).trim_ascii_start();
+    let has = |key: &[u8]| head.starts_with(b"{") && head.windows(key.len()).any(|part| part == key);
+    match () {
+        () if has(b"\"msrgate_trace\"") => Some(("a trace", "`msrgate report` and `msrgate learn` read traces")),
+        () if has(b"\"msrgate_summary\"") => Some(("a summary of traces", "`msrgate learn` makes a policy of it")),
+        () => None,
+    }
+}
+
 /// All of an input, or in words why not; `msrgate:NAME` is a policy that comes with msrgate.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
     if let Some(text) = msrgate_policy::built_in(path) {

@@ -194,7 +194,12 @@ pub(crate) fn policy_or_filter(path: &Path, bytes: Vec<u8>, cpuid: Option<&Cpuid
 /// A plan or a raw filter. What the kernel takes for something else than it looks like is told on standard error.
 pub(crate) fn filter(path: &Path, bytes: &[u8]) -> Result<RawInput, Failure> {
     let shown = input::shown(path);
-    let given = raw::read(bytes).map_err(|error| Failure::input(format!("{shown}: {error}")))?;
+    let given = raw::read(bytes).map_err(|error| {
+        Failure::input(match input::recorded(bytes) {
+            Some((what, readers)) => format!("{shown}: it is {what} and no filter: {readers}"),
+            None => format!("{shown}: {error}"),
+        })
+    })?;
     let mut stderr = stream::err();
     for remark in &given.remarks {
         // Where even this cannot be printed, there is nobody to tell.
@@ -246,14 +251,11 @@ fn parsed(path: &Path, given: Result<Vec<u8>, String>) -> Result<Policy, Box<Ref
 /// The bytes, or in words what was named in place of a policy, where that is clear by its beginning.
 fn unless_recognised(bytes: Vec<u8>) -> Result<Vec<u8>, String> {
     let head = bytes.get(..4096).unwrap_or(&bytes);
+    if let Some((what, readers)) = input::recorded(head) {
+        return Err(format!("it is {what} and no policy: {readers}"));
+    }
     let head = head.trim_ascii_start();
     let what = match head {
-        [b'{', ..] if head.windows(15).any(|word| word == b"\"msrgate_trace\"") => {
-            "it is a trace and no policy: `msrgate report` and `msrgate learn` read traces"
-        }
-        [b'{', ..] if head.windows(17).any(|word| word == b"\"msrgate_summary\"") => {
-            "it is a summary of traces and no policy: `msrgate learn` makes a policy of it"
-        }
         _ if scanned::is_scan(head) => "it is a scan and no policy: `msrgate migrate` and `msrgate diff` read scans",
         [b'{' | b'[', ..] if is_json(&bytes) => {
             "it is JSON and no policy: `msrgate decompile` makes a policy of a plan or a filter, `msrgate import` of other tools' files"

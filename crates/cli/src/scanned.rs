@@ -270,6 +270,9 @@ pub(crate) fn parsed(path: &Path, opened: Peeked) -> Result<(Facts, Scan), Failu
         let read = text.and_then(|text| foreign::read(&text));
         return read.map_err(|error| Failure::input(format!("{name}: {error}")));
     }
+    if let Some((what, readers)) = input::recorded(&opened.head) {
+        return Err(Failure::input(format!("{name}: it is {what} and no scan: {readers}")));
+    }
     let mut text = BufReader::with_capacity(1 << 16, opened.all().take(MOST_BYTES));
     let record: Result<Record, _> = serde_json::from_reader(&mut text);
     let record = record.map_err(|error| {

@@ -31,20 +31,24 @@ pub(crate) fn run(args: &WhyArgs) -> Result<Exit, Failure> {
         false => {}
     }
     if cases.is_empty() {
-        let lines = words::counted(logs.lines, "line says", "lines say");
+        let lines = match logs.lines {
+            0 => "the log is empty: it says".to_owned(),
+            lines => words::counted(lines, "line says", "lines say"),
+        };
         let broken = match logs.broken {
             0 => "",
             _ => "; of some the end is missing, which may be in the line behind",
         };
         let nameless = match logs.nameless {
             true => {
-                ". The VMM ended since KVM refused a register, and does not say which: the host's kernel may, `journalctl -k | msrgate why`"
+                ". The VMM ended since KVM refused a register, and does not say which: the host's kernel may, `journalctl -k | msrgate why`, and `msrgate capture -- VMM…` prints what the VMM sets"
             }
             false => "",
         };
         writeln!(
             stream::err(),
-            "msrgate: {lines} nothing of an MSR that is understood here{broken}{nameless}"
+            "msrgate: {lines} nothing of an MSR that is understood here{broken}{nameless}{}",
+            logs::register(&args.logs)
         )?;
         return Ok(Exit::No);
     }

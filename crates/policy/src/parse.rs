@@ -174,10 +174,17 @@ impl Loading<'_> {
             Ok(read) => read,
             Err(error) => {
                 let message = format!("cannot read `{}`: {error}", path.display());
-                self.diagnostics.push(match asked {
+                let built_in = format!("msrgate:{}", path.file_stem().unwrap_or_default().display());
+                let help = matches!(crate::built_in(Path::new(&built_in)), Some(Ok(_)))
+                    .then(|| format!("`{built_in}` comes with msrgate"));
+                let found = match asked {
                     Some(place) => Diagnostic::at(Code::Unreadable, place, message)
                         .help("a path in `extends` is relative to the file that it stands in"),
                     None => Diagnostic::whole(Code::Unreadable, message),
+                };
+                self.diagnostics.push(match help {
+                    Some(help) => found.help(help),
+                    None => found,
                 });
                 return None;
             }

@@ -24,8 +24,9 @@ use msrgate_core::{Disposition, Event, Gap, Msr, Nanos, Op};
 
 pub use self::cause::{Cause, Speaker};
 
+use self::cause::Found;
 use self::dump::Dump;
-use self::forms::{Found, Reading};
+use self::forms::Reading;
 use self::stamp::Clock;
 
 /// Where a processor begins after a reset; the instruction there is a jump.

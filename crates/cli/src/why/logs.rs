@@ -36,7 +36,7 @@ pub(crate) struct Logs {
     pub(super) suppressed: u64,
     /// How many accesses have no row, since there were too many before.
     pub(super) unlisted: u64,
-    /// Whether QEMU or Firecracker says that KVM refused a register, and not which.
+    /// Whether a VMM says that KVM refused a register, and not which.
     pub(super) nameless: bool,
 }
 
@@ -49,6 +49,27 @@ pub(super) struct Times {
     pub(super) others: u64,
     /// The first line that says it, or its beginning.
     pub(super) line: String,
+}
+
+/// Whether a VMM says that KVM refused registers, and not which: `Failed to set all KVM MSRs`, `KVM_SET_MSRS failed`.
+fn is_nameless(line: &str) -> bool {
+    let has = |words: &[&str]| words.iter().any(|word| line.contains(word));
+    let fails = ["fail", "Fail", "FAIL", "Not all", "Could not", "could not"];
+    line.contains("kvm_msr_buf") || has(&["MSRs", "MSRS", "MsrEntries", "Msr entries"]) && has(&fails)
+}
+
+/// What to ask where a register is named, in the command line, and nothing is said of it.
+pub(super) fn register(given: &[PathBuf]) -> String {
+    let given: Vec<_> = given.iter().map(|path| path.to_string_lossy()).collect();
+    let words = given.iter().flat_map(|text| text.split_whitespace());
+    let mut names = words.filter(|word| word.starts_with("0x") || word.contains('_'));
+    let named = names.find_map(|word| match msrgate_msrs::search(word).as_slice() {
+        [one] => Some(one.name()),
+        _ => None,
+    });
+    named.map_or_else(String::new, |name| {
+        format!("; `msrgate msr {name}` says what is known of the register")
+    })
 }
 
 impl Logs {
@@ -73,10 +94,7 @@ impl Logs {
                     self.read(Cursor::new(line)).map_err(Failure::input)?;
                 }
                 () => {
-                    let known = match msrgate_msrs::search(&line).as_slice() {
-                        [one] => format!("; `msrgate msr {}` says what is known of the register", one.name()),
-                        _ => String::new(),
-                    };
+                    let known = register(given);
                     return Err(Failure::input(format!(
                         "`{line}` is neither a file nor a line that says something of an MSR{known}"
                     )));
@@ -121,7 +139,7 @@ impl Logs {
                 continue;
             }
             self.lines += 1;
-            self.nameless |= text.contains("kvm_msr_buf") || text.contains("Not all given MSRs were set");
+            self.nameless |= is_nameless(text);
             let mut said = log.line(text);
             if said.is_err() {
                 self.broken += 1;

@@ -555,6 +555,34 @@ fn what_is_no_policy_is_told_by_what_it_is() {
         let ran = folder.run(&["check", file]).code(2).says(&[what]);
         assert!(ran.err.lines().count() < 12, "{}", ran.err);
     }
+    let trace = "traces/linux-6.1-microvm.jsonl";
+    for (arguments, what) in [
+        (
+            &["decompile", trace][..],
+            "it is a trace and no filter: `msrgate report`",
+        ),
+        (
+            &["diff", "policies/deny-all.toml", trace],
+            "it is a trace and no filter",
+        ),
+        (&["migrate", trace, trace], "it is a trace and no scan"),
+        (&["scan", "--against", trace], "it is a trace and no scan"),
+    ] {
+        folder.run(arguments).code(2).says(&[what]);
+    }
+    for (text, policy) in [
+        ("extends = \"linux-microvm.toml\"", "own.toml"),
+        ("", "linux-microvm.toml"),
+    ] {
+        folder.write("own.toml", format!("version = 1\nname = \"own\"\n{text}\n"));
+        let ran = folder.run(&["check", policy]).code(2);
+        ran.says(&[
+            "cannot read `linux-microvm.toml`",
+            "`msrgate:linux-microvm` comes with msrgate",
+        ]);
+    }
+    folder.write("empty", "");
+    folder.run(&["why", "empty"]).code(1).says(&["the log is empty"]);
     let ran = folder.run(&["explain", "IA32_EFER", "policies/deny-all.toml"]).code(2);
     ran.says(&["the policy comes first", "msrgate explain policies/deny-all.toml MSR"]);
 }

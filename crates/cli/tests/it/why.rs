@@ -300,10 +300,21 @@ fn what_says_nothing_of_an_msr_is_a_no_and_what_is_no_log_is_refused() {
         .run(&["why", assertion])
         .code(1)
         .says(&["does not say which", "`journalctl -k | msrgate why`"]);
+    for line in [
+        "Failed to set all KVM MSRs for this vCPU. Only a partial write was done.",
+        "  Fatal: KVM_SET_MSRS failed: Bad address",
+        "Could not get vCPU state GetMsrEntries(InvalidParameter)",
+    ] {
+        folder.run_with(&["why"], line).code(1).says(&["does not say which"]);
+    }
     folder
         .run(&["why", "0x641"])
         .code(2)
         .says(&["msrgate msr MSR_PP1_ENERGY_STATUS"]);
+    for (line, code) in [(&["rdmsr", "0x641"][..], 2), (&["a guest reads 0x641"], 1)] {
+        let ran = folder.run(&[&["why"], line].concat()).code(code);
+        ran.says(&["msrgate msr MSR_PP1_ENERGY_STATUS"]);
+    }
     folder
         .run(&["why", "absent.log"])
         .code(2)

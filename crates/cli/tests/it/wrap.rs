@@ -315,7 +315,7 @@ fn doctor_says_for_each_check_how_it_ended() {
         (Some(i32::from(failed)), &serde_json::json!(!failed))
     );
     let names: Vec<&str> = checks.iter().map(|check| text(check, "check")).collect();
-    assert_eq!(names[..3], ["/dev/kvm", "filter", "exits"]);
+    assert_eq!(names[..4], ["/dev/kvm", "filter", "exits", "features"]);
     for check in checks {
         assert!(
             ["pass", "warn", "fail", "skipped"].contains(&text(check, "status")),

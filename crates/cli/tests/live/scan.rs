@@ -146,6 +146,29 @@ fn a_scan_is_json_with_documented_keys_and_the_next_one_sees_the_same() {
 }
 
 #[test]
+fn doctor_names_the_features_that_a_scan_finds_offered_and_refused() {
+    if !kvm_opens() {
+        return;
+    }
+    let folder = Folder::new();
+    let scan = folder.run(&["scan", "--json", "--only", "--range", "0x10a"]).json();
+    let refused = list(&scan, "features")
+        .iter()
+        .filter(|offer| text(offer, "writes") == "refused");
+    let refused: Vec<&str> = refused.map(|offer| text(offer, "msr")).collect();
+    let doctor = folder.run(&["doctor", "--json"]).json();
+    let check = list(&doctor, "checks")
+        .iter()
+        .find(|check| text(check, "check") == "features");
+    let check = check.expect("a check of features");
+    let expected = if refused.is_empty() { "pass" } else { "warn" };
+    assert_eq!(text(check, "status"), expected, "{check}");
+    for msr in refused {
+        assert!(text(check, "says").contains(&format!("{msr} ")), "{msr}: {check}");
+    }
+}
+
+#[test]
 fn what_a_policy_changed_is_told_and_ends_with_1() {
     if !kvm_opens() {
         return;

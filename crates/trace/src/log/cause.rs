@@ -1,5 +1,7 @@
 //! Who says a line, and what it says of an access.
 
+use msrgate_core::{Msr, Op};
+
 /// Who says a line.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[non_exhaustive]
@@ -93,4 +95,16 @@ impl Cause {
             Cause::Privileged => "privileged",
         }
     }
+}
+
+/// What a line says of an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Found {
+    /// Where in the line the words begin.
+    pub(super) start: usize,
+    pub(super) by: Speaker,
+    pub(super) cause: Cause,
+    pub(super) op: Option<Op>,
+    pub(super) msr: Msr,
+    pub(super) value: Option<u64>,
 }

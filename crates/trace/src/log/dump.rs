@@ -4,8 +4,7 @@
 
 use msrgate_core::{Msr, Op};
 
-use super::cause::{Cause, Speaker};
-use super::forms::Found;
+use super::cause::{Cause, Found, Speaker};
 use super::loose::{access, words};
 
 /// How many lines a dump has at most, from the fault to its registers or its instruction.

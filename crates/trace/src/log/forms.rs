@@ -10,7 +10,7 @@ use msrgate_core::{Msr, Op};
 use super::cause::Speaker::{
     Bhyve, CloudHypervisor, Firecracker, Kvm, Linux, MsrDriver, Qemu, VirtualBox, Vmware, Xen,
 };
-use super::cause::{Cause, Speaker};
+use super::cause::{Cause, Found, Speaker};
 
 /// HV_X64_MSR_CRASH_P0, to which Windows writes its bug check; P1, behind it, has the exception of most.
 const CRASH_P0: u32 = 0x4000_0100;
@@ -211,18 +211,6 @@ fn is_dropped(msr: u32) -> bool {
 
 /// Words with which a line ends that a mail folded before what they are of.
 const ENDS: [&str; 5] = [" ignored", " unhandled", " uhandled", " disabled", " unimplemented"];
-
-/// What a line says of an access.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Found {
-    /// Where in the line the words begin.
-    pub(super) start: usize,
-    pub(super) by: Speaker,
-    pub(super) cause: Cause,
-    pub(super) op: Option<Op>,
-    pub(super) msr: Msr,
-    pub(super) value: Option<u64>,
-}
 
 /// What a line is.
 #[derive(PartialEq, Eq, Debug)]

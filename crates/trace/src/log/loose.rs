@@ -2,8 +2,7 @@
 
 use msrgate_core::{Msr, Op};
 
-use super::cause::{Cause, Speaker};
-use super::forms::Found;
+use super::cause::{Cause, Found, Speaker};
 
 /// Words that a line may have between the access and the register's number.
 const BETWEEN: [&str; 28] = [
