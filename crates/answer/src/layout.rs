@@ -37,7 +37,7 @@ pub mod private {
     pub const WANTED: usize = 3;
     /// From here on what the VMM itself asks of a VM, by a call that would take the policy's place; [`super::own`].
     pub const OWN: usize = 4;
-    /// From here on a word for each slot: 1 while a thread runs the vCPU.
+    /// From here on a word for each slot: odd while a thread runs the vCPU, and another number each time.
     pub const BUSY: usize = OWN + super::own::WORDS;
     /// How long it is.
     pub const WORDS: usize = BUSY + super::control::SLOTS;

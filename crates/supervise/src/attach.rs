@@ -24,7 +24,8 @@ use crate::inject::{self, StopRecord};
 use crate::ledger::Ledger;
 use crate::remote::RemoteCalls;
 use crate::running::{
-    AttachError, On, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer, set_all, wait_until_out,
+    AttachError, NEW_VM, On, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer, set_all,
+    wait_until_out,
 };
 use crate::seccomp::Cookies;
 use crate::supervisor::{Remark, Setup, Supervisor};
@@ -203,6 +204,22 @@ impl Running {
         self.answering.as_ref().map(|(control, _)| control)
     }
 
+    /// Has [`Running::new_vm`] tell the VMs that are there from those that the VMM makes later.
+    ///
+    /// # Errors
+    /// The kernel's, where it lets no VM be named.
+    pub fn name_vms(&self) -> io::Result<()> {
+        let mut named = self.vms.iter().zip(self.cookies.in_kernel_tag()..);
+        named.try_for_each(|(vm, tag)| target::name(self.process, vm.descriptor, tag))
+    }
+
+    /// What there is to be said of a VM that the VMM has made since its VMs were named, and has still.
+    pub fn new_vm(&self) -> Option<Remark> {
+        let vms = objects(self.process).map(|(vms, ..)| vms).unwrap_or_default();
+        let is_new = vms.iter().any(|vm| vm.tag == 0);
+        is_new.then(|| Remark::Line(NEW_VM.to_owned()))
+    }
+
     /// Has a ledger know of VMs, and of the vCPUs.
     pub fn count(&self, vms: &[RawFd], ledger: &Ledger) {
         vms.iter().for_each(|_| _ = ledger.new_vm());
@@ -217,6 +234,10 @@ impl Running {
     pub fn take_off(&mut self, vms: &[RawFd], filter: &Filter) -> Result<bool, AttachError> {
         let Some((control, _)) = &self.answering else {
             self.within(|remote, own, _| set_all(remote, own, vms, [None; 2], filter))?;
+            // What the VMM has closed since has no name any more.
+            self.vms
+                .iter()
+                .for_each(|vm| _ = target::unname(self.process, vm.descriptor));
             return Ok(*filter != Filter::allow_all());
         };
         let is_filtered = control.take_off()?;

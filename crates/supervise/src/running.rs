@@ -266,6 +266,10 @@ pub(crate) fn detour(
     Ok(waits)
 }
 
+/// What is said of a VM that the VMM has made since.
+pub(crate) const NEW_VM: &str = "the VMM has made a VM, as some do for a guest that reboots, which is not under the policy: \
+                                 `msrgate detach`, and attach again";
+
 /// The VMs and the vCPUs of a process.
 pub(crate) fn objects(process: i32) -> Result<(Vec<RunningVm>, Vec<RunningVcpu>, bool), AttachError> {
     let mut is_left = false;
@@ -296,7 +300,7 @@ pub(crate) fn objects(process: i32) -> Result<(Vec<RunningVm>, Vec<RunningVcpu>,
         };
         // Another `attach` that lives would have claimed the process.
         is_left |= tag & Cookies::ATTACHED != 0;
-        if tag != 0 && tag & Cookies::ATTACHED == 0 {
+        if tag != 0 && tag & (Cookies::ATTACHED | Cookies::IN_KERNEL) == 0 {
             let line = "its VMs are under `msrgate run`, which keeps a policy on them already: change that one";
             return Err(AttachError::Refused(line.to_owned()));
         }

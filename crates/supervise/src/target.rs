@@ -240,8 +240,15 @@ pub(crate) enum Other {
     None,
 }
 
-/// Whether another thread of the process runs the vCPU of this tag.
-pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Other> {
+/// Whether another thread of the process runs the vCPU of this tag, or waits by `futex(2)` at `answer`; `running` looks at one that is on
+/// a CPU, where the kernel does not say.
+pub(crate) fn other_runs(
+    process: i32,
+    thread: i32,
+    vcpu: u64,
+    answer: u64,
+    running: impl Fn(i32) -> Other,
+) -> io::Result<Other> {
     let number = |word: Option<&str>| u64::from_str_radix(word?.trim_start_matches("0x"), 16).ok();
     let mut found = Other::None;
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {
@@ -256,7 +263,12 @@ pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Oth
         };
         let mut words = call.split_whitespace();
         match words.next() {
-            Some("running") => found = Other::May,
+            Some("running") => match running(other) {
+                Other::Runs => return Ok(Other::Runs),
+                Other::May => found = Other::May,
+                Other::None => {}
+            },
+            Some("202") if number(words.next()) == Some(answer) => return Ok(Other::Runs),
             Some("16") => {
                 let (fd, request) = (number(words.next()), number(words.next()));
                 let is_run = request.is_some_and(|request| request as u32 == msrgate_core::abi::RUN);

@@ -223,6 +223,12 @@ fn ticks() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// Lets go of a slot, unless whoever answers has taken it away already.
+#[inline(always)]
+fn release(busy: &AtomicU64, held: u64) {
+    let _ = busy.compare_exchange(held, held.wrapping_add(1), Ordering::SeqCst, Ordering::SeqCst);
+}
+
 /// Has the event that waits, if there is one, seen.
 #[inline(always)]
 fn publish(shared: u64) {
@@ -276,7 +282,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
     let mut ran = false;
     // Where no call waits: it was looked which vCPU the descriptor is, and the slot whose vCPU it is not.
     let (mut looked, mut other) = (false, 0);
-    let mut answered = 0;
+    let (mut answered, mut held) = (0, 0);
     loop {
         let alive = fd < control::LIMIT as u64 && word(process, private::ALIVE) != 0;
         let number = if alive { word(control, control::DESCRIPTORS + fd as usize) as usize } else { 0 };
@@ -285,13 +291,14 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
         let mut code = if ran { question::OTHER } else { question::WHO };
         if number != 0 && number != other {
             code = question::BUSY;
-            if busy.swap(1, Ordering::SeqCst) == 0 {
+            held = busy.load(Ordering::SeqCst) | 1;
+            if busy.compare_exchange(held - 1, held, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
                 // The supervisor takes a slot away by its descriptors first, and leaves it while it is busy.
                 let now = atomic(at(control, control::DESCRIPTORS + fd as usize)).load(Ordering::SeqCst);
                 let is_its = now == number as u64 && word(this, slot::READY) != 0;
                 code = if is_its { NOTHING } else { question::WHO };
                 if !is_its {
-                    busy.store(0, Ordering::SeqCst);
+                    release(busy, held);
                 }
             }
         }
@@ -302,7 +309,11 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     have_it_looked(process, control);
                     continue;
                 }
-                // Where nobody is there who could be asked, it is the VMM's and the kernel's.
+                // What another thread runs is not run past the answerer. Where nobody is there who could be asked, what is left is the
+                // VMM's and the kernel's.
+                if code == question::BUSY && !ran {
+                    return EINTR;
+                }
                 return if ran { 0 } else { ioctl(fd, request, argument, run_cookie, 0, 0) };
             }
             match ioctl(fd, request, argument, ask_cookie, code, 0) {
@@ -597,7 +608,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
         if synchronised {
             set(of(page, field::VALID_REGS), valid);
         }
-        busy.store(0, Ordering::SeqCst);
+        release(busy, held);
         if !ran {
             return result;
         }

@@ -298,6 +298,9 @@ impl Supervisor {
                 Some(command) => self.command(command),
                 None => {}
             }
+            if bell.wanted != wanted {
+                self.release_lost();
+            }
             if bell.wanted != wanted || looked.elapsed() >= Duration::from_millis(LOOKS) {
                 self.look_for_vcpus(bell.wanted);
                 (looked, wanted) = (Instant::now(), bell.wanted);
@@ -405,6 +408,16 @@ impl Supervisor {
         }
     }
 
+    /// Lets go of vCPUs whose thread was lost while it ran them.
+    fn release_lost(&self) {
+        let region = self.attached.as_ref().map(|attached| attached.region);
+        let Some(region) = region.and_then(|region| self.regions.get(&region)) else {
+            return;
+        };
+        let busy = region.busy_vcpus();
+        busy.into_iter().for_each(|tag| _ = self.release(region, 0, tag));
+    }
+
     /// Has vCPUs answered too that the VMM has made since, and lets go of those that it has not any more; whoever waits for that
     /// goes on.
     fn look_for_vcpus(&mut self, wanted: u64) {
@@ -440,9 +453,7 @@ impl Supervisor {
         self.put_own(Some(own));
         if let Some(attached) = self.attached.as_mut().filter(|attached| is_past && !attached.is_past) {
             attached.is_past = true;
-            let line = "the VMM has made a VM, as some do for a guest that reboots, which is not under the policy: `msrgate detach`, and \
-                        attach again";
-            (self.say)(Remark::Line(line.to_owned()));
+            (self.say)(Remark::Line(running::NEW_VM.to_owned()));
         }
         // A VMM that has ended is seen to have the next time.
         if let Err(AttachError::Refused(line)) = placed
