@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 
 use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
 use msrgate_answer::IMAGE;
-use msrgate_answer::layout::{control, image, own, private, slot, table};
+use msrgate_answer::layout::{control, image, own, private, slot, table, vcpu};
 use nix::errno::Errno;
 use rustix::fs::SealFlags;
 
@@ -55,8 +55,6 @@ pub(crate) struct Region {
 #[derive(Debug)]
 struct Slot {
     vcpu: u64,
-    /// The descriptor by which it was brought here.
-    fd: u64,
     /// Where its memory is, with `kvm_run` behind it.
     shared: u64,
     ring: Arc<Ring>,
@@ -460,7 +458,6 @@ impl Region {
         if let Some(slot) = self.slots.get_mut(number) {
             *slot = Some(Slot {
                 vcpu: entry.vcpu,
-                fd: entry.fd,
                 shared,
                 ring: Arc::clone(ring),
             });
@@ -536,9 +533,9 @@ impl Region {
                 found.push(Asked {
                     number,
                     vcpu: slot.vcpu,
-                    fd: slot.fd,
+                    fd: asked >> vcpu::FD,
                     asked: asked as u32,
-                    cpu: (asked >> 32) as usize,
+                    cpu: (asked >> vcpu::CPU & 0xfff) as usize,
                     question,
                 });
             }
@@ -579,6 +576,17 @@ impl Region {
             if let Some(value) = slot.as_ref().and_then(|slot| value(slot.vcpu)) {
                 self.control.set(Self::word(number, word), value);
             }
+        }
+    }
+
+    /// These descriptors are of a vCPU that is answered here.
+    pub(crate) fn called(&self, vcpu: u64, descriptors: &[i32]) {
+        let Some(number) = self.slot(vcpu) else { return };
+        let fds = descriptors.iter().filter_map(|fd| usize::try_from(*fd).ok());
+        for fd in fds.filter(|fd| *fd < control::LIMIT) {
+            self.control
+                .at(control::DESCRIPTORS + fd)
+                .store(number as u64, Ordering::SeqCst);
         }
     }
 

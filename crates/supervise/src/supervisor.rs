@@ -142,8 +142,8 @@ struct Vm {
     number: u32,
     /// The descriptor by which it was found last.
     fd: Option<u64>,
-    /// Of VMs that ran already: the others of the process, since the kernel does not tell whose a vCPU is.
-    others: Vec<u64>,
+    /// Of VMs that ran already: the tags and the descriptors of the others of the process, since the kernel does not tell whose a vCPU is.
+    others: Vec<(u64, u64)>,
     process: i32,
     state: State,
     /// The VMM's own mask.
@@ -788,7 +788,7 @@ fn put_in_force(
     reasons: Reasons,
 ) -> Result<(), Errno> {
     let both = vm.reasons.union(reasons);
-    let fds: Vec<u64> = [fd].into_iter().chain(vm.others.iter().copied()).collect();
+    let fds: Vec<u64> = [fd].into_iter().chain(vm.others.iter().map(|(_, fd)| *fd)).collect();
     if both != vm.reasons {
         set_masks(remote, tracee, &fds, both)?;
     }

@@ -79,9 +79,18 @@ pub(crate) fn file(process: i32, fd: RawFd) -> io::Result<fs::File> {
     Ok(file.into())
 }
 
-/// Gives the open file of a descriptor a tag, from outside: nothing changes in the process.
+/// Gives the open file of a descriptor a tag in the place of those that it has, from outside: nothing changes in the process.
 pub(crate) fn name(process: i32, fd: RawFd, tag: u64) -> io::Result<()> {
-    lock(process, fd, libc::F_WRLCK, tag.cast_signed(), 1)
+    let tag = tag.cast_signed();
+    lock(process, fd, libc::F_WRLCK, tag, 1)?;
+    lock(process, fd, libc::F_UNLCK, 0, tag)?;
+    lock(process, fd, libc::F_UNLCK, tag + 1, 0)
+}
+
+/// A process's descriptors of the open files of these tags, as far as it has any.
+pub(crate) fn descriptors(process: i32, tags: impl Iterator<Item = u64>) -> Vec<RawFd> {
+    let fds = tags.filter_map(|tag| descriptor(process, tag));
+    fds.filter_map(|fd| RawFd::try_from(fd).ok()).collect()
 }
 
 /// Takes all tags of the open file of a descriptor away.

@@ -175,13 +175,13 @@ fn ring(process: u64) {
 
 /// Asks without a call that waits: the thread that was kept in this process wakes whoever answers.
 #[inline(always)]
-fn ask_by_memory(process: u64, this: u64, shared: u64, code: u64, data: u64) -> i64 {
+fn ask_by_memory(process: u64, this: u64, shared: u64, fd: u64, code: u64, data: u64) -> i64 {
     let (answer, kept) = (at(this, slot::ANSWER), at(process, private::KEPT));
     let before = get::<u32>(answer);
     let number = before.wrapping_add(1);
     put(shared, vcpu::QUESTION, code);
     put(shared, vcpu::QUESTION + 1, data);
-    let asked = u64::from(number) | cpu() << 32;
+    let asked = u64::from(number) | cpu() << vcpu::CPU | fd << vcpu::FD;
     atomic(at(shared, vcpu::ASKED)).store(asked, Ordering::SeqCst);
     ring(process);
     let time = [0, LOOKS];
@@ -453,7 +453,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     let code = question::EXIT | why << 8 | u64::from(write) << 12 | (number as u64) << 16 | msr << 32;
                     let answer = loop {
                         if ask_cookie == 0 {
-                            break ask_by_memory(process, this, shared, code, data);
+                            break ask_by_memory(process, this, shared, fd, code, data);
                         }
                         let answer = ioctl(fd, request, argument, ask_cookie, code, data);
                         // A signal came before the supervisor saw the question; the canary tells of it.

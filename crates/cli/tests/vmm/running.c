@@ -2,7 +2,7 @@
  *
  * Each vCPU is in KVM_RUN all the time, in a thread of its own. A line on standard input is `VCPU ACCESS`, or `returns` for how
  * often KVM_RUN has returned, or `add` for a vCPU more, and `start` for its thread, or `drop` for the end of the newest vCPU and its
- * thread, or `lose` for the end of its newest thread within KVM_RUN and another one in its place, or `vm` for a VM more, or `deny MSR` for a filter of its own by which reads of this MSR are denied, or `exits` for what the
+ * thread, or `lose` for the end of its newest thread within KVM_RUN and another one in its place, or `vm` for a VM more, or `move` for other descriptors of the first VM and the newest vCPU, or `close` for the end of those of the first VM, or `deny MSR` for a filter of its own by which reads of this MSR are denied, or `exits` for what the
  * option says, but for the filter; the answer is a line. A vCPU's exit that is none of this VMM's ends it.
  *
  * filter     reads of 0x175 are denied, and fault
@@ -196,6 +196,24 @@ static void answer(const char *line) {
     if (!strcmp(line, "lose")) {
         lose(all - 1);
         printf("lost\n");
+        return;
+    }
+    if (!strcmp(line, "move")) {
+        struct vcpu *vcpu = &vcpus[all - 1];
+        struct sigaction action = {.sa_handler = nothing};
+        sigaction(SIGUSR1, &action, 0);
+        int vm = machines[0].vm, fd = vcpu->fd;
+        machines[0].vm = fcntl(vm, F_DUPFD, 100);
+        vcpu->fd = fcntl(fd, F_DUPFD, 100);
+        close(vm);
+        close(fd);
+        pthread_kill(newest, SIGUSR1);
+        printf("moved\n");
+        return;
+    }
+    if (!strcmp(line, "close")) {
+        close(machines[0].vm);
+        printf("closed\n");
         return;
     }
     if (!strcmp(line, "drop")) {

@@ -825,6 +825,39 @@ fn a_vcpu_whose_thread_is_lost_in_it_is_answered_on_another_thread() {
 }
 
 #[test]
+fn vms_and_vcpus_are_the_same_by_other_descriptors() {
+    let Some(program) = vmm("running", Way::Dynamic) else {
+        return;
+    };
+    for (policy, got) in [(DENIED, "fault"), (ANSWERED, "0x11"), (asks::ASKED, "0x100")] {
+        let folder = with_policy(policy);
+        let mut vmm = Asked::start(&program, &["1", "1"]);
+        let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+        assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+        for _ in 0..3 {
+            assert_eq!(vmm.ask("move"), "moved");
+            assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+            // Its number is that of the VM that was.
+            vmm.ask("vm");
+        }
+        folder.run(&["reload", &vmm.process(), "-p", "policy.toml"]).code(0);
+        assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+        attach.detach().code(0).says(&["detached: no MSR is denied any more"]);
+        assert_eq!(vmm.ask("0 r:0x174"), "rdmsr 0x174 0x0");
+        vmm.end();
+        // What lives on without a descriptor keeps the policy, which is said.
+        let mut vmm = Asked::start(&program, &["1", "1"]);
+        let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+        vmm.ask("close");
+        attach
+            .detach()
+            .code(3)
+            .says(&["the VMM has closed its VM and runs its vCPUs on"]);
+        vmm.end();
+    }
+}
+
+#[test]
 fn a_vm_that_is_made_later_is_said_not_to_be_under_the_policy() {
     let Some(program) = vmm("running", Way::Dynamic) else {
         return;
