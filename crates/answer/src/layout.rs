@@ -37,7 +37,7 @@ pub mod private {
     pub const WANTED: usize = 3;
     /// From here on what the VMM itself asks of a VM, by a call that would take the policy's place; [`super::own`].
     pub const OWN: usize = 4;
-    /// From here on a word for each slot: 1 while a thread runs the vCPU.
+    /// From here on a word for each slot: odd while a thread runs the vCPU, and another number each time.
     pub const BUSY: usize = OWN + super::own::WORDS;
     /// How long it is.
     pub const WORDS: usize = BUSY + super::control::SLOTS;
@@ -177,7 +177,7 @@ pub mod vcpu {
     pub const PENDING_EVENT: usize = 27;
     /// Odd while the thread is in KVM_RUN, and reads no table.
     pub const RUNS: usize = 28;
-    /// The number of the last question through memory, and the CPU in the upper half.
+    /// The number of the last question through memory, and behind it the CPU and the descriptor.
     pub const ASKED: usize = 29;
     /// What it is: a question and a write's value, as the fifth and sixth argument would be.
     pub const QUESTION: usize = 30;
@@ -198,6 +198,11 @@ pub mod vcpu {
     pub const EVENT: usize = 8;
     /// From here on two words for each MSR with a shadow: whether it was written, and what.
     pub const CELLS: usize = EVENTS + EVENT_COUNT * EVENT;
+
+    /// Where in the word of a question the CPU is, of 12 bits, and the descriptor.
+    pub const CPU: u32 = 32;
+    /// Likewise.
+    pub const FD: u32 = 44;
 
     /// In an event's word of what was done: a write.
     pub const WRITE: u64 = 1 << 24;

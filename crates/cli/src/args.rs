@@ -697,7 +697,8 @@ pub(crate) struct TraceArgs {
     /// file's name `%n` is the VM's name, `%p` the VMM's process, `%t` the time, and `%%` a percent sign
     #[arg(long = "trace", value_name = "FILE|-")]
     pub(crate) file: Option<PathBuf>,
-    /// Keep only the newest accesses: a FILE of this size, such as 100M, replaces FILE.1, and a new FILE begins
+    /// Keep only the newest accesses: a FILE of this size, such as 100M, is moved to FILE.1, or the first such number that is free, in
+    /// place of the part before it, and a new FILE begins
     #[arg(long = "trace-size", value_name = "SIZE", requires = "file", value_parser = size)]
     pub(crate) size: Option<u64>,
     /// Record the guest's instruction pointer with each access

@@ -24,13 +24,14 @@ use crate::inject::{self, StopRecord};
 use crate::ledger::Ledger;
 use crate::remote::RemoteCalls;
 use crate::running::{
-    AttachError, On, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer, set_all, wait_until_out,
+    AttachError, NEW_VM, On, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer, set_all,
+    wait_until_out,
 };
 use crate::seccomp::Cookies;
 use crate::supervisor::{Remark, Setup, Supervisor};
 use crate::target;
 use crate::tracee::{StopError, Tracee, Tracer};
-use crate::{detour, region};
+use crate::{detour, region, running};
 
 /// How long is waited until no thread is where an msrgate that was killed answered, and how often it is looked.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -155,7 +156,8 @@ impl Running {
     /// # Errors
     /// Where it cannot be; the line says where not all VMs have the same then.
     pub fn put(&mut self, vms: &[RawFd], mask: Option<Reasons>, filter: &Filter) -> Result<(), AttachError> {
-        self.within(|remote, own, _| set_all(remote, own, vms, [mask, None], filter))
+        let vms = self.present(vms);
+        self.within(|remote, own, _| set_all(remote, own, &vms, [mask, None], filter))
     }
 
     /// Puts a policy in force on all VMs, with what is to be answered answered in the process, or asked from there.
@@ -167,7 +169,7 @@ impl Running {
         let mut supervisor = Supervisor::of_running(what.setup, self.cookies, Arc::clone(ledger), what.say);
         let control = supervisor.control().map_err(refused)?;
         let on = On {
-            fds: self.vms.iter().map(|vm| vm.descriptor).collect(),
+            fds: self.present(&self.vms.iter().map(|vm| vm.descriptor).collect::<Vec<RawFd>>()),
             vcpus: self.vcpus.clone(),
             filter: what.filter,
             mask: what.mask,
@@ -203,6 +205,42 @@ impl Running {
         self.answering.as_ref().map(|(control, _)| control)
     }
 
+    /// Has [`Running::new_vm`] tell the VMs that are there from those that the VMM makes later.
+    ///
+    /// # Errors
+    /// The kernel's, where it lets no VM be named.
+    pub fn name_vms(&mut self) -> io::Result<()> {
+        let mut tags = self.cookies.in_kernel_tag()..;
+        for (vm, tag) in self.vms.iter_mut().zip(&mut tags) {
+            target::name(self.process, vm.descriptor, tag)?;
+            vm.tag = tag;
+        }
+        for (vcpu, tag) in self.vcpus.iter_mut().zip(tags) {
+            if let Some(descriptor) = vcpu.descriptors.first() {
+                target::name(self.process, *descriptor, tag)?;
+            }
+            vcpu.tag = tag;
+        }
+        Ok(())
+    }
+
+    /// These VMs, by the descriptors that they have now where the VMM has them still: a number may be another file's.
+    fn present(&self, vms: &[RawFd]) -> Vec<RawFd> {
+        let meant = self.vms.iter().filter(|vm| vms.contains(&vm.descriptor));
+        let now = |vm: &RunningVm| match vm.tag & Cookies::IN_KERNEL {
+            0 => Some(vm.descriptor),
+            _ => target::descriptors(self.process, [vm.tag].into_iter()).pop(),
+        };
+        meant.filter_map(now).collect()
+    }
+
+    /// What there is to be said of a VM that the VMM has made since its VMs were named, and has still.
+    pub fn new_vm(&self) -> Option<Remark> {
+        let vms = objects(self.process).map(|(vms, ..)| vms).unwrap_or_default();
+        let is_new = vms.iter().any(|vm| vm.tag == 0);
+        is_new.then(|| Remark::Line(NEW_VM.to_owned()))
+    }
+
     /// Has a ledger know of VMs, and of the vCPUs.
     pub fn count(&self, vms: &[RawFd], ledger: &Ledger) {
         vms.iter().for_each(|_| _ = ledger.new_vm());
@@ -216,7 +254,14 @@ impl Running {
     /// Where it cannot be.
     pub fn take_off(&mut self, vms: &[RawFd], filter: &Filter) -> Result<bool, AttachError> {
         let Some((control, _)) = &self.answering else {
-            self.within(|remote, own, _| set_all(remote, own, vms, [None; 2], filter))?;
+            let now = self.present(vms);
+            running::is_left(self.process, &now, self.vcpus.iter().map(|vcpu| vcpu.tag))?;
+            self.within(|remote, own, _| set_all(remote, own, &now, [None; 2], filter))?;
+            // What the VMM has closed since has no name any more.
+            let all: Vec<RawFd> = self.vms.iter().map(|vm| vm.descriptor).collect();
+            let vcpus = target::descriptors(self.process, self.vcpus.iter().map(|vcpu| vcpu.tag));
+            let named = self.present(&all).into_iter().chain(vcpus);
+            named.for_each(|fd| _ = target::unname(self.process, fd));
             return Ok(*filter != Filter::allow_all());
         };
         let is_filtered = control.take_off()?;

@@ -25,8 +25,11 @@ use nix::unistd::Pid;
 use crate::frame::Frame;
 use crate::remote::SCRATCH;
 use crate::sandbox;
-use crate::target::{self, Mapping, PAGE};
-use crate::tracee::{GET_SIGNALS, RESTART, SET_SIGNALS, SYSCALL, StopError, Tracee, TraceeState, Tracer, signals};
+use crate::target::{self, Mapping, Object, Other, PAGE};
+use crate::tracee::{
+    Change, GET_SIGNALS, RESTART, SET_SIGNALS, SYSCALL, Stop, StopError, Tracee, TraceeState, Tracer, changed, deliver,
+    signals, wait_interrupted,
+};
 
 /// How long a thread may take until it stands still: one that waits for a device or for `vfork` does not until that is over.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -367,19 +370,24 @@ fn enter(
     let calls = user_regs_struct {
         rip,
         rsp,
-        rax: libc::SYS_getpid.cast_unsigned(),
         orig_rax: u64::MAX,
         ..registers
     };
+    let back = (libc::SYS_rt_sigreturn, at + Frame::RETURNED);
     // First what leads back, then what would not come back by itself.
-    ptrace::setregs(thread, calls).map_err(|_| StopError::Gone)?;
+    let begin_with = user_regs_struct {
+        rsp: back.1,
+        rax: back.0.cast_unsigned(),
+        ..calls
+    };
+    ptrace::setregs(thread, begin_with).map_err(|_| StopError::Gone)?;
     let mut tracee = tracer.held(TraceeState {
         thread,
         process,
         registers,
         blocked,
         calls,
-        alone: None,
+        alone: Some(back),
     });
     signals(thread, SET_SIGNALS, &mut !0).map_err(|_| StopError::Gone)?;
     let page = match point.page {
@@ -425,7 +433,7 @@ fn enter(
             ..registers
         },
         blocked: !0,
-        alone: Some(libc::SYS_exit),
+        alone: Some((libc::SYS_exit, registers.rsp)),
         calls: user_regs_struct {
             rip: page + CALL,
             rbx: 0,
@@ -494,6 +502,28 @@ pub(crate) fn interrupt_runs(
     sites
 }
 
+/// Whether a thread that is on a CPU runs a vCPU: it stands still for as long as it takes to see that. `is_image` knows instructions
+/// that are on the way there or back.
+pub(crate) fn runs(tracer: &Tracer, process: i32, thread: i32, vcpu: u64, is_image: impl Fn(u64) -> bool) -> Other {
+    let thread = Pid::from_raw(thread);
+    if tracer.seize(thread, Options::empty()).is_err() || ptrace::interrupt(thread).is_err() {
+        return Other::May;
+    }
+    if wait_interrupted(thread, process).is_none() {
+        return Other::None;
+    }
+    let Ok(registers) = ptrace::getregs(thread) else {
+        return Other::None;
+    };
+    go_on(thread, |_| true);
+    let object = || Object::of(thread.as_raw(), registers.rdi as i32);
+    match () {
+        () if is_run(&registers) && object().is_ok_and(|object| object == Object::Vcpu(vcpu)) => Other::Runs,
+        () if !is_run(&registers) && is_image(registers.rip) => Other::May,
+        () => Other::None,
+    }
+}
+
 /// Lets a thread go on; gives where its KVM_RUN is, where it makes one.
 fn go_on(thread: Pid, again: impl FnOnce(u64) -> bool) -> Option<u64> {
     let registers = ptrace::getregs(thread).ok();
@@ -514,13 +544,17 @@ impl StopRecord {
     pub(crate) fn let_go(&mut self) {
         self.late.retain(|thread| {
             let thread = Pid::from_raw(*thread);
-            match waitpid(thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => true,
-                Ok(WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..)) => {
+            match changed(thread, libc::WNOHANG) {
+                Change::Nothing => true,
+                Change::Stopped(Stop::Signal(signal)) => {
+                    deliver(thread, signal);
+                    true
+                }
+                Change::Stopped(_) => {
                     go_on(thread, |_| true);
                     false
                 }
-                _ => false,
+                Change::Gone => false,
             }
         });
     }
@@ -560,16 +594,16 @@ fn wait_for(thread: Pid, told: Instant) -> Result<Instant, InjectError> {
     let mut ran = told;
     loop {
         let now = Instant::now();
-        let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
-        match waitpid(thread, Some(flags)) {
-            Ok(WaitStatus::StillAlive) if told.elapsed() > PATIENCE => return Err(InjectError::Busy),
-            Ok(WaitStatus::StillAlive) => {
+        match changed(thread, libc::WNOHANG) {
+            Change::Nothing if told.elapsed() > PATIENCE => return Err(InjectError::Busy),
+            Change::Nothing => {
                 ran = now;
                 std::thread::sleep(Duration::from_micros(20));
             }
-            Ok(WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..)) => return Ok(ran),
-            Err(Errno::EINTR) => {}
-            _ => return Err(InjectError::Stop(StopError::Gone)),
+            // It came before the thread was told to stand still.
+            Change::Stopped(Stop::Signal(signal)) => deliver(thread, signal),
+            Change::Stopped(_) => return Ok(ran),
+            Change::Gone => return Err(InjectError::Stop(StopError::Gone)),
         }
     }
 }
@@ -708,6 +742,47 @@ mod tests {
         {
             assert!(begin.elapsed() < Duration::from_secs(600));
             std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_signal_that_comes_before_a_thread_is_told_to_stand_still_is_not_lost() {
+        for signal in [libc::SIGUSR1, libc::SIGRTMIN()] {
+            let mut shell = Command::new("sh")
+                .arg("-c")
+                .arg(format!(
+                    "trap 'echo signal' {signal}; echo ready; while read line; do echo $line; done"
+                ))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut lines = BufReader::new(shell.stdout.take().unwrap()).lines().map(Result::unwrap);
+            assert_eq!(lines.next().unwrap(), "ready");
+            let process = shell.id().cast_signed();
+            // Threads are traced by the thread that seizes them, and other tests wait for theirs.
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let thread = Pid::from_raw(process);
+                    tracer().seize(thread, Options::empty()).unwrap();
+                    // SAFETY: a system call that takes numbers.
+                    assert_eq!(unsafe { libc::kill(process, signal) }, 0);
+                    let is_stopped = || {
+                        fs::read_to_string(format!("/proc/{process}/stat"))
+                            .unwrap()
+                            .contains(") t ")
+                    };
+                    while !is_stopped() {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    ptrace::interrupt(thread).unwrap();
+                    assert!(wait_for(thread, Instant::now()).is_ok());
+                    go_on(thread, |_| true);
+                });
+            });
+            drop(shell.stdin.take());
+            assert_eq!(lines.collect::<Vec<_>>(), ["signal"]);
+            shell.wait().unwrap();
         }
     }
 

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 
 use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
 use msrgate_answer::IMAGE;
-use msrgate_answer::layout::{control, image, own, private, slot, table};
+use msrgate_answer::layout::{control, image, own, private, slot, table, vcpu};
 use nix::errno::Errno;
 use rustix::fs::SealFlags;
 
@@ -55,8 +55,6 @@ pub(crate) struct Region {
 #[derive(Debug)]
 struct Slot {
     vcpu: u64,
-    /// The descriptor by which it was brought here.
-    fd: u64,
     /// Where its memory is, with `kvm_run` behind it.
     shared: u64,
     ring: Arc<Ring>,
@@ -460,7 +458,6 @@ impl Region {
         if let Some(slot) = self.slots.get_mut(number) {
             *slot = Some(Slot {
                 vcpu: entry.vcpu,
-                fd: entry.fd,
                 shared,
                 ring: Arc::clone(ring),
             });
@@ -536,9 +533,9 @@ impl Region {
                 found.push(Asked {
                     number,
                     vcpu: slot.vcpu,
-                    fd: slot.fd,
+                    fd: asked >> vcpu::FD,
                     asked: asked as u32,
-                    cpu: (asked >> 32) as usize,
+                    cpu: (asked >> vcpu::CPU & 0xfff) as usize,
                     question,
                 });
             }
@@ -582,6 +579,17 @@ impl Region {
         }
     }
 
+    /// These descriptors are of a vCPU that is answered here.
+    pub(crate) fn called(&self, vcpu: u64, descriptors: &[i32]) {
+        let Some(number) = self.slot(vcpu) else { return };
+        let fds = descriptors.iter().filter_map(|fd| usize::try_from(*fd).ok());
+        for fd in fds.filter(|fd| *fd < control::LIMIT) {
+            self.control
+                .at(control::DESCRIPTORS + fd)
+                .store(number as u64, Ordering::SeqCst);
+        }
+    }
+
     /// A descriptor is another file's from here on.
     pub(crate) fn forget(&self, fd: u64) {
         if let Ok(fd) = usize::try_from(fd)
@@ -593,16 +601,16 @@ impl Region {
 
     /// Whether a thread runs the vCPU, or was lost while it did.
     fn is_busy(&self, number: usize) -> bool {
-        self.busy(number) != Some([0])
+        self.busy(number).is_none_or(is_odd)
     }
 
     /// Whether a thread runs the vCPU, in a process that is there.
     fn is_busy_for_sure(&self, number: usize) -> bool {
-        self.busy(number).is_some_and(|busy| busy != [0])
+        self.busy(number).is_some_and(is_odd)
     }
 
-    fn busy(&self, number: usize) -> Option<[u64; 1]> {
-        target::words(self.process, self.private_word(private::BUSY + number))
+    fn busy(&self, number: usize) -> Option<u64> {
+        target::words(self.process, self.private_word(private::BUSY + number)).map(|[word]| word)
     }
 
     /// Where a word of what the process keeps for itself is.
@@ -610,11 +618,28 @@ impl Region {
         self.private + (word * WORD) as u64
     }
 
-    /// Whoever ran the vCPU is lost.
-    pub(crate) fn release(&self, vcpu: u64) {
-        if let Some(number) = self.slot(vcpu) {
-            target::write(self.process, self.private_word(private::BUSY + number), &[0; WORD]);
+    /// Lets go of a vCPU where whoever ran it is lost; `is_run` looks whether some thread runs it, which makes other calls besides at
+    /// the address that it is given. Tells whether one does.
+    pub(crate) fn release(&self, vcpu: u64, is_run: impl FnOnce(u64) -> bool) -> bool {
+        let Some(number) = self.slot(vcpu) else { return false };
+        let Some(busy) = self.busy(number).filter(|busy| is_odd(*busy)) else {
+            return false;
+        };
+        let answer = self.control_at + (Self::word(number, slot::ANSWER) * WORD) as u64;
+        // Where one lets go of it and another takes it meanwhile, neither may be seen.
+        if is_run(answer) || self.busy(number) != Some(busy) {
+            return true;
         }
+        let at = self.private_word(private::BUSY + number);
+        target::write(self.process, at, &busy.wrapping_add(1).to_le_bytes());
+        false
+    }
+
+    /// The vCPUs that threads run, or were lost while they did.
+    pub(crate) fn busy_vcpus(&self) -> Vec<u64> {
+        let numbered = self.slots.iter().enumerate();
+        let busy = numbered.filter(|(number, _)| self.is_busy_for_sure(*number));
+        busy.filter_map(|(_, slot)| Some(slot.as_ref()?.vcpu)).collect()
     }
 
     /// How many vCPUs it answers for.
@@ -660,6 +685,10 @@ impl Region {
     pub(crate) fn is_run(&self, vcpu: u64) -> bool {
         self.slot(vcpu).is_some_and(|number| self.is_busy_for_sure(number))
     }
+}
+
+fn is_odd(word: u64) -> bool {
+    word & 1 != 0
 }
 
 /// Takes memory out of a process. What stays is taken by the next policy.
@@ -735,11 +764,13 @@ pub(crate) fn is_some_image(process: i32, instruction: u64) -> bool {
 /// Whether some image, whoever brought it there, is running a vCPU, or has somebody who could be asked.
 pub(crate) fn is_some_run(process: i32) -> bool {
     let mut images = inject::code_pages(process, is_image_begin).into_iter();
+    let is_busy = |word: &[u8]| word.first().is_some_and(|low| low & 1 != 0);
     images.any(|page| {
         let parameter = page + (image::PARAMETERS + image::PRIVATE * WORD) as u64;
         let mut private = vec![0; private::WORDS * WORD];
         let read = target::words(process, parameter).is_some_and(|[at]| target::read(process, at, &mut private));
-        let word = |number: usize| private.iter().skip(number * WORD);
-        read && (word(private::BUSY).any(|byte| *byte != 0) || word(private::KEPT).take(WORD).any(|byte| *byte != 0))
+        let mut words = private.chunks_exact(WORD);
+        let is_kept = words.nth(private::KEPT).is_some_and(|word| word != [0; WORD]);
+        read && (is_kept || words.skip(private::BUSY - private::KEPT - 1).any(is_busy))
     })
 }

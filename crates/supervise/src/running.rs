@@ -83,7 +83,7 @@ pub(crate) struct Attached {
     pub(crate) own: Option<Tracee>,
     pub(crate) region: u64,
     pub(crate) vm: u64,
-    /// The descriptors of all VMs.
+    /// The descriptors that all VMs had at first.
     pub(crate) fds: Vec<RawFd>,
     pub(crate) vcpus: Vec<RunningVcpu>,
     /// The sandboxes of the VMM's threads let them wait for an answer.
@@ -112,6 +112,11 @@ pub(crate) struct On {
 }
 
 impl Attached {
+    /// The VMs that the VMM has still, by the descriptors that they have now: a number may be another file's.
+    pub(crate) fn present(&self, process: i32) -> Vec<RawFd> {
+        target::descriptors(process, (self.vm..).take(self.fds.len()))
+    }
+
     /// Tells for how long a thread of the VMM stood still.
     pub(crate) fn stood(&self) {
         self.longest
@@ -139,6 +144,17 @@ pub(crate) fn wait_until_out(
             true if begin.elapsed() > PATIENCE => return false,
             true => std::thread::sleep(BETWEEN),
         }
+    }
+}
+
+/// Whether something can be taken off VMs of which these are left, by their vCPUs' tags: not where the VMM has closed them all and runs
+/// one on.
+pub(crate) fn is_left(process: i32, vms: &[RawFd], vcpus: impl Iterator<Item = u64>) -> Result<(), AttachError> {
+    match vms.is_empty() && !target::descriptors(process, vcpus.filter(|tag| *tag != 0)).is_empty() {
+        false => Ok(()),
+        true => Err(AttachError::Refused(
+            "the VMM has closed its VM and runs its vCPUs on, so that nothing can be taken off it any more".to_owned(),
+        )),
     }
 }
 
@@ -266,6 +282,10 @@ pub(crate) fn detour(
     Ok(waits)
 }
 
+/// What is said of a VM that the VMM has made since.
+pub(crate) const NEW_VM: &str = "the VMM has made a VM, as some do for a guest that reboots, which is not under the policy: \
+                                 `msrgate detach`, and attach again";
+
 /// The VMs and the vCPUs of a process.
 pub(crate) fn objects(process: i32) -> Result<(Vec<RunningVm>, Vec<RunningVcpu>, bool), AttachError> {
     let mut is_left = false;
@@ -296,7 +316,7 @@ pub(crate) fn objects(process: i32) -> Result<(Vec<RunningVm>, Vec<RunningVcpu>,
         };
         // Another `attach` that lives would have claimed the process.
         is_left |= tag & Cookies::ATTACHED != 0;
-        if tag != 0 && tag & Cookies::ATTACHED == 0 {
+        if tag != 0 && tag & (Cookies::ATTACHED | Cookies::IN_KERNEL) == 0 {
             let line = "its VMs are under `msrgate run`, which keeps a policy on them already: change that one";
             return Err(AttachError::Refused(line.to_owned()));
         }

@@ -76,9 +76,17 @@ impl Cookies {
     /// In tags of VMs that ran already.
     pub(crate) const ATTACHED: u64 = 1 << 61;
 
+    /// Likewise, where the kernel alone carries out what is in force on them.
+    pub(crate) const IN_KERNEL: u64 = 1 << 62;
+
     /// The first tag of VMs that ran already.
     pub(crate) fn attached_tag(&self) -> u64 {
         self.first_tag() & (Cookies::ATTACHED - 1) | Cookies::ATTACHED
+    }
+
+    /// Likewise, where the kernel alone carries out what is in force on them.
+    pub(crate) fn in_kernel_tag(&self) -> u64 {
+        self.first_tag() & (Cookies::ATTACHED - 1) | Cookies::IN_KERNEL
     }
 
     /// The first of this run's tags: locks of other supervisors are elsewhere.

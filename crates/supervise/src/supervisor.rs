@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 
 use crate::cells::Cells;
 use crate::control::{Before, Commands, Control, Resolve, Unsettled};
+use crate::inject;
 use crate::ledger::{Leaf, Ledger};
 use crate::policy::{Mode, Policy, State, is_weaker};
 use crate::region::{Region, Table};
@@ -141,8 +142,8 @@ struct Vm {
     number: u32,
     /// The descriptor by which it was found last.
     fd: Option<u64>,
-    /// Of VMs that ran already: the others of the process, since the kernel does not tell whose a vCPU is.
-    others: Vec<u64>,
+    /// Of VMs that ran already: the tags and the descriptors of the others of the process, since the kernel does not tell whose a vCPU is.
+    others: Vec<(u64, u64)>,
     process: i32,
     state: State,
     /// The VMM's own mask.
@@ -329,7 +330,7 @@ impl Supervisor {
         }) else {
             return false;
         };
-        let other = target::other_runs(target::process(waiting.thread), waiting.thread, tag);
+        let other = target::other_runs(target::process(waiting.thread), waiting.thread, tag, 0, |_| Other::May);
         matches!(other, Ok(Other::Runs))
     }
 
@@ -410,6 +411,16 @@ impl Supervisor {
     /// A `syscall` instruction in a process.
     fn syscall(&self, process: i32) -> Option<u64> {
         self.regions.get(self.newest.get(&process)?)?.trampolines.syscall()
+    }
+
+    /// Lets go of a vCPU that a region answers for where whoever ran it is lost; tells whether a thread other than this one runs it.
+    fn release(&self, region: &Region, thread: i32, tag: u64) -> bool {
+        region.release(tag, |answer| {
+            let (tracer, process) = (&self.remote.tracer, region.process);
+            let running = |other| inject::runs(tracer, process, other, tag, |at| region.is_image(at));
+            let other = target::other_runs(process, thread, tag, answer, running);
+            !matches!(other, Ok(Other::None))
+        })
     }
 
     fn create_vm(&mut self, waiting: &Waiting<'_>) {
@@ -777,7 +788,7 @@ fn put_in_force(
     reasons: Reasons,
 ) -> Result<(), Errno> {
     let both = vm.reasons.union(reasons);
-    let fds: Vec<u64> = [fd].into_iter().chain(vm.others.iter().copied()).collect();
+    let fds: Vec<u64> = [fd].into_iter().chain(vm.others.iter().map(|(_, fd)| *fd)).collect();
     if both != vm.reasons {
         set_masks(remote, tracee, &fds, both)?;
     }

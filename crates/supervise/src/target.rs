@@ -79,9 +79,18 @@ pub(crate) fn file(process: i32, fd: RawFd) -> io::Result<fs::File> {
     Ok(file.into())
 }
 
-/// Gives the open file of a descriptor a tag, from outside: nothing changes in the process.
+/// Gives the open file of a descriptor a tag in the place of those that it has, from outside: nothing changes in the process.
 pub(crate) fn name(process: i32, fd: RawFd, tag: u64) -> io::Result<()> {
-    lock(process, fd, libc::F_WRLCK, tag.cast_signed(), 1)
+    let tag = tag.cast_signed();
+    lock(process, fd, libc::F_WRLCK, tag, 1)?;
+    lock(process, fd, libc::F_UNLCK, 0, tag)?;
+    lock(process, fd, libc::F_UNLCK, tag + 1, 0)
+}
+
+/// A process's descriptors of the open files of these tags, as far as it has any.
+pub(crate) fn descriptors(process: i32, tags: impl Iterator<Item = u64>) -> Vec<RawFd> {
+    let fds = tags.filter_map(|tag| descriptor(process, tag));
+    fds.filter_map(|fd| RawFd::try_from(fd).ok()).collect()
 }
 
 /// Takes all tags of the open file of a descriptor away.
@@ -240,8 +249,15 @@ pub(crate) enum Other {
     None,
 }
 
-/// Whether another thread of the process runs the vCPU of this tag.
-pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Other> {
+/// Whether another thread of the process runs the vCPU of this tag, or waits by `futex(2)` at `answer`; `running` looks at one that is on
+/// a CPU, where the kernel does not say.
+pub(crate) fn other_runs(
+    process: i32,
+    thread: i32,
+    vcpu: u64,
+    answer: u64,
+    running: impl Fn(i32) -> Other,
+) -> io::Result<Other> {
     let number = |word: Option<&str>| u64::from_str_radix(word?.trim_start_matches("0x"), 16).ok();
     let mut found = Other::None;
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {
@@ -256,7 +272,12 @@ pub(crate) fn other_runs(process: i32, thread: i32, vcpu: u64) -> io::Result<Oth
         };
         let mut words = call.split_whitespace();
         match words.next() {
-            Some("running") => found = Other::May,
+            Some("running") => match running(other) {
+                Other::Runs => return Ok(Other::Runs),
+                Other::May => found = Other::May,
+                Other::None => {}
+            },
+            Some("202") if number(words.next()) == Some(answer) => return Ok(Other::Runs),
             Some("16") => {
                 let (fd, request) = (number(words.next()), number(words.next()));
                 let is_run = request.is_some_and(|request| request as u32 == msrgate_core::abi::RUN);

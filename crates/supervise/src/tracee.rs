@@ -9,7 +9,7 @@
 use libc::{c_int, c_long, user_regs_struct};
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use crate::seccomp::{Cookies, Waiting};
@@ -43,8 +43,8 @@ pub(crate) struct TraceeState {
     pub(crate) blocked: u64,
     /// With what it makes calls, but for their numbers and arguments: RIP is at a `syscall` instruction.
     pub(crate) calls: user_regs_struct,
-    /// The call that it makes where msrgate is killed before another one has begun; `None` where it makes that one.
-    pub(crate) alone: Option<c_long>,
+    /// The call that it makes where msrgate is killed before another one has begun, and RSP for that; `None` where it makes that one.
+    pub(crate) alone: Option<(c_long, u64)>,
 }
 
 /// A thread that does what it is told.
@@ -58,8 +58,10 @@ pub(crate) struct Tracee {
     calls: user_regs_struct,
     /// Signals that were blocked.
     blocked: u64,
-    /// The call that it makes where msrgate is killed before another one has begun.
-    alone: Option<c_long>,
+    /// The call that it makes where msrgate is killed before another one has begun, and RSP for that.
+    alone: Option<(c_long, u64)>,
+    /// It makes other calls before that one.
+    leaves: bool,
     /// Where the instruction of the call that waits is, or was.
     site: u64,
     call_cookie: u64,
@@ -123,6 +125,7 @@ impl Tracer {
             calls: held.calls,
             blocked: held.blocked,
             alone: held.alone,
+            leaves: false,
             site: held.registers.rip.wrapping_sub(2),
             call_cookie: self.cookies.call,
             scratch: None,
@@ -158,7 +161,7 @@ impl Tracer {
         // It stops when the call comes back, since it is told so before.
         let told = ptrace::interrupt(thread);
         let gone = told.is_err() || waiting.give(i64::from(-libc::EINTR)).is_err();
-        if !matches!(wait(thread, process), Some(Stop::Other)) {
+        if wait_interrupted(thread, process).is_none() {
             return Err(StopError::Gone);
         }
         let mut blocked = 0;
@@ -188,6 +191,7 @@ impl Tracer {
             },
             blocked,
             alone: None,
+            leaves: false,
             site,
             call_cookie: self.cookies.call,
             scratch: None,
@@ -224,10 +228,15 @@ impl Tracer {
     }
 }
 
+/// What `PTRACE_O_TRACESYSGOOD` makes of SIGTRAP.
+const AT_CALL: c_int = libc::SIGTRAP | 0x80;
+
 /// Why a thread stands still.
 pub(crate) enum Stop {
     /// At the begin or end of a system call.
     Call,
+    /// Before a signal, which is lost unless the thread goes on with it.
+    Signal(c_int),
     /// For another reason.
     Other,
 }
@@ -242,13 +251,46 @@ pub(crate) fn wait(thread: Pid, process: i32) -> Option<Stop> {
             Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) if thread.as_raw() == process => return None,
             _ => {}
         }
-        return match waitpid(thread, Some(WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::PtraceSyscall(_)) => Some(Stop::Call),
-            Ok(WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..)) => Some(Stop::Other),
-            Err(Errno::EINTR) => continue,
+        return match changed(thread, 0) {
+            Change::Stopped(stop) => Some(stop),
             _ => None,
         };
     }
+}
+
+/// What became of a thread that is traced.
+pub(crate) enum Change {
+    /// Nothing yet.
+    Nothing,
+    Stopped(Stop),
+    /// It has ended.
+    Gone,
+}
+
+/// What became of a thread, by the flags of `waitpid(2)`. A signal is a number here: nix knows no real-time signals.
+pub(crate) fn changed(thread: Pid, flags: c_int) -> Change {
+    let mut status = 0;
+    loop {
+        // SAFETY: the kernel writes a number to the address, which lives over the call.
+        let found = unsafe { libc::waitpid(thread.as_raw(), &raw mut status, flags | libc::__WALL) };
+        return match found {
+            0 => Change::Nothing,
+            1.. if !libc::WIFSTOPPED(status) => Change::Gone,
+            1.. => Change::Stopped(match (status >> 16, libc::WSTOPSIG(status)) {
+                (0, AT_CALL) => Stop::Call,
+                (0, signal) => Stop::Signal(signal),
+                _ => Stop::Other,
+            }),
+            _ if Errno::last() == Errno::EINTR => continue,
+            _ => Change::Gone,
+        };
+    }
+}
+
+/// Has a thread go on that stands still before a signal, which is delivered.
+pub(crate) fn deliver(thread: Pid, signal: c_int) {
+    // SAFETY: the request takes numbers and touches no memory of ours. A thread that was killed goes nowhere.
+    unsafe { libc::ptrace(libc::PTRACE_CONT, thread.as_raw(), 0, signal) };
 }
 
 /// Reads or sets which signals a thread blocks: [`GET_SIGNALS`] is PTRACE_GETSIGMASK, [`SET_SIGNALS`] PTRACE_SETSIGMASK.
@@ -256,6 +298,17 @@ pub(crate) fn signals(thread: Pid, request: libc::c_uint, mask: &mut u64) -> Res
     // SAFETY: the kernel reads or writes a set of eight bytes, as the third argument says, which lives over the call.
     let result = unsafe { libc::ptrace(request, thread.as_raw(), size_of::<u64>(), std::ptr::from_mut(mask)) };
     Errno::result(result).map(drop)
+}
+
+/// Waits until a thread stands still that was told to; signals that came first are delivered. `None` where it has ended.
+pub(crate) fn wait_interrupted(thread: Pid, process: i32) -> Option<()> {
+    loop {
+        match wait(thread, process)? {
+            Stop::Signal(signal) => deliver(thread, signal),
+            Stop::Other => return Some(()),
+            Stop::Call => return None,
+        }
+    }
 }
 
 impl Tracee {
@@ -268,6 +321,7 @@ impl Tracee {
     /// none.
     pub(crate) fn leave_behind(&mut self, calls: u64) {
         (self.calls.rbx, self.registers.rbx) = (calls, calls);
+        self.leaves = calls != 0;
     }
 
     /// Which thread it is.
@@ -297,10 +351,12 @@ impl Tracee {
         };
         // What the thread makes where msrgate is killed before the call has begun: a sandbox that nobody suspends any more would do to
         // the VMM what it does for the call.
-        let first = self.alone.filter(|_| self.calls.rbx == 0);
+        let first = self.alone.filter(|_| !self.leaves);
         for _ in 0..ATTEMPTS {
-            let rax = first.map_or(registers.rax, i64::cast_unsigned);
-            ptrace::setregs(self.thread, user_regs_struct { rax, ..registers })?;
+            let (rax, rsp) = first.map_or((registers.rax, registers.rsp), |(call, rsp)| {
+                (call.cast_unsigned(), rsp)
+            });
+            ptrace::setregs(self.thread, user_regs_struct { rax, rsp, ..registers })?;
             let mut entered = false;
             let mut disturbed = false;
             loop {
@@ -319,7 +375,7 @@ impl Tracee {
                             ptrace::setregs(self.thread, begun)?;
                         }
                     }
-                    Stop::Other => disturbed = true,
+                    Stop::Signal(_) | Stop::Other => disturbed = true,
                 }
             }
             let result = ptrace::getregs(self.thread)?.rax.cast_signed();

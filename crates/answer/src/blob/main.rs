@@ -175,13 +175,13 @@ fn ring(process: u64) {
 
 /// Asks without a call that waits: the thread that was kept in this process wakes whoever answers.
 #[inline(always)]
-fn ask_by_memory(process: u64, this: u64, shared: u64, code: u64, data: u64) -> i64 {
+fn ask_by_memory(process: u64, this: u64, shared: u64, fd: u64, code: u64, data: u64) -> i64 {
     let (answer, kept) = (at(this, slot::ANSWER), at(process, private::KEPT));
     let before = get::<u32>(answer);
     let number = before.wrapping_add(1);
     put(shared, vcpu::QUESTION, code);
     put(shared, vcpu::QUESTION + 1, data);
-    let asked = u64::from(number) | cpu() << 32;
+    let asked = u64::from(number) | cpu() << vcpu::CPU | fd << vcpu::FD;
     atomic(at(shared, vcpu::ASKED)).store(asked, Ordering::SeqCst);
     ring(process);
     let time = [0, LOOKS];
@@ -221,6 +221,12 @@ fn ticks() -> u64 {
     // SAFETY: RDTSC changes these two registers.
     unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nomem, nostack)) };
     u64::from(high) << 32 | u64::from(low)
+}
+
+/// Lets go of a slot, unless whoever answers has taken it away already.
+#[inline(always)]
+fn release(busy: &AtomicU64, held: u64) {
+    let _ = busy.compare_exchange(held, held.wrapping_add(1), Ordering::SeqCst, Ordering::SeqCst);
 }
 
 /// Has the event that waits, if there is one, seen.
@@ -276,7 +282,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
     let mut ran = false;
     // Where no call waits: it was looked which vCPU the descriptor is, and the slot whose vCPU it is not.
     let (mut looked, mut other) = (false, 0);
-    let mut answered = 0;
+    let (mut answered, mut held) = (0, 0);
     loop {
         let alive = fd < control::LIMIT as u64 && word(process, private::ALIVE) != 0;
         let number = if alive { word(control, control::DESCRIPTORS + fd as usize) as usize } else { 0 };
@@ -285,13 +291,14 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
         let mut code = if ran { question::OTHER } else { question::WHO };
         if number != 0 && number != other {
             code = question::BUSY;
-            if busy.swap(1, Ordering::SeqCst) == 0 {
+            held = busy.load(Ordering::SeqCst) | 1;
+            if busy.compare_exchange(held - 1, held, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
                 // The supervisor takes a slot away by its descriptors first, and leaves it while it is busy.
                 let now = atomic(at(control, control::DESCRIPTORS + fd as usize)).load(Ordering::SeqCst);
                 let is_its = now == number as u64 && word(this, slot::READY) != 0;
                 code = if is_its { NOTHING } else { question::WHO };
                 if !is_its {
-                    busy.store(0, Ordering::SeqCst);
+                    release(busy, held);
                 }
             }
         }
@@ -302,7 +309,11 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     have_it_looked(process, control);
                     continue;
                 }
-                // Where nobody is there who could be asked, it is the VMM's and the kernel's.
+                // What another thread runs is not run past the answerer. Where nobody is there who could be asked, what is left is the
+                // VMM's and the kernel's.
+                if code == question::BUSY && !ran {
+                    return EINTR;
+                }
                 return if ran { 0 } else { ioctl(fd, request, argument, run_cookie, 0, 0) };
             }
             match ioctl(fd, request, argument, ask_cookie, code, 0) {
@@ -442,7 +453,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
                     let code = question::EXIT | why << 8 | u64::from(write) << 12 | (number as u64) << 16 | msr << 32;
                     let answer = loop {
                         if ask_cookie == 0 {
-                            break ask_by_memory(process, this, shared, code, data);
+                            break ask_by_memory(process, this, shared, fd, code, data);
                         }
                         let answer = ioctl(fd, request, argument, ask_cookie, code, data);
                         // A signal came before the supervisor saw the question; the canary tells of it.
@@ -597,7 +608,7 @@ extern "sysv64" fn run(fd: u64, request: u64, argument: u64) -> i64 {
         if synchronised {
             set(of(page, field::VALID_REGS), valid);
         }
-        busy.store(0, Ordering::SeqCst);
+        release(busy, held);
         if !ran {
             return result;
         }

@@ -82,6 +82,9 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<Exit, Failure> {
             // A mask that is known is none, and stays.
             let mask = own.known.is_none().then_some(Reasons::NONE);
             running.put(&vms, mask, &filter).map_err(hindered)?;
+            if let Err(error) = running.name_vms() {
+                lines.say(format!("a VM that the VMM makes from here on is not told of: {error}"));
+            }
             running.count(&vms, &ledger);
         }
         None => {
@@ -117,6 +120,7 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<Exit, Failure> {
         map,
         in_kernel,
         is_back: false,
+        looks: true,
         ledger,
         providers: resolved.providers,
         since: Instant::now(),
@@ -154,6 +158,9 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<Exit, Failure> {
     }
     end.map(|_| Exit::Yes).map_err(hindered)
 }
+
+/// How often it is looked whether the VMM has made a VM, where nothing in its process tells.
+const LOOKS: u16 = 500;
 
 /// What is answered in the VMM's process, or asked from there.
 fn answered_by(
@@ -326,6 +333,8 @@ struct Attached<'a> {
     in_kernel: Option<Filter>,
     /// The policy was taken off, and the VMM has a filter of its own.
     is_back: bool,
+    /// No VM that the VMM has made since was told of.
+    looks: bool,
     ledger: Arc<Ledger>,
     /// Who answers for the handlers that the first policy names.
     providers: BTreeMap<String, Provider>,
@@ -346,12 +355,18 @@ impl Attached<'_> {
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(woken.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut ready, PollTimeout::NONE) {
+            let looks = self.looks && self.in_kernel.is_some();
+            let timeout = if looks { LOOKS.into() } else { PollTimeout::NONE };
+            match poll(&mut ready, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
             if ready[0].any() == Some(true) {
                 return Ok(Why::VmmEnded);
+            }
+            if looks && let Some(remark) = self.running.new_vm() {
+                self.lines.say(hint::remark(&remark));
+                self.looks = false;
             }
             if ready[2].any() == Some(true) {
                 woken.read_exact(&mut [0])?;

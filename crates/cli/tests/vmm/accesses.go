@@ -128,7 +128,7 @@ func main() {
 
 	area := 0x10000 / vcpus &^ 0xf
 	for id := 0; id < vcpus; id++ {
-		done := make(chan struct{})
+		made, done := make(chan struct{}), make(chan struct{})
 		requests := memory[areas+id*area+64:]
 		for i, word := range words {
 			ask(requests[i*32:], word)
@@ -140,10 +140,11 @@ func main() {
 		}
 		go func() {
 			runtime.LockOSThread()
-			one(vm, uintptr(id), uint64(areas+id*area), size)
+			one(vm, uintptr(id), uint64(areas+id*area), size, made)
 			close(done)
 		}()
 		if waits {
+			<-made
 			fmt.Printf("ready %d\n", vm)
 			bufio.NewReader(os.Stdin).ReadString('\n')
 			atomic.StoreUint32((*uint32)(unsafe.Pointer(&requests[4])), first)
@@ -156,8 +157,9 @@ func main() {
 }
 
 // One vCPU, until its guest halts.
-func one(vm, id uintptr, area uint64, size int) {
+func one(vm, id uintptr, area uint64, size int, made chan struct{}) {
 	vcpu := ioctl("KVM_CREATE_VCPU", vm, createVCPU, id)
+	close(made)
 	page := mmap(int(vcpu), size, syscall.MAP_SHARED)
 	special := make([]byte, 0x138)
 	ioctl("KVM_GET_SREGS", vcpu, getSregs, pointer(special))

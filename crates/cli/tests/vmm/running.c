@@ -2,7 +2,7 @@
  *
  * Each vCPU is in KVM_RUN all the time, in a thread of its own. A line on standard input is `VCPU ACCESS`, or `returns` for how
  * often KVM_RUN has returned, or `add` for a vCPU more, and `start` for its thread, or `drop` for the end of the newest vCPU and its
- * thread, or `vm` for a VM more, or `deny MSR` for a filter of its own by which reads of this MSR are denied, or `exits` for what the
+ * thread, or `lose` for the end of its newest thread within KVM_RUN and another one in its place, or `vm` for a VM more, or `move` for other descriptors of the first VM and the newest vCPU, or `close` for the end of those of the first VM, or `deny MSR` for a filter of its own by which reads of this MSR are denied, or `exits` for what the
  * option says, but for the filter; the answer is a line. A vCPU's exit that is none of this VMM's ends it.
  *
  * filter     reads of 0x175 are denied, and fault
@@ -10,6 +10,7 @@
  * hidden     may not be traced but by root
  * sandbox    each thread may make the calls that it makes, and no other
  * waits      likewise, and may wait for another thread and wake it, as Firecracker's may
+ * whole      likewise, and the first thread may make its own calls, once the VMM is ready
  * tsc        no thread may read the TSC
  * child      the VMs are made by a process that forks this one */
 #include "guest.h"
@@ -23,7 +24,7 @@ static struct vcpu vcpus[MOST];
 static int next[MOST];
 static volatile int returns, dropped = -1;
 static pthread_t newest;
-static int sandboxed, waits, exits, vms, all;
+static int sandboxed, waits, whole, exits, vms, all;
 
 /* `read(2)` with a value in every register that a system call leaves alone, in floating point and in the red zone: -4096 where one of
  * them is another afterwards. */
@@ -152,6 +153,18 @@ static void drop(int id) {
     close(vcpus[id].fd);
 }
 
+static void leave(int number) {
+    (void)number;
+    syscall(SYS_exit, 0);
+}
+
+static void lose(int id) {
+    signal(SIGUSR2, leave);
+    pthread_kill(newest, SIGUSR2);
+    pthread_join(newest, 0);
+    start(id);
+}
+
 static void answer(const char *line) {
     if (!strcmp(line, "returns")) {
         printf("%d\n", returns);
@@ -178,6 +191,29 @@ static void answer(const char *line) {
     }
     if (!strcmp(line, "vm")) {
         printf("%d\n", new_machine(AREA).vm);
+        return;
+    }
+    if (!strcmp(line, "lose")) {
+        lose(all - 1);
+        printf("lost\n");
+        return;
+    }
+    if (!strcmp(line, "move")) {
+        struct vcpu *vcpu = &vcpus[all - 1];
+        struct sigaction action = {.sa_handler = nothing};
+        sigaction(SIGUSR1, &action, 0);
+        int vm = machines[0].vm, fd = vcpu->fd;
+        machines[0].vm = fcntl(vm, F_DUPFD, 100);
+        vcpu->fd = fcntl(fd, F_DUPFD, 100);
+        close(vm);
+        close(fd);
+        pthread_kill(newest, SIGUSR1);
+        printf("moved\n");
+        return;
+    }
+    if (!strcmp(line, "close")) {
+        close(machines[0].vm);
+        printf("closed\n");
         return;
     }
     if (!strcmp(line, "drop")) {
@@ -207,7 +243,8 @@ int main(int count, char **words) {
     for (int i = 3; i < count; i++) {
         if (!strcmp(words[i], "hidden") && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
             fail("prctl");
-        waits |= !strcmp(words[i], "waits");
+        whole |= !strcmp(words[i], "whole");
+        waits |= whole || !strcmp(words[i], "waits");
         sandboxed |= waits || !strcmp(words[i], "sandbox");
         exits |= !strcmp(words[i], "exits");
         if (!strcmp(words[i], "tsc") && prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0) < 0)
@@ -239,6 +276,13 @@ int main(int count, char **words) {
     for (int vm = 0; vm < vms; vm++)
         printf(" %d", machines[vm].vm);
     printf("\n");
+    fflush(stdout);
+    if (whole) {
+        static const int calls[] = {CALL(read), CALL(write),        CALL(exit_group), CALL(exit),
+                                    CALL(rt_sigreturn), CALL(clock_nanosleep), CALL(nanosleep),  0};
+        static const unsigned requests[] = {0};
+        sandbox(calls, requests, SECCOMP_RET_KILL_PROCESS, 0);
+    }
     for (;;) {
         fflush(stdout);
         char line[256];

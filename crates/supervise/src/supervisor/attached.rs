@@ -101,7 +101,7 @@ impl Supervisor {
         let object = Vm {
             number: 0,
             fd: fds.next(),
-            others: fds.collect(),
+            others: (vm + 1..).zip(fds).collect(),
             process: own.process,
             state,
             mask: on.mask,
@@ -298,6 +298,9 @@ impl Supervisor {
                 Some(command) => self.command(command),
                 None => {}
             }
+            if bell.wanted != wanted {
+                self.release_lost();
+            }
             if bell.wanted != wanted || looked.elapsed() >= Duration::from_millis(LOOKS) {
                 self.look_for_vcpus(bell.wanted);
                 (looked, wanted) = (Instant::now(), bell.wanted);
@@ -405,6 +408,16 @@ impl Supervisor {
         }
     }
 
+    /// Lets go of vCPUs whose thread was lost while it ran them.
+    fn release_lost(&self) {
+        let region = self.attached.as_ref().map(|attached| attached.region);
+        let Some(region) = region.and_then(|region| self.regions.get(&region)) else {
+            return;
+        };
+        let busy = region.busy_vcpus();
+        busy.into_iter().for_each(|tag| _ = self.release(region, 0, tag));
+    }
+
     /// Has vCPUs answered too that the VMM has made since, and lets go of those that it has not any more; whoever waits for that
     /// goes on.
     fn look_for_vcpus(&mut self, wanted: u64) {
@@ -418,6 +431,19 @@ impl Supervisor {
                 if !self.vcpus.contains_key(&vcpu.tag) {
                     there.push(self.place(&mut own, vcpu)?);
                     self.ledger.new_vcpu();
+                    continue;
+                }
+                // Since then it may have been called otherwise (`dup(2)`).
+                if let Some(attached) = &mut self.attached {
+                    let region = self.regions.get(&attached.region);
+                    region
+                        .into_iter()
+                        .for_each(|region| region.called(vcpu.tag, &vcpu.descriptors));
+                    let mut known = attached.vcpus.iter_mut();
+                    known
+                        .find(|known| known.tag == vcpu.tag)
+                        .into_iter()
+                        .for_each(|known| *known = vcpu.clone());
                 }
             }
             let region = self.attached.as_ref().map(|attached| attached.region);
@@ -440,9 +466,7 @@ impl Supervisor {
         self.put_own(Some(own));
         if let Some(attached) = self.attached.as_mut().filter(|attached| is_past && !attached.is_past) {
             attached.is_past = true;
-            let line = "the VMM has made a VM, as some do for a guest that reboots, which is not under the policy: `msrgate detach`, and \
-                        attach again";
-            (self.say)(Remark::Line(line.to_owned()));
+            (self.say)(Remark::Line(running::NEW_VM.to_owned()));
         }
         // A VMM that has ended is seen to have the next time.
         if let Err(AttachError::Refused(line)) = placed
@@ -456,8 +480,9 @@ impl Supervisor {
     /// Puts back what VMs had in force, and has the VMM's own instructions make KVM_RUN again.
     fn take_off(&mut self) -> Result<bool, AttachError> {
         let attached = self.attached.as_ref().ok_or(AttachError::Gone)?;
-        let fds = attached.fds.clone();
         let vm = self.vms.get(&attached.vm).ok_or(AttachError::Gone)?;
+        let fds = attached.present(vm.process);
+        running::is_left(vm.process, &fds, attached.vcpus.iter().map(|vcpu| vcpu.tag))?;
         let (mask, filter) = (vm.mask, vm.state.filter.clone().unwrap_or_else(Filter::allow_all));
         let mut own = self.take_own().ok_or(AttachError::Gone)?;
         // An exit that is under way is answered, since the answerer stays where it is being run.
@@ -470,16 +495,17 @@ impl Supervisor {
 
     /// Has the VMM's own instructions make KVM_RUN, and waits until all threads are there.
     fn leave(&mut self) -> Result<(), AttachError> {
+        let regions = &self.regions;
         let named = |attached: &Attached| {
+            let process = regions.get(&attached.region).map_or(0, |region| region.process);
             let vcpus = attached.vcpus.iter().flat_map(|vcpu| vcpu.descriptors.first());
-            let fds: Vec<RawFd> = attached.fds.iter().chain(vcpus).copied().collect();
-            (attached.region, fds)
+            let fds: Vec<RawFd> = vcpus.copied().chain(attached.present(process)).collect();
+            (process, attached.region, fds)
         };
-        let Some((name, fds)) = self.attached.as_ref().map(named) else {
+        let Some((process, name, fds)) = self.attached.as_ref().map(named) else {
             // Nothing was brought in.
             return Ok(());
         };
-        let process = self.regions.get(&name).map_or(0, |region| region.process);
         if let Some(region) = self.regions.get_mut(&name) {
             let unled = region.trampolines.remove();
             unled.map_err(|error| AttachError::Refused(error.to_string()))?;

@@ -409,8 +409,16 @@ impl Supervisor {
 impl super::Vm {
     /// A descriptor of it that the thread has.
     pub(super) fn descriptor(&mut self, thread: i32, tag: u64) -> Option<u64> {
-        let is = |fd: &u64| Object::of(thread, *fd as i32).is_ok_and(|object| object == Object::Vm(tag));
-        self.fd = self.fd.filter(is).or_else(|| target::descriptor(thread, tag));
+        let found = |tag: u64, fd: Option<u64>| {
+            let is = |fd: &u64| Object::of(thread, *fd as i32).is_ok_and(|object| object == Object::Vm(tag));
+            fd.filter(is).or_else(|| target::descriptor(thread, tag))
+        };
+        // One that the VMM has closed has no filter to be set.
+        let others = self.others.iter();
+        self.others = others
+            .filter_map(|(tag, fd)| Some((*tag, found(*tag, Some(*fd))?)))
+            .collect();
+        self.fd = found(tag, self.fd);
         self.fd
     }
 

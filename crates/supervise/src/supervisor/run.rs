@@ -14,7 +14,7 @@ use crate::policy::Mode;
 use crate::region::{self, Entry, HandedFiles, Region, Table};
 use crate::remote::RemoteCalls;
 use crate::seccomp::Waiting;
-use crate::target::{self, Object, Other};
+use crate::target::{self, Object};
 use crate::tracee::{NO_TSC, Tracee};
 
 /// Why a vCPU does not run whose exits cannot be answered.
@@ -65,11 +65,7 @@ impl Supervisor {
         };
         match (code & 0xff, &caller, known) {
             (question::BUSY, Caller::Answerer(..), Some(region)) => {
-                let other = target::other_runs(process, waiting.thread, tag);
-                let another = !matches!(other, Ok(Other::None));
-                if !another {
-                    region.release(tag);
-                }
+                let another = self.release(region, waiting.thread, tag);
                 // The kernel would let it wait; it may as well be interrupted.
                 let _ = waiting.give(if another { i64::from(-libc::EINTR) } else { reply::AGAIN });
             }

@@ -3,6 +3,7 @@
 mod asked;
 mod asks;
 mod followed;
+mod killed;
 mod table;
 mod users;
 
@@ -795,22 +796,96 @@ fn a_vcpu_that_is_added_is_answered_from_its_first_access_on_whatever_had_its_de
 }
 
 #[test]
+fn a_vcpu_whose_thread_is_lost_in_it_is_answered_on_another_thread() {
+    for way in [Way::Dynamic, Way::Static] {
+        let Some(program) = vmm("running", way) else { continue };
+        for policy in [ANSWERED, asks::ASKED] {
+            let folder = with_policy(policy);
+            let got = if policy == ANSWERED { "0x11" } else { "0x100" };
+            let expect = |vmm: &mut Asked| {
+                for round in 0..20 {
+                    assert_eq!(vmm.ask("lose"), "lost");
+                    assert_eq!(vmm.ask("1 r:0x174"), format!("rdmsr 0x174 {got}"), "{way:?} {round}");
+                    assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"), "{way:?} {round}");
+                }
+            };
+            // Both vCPUs are in their guests all the time, so that the kernel does not say what their threads do.
+            let mut vmm = Asked::start(&program, &["1", "2"]);
+            let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+            expect(&mut vmm);
+            attach.detach().code(0);
+            assert_eq!(vmm.ask("1 r:0x174"), "rdmsr 0x174 0x0");
+            vmm.end();
+            let mut vmm = Asked::of(under(&folder, &["-p", "policy.toml"], &program, &["1", "2"]));
+            expect(&mut vmm);
+            vmm.to = None;
+            assert!(vmm.child.wait().unwrap().success());
+        }
+    }
+}
+
+#[test]
+fn vms_and_vcpus_are_the_same_by_other_descriptors() {
+    let Some(program) = vmm("running", Way::Dynamic) else {
+        return;
+    };
+    for (policy, got) in [(DENIED, "fault"), (ANSWERED, "0x11"), (asks::ASKED, "0x100")] {
+        let folder = with_policy(policy);
+        let mut vmm = Asked::start(&program, &["1", "1"]);
+        let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+        assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+        for _ in 0..3 {
+            assert_eq!(vmm.ask("move"), "moved");
+            assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+            // Its number is that of the VM that was.
+            vmm.ask("vm");
+        }
+        folder.run(&["reload", &vmm.process(), "-p", "policy.toml"]).code(0);
+        assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+        attach.detach().code(0).says(&["detached: no MSR is denied any more"]);
+        assert_eq!(vmm.ask("0 r:0x174"), "rdmsr 0x174 0x0");
+        vmm.end();
+        // What lives on without a descriptor keeps the policy, which is said.
+        let mut vmm = Asked::start(&program, &["1", "1"]);
+        let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+        vmm.ask("close");
+        attach
+            .detach()
+            .code(3)
+            .says(&["the VMM has closed its VM and runs its vCPUs on"]);
+        vmm.end();
+    }
+}
+
+#[test]
 fn a_vm_that_is_made_later_is_said_not_to_be_under_the_policy() {
     let Some(program) = vmm("running", Way::Dynamic) else {
         return;
     };
-    let folder = with_policy(ANSWERED);
-    let mut vmm = Asked::start(&program, &["1", "1"]);
-    let mut attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
-    vmm.ask("vm");
-    let mut lines = BufReader::new(attach.0.stderr.take().unwrap()).lines();
-    let line = lines.next().unwrap().unwrap();
-    assert!(line.contains("the VMM has made a VM"), "{line}");
-    assert_eq!(vmm.ask("0 r:0x8b"), "rdmsr 0x8b 0x5");
-    attach.signal(Signal::SIGINT);
-    drop(lines.last());
-    assert!(attach.0.wait().unwrap().success());
-    vmm.end();
+    for (policy, got) in [(ANSWERED, "0x11"), (DENIED, "fault")] {
+        let folder = with_policy(policy);
+        let mut vmm = Asked::start(&program, &["1", "1"]);
+        // Whatever became of the one before.
+        for is_killed in [true, false] {
+            let mut attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+            if is_killed {
+                attach.signal(Signal::SIGKILL);
+                attach.rest();
+                continue;
+            }
+            vmm.ask("vm");
+            let mut lines = BufReader::new(attach.0.stderr.take().unwrap()).lines();
+            let line = lines.next().unwrap().unwrap();
+            assert!(line.contains("the VMM has made a VM"), "{line}");
+            assert_eq!(vmm.ask("0 r:0x174"), format!("rdmsr 0x174 {got}"));
+            attach.signal(Signal::SIGINT);
+            let rest: Vec<String> = lines.map(Result::unwrap).collect();
+            assert!(!rest.iter().any(|line| line.contains("has made a VM")), "{rest:?}");
+            assert!(attach.0.wait().unwrap().success());
+        }
+        assert_eq!(vmm.ask("0 r:0x174"), "rdmsr 0x174 0x0");
+        vmm.end();
+    }
 }
 
 /// A guest in ROM that goes on telling what it reads of three MSRs, at the debug port: a letter each, from `0`, `a` and `0` on, `F` for
