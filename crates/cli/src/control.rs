@@ -38,8 +38,11 @@ enum Reply {
     Error(String),
 }
 
-/// How long is waited for one that is asked which VMM it has.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a request may take to arrive, what there is to be told by whoever writes, whose reader may pause, and an answer to be
+/// taken. A busy machine may not run a process for seconds.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How long is waited for one that is asked what there is, and may say that it cannot say.
+pub(crate) const ASKS: Duration = Duration::from_secs(20);
 
 /// The most bytes of a request, and of an answer.
 const MOST: u64 = 16 << 20;
@@ -90,7 +93,7 @@ impl Running {
         let front = |running: &&Running| parent(running.process) == Some(process);
         // A VMM that msrgate did not start is no descendant of it.
         let attached = |running: &&Running| {
-            let state = running.ask(&Request::State, PATIENCE);
+            let state = running.ask(&Request::State, ASKS);
             state.is_ok_and(|state| state["attached"] == process)
         };
         let found = all.iter().find(front).or_else(|| all.iter().find(attached));

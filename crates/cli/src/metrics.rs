@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::control::PATIENCE;
+
 /// How many MSRs and directions have numbers of their own: what guests touch is for them to say. The others are one together.
 const MOST: usize = 512;
 /// How often a file is written.
 pub(crate) const EVERY: Duration = Duration::from_secs(5);
-/// How long a request may take to arrive, and an answer to be taken.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// The most bytes of a request.
 const REQUEST: usize = 8 << 10;
 

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use msrgate_core::Msr;
 use msrgate_supervise::{Claim, Cookies, Ledger, Mode, Setup, Supervisor};
@@ -13,7 +13,7 @@ use msrgate_trace::Header;
 use serde_json::{Map, Value, json};
 
 use crate::args::{LearnArg, LogArg, RunArgs};
-use crate::control::{Answer, Request, Server};
+use crate::control::{Answer, PATIENCE, Request, Server};
 use crate::exit::{Exit, Failure};
 use crate::journal::{self, Journal};
 use crate::metrics::{self, Metrics, Place};
@@ -195,9 +195,6 @@ fn mode(audit: bool, learn: Option<LearnArg>) -> Mode {
 fn not_faithful() -> String {
     format!("not faithful: {}", trace::PASSED_ON)
 }
-
-/// How long whoever writes may take to say what there is: a reader of its lines may pause.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What others get who ask.
 fn answers(policies: &Arc<Policies>, lines: &Lines) -> Answer {

@@ -13,13 +13,13 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwins
 use serde_json::{Value, json};
 
 use crate::args::TopArgs;
-use crate::control::{Request, Running};
+use crate::control::{ASKS, Request, Running};
 use crate::exit::{Exit, Failure};
 use crate::render::Table;
 use crate::stream::{self, Stream, Tone};
 use crate::words;
 
-/// How long one msrgate may take to answer: the others are shown without it.
+/// How long one msrgate may take to answer where others are to be shown anew meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How many rows there are where no terminal says how many it has.
 const ROWS: usize = 40;
@@ -28,21 +28,23 @@ const HEAD: usize = 5;
 
 pub(crate) fn run(args: &TopArgs) -> Result<Exit, Failure> {
     if args.json {
-        let all: Vec<Value> = states().into_values().collect();
+        let all: Vec<Value> = states(ASKS).into_values().collect();
         writeln!(stream::out(), "{:#}", json!({ "vmms": all }))?;
         return Ok(Exit::Yes);
     }
-    let mut before = states();
     let interval = Duration::from_secs_f64(args.interval);
-    if args.once || !io::stdout().is_terminal() {
+    let is_once = args.once || !io::stdout().is_terminal();
+    let patience = if is_once { ASKS } else { PATIENCE };
+    let mut before = states(patience);
+    if is_once {
         std::thread::sleep(interval);
-        show(&mut stream::page(), &before, &states(), usize::MAX)?;
+        show(&mut stream::page(), &before, &states(patience), usize::MAX)?;
         return Ok(Exit::Yes);
     }
     let keys = Keys::new().map_err(|error| Failure::Line(Exit::Machine, format!("the terminal: {error}")))?;
     loop {
         let left = keys.wait(interval)?;
-        let now = states();
+        let now = states(patience);
         let mut out = stream::page();
         // To the upper left, and what was there is gone.
         out.coloured("\x1b[H\x1b[2J")?;
@@ -58,10 +60,10 @@ pub(crate) fn run(args: &TopArgs) -> Result<Exit, Failure> {
 }
 
 /// What each msrgate says of itself that answers.
-fn states() -> HashMap<i32, Value> {
+fn states(patience: Duration) -> HashMap<i32, Value> {
     let all = Running::all().into_iter();
     let answers = all.filter_map(|running| {
-        let state = running.ask(&Request::State, PATIENCE).ok()?;
+        let state = running.ask(&Request::State, patience).ok()?;
         Some((running.process, state))
     });
     answers.collect()

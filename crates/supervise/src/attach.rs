@@ -24,18 +24,14 @@ use crate::inject::{self, StopRecord};
 use crate::ledger::Ledger;
 use crate::remote::RemoteCalls;
 use crate::running::{
-    AttachError, NEW_VM, On, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer, set_all,
-    wait_until_out,
+    AttachError, BETWEEN, NEW_VM, On, PATIENCE, RunningVcpu, RunningVm, may_not, nanoseconds, objects, other_tracer,
+    set_all, wait_until_out,
 };
 use crate::seccomp::Cookies;
 use crate::supervisor::{Remark, Setup, Supervisor};
 use crate::target;
 use crate::tracee::{StopError, Tracee, Tracer};
 use crate::{detour, region, running};
-
-/// How long is waited until no thread is where an msrgate that was killed answered, and how often it is looked.
-const PATIENCE: Duration = Duration::from_secs(2);
-const BETWEEN: Duration = Duration::from_millis(2);
 
 /// What is to be answered in the VMM's process.
 pub struct Answers {
@@ -290,7 +286,7 @@ impl Running {
             for site in detour::left(process) {
                 detour::remove(process, site).map_err(refused)?;
             }
-            let begin = Instant::now();
+            let (begin, mut between) = (Instant::now(), BETWEEN);
             loop {
                 if !wait_until_out(remote, own, still, |site| region::is_some_image(process, site)) {
                     let line =
@@ -302,7 +298,8 @@ impl Running {
                 if !is_run || begin.elapsed() > PATIENCE {
                     break;
                 }
-                thread::sleep(BETWEEN);
+                thread::sleep(between);
+                between *= 2;
             }
             let vcpus = called.iter().flat_map(|vcpu| vcpu.descriptors.first());
             let mut named = vms.iter().chain(vcpus);

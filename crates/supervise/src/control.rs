@@ -135,5 +135,22 @@ pub(crate) struct Unsettled {
     pub(crate) vcpus: Vec<(u64, usize, u64)>,
     /// Whether some may still read a table before.
     pub(crate) reading: bool,
-    pub(crate) until: Instant,
+    pub(crate) since: Instant,
+}
+
+impl Unsettled {
+    /// Whether the next policy waits for it; not for long, since a thread may stand still for as long as it likes.
+    pub(crate) fn holds_up(&self) -> bool {
+        self.reading && self.since.elapsed() < Duration::from_secs(2)
+    }
+
+    /// Whether exits of filters before are taken for nobody's: a vCPU may stay in its guest for as long as it likes too.
+    pub(crate) fn is_over(&self) -> bool {
+        self.since.elapsed() >= Duration::from_secs(60)
+    }
+
+    /// In how many milliseconds to look again.
+    pub(crate) fn next(&self) -> u16 {
+        (self.since.elapsed().as_millis() / 64).clamp(1, 1000) as u16
+    }
 }

@@ -32,7 +32,10 @@ use crate::tracee::{
 };
 
 /// How long a thread may take until it stands still: one that waits for a device or for `vfork` does not until that is over.
-const PATIENCE: Duration = Duration::from_millis(300);
+pub(crate) const PATIENCE: Duration = Duration::from_millis(300);
+/// How long one may that is in KVM_RUN, which gives EINTR for msrgate's sake where nobody waits for that: a busy machine may not run
+/// the thread for a while.
+pub(crate) const PATIENCE_WITH_RUN: Duration = Duration::from_secs(10);
 /// How often threads are tried that run their own code just then, and how long is waited between.
 const ROUNDS: u32 = 40;
 const BETWEEN: Duration = Duration::from_millis(5);
@@ -165,6 +168,13 @@ struct Candidate {
     near: Option<u64>,
     /// How many seccomp filters of the VMM's it has.
     filters: i64,
+}
+
+impl Candidate {
+    /// Than KVM_RUN.
+    fn makes_another_call(&self) -> bool {
+        self.rank.is_multiple_of(SANDBOXED)
+    }
 }
 
 /// The threads of a process, those first that had best be stopped.
@@ -318,7 +328,11 @@ fn enter(
     tracer.seize(thread, Options::PTRACE_O_TRACECLONE)?;
     let told = Instant::now();
     ptrace::interrupt(thread).map_err(|_| StopError::Gone)?;
-    let begin = wait_for(thread, told)?;
+    let patience = match candidate.makes_another_call() {
+        true => PATIENCE,
+        false => PATIENCE_WITH_RUN,
+    };
+    let begin = wait_for(thread, told, patience)?;
     let mut registers = ptrace::getregs(thread).map_err(|_| StopError::Gone)?;
     // Outside of a call it may be where it must not be interrupted unseen (`rseq(2)`).
     if registers.orig_rax.cast_signed() < 0 {
@@ -331,7 +345,7 @@ fn enter(
         .into_iter()
         .all(|call| sandbox::lets(thread, candidate.filters, call, 0))
     {
-        let _ = ptrace::detach(thread, None);
+        go_on(thread, |_| true);
         return Err(refused(
             "the sandbox of its threads does not let one end (`exit`, `rt_sigreturn`): start it by `msrgate run`"
                 .to_owned(),
@@ -359,7 +373,7 @@ fn enter(
     };
     let lies = |at: &u64| target::write(process, *at, &frame.bytes(*at));
     let Some(at) = places.into_iter().find(lies) else {
-        let _ = ptrace::detach(thread, None);
+        go_on(thread, |_| true);
         return Err(refused("a thread of it has no room on its stack".to_owned()));
     };
     // Behind the call is a `ret`, or what makes `rt_sigreturn(2)` at once.
@@ -461,21 +475,22 @@ pub(crate) struct StopRecord {
 }
 
 /// Has each thread that is in KVM_RUN come out of it, but for `own`. By where its instruction is it makes the call `again`, of
-/// which the VMM sees nothing, or the call gives EINTR. Gives where the instructions are.
+/// which the VMM sees nothing, or the call gives EINTR. For each it has so much patience. Gives where the instructions are.
 pub(crate) fn interrupt_runs(
     tracer: &Tracer,
     own: &Tracee,
     still: &mut StopRecord,
+    patience: Duration,
     mut again: impl FnMut(u64, Pid, i64) -> bool,
 ) -> BTreeSet<u64> {
     let mut sites = BTreeSet::new();
+    still.late.retain(|thread| target::process(*thread) != 0);
     for candidate in candidates(own.process, tracer) {
-        // What makes another call is in no KVM_RUN.
-        if candidate.rank.is_multiple_of(SANDBOXED) || candidate.thread == own.thread().as_raw() {
+        let is_told = still.late.contains(&candidate.thread);
+        if candidate.makes_another_call() && !is_told || candidate.thread == own.thread().as_raw() {
             continue;
         }
         let thread = Pid::from_raw(candidate.thread);
-        let is_told = still.late.contains(&candidate.thread);
         if !is_told && let Err(error) = tracer.seize(thread, Options::empty()) {
             if let StopError::Refused(line) = error {
                 still.refused = Some(line);
@@ -486,7 +501,7 @@ pub(crate) fn interrupt_runs(
         if !is_told && ptrace::interrupt(thread).is_err() {
             continue;
         }
-        let begin = wait_for(thread, told);
+        let begin = wait_for(thread, told, patience);
         still.late.retain(|late| *late != candidate.thread);
         let begin = match begin {
             Ok(begin) => begin,
@@ -590,12 +605,12 @@ fn by_itself(registers: user_regs_struct) -> user_regs_struct {
 }
 
 /// Waits for a thread that was told to stand still, and gives when it was last seen not to.
-fn wait_for(thread: Pid, told: Instant) -> Result<Instant, InjectError> {
+fn wait_for(thread: Pid, told: Instant, patience: Duration) -> Result<Instant, InjectError> {
     let mut ran = told;
     loop {
         let now = Instant::now();
         match changed(thread, libc::WNOHANG) {
-            Change::Nothing if told.elapsed() > PATIENCE => return Err(InjectError::Busy),
+            Change::Nothing if told.elapsed() > patience => return Err(InjectError::Busy),
             Change::Nothing => {
                 ran = now;
                 std::thread::sleep(Duration::from_micros(20));
@@ -630,7 +645,7 @@ fn extended(thread: Pid) -> Result<Vec<u8>, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::process::{Child, ChildStdout, Command, Stdio};
 
     use super::*;
@@ -731,6 +746,7 @@ mod tests {
         loop {
             // Whoever kills this process looks at what is left.
             let _ = within(&tracer, process, |mut own, _| own.call(libc::SYS_getpid, [0; 6]));
+            std::io::stderr().write_all(b".").unwrap();
         }
     }
 
@@ -776,7 +792,7 @@ mod tests {
                         std::thread::sleep(Duration::from_millis(1));
                     }
                     ptrace::interrupt(thread).unwrap();
-                    assert!(wait_for(thread, Instant::now()).is_ok());
+                    assert!(wait_for(thread, Instant::now(), PATIENCE).is_ok());
                     go_on(thread, |_| true);
                 });
             });
@@ -809,22 +825,29 @@ mod tests {
 
     #[test]
     fn whoever_is_killed_leaves_the_process_as_it_was() {
-        let mut seed = 1_u32;
-        for round in 0..60 {
+        let (mut seed, mut first) = (1_u32, Duration::ZERO);
+        for round in 1..=60 {
             let (mut child, mut from) = cat();
             let process = child.id().cast_signed();
             reads(process);
             let before = state(process);
+            let begin = Instant::now();
             let mut enters = Command::new(std::env::current_exe().unwrap());
             let mut enters = enters
                 .args(["--exact", "inject::tests::enters_for_ever"])
                 .env(TARGET, process.to_string())
                 .stdout(Stdio::null())
+                .stderr(Stdio::piped())
                 .spawn()
                 .unwrap();
+            // It has entered so often, and is killed some time later: the moment is chance, and what is asked for depends on none.
+            let mut entered = vec![0; round % 4];
+            enters.stderr.as_mut().unwrap().read_exact(&mut entered).unwrap();
+            if round % 4 == 1 {
+                first = begin.elapsed();
+            }
             seed = seed.wrapping_mul(1_103_515_245).wrapping_add(12345);
-            // In the first call or a later one: the start of the other program takes some milliseconds.
-            std::thread::sleep(Duration::from_micros(u64::from(2000 + (seed >> 8) % 20_000)));
+            std::thread::sleep(first * (seed >> 8 & 0xff) / 256);
             enters.kill().unwrap();
             enters.wait().unwrap();
             settled(process, &before);

@@ -21,9 +21,10 @@ use crate::seccomp::Cookies;
 use crate::target::{self, Object};
 use crate::tracee::{CAP_SYS_PTRACE, StopError, Tracee, has_capability};
 
-/// How long is waited until each vCPU is seen in the answerer, and how often it is looked.
-const PATIENCE: Duration = Duration::from_secs(5);
-const BETWEEN: Duration = Duration::from_millis(2);
+/// How long is waited until each vCPU is seen in the answerer, or none is, and how often it is looked. A busy machine may not run a
+/// thread for seconds.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const BETWEEN: Duration = Duration::from_millis(2);
 
 /// Why nothing is put in force.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -129,21 +130,26 @@ pub(crate) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Has KVM_RUN give EINTR wherever the instruction is one of these, until none is; tells whether it came to that.
+/// Has KVM_RUN give EINTR wherever the instruction is one of these, until none is and no thread is late; tells whether it came to
+/// that.
 pub(crate) fn wait_until_out(
     remote: &RemoteCalls,
     own: &Tracee,
     still: &mut StopRecord,
     is_in: impl Fn(u64) -> bool,
 ) -> bool {
-    let begin = Instant::now();
+    let (begin, mut between) = (Instant::now(), BETWEEN);
     loop {
-        let sites = inject::interrupt_runs(&remote.tracer, own, still, |site, _, _| !is_in(site));
-        match sites.into_iter().any(&is_in) {
+        let sites = inject::interrupt_runs(&remote.tracer, own, still, inject::PATIENCE_WITH_RUN, |site, _, _| {
+            !is_in(site)
+        });
+        match sites.into_iter().any(&is_in) || !still.late.is_empty() {
             false => return true,
             true if begin.elapsed() > PATIENCE => return false,
-            true => std::thread::sleep(BETWEEN),
+            // Those that were stopped need a while until they run again.
+            true => std::thread::sleep(between),
         }
+        between *= 2;
     }
 }
 
@@ -237,11 +243,11 @@ pub(crate) fn detour(
     let begin = Instant::now();
     let (mut looks, mut waits) = (0_u32, true);
     while !missing.is_empty() {
-        // What is in the guest needs a while until it is back.
-        if looks.is_multiple_of(16) {
+        // What is in the guest needs a while until it is back, and longer each time: who is stopped again before it runs gets nowhere.
+        if looks == 0 || looks >= 16 && looks.is_power_of_two() {
             // What an earlier policy has left there is come out of: by that nobody is led.
             let is_left = |site: u64| !region.is_image(site) && region::is_some_image(process, site);
-            let mut sites = inject::interrupt_runs(&tracer, own, still, |site, thread, filters| {
+            let mut sites = inject::interrupt_runs(&tracer, own, still, inject::PATIENCE, |site, thread, filters| {
                 waits &= sandbox::lets_wait(thread, filters);
                 !is_left(site)
             });
@@ -259,7 +265,7 @@ pub(crate) fn detour(
                 }
             }
             if !sites.is_empty() {
-                inject::interrupt_runs(&tracer, own, still, |_, _, _| true);
+                inject::interrupt_runs(&tracer, own, still, inject::PATIENCE, |_, _, _| true);
             }
         } else {
             std::thread::sleep(BETWEEN);

@@ -269,14 +269,14 @@ impl Supervisor {
         loop {
             let mut ready = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
             // One policy after the other.
-            let reading = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.reading);
-            if let Some(commands) = commands.as_ref().filter(|_| !reading) {
+            let holds_up = self.unsettled.as_ref().is_some_and(Unsettled::holds_up);
+            if let Some(commands) = commands.as_ref().filter(|_| !holds_up) {
                 ready.push(PollFd::new(commands.wake.as_fd(), PollFlags::POLLIN));
             }
-            let timeout = if later.is_empty() && self.unsettled.is_none() {
-                PollTimeout::NONE
-            } else {
-                AGAIN.into()
+            let timeout = match &self.unsettled {
+                _ if !later.is_empty() => AGAIN.into(),
+                Some(unsettled) => unsettled.next().into(),
+                None => PollTimeout::NONE,
             };
             match poll(&mut ready, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}

@@ -13,13 +13,11 @@ use std::time::{Duration, Instant};
 use nix::unistd::Uid;
 use serde_json::Value;
 
-use super::{Reply, Request, place, read_line};
+use super::{PATIENCE, Reply, Request, place, read_line};
 
 /// Answers a request; an error is one line for people.
 pub(crate) type Answer = Arc<dyn Fn(Request) -> Result<Value, String> + Send + Sync>;
 
-/// How long a request may take to arrive, and an answer to be taken.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How many are answered at a time.
 const MOST: usize = 16;
 

@@ -20,10 +20,8 @@ use serde_json::{Value, json};
 use crate::exit::Failure;
 use crate::run::writer::Lines;
 
-/// How long an answer may take: other calls of the VMM wait meanwhile.
-const LIMIT: Duration = Duration::from_secs(1);
-/// How long the first one may take, since an interpreter has to start.
-const FIRST: Duration = Duration::from_secs(10);
+/// How long an answer may take: other calls of the VMM wait meanwhile. A busy machine may not run a program for seconds.
+const LIMIT: Duration = Duration::from_secs(10);
 /// How long, in bytes, a line of an answer may be.
 const LONGEST: usize = 4096;
 
@@ -36,7 +34,6 @@ struct Asked {
     stream: UnixStream,
     /// The process group of what was started.
     group: Option<Pid>,
-    limit: Duration,
 }
 
 /// Starts or reaches each. What was started ends where its input does.
@@ -44,11 +41,7 @@ pub(crate) fn start(providers: &BTreeMap<String, Provider>) -> Result<Started, F
     let reached = providers.iter().map(|(name, provider)| {
         let asked = match provider {
             Provider::Command(words) => spawned(words),
-            Provider::Socket(path) => UnixStream::connect(path).map(|stream| Asked {
-                stream,
-                group: None,
-                limit: LIMIT,
-            }),
+            Provider::Socket(path) => UnixStream::connect(path).map(|stream| Asked { stream, group: None }),
             _ => Err(io::ErrorKind::Unsupported.into()),
         };
         let asked = asked.and_then(|asked| asked.stream.set_write_timeout(Some(LIMIT)).map(|()| asked));
@@ -75,11 +68,7 @@ fn spawned(words: &[String]) -> io::Result<Asked> {
     // A terminal's signals are for the VMM.
     let child = command.process_group(0).spawn()?;
     let group = Some(Pid::from_raw(child.id().cast_signed()));
-    Ok(Asked {
-        stream,
-        group,
-        limit: FIRST,
-    })
+    Ok(Asked { stream, group })
 }
 
 /// Whether those that a later policy names were started for the first one.
@@ -146,7 +135,6 @@ impl Program {
         let mut held = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let asked = held.as_mut().ok_or(Fault)?;
         let is_read = question["op"] == "read";
-        let limit = asked.limit;
         let reply = exchange(asked, question).and_then(|line| Reply::parse(&line, is_read));
         reply.map_err(|error| {
             use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
@@ -157,7 +145,7 @@ impl Program {
             }
             let why = match error.kind() {
                 _ if ended => "it has ended".to_owned(),
-                WouldBlock | TimedOut => format!("no answer within {} s", limit.as_secs()),
+                WouldBlock | TimedOut => format!("no answer within {} s", LIMIT.as_secs()),
                 _ => error.to_string(),
             };
             self.lines.say(format!(
@@ -171,7 +159,7 @@ impl Program {
 
 /// Asks, and waits for a line.
 fn exchange(asked: &mut Asked, question: &Value) -> io::Result<Vec<u8>> {
-    let until = Instant::now() + asked.limit;
+    let until = Instant::now() + LIMIT;
     let stream = &mut asked.stream;
     stream.write_all(format!("{question}\n").as_bytes())?;
     let mut line = Vec::new();
@@ -190,10 +178,7 @@ fn exchange(asked: &mut Asked, question: &Value) -> io::Result<Vec<u8>> {
         };
         line.extend_from_slice(part.get(..count).unwrap_or_default());
         match line.iter().position(|byte| *byte == b'\n') {
-            Some(end) if end + 1 == line.len() => {
-                asked.limit = LIMIT;
-                return Ok(line);
-            }
+            Some(end) if end + 1 == line.len() => return Ok(line),
             Some(_) => return Err(io::Error::other("it answers with more than one line")),
             None if line.len() > LONGEST => return Err(io::Error::other("its answer is too long")),
             None => {}

@@ -34,7 +34,9 @@ static void line(struct vcpu *vcpu, char *last, size_t size) {
 static void *turns(void *argument) {
     struct vcpu *vcpu = argument;
     char last[1024] = "";
-    while (access("stop", F_OK) < 0) {
+    /* Some turns are made once the file is there: what was done to the VMM before that shows. */
+    for (int over = 0; !over;) {
+        over = access("stop", F_OK) == 0;
         for (int turn = 0; turn < 64; turn++) {
             for (int i = 0; i < accesses; i++)
                 ask(&requests_of(vcpu)[i], words[i]);

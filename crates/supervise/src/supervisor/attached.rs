@@ -23,7 +23,9 @@ use crate::ledger::{Ledger, Ring};
 use crate::policy::{Mode, State};
 use crate::region::{Bell, Entry, HandedFiles, Left, Region};
 use crate::remote::RemoteCalls;
-use crate::running::{self, AttachError, Attached, On, RunningVcpu, no_memory, set_all, shared, wait_until_out};
+use crate::running::{
+    self, AttachError, Attached, BETWEEN, On, PATIENCE, RunningVcpu, no_memory, set_all, shared, wait_until_out,
+};
 use crate::sandbox::{self, WAIT, WAKE};
 use crate::seccomp::Cookies;
 use crate::target::{self, Object};
@@ -31,10 +33,8 @@ use crate::tracee::{NO_TSC, Tracee, Tracer};
 
 /// How often, in milliseconds, it is looked whether the VMM has made vCPUs, and whether somebody wants something.
 const LOOKS: u64 = 50;
-/// Likewise while vCPUs go over to another policy.
-const SETTLES: u64 = 1;
-/// How long is waited until no vCPU is in the answerer any more.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is looked whether vCPUs have left the answerer.
+const SETTLES: Duration = Duration::from_millis(1);
 
 const CANNOT_WAIT: &str = "the sandbox of the threads that run its vCPUs lets them wait for no answer (`futex`), and the policy has what \
                            msrgate decides anew at each access: take `allow`, `deny`, `zero`, `value`, `shadow` and `ignore`, or start \
@@ -308,7 +308,10 @@ impl Supervisor {
             if answered {
                 continue;
             }
-            let time = if self.unsettled.is_some() { SETTLES } else { LOOKS };
+            let time = self
+                .unsettled
+                .as_ref()
+                .map_or(LOOKS, |unsettled| u64::from(unsettled.next()).min(LOOKS));
             if self.wait(bell, time) == Err(Errno::ESRCH) {
                 return;
             }
@@ -510,14 +513,19 @@ impl Supervisor {
             let unled = region.trampolines.remove();
             unled.map_err(|error| AttachError::Refused(error.to_string()))?;
         }
-        let begin = Instant::now();
+        let (begin, mut next, mut between) = (Instant::now(), Instant::now(), BETWEEN);
         loop {
-            let own = self.take_own().ok_or(AttachError::Gone)?;
-            if let (Some(region), Some(attached)) = (self.regions.get(&name), &mut self.attached) {
-                wait_until_out(&self.remote, &own, &mut attached.still, |site| region.is_image(site));
-                attached.stood();
+            // As there, those that were stopped need a while until they run again.
+            if Instant::now() >= next {
+                let own = self.take_own().ok_or(AttachError::Gone)?;
+                if let (Some(region), Some(attached)) = (self.regions.get(&name), &mut self.attached) {
+                    wait_until_out(&self.remote, &own, &mut attached.still, |site| region.is_image(site));
+                    attached.stood();
+                }
+                self.put_own(Some(own));
+                next = Instant::now() + between;
+                between *= 2;
             }
-            self.put_own(Some(own));
             // What was asked before is answered.
             self.answer_asked();
             if let Some(region) = self.regions.get(&name)
@@ -529,7 +537,7 @@ impl Supervisor {
             if !is_run || begin.elapsed() > PATIENCE {
                 break;
             }
-            std::thread::sleep(Duration::from_millis(SETTLES));
+            std::thread::sleep(SETTLES);
         }
         let mut own = self.take_own().ok_or(AttachError::Gone)?;
         // What is being run all the same stays mapped.

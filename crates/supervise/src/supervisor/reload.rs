@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
-use super::{PATIENCE, Refusal, Supervisor, put_in_force};
+use super::{Refusal, Supervisor, put_in_force};
 use crate::control::{Before, Command, Reload, Reloaded, Resolve, Unsettled};
 use crate::inject;
 use crate::ledger::Leaf;
@@ -390,12 +390,12 @@ impl Supervisor {
         self.unsettled = Some(Unsettled {
             vcpus: self.regions.values().flat_map(of_region).collect(),
             reading: true,
-            until: Instant::now() + PATIENCE,
+            since: Instant::now(),
         });
     }
 
     /// Looks whether each vCPU is past the tables before, and went into KVM_RUN since: then no exit is left that a filter
-    /// before has made. One that takes longer than [`PATIENCE`] faults.
+    /// before has made. One that takes a minute faults.
     pub(super) fn look_at_settling(&mut self) {
         let Some(unsettled) = &mut self.unsettled else { return };
         let regions = &self.regions;
@@ -406,7 +406,6 @@ impl Supervisor {
         // It reads no table in KVM_RUN, and has made no exit since it went there.
         let past_tables = |runs: u64| runs | 1;
         let again_in_run = |runs: u64| (runs + 1) | 1;
-        let over = Instant::now() >= unsettled.until;
         if unsettled.reading && !unsettled.vcpus.iter().any(|vcpu| is(vcpu, past_tables)) {
             unsettled.reading = false;
             let (vms, policy) = (&self.vms, &self.policy);
@@ -415,7 +414,7 @@ impl Supervisor {
             self.tables.retain(|(policy, _)| used(policy));
         }
         unsettled.vcpus.retain(|vcpu| is(vcpu, again_in_run));
-        if !unsettled.vcpus.is_empty() && !over {
+        if !unsettled.vcpus.is_empty() && !unsettled.is_over() {
             return;
         }
         self.unsettled = None;

@@ -81,7 +81,7 @@ fn without_an_answer_the_guest_gets_a_fault_and_is_asked_for_no_more() {
         // It never answers.
         (
             "*) echo '{\"value\": 1}'; read -r line; sleep 100;;",
-            "no answer within 1 s",
+            "no answer within 10 s",
         ),
         ("*) exit;;", "it has ended"),
         ("*) echo nonsense;;", "`nonsense` is neither"),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::attacks::reloads;
@@ -406,16 +407,19 @@ fn where_msrgate_is_killed_while_policies_change_an_access_gets_what_one_of_them
         let mut command = folder.command(&["attach", "-p", "one.toml", "--vmm-filter", "none", &vmm.process()]);
         let attach = Attach::of(&mut command).unwrap();
         let from = vmm.sees(reloads::OF_ONE);
-        let changes = ["two.toml", "one.toml", "two.toml"].map(|policy| {
+        let reload = |policy: &str| {
             let mut reload = folder.command(&["reload", &vmm.process(), "-p", policy]);
             reload.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
-        });
-        std::thread::sleep(std::time::Duration::from_micros(random(&mut seed, 150_000)));
+        };
+        // The moment is chance, and what is asked for depends on none.
+        let begin = Instant::now();
+        assert!(reload("one.toml").wait().unwrap().success());
+        let usual = begin.elapsed().as_micros() as u64;
+        let changes = ["two.toml", "one.toml", "two.toml"].map(reload);
+        std::thread::sleep(Duration::from_micros(random(&mut seed, 2 * usual)));
         attach.signal(Signal::SIGKILL);
         attach.rest();
         changes.into_iter().for_each(|mut change| _ = change.wait().unwrap());
-        // It goes on for a while.
-        std::thread::sleep(std::time::Duration::from_millis(100));
         let expected: [&[&str]; 7] = [
             &["0x1", "0x2"],
             &["0x0", "0x11", "fault"],

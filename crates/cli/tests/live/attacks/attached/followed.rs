@@ -42,6 +42,10 @@ fn a_running_vmms_calls_are_told_and_it_goes_on_as_before_when_that_ends_in_any_
                 lines[0]
             );
             assert!(lines[0]["result"].as_i64() > Some(0), "{}", lines[0]);
+            // What a vCPU does after its thread was told to stop it does after it has stopped.
+            for id in ["0", "1"] {
+                assert_eq!(asked.ask(&format!("{id} r:0x8b")), without, "{way:?}");
+            }
             let returns = asked.ask("returns");
             kill(Pid::from_raw(capture.id().cast_signed()), end).unwrap();
             let status = capture.wait().unwrap();
