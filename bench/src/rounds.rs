@@ -34,23 +34,23 @@ pub(crate) fn rounds<T: ?Sized, const N: usize>(
     Ok(costs)
 }
 
-/// Nanoseconds that `work` takes by how often it does what is counted.
+/// Nanoseconds that `work` takes, divided by `count`.
 ///
-/// Of this thread's processor time, which others on the machine do not add to.
+/// The time is this thread's processor time, to which other programs on the machine do not add.
 pub(crate) fn nanoseconds<E: ToString>(count: usize, work: impl FnOnce() -> Result<(), E>) -> Result<f64, String> {
     let start = processor_time()?;
     work().map_err(|error| error.to_string())?;
     Ok((processor_time()? - start) / count as f64)
 }
 
-/// The same by the clock on the wall, for work that waits.
+/// Like [`nanoseconds`], but by wall-clock time, for work that waits.
 pub(crate) fn waited<E: ToString>(count: usize, work: impl FnOnce() -> Result<(), E>) -> Result<f64, String> {
     let start = Instant::now();
     work().map_err(|error| error.to_string())?;
     Ok(start.elapsed().as_nanos() as f64 / count as f64)
 }
 
-/// This thread's, in nanoseconds.
+/// This thread's processor time, in nanoseconds.
 fn processor_time() -> Result<f64, String> {
     let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_err(|error| error.to_string())?;
     Ok(now.tv_sec() as f64 * 1e9 + now.tv_nsec() as f64)

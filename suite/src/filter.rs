@@ -23,7 +23,7 @@ impl Implementation for CoreFilter {
     }
 }
 
-/// The same, flattened for who asks often.
+/// The filter, flattened for who asks often.
 #[derive(Clone, Copy, Debug)]
 pub struct Flat;
 

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             json::print(&object! {
                 /// The index.
                 msr: msr.to_string(),
-                /// Its name; null if it is not known.
+                /// The MSR's name; null if it is not known.
                 name: words::name(msr),
                 /// The explanation of reads.
                 read: read,
@@ -114,7 +114,7 @@ fn finding(code: Code, json: bool) -> Result<Exit, Failure> {
     Ok(Exit::Yes)
 }
 
-/// The same for programs.
+/// What `explain CODE` prints for programs.
 pub(crate) fn code_of_finding(code: Code) -> impl Printed {
     object! {
         /// The code.
@@ -123,7 +123,7 @@ pub(crate) fn code_of_finding(code: Code) -> impl Printed {
         severity: code.severity().name(),
         /// What it is, in a clause.
         title: code.title(),
-        /// Its paragraph in [findings.md](findings.md), in Markdown.
+        /// The finding's paragraph in [findings.md](findings.md), in Markdown.
         text: words::finding(code).unwrap_or_default(),
     }
 }
@@ -181,13 +181,13 @@ pub(crate) fn access(
     let rule = explanation.cause.rule().map(|(index, rule)| {
         let source = loaded.policy.sources.get(rule.place.source);
         object! {
-            /// Its number, from 0.
+            /// The rule's number, from 0.
             index: index,
             /// The file in which its `[[rule]]` stands.
             file: source.map(|source| source.path().display().to_string()),
             /// The line there.
             line: source.map(|source| source.line_column(rule.place.span.start).0),
-            /// Its reason; null if it gives none.
+            /// The rule's reason; null if it gives none.
             why: rule.why.clone(),
         }
     });
@@ -213,7 +213,7 @@ pub(crate) fn access(
     object! {
         /// The index.
         msr: explanation.msr.to_string(),
-        /// Its name; null if it is not known.
+        /// The MSR's name; null if it is not known.
         name: words::name(explanation.msr),
         /// The direction.
         op: explanation.op.name(),
@@ -223,7 +223,7 @@ pub(crate) fn access(
         bits: fixed(&explanation.action).iter().map(|(_, value)| object! {
             /// A value.
             value: format!("{value:#x}"),
-            /// Its fields that are not zero.
+            /// The value's fields that are not zero.
             bits: words::bits_printed(explanation.msr, *value),
         }).collect::<Vec<_>>(),
         /// What decides: `"rule"`, `"default"`, `"valid"` (the guest's CPUID does not show the MSR), `"x2apic"` (the kernel,

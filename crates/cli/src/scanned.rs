@@ -142,7 +142,7 @@ fn register(msr: Msr) -> impl Printed {
     object! {
         /// The MSR.
         msr: msr.to_string(),
-        /// Its name; null if it is not known.
+        /// The MSR's name; null if it is not known.
         name: words::name(msr),
     }
 }
@@ -259,7 +259,7 @@ pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
     parsed(path, input::peek(path)?)
 }
 
-/// The same of a file that is open.
+/// Reads a scan from a file that is open.
 pub(crate) fn parsed(path: &Path, opened: Peeked) -> Result<(Facts, Scan), Failure> {
     /// More than the largest scan takes.
     const MOST_BYTES: u64 = 512 << 20;

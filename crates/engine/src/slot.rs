@@ -139,7 +139,7 @@ mod sync {
     }
 }
 
-/// The same under the model checker, which has no poisoning: a panic ends the model.
+/// The lock under the model checker, which has no poisoning: a panic ends the model.
 #[cfg(loom)]
 mod sync {
     pub(super) use loom::hint::spin_loop;

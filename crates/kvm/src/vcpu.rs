@@ -37,9 +37,9 @@ struct Held {
 /// What became of a KVM_RUN exit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dispatch {
-    /// It was an MSR exit; the answer is in `kvm_run`, and the next KVM_RUN carries it out.
+    /// An MSR exit: the answer is in `kvm_run`, and the next KVM_RUN carries it out.
     Answered(Answered),
-    /// It is something else, and nothing was touched.
+    /// Another exit; nothing was touched.
     NotAnMsrExit,
 }
 

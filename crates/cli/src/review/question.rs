@@ -148,7 +148,7 @@ impl Question<'_> {
         object! {
             /// The MSR.
             msr: self.msr.to_string(),
-            /// Its name; null if it is not known.
+            /// The MSR's name; null if it is not known.
             name: words::name(self.msr),
             /// The direction.
             op: self.op.name(),

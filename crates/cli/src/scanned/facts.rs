@@ -27,7 +27,7 @@ pub(crate) struct Facts {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(expecting = "an object with `name` and `hash`")]
 pub(crate) struct Ruled {
-    /// Its name.
+    /// The policy's name.
     pub(crate) name: String,
     /// The hash, as of `check`.
     pub(crate) hash: String,

@@ -52,7 +52,7 @@ fn interception(report: &Report) -> Vec<impl Printed> {
         object! {
             /// The MSR.
             msr: row.msr.to_string(),
-            /// Its name.
+            /// The MSR's name.
             name: row.name,
             /// The direction.
             op: row.op.name(),
@@ -91,7 +91,7 @@ fn swapped(report: &Report) -> Vec<impl Printed> {
     rows.collect()
 }
 
-/// The same rows for people, where there are any.
+/// The rows as a table for people; `None` if there are no rows.
 fn table(titles: &[&'static str], rows: &[impl Printed]) -> Option<render::Table> {
     let mut table = render::Table::new(titles);
     for row in rows {

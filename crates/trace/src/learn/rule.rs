@@ -12,7 +12,7 @@ use super::want::{Generalize, Remark, Want, Wants, class, wants, widen};
 /// A policy that denies by default and serves what guests did.
 #[derive(Clone, Debug)]
 pub struct Learned {
-    /// Its rules: each access is decided by one of them at most.
+    /// The policy's rules: each access is decided by one of them at most.
     pub rules: Vec<LearnedRule>,
     /// What traces do not tell.
     pub remarks: Vec<Remark>,
@@ -46,17 +46,17 @@ pub struct LearnedRule {
 pub struct Facts {
     /// How many reads.
     pub reads: u64,
-    /// How many writes.
+    /// In how many traces the access is that is in the fewest.
     pub writes: u64,
-    /// The access that is in the fewest traces: in how many.
+    /// In how many traces the access is that is in the most.
     pub fewest: u64,
     /// The access that is in the most traces: in how many.
     pub most: u64,
     /// Some of these traces.
     pub names: Least<String, 4>,
-    /// When the first was, in nanoseconds since the first access of its trace.
+    /// When the first access was, in nanoseconds since the first access of its trace.
     pub first: u64,
-    /// When the last was.
+    /// When the last access was, likewise.
     pub last: u64,
 }
 
