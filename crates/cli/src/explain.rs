@@ -20,7 +20,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     if let Some(code) = code(args)? {
         return finding(code, args.json);
     }
-    let what = what(args.msr.as_deref())?;
+    let what = subject(args.msr.as_deref())?;
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
     let policy = load::unresolved_or_filter(&args.policy)?;
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         false => load::planned_or_report(policy, cpuid.as_ref(), &profile)?,
     };
     let msr = match what {
-        What::All => {
+        Subject::All => {
             let surface = Surface::of(&loaded);
             match args.json {
                 true => json::print(&surface.printed())?,
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             }
             return Ok(Exit::Yes);
         }
-        What::Class(class) => {
+        Subject::Class(class) => {
             let surface = ClassSurface::of(&loaded, class);
             match args.json {
                 true => json::print(&surface.printed())?,
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             }
             return Ok(Exit::Yes);
         }
-        What::One(msr) => msr,
+        Subject::One(msr) => msr,
     };
     let explained = |op| loaded.explain(msr, op);
     let no_preset = |op| {
@@ -129,20 +129,20 @@ pub(crate) fn code_of_finding(code: Code) -> impl Printed {
 }
 
 /// What is to be explained.
-enum What {
+enum Subject {
     All,
     Class(Class),
     One(Msr),
 }
 
-fn what(text: Option<&str>) -> Result<What, Failure> {
+fn subject(text: Option<&str>) -> Result<Subject, Failure> {
     let Some(text) = text else {
-        return Ok(What::All);
+        return Ok(Subject::All);
     };
     let Some(name) = text.strip_prefix('@') else {
-        return msr(text).map(What::One);
+        return msr(text).map(Subject::One);
     };
-    name.parse().map(What::Class).map_err(|_| {
+    name.parse().map(Subject::Class).map_err(|_| {
         let near = msrgate_msrs::nearest_of(name, msrgate_msrs::classes());
         let near = near.map(|near| format!("; did you mean `@{near}`")).unwrap_or_default();
         Failure::input(format!(

@@ -108,7 +108,7 @@ mod tests {
                 "review",
                 schema(|| review::printed(nothing(), nothing(), nothing(), nothing())),
             ),
-            ("verify", schema(|| verify::report::Told::printed(nothing()))),
+            ("verify", schema(|| verify::report::VerifyReport::printed(nothing()))),
             ("scan", schema(|| scanned::printed(nothing()))),
             ("migrate", schema(|| migrate::printed(nothing(), nothing(), nothing()))),
             ("doctor", schema(|| doctor::printed(nothing()))),

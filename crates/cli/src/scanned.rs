@@ -22,7 +22,7 @@ use crate::input::{self, Peeked};
 use crate::json::{self, Printed, object};
 use crate::words;
 
-pub(crate) use self::facts::{Facts, Ruled};
+pub(crate) use self::facts::{Facts, ScanPolicy};
 pub(crate) use self::html::{compared_page, page};
 pub(crate) use self::print::{compared, print};
 
@@ -327,7 +327,7 @@ struct Record {
     kernel: Option<String>,
     cpuid: Option<String>,
     x2apic: bool,
-    policy: Option<Ruled>,
+    policy: Option<ScanPolicy>,
     ranges: Vec<Span>,
     readable: Vec<Row>,
     written: Vec<Span>,

@@ -10,19 +10,19 @@ use msrgate_core::{
 };
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
-use crate::slot::Seen;
+use crate::slot::ReaderRules;
 use crate::{Intercepts, Msrs, Refusal, UnknownMsrs, Vm};
 
 /// What KVM holds of MSR filtering for each vCPU. It keeps its VM alive.
 pub struct Vcpu {
     vm: Arc<Vm>,
-    seen: Seen,
+    seen: ReaderRules,
     intercepts: Intercepts,
     pending: Option<Pending>,
     /// The rules that the pending access met, where the vCPU has newer ones since.
     ///
     /// INVARIANT: `None` while nothing is pending.
-    met: Option<Seen>,
+    met: Option<ReaderRules>,
 }
 
 /// An access that user space has, and how it ends: the kernel's `complete_userspace_io`.

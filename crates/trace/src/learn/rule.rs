@@ -6,7 +6,7 @@ use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_msrs::Class;
 use msrgate_msrs::spell::{classes, patterns, runs};
 
-use super::summary::{Least, Seen, Summary};
+use super::summary::{Least, Summary, Usage};
 use super::want::{Generalize, Remark, Want, Wants, class, wants, widen};
 
 /// A policy that denies by default and serves what guests did.
@@ -61,7 +61,7 @@ pub struct Facts {
 }
 
 impl Facts {
-    pub(super) fn add(&mut self, op: Op, seen: &Seen) {
+    pub(super) fn add(&mut self, op: Op, seen: &Usage) {
         let count = match op {
             Op::Read => &mut self.reads,
             Op::Write => &mut self.writes,
