@@ -289,7 +289,7 @@ fn run(stage: Stage, work: &Result<Option<Work>, String>) -> Ending {
         Stage::House => house::check(),
         Stage::Clippy => check(
             "clippy",
-            &[&SCOPE[..], &["--all-targets", "--", "-D", "warnings"]].concat(),
+            &[&SCOPE[..], &["--all-targets"], &UNOPTIMISED, &["--", "-D", "warnings"]].concat(),
         ),
         Stage::Unit => unit(),
         Stage::Doctest => doctest(),
@@ -423,6 +423,14 @@ pub(crate) fn watched(command: &mut Command) -> Result<(bool, String), String> {
         process::watch(command).map_err(|error| format!("cannot run {}: {error}", process::shown(command)))?;
     Ok((status.success(), text))
 }
+
+/// The lints run nothing of these crates but a build script, which compiles the plan of `examples/embedded`.
+const UNOPTIMISED: [&str; 4] = [
+    "--config",
+    "profile.dev.package.msrgate-core.opt-level=0",
+    "--config",
+    "profile.dev.package.msrgate-plan.opt-level=0",
+];
 
 fn check(name: &str, arguments: &[&str]) -> Result<Ending, String> {
     let mut command = cargo(&[&[name], arguments].concat());
