@@ -36,6 +36,9 @@ pub(crate) enum Kind {
 /// The arguments that give every cargo command of the tests the same units to build.
 pub(crate) const SCOPE: [&str; 2] = ["--workspace", "--all-features"];
 
+/// For builds in which few policies are read: to optimise the crate takes longer than that.
+pub(crate) const POLICY_UNOPTIMISED: [&str; 2] = ["--config", "profile.dev.package.msrgate-policy.opt-level=0"];
+
 /// Builds the workspace's tests and the programs that they run.
 ///
 /// # Errors
