@@ -5,25 +5,25 @@ use serde::Serialize;
 /// What something costs. Less is better.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Figure {
-    /// What was done.
+    /// The work that is measured.
     pub(crate) what: String,
-    /// What it is counted in.
+    /// The unit of the costs.
     pub(crate) unit: &'static str,
-    /// What ours costs.
+    /// msrgate's cost.
     pub(crate) ours: f64,
-    /// What it is compared with.
+    /// The work that `ours` is compared with.
     pub(crate) baseline_is: Option<&'static str>,
-    /// What that costs.
+    /// The baseline's cost.
     pub(crate) baseline: Option<f64>,
-    /// Ours by the baseline's.
+    /// `ours` divided by `baseline`.
     pub(crate) ratio: Option<f64>,
-    /// What is aimed at.
+    /// The target, where there is one.
     pub(crate) aim: Option<Aim>,
-    /// Whether it is met.
+    /// Whether the target is met.
     pub(crate) met: Option<bool>,
 }
 
-/// What is aimed at.
+/// A target for a figure.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Aim {

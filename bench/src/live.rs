@@ -159,7 +159,7 @@ impl Looping {
         })
     }
 
-    /// The same without a gate.
+    /// Reads the register as a VMM without a gate does.
     fn by_hand(&mut self) -> Result<f64, String> {
         let reads = self.reads;
         let vcpu = self.vcpu()?;

@@ -1,4 +1,4 @@
-//! Measuring several things in turns.
+//! Measuring several measurements in turns.
 
 use std::time::Instant;
 
@@ -7,23 +7,23 @@ use nix::time::{ClockId, clock_gettime};
 /// What one thing cost in each round.
 pub(crate) struct Costs(pub(crate) Vec<f64>);
 
-/// Does something with what all share, and gives what it cost.
-pub(crate) type Thing<'a, T> = &'a dyn Fn(&mut T) -> Result<f64, String>;
+/// Does the work that is measured on what all measurements of a round share, and gives the cost.
+pub(crate) type Measurement<'a, T> = &'a dyn Fn(&mut T) -> Result<f64, String>;
 
-/// Measures each of `things` once a round, all with the same `what`.
+/// Measures each of `measurements` once a round, all with the same `what`.
 ///
 /// The first of a round is another each time, so that none always follows the same one. A round before the first warms
 /// caches and is not counted.
 pub(crate) fn rounds<T: ?Sized, const N: usize>(
     count: usize,
     what: &mut T,
-    things: [Thing<'_, T>; N],
+    measurements: [Measurement<'_, T>; N],
 ) -> Result<[Costs; N], String> {
     let mut costs: [Costs; N] = std::array::from_fn(|_| Costs(Vec::with_capacity(count)));
     for round in 0..=count {
         for place in 0..N {
             let which = (round + place) % N;
-            if let (Some(thing), Some(costs)) = (things.get(which), costs.get_mut(which)) {
+            if let (Some(thing), Some(costs)) = (measurements.get(which), costs.get_mut(which)) {
                 let cost = thing(what)?;
                 if round > 0 {
                     costs.0.push(cost);
@@ -34,23 +34,23 @@ pub(crate) fn rounds<T: ?Sized, const N: usize>(
     Ok(costs)
 }
 
-/// Nanoseconds that `work` takes by how often it does what is counted.
+/// Nanoseconds that `work` takes, divided by `count`.
 ///
-/// Of this thread's processor time, which others on the machine do not add to.
+/// The time is this thread's processor time, to which other programs on the machine do not add.
 pub(crate) fn nanoseconds<E: ToString>(count: usize, work: impl FnOnce() -> Result<(), E>) -> Result<f64, String> {
     let start = processor_time()?;
     work().map_err(|error| error.to_string())?;
     Ok((processor_time()? - start) / count as f64)
 }
 
-/// The same by the clock on the wall, for work that waits.
+/// Like [`nanoseconds`], but by wall-clock time, for work that waits.
 pub(crate) fn waited<E: ToString>(count: usize, work: impl FnOnce() -> Result<(), E>) -> Result<f64, String> {
     let start = Instant::now();
     work().map_err(|error| error.to_string())?;
     Ok(start.elapsed().as_nanos() as f64 / count as f64)
 }
 
-/// This thread's, in nanoseconds.
+/// This thread's processor time, in nanoseconds.
 fn processor_time() -> Result<f64, String> {
     let now = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_err(|error| error.to_string())?;
     Ok(now.tv_sec() as f64 * 1e9 + now.tv_nsec() as f64)

@@ -51,7 +51,7 @@ const MEBIBYTES: u64 = 128;
 /// How many accesses the guest made, and how many of them left it.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Interceptions {
-    /// Of the accesses, by the hypervisor's count.
+    /// How many accesses left the guest, by the hypervisor's count.
     pub left: u64,
     /// All that were made.
     pub made: u64,

@@ -2,7 +2,7 @@
 
 use msrgate_core::{Filter, Msr, MsrRange, Op, Ops, PassthroughMsr, SvmPermissionMap, Verdict, VmxBitmap};
 
-use crate::filter::Held;
+use crate::filter::FilterInForce;
 use crate::{AccessStep, Call, CallResult, Case, Implementation, Process, Seen, Stop, Subject, perform};
 
 /// A VMX bitmap.
@@ -24,7 +24,7 @@ impl Implementation for Vmx {
 
     fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
         Ok(Box::new(Derived {
-            held: Held::start(case)?,
+            held: FilterInForce::start(case)?,
             derive: |filter| {
                 let bitmap = VmxBitmap::derive(filter, &EVERYTHING);
                 Box::new(move |msr, op| bitmap.intercepts(msr, op))
@@ -42,7 +42,7 @@ impl Implementation for Svm {
 
     fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
         Ok(Box::new(Derived {
-            held: Held::start(case)?,
+            held: FilterInForce::start(case)?,
             derive: |filter| {
                 let map = SvmPermissionMap::derive(filter, &EVERYTHING);
                 Box::new(move |msr, op| map.intercepts(msr, op))
@@ -59,7 +59,7 @@ const EVERYTHING: [PassthroughMsr; 1] = [PassthroughMsr::new(MsrRange::ALL, Ops:
 type Intercepts = Box<dyn Fn(Msr, Op) -> bool>;
 
 struct Derived {
-    held: Held,
+    held: FilterInForce,
     derive: fn(&Filter) -> Intercepts,
     /// The bitmap of the filter that is held, once it was asked.
     derived: Option<Intercepts>,

@@ -39,7 +39,7 @@ pub trait Subject {
 pub enum Stop {
     /// The implementation cannot run it, for this reason.
     Skip(String),
-    /// It is wrong, and how.
+    /// The implementation is wrong, and how.
     Fail(String),
 }
 
@@ -49,7 +49,7 @@ impl Stop {
         Stop::Skip(reason.to_string())
     }
 
-    /// It is wrong.
+    /// Says how the implementation is wrong.
     pub fn fail(how: impl fmt::Display) -> Stop {
         Stop::Fail(how.to_string())
     }

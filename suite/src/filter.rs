@@ -19,11 +19,11 @@ impl Implementation for CoreFilter {
     }
 
     fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
-        Ok(Box::new(Held::start(case)?))
+        Ok(Box::new(FilterInForce::start(case)?))
     }
 }
 
-/// The same, flattened for who asks often.
+/// The filter, flattened for who asks often.
 #[derive(Clone, Copy, Debug)]
 pub struct Flat;
 
@@ -33,11 +33,11 @@ impl Implementation for Flat {
     }
 
     fn start(&self, case: &Case, _: Process) -> Result<Box<dyn Subject + '_>, Stop> {
-        Ok(Box::new(Flattened(Held::start(case)?)))
+        Ok(Box::new(Flattened(FilterInForce::start(case)?)))
     }
 }
 
-struct Flattened(Held);
+struct Flattened(FilterInForce);
 
 impl Subject for Flattened {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
@@ -59,13 +59,13 @@ impl Subject for Flattened {
 }
 
 /// The filter that is in force.
-pub(crate) struct Held {
+pub(crate) struct FilterInForce {
     pub(crate) filter: Filter,
     cpuid: Option<msrgate_msrs::cpuid::Cpuid>,
 }
 
-impl Held {
-    pub(crate) fn start(case: &Case) -> Result<Held, Stop> {
+impl FilterInForce {
+    pub(crate) fn start(case: &Case) -> Result<FilterInForce, Stop> {
         let cpuid = crate::compiled::cpuid(case)?;
         let filter = match &case.policy {
             Some(policy) => compile(policy, cpuid.as_ref())?.plan.filter().clone(),
@@ -74,7 +74,7 @@ impl Held {
         if case.steps.iter().any(|step| matches!(step, Step::Kill)) {
             return Err(Stop::skip("it has no VM that could die"));
         }
-        Ok(Held { filter, cpuid })
+        Ok(FilterInForce { filter, cpuid })
     }
 
     pub(crate) fn set(&mut self, call: &Call) -> Result<Option<CallResult>, Stop> {
@@ -97,7 +97,7 @@ impl Held {
     }
 }
 
-impl Subject for Held {
+impl Subject for FilterInForce {
     fn access(&mut self, step: &AccessStep) -> Result<Seen, Stop> {
         let verdict = self.filter.verdict(step.msr(), step.op());
         for call in &step.meanwhile {
@@ -114,7 +114,7 @@ impl Subject for Held {
     }
 
     fn replace(&mut self, policy: &str) -> Result<(), Stop> {
-        Held::replace(self, policy)
+        FilterInForce::replace(self, policy)
     }
 }
 

@@ -36,6 +36,9 @@ pub(crate) enum Kind {
 /// The arguments that give every cargo command of the tests the same units to build.
 pub(crate) const SCOPE: [&str; 2] = ["--workspace", "--all-features"];
 
+/// For builds in which few policies are read: to optimise the crate takes longer than that.
+pub(crate) const POLICY_UNOPTIMISED: [&str; 2] = ["--config", "profile.dev.package.msrgate-policy.opt-level=0"];
+
 /// Builds the workspace's tests and the programs that they run.
 ///
 /// # Errors
@@ -62,22 +65,25 @@ pub(crate) fn released() -> Result<PathBuf, String> {
 /// # Errors
 /// That it does not compile; the compiler has spoken by then.
 pub(crate) fn built(arguments: &[&str]) -> Result<Vec<Binary>, String> {
-    Ok(messages(arguments)?.lines().filter_map(binary).collect())
+    Ok(messages(arguments)?.iter().filter_map(binary).collect())
 }
 
-/// Runs a cargo command and gives its messages, a line of JSON each.
+/// Runs a cargo command and gives its messages.
 ///
 /// # Errors
 /// That it does not compile; the compiler has spoken by then.
-pub(crate) fn messages(arguments: &[&str]) -> Result<String, String> {
+pub(crate) fn messages(arguments: &[&str]) -> Result<Vec<Value>, String> {
     let mut command = process::bound("cargo");
     command.args(arguments).arg("--message-format=json-render-diagnostics");
     command.current_dir(crate::root()).stderr(Stdio::inherit());
-    process::output(&mut command)
+    let lines = process::output(&mut command)?;
+    Ok(lines
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
 }
 
-fn binary(message: &str) -> Option<Binary> {
-    let message: Value = serde_json::from_str(message).ok()?;
+fn binary(message: &Value) -> Option<Binary> {
     let executable = message.get("executable")?.as_str()?;
     let package = Path::new(message.get("manifest_path")?.as_str()?).parent()?;
     let target = message.get("target")?;
@@ -349,9 +355,12 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
     #[test]
     fn an_integration_test_is_what_its_name_says_and_a_unit_test_is_not() {
         let message = |kind: &str, name: &str| {
-            format!(
-                r#"{{"executable":"/t/x","manifest_path":"/w/kvm/Cargo.toml","target":{{"name":"{name}","kind":["{kind}"]}},"profile":{{"test":true}}}}"#
-            )
+            serde_json::json!({
+                "executable": "/t/x",
+                "manifest_path": "/w/kvm/Cargo.toml",
+                "target": { "name": name, "kind": [kind] },
+                "profile": { "test": true },
+            })
         };
         let kind = |kind: &str, name: &str| binary(&message(kind, name)).map(|binary| (binary.name, binary.kind));
         assert_eq!(

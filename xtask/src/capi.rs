@@ -132,10 +132,13 @@ fn archive(released: bool) -> Result<PathBuf, String> {
     let release = ["build", "--release", "--package", "msrgate-capi", "--lib"];
     let tests = [&["test", "--no-run"], &SCOPE[..]].concat();
     let messages = binary::messages(if released { &release } else { &tests })?;
-    let is_archive = |word: &&str| word.contains("/libmsrgate_capi") && word.ends_with(".a");
-    let file = messages.rsplit('"').find(is_archive);
-    file.map(PathBuf::from)
-        .ok_or_else(|| "cargo built no libmsrgate_capi.a".to_owned())
+    let library = messages
+        .iter()
+        .rfind(|message| message["target"]["name"] == "msrgate_capi" && message["profile"]["test"] == false);
+    let files = library.and_then(|library| library["filenames"].as_array());
+    let mut files = files.into_iter().flatten().filter_map(|file| file.as_str());
+    let archive = files.find(|file| file.ends_with(".a"));
+    Ok(archive.ok_or("cargo built no libmsrgate_capi.a")?.into())
 }
 
 /// Makes the shared library of the static one: rustc's own gives no control over which symbols are seen under which version.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::binary::{self, Binary, Count, Kind};
+use crate::binary::{self, Binary, Count, Kind, POLICY_UNOPTIMISED};
 use crate::test::{Ending, cargo, checked, watched};
 use crate::{process, toolchain};
 
@@ -24,6 +24,7 @@ pub(crate) fn memory() -> Result<Ending, String> {
 fn address_sanitizer() -> Result<Ending, String> {
     let mut command = toolchain::nightly_cargo(&["test", "--tests", "--no-fail-fast", "--target", toolchain::HOST]);
     command.args(UNSAFE.iter().flat_map(|name| ["--package", name]));
+    command.args(POLICY_UNOPTIMISED);
     command.arg("--target-dir").arg(toolchain::target("memory"));
     command.args(["--", "--show-output", "--test-threads=1"]);
     command.env("RUSTFLAGS", "-Zsanitizer=address").envs(live());

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::Args;
-use serde_json::Value;
 
 use crate::binary::{self, Count, SCOPE};
 use crate::capi;
@@ -168,12 +167,8 @@ fn copyright() -> Result<String, String> {
 /// crates that have it.
 fn others() -> Result<String, String> {
     let messages = binary::messages(&binary::RELEASE)?;
-    let messages = messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let manifests: BTreeSet<PathBuf> = messages
-        .filter_map(|message| Some(message["manifest_path"].as_str()?.into()))
-        .collect();
+    let manifests = messages.iter().filter_map(|message| message["manifest_path"].as_str());
+    let manifests: BTreeSet<PathBuf> = manifests.map(PathBuf::from).collect();
     let mut by_text: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for package in manifests.iter().filter_map(|manifest| manifest.parent()) {
         if package.starts_with(crate::root()) {

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::binary::{self, Count, Kind};
+use crate::binary::{self, Count, Kind, POLICY_UNOPTIMISED};
 use crate::process;
 use crate::test::{self, Ending, cargo, watched};
 use crate::toolchain;
@@ -48,20 +48,16 @@ pub(crate) fn check() -> Result<Ending, String> {
     let manifest = place.join("Cargo.toml").display().to_string();
     // Crates of others that are built already need not be built again.
     let target = toolchain::target("").display().to_string();
-    let tests = binary::built(&[
-        "test",
-        "--no-run",
+    let scope = [
         "--workspace",
         "--exclude",
         READ_BY_THE_SUITE,
         "--lib",
         "--bins",
         "--tests",
-        "--manifest-path",
-        &manifest,
-        "--target-dir",
-        &target,
-    ])?;
+    ];
+    let place = ["--manifest-path", &manifest, "--target-dir", &target];
+    let tests = binary::built(&[&["test", "--no-run"], &scope[..], &POLICY_UNOPTIMISED, &place].concat())?;
     let mut count = Count::default();
     // Those of the lanes only have to build: they run there, one at a time. Those that compute for seconds read no file of the package.
     for binary in tests.iter().filter(|binary| binary.kind == Kind::Test) {

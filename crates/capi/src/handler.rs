@@ -43,7 +43,7 @@ pub(crate) unsafe fn copied(handlers: *const Handler, count: usize) -> Result<Ha
     Ok(all)
 }
 
-/// The VMM promises that any of its vCPUs' threads may call it.
+/// The VMM's function. The VMM promises that any of its vCPUs' threads may call it.
 struct Function(AccessFn);
 
 impl Function {

@@ -35,22 +35,22 @@ pub struct PlanHandle {
 /// `msrgate_gate`.
 pub struct GateHandle {
     gate: Gate,
-    told: Arc<Told>,
+    told: Arc<LogState>,
 }
 
 /// `msrgate_vcpu`.
 pub struct VcpuHandle {
     gate: VcpuGate,
-    told: Arc<Told>,
+    told: Arc<LogState>,
 }
 
 /// Which accesses the policy's `log` has told of, for all vCPUs of a VM.
-struct Told {
+struct LogState {
     since: Instant,
     limiter: Mutex<LogLimiter>,
 }
 
-impl Told {
+impl LogState {
     /// Whether an answered access is to be told. Two vCPUs that ask at once do not wait: the second is told without being counted.
     fn admits(&self, answered: &Answered) -> bool {
         if answered.answer.log == Log::None {
@@ -189,7 +189,7 @@ pub unsafe extern "C" fn msrgate_install(
         // SAFETY: the caller's promise.
         let handlers = unsafe { handler::copied(handlers, count) }?;
         let gate = probe(&kvm_fd)?.install(&vm_fd, Arc::clone(&plan.plan), handlers)?;
-        let told = Arc::new(Told {
+        let told = Arc::new(LogState {
             since: Instant::now(),
             limiter: Mutex::new(LogLimiter::new(plan.rules)),
         });

@@ -134,7 +134,7 @@ pub(crate) enum SortArg {
     Msr,
 }
 
-/// The same for a browser.
+/// The options of a subcommand that also writes a page for a browser.
 #[derive(ClapArgs)]
 pub(crate) struct HtmlArgs {
     /// Write a page for a browser instead of text; `-` prints the page. The page fetches nothing from any network

@@ -44,7 +44,7 @@ pub(crate) fn lacks(entry: &'static Entry) -> impl Printed {
             }
         });
         object! {
-            /// Its name.
+            /// The feature's name.
             name: feature,
             /// Where CPUID would tell of it: any of these.
             places: places.collect::<Vec<_>>(),
@@ -58,7 +58,7 @@ pub(crate) fn lacks(entry: &'static Entry) -> impl Printed {
     }
 }
 
-/// The same in words: `CPUID lacks `mtrr` (CPUID.0x1:EDX[12])`.
+/// What a guest's CPUID lacks for an MSR, in words: `CPUID lacks `mtrr` (CPUID.0x1:EDX[12])`.
 pub(crate) fn lacks_in_words(entry: &Entry) -> String {
     let vendors = vendors(entry);
     if !vendors.is_empty() {

@@ -143,7 +143,7 @@ pub(crate) fn printed(checked: &Checked, shown: &str) -> impl Printed {
         ok: checked.exit == Exit::Yes,
         /// Which policy.
         policy: object! {
-            /// Its name.
+            /// The policy's name.
             name: name,
             /// 32 bytes in hexadecimal that name what it means: two policies with the same hash decide every access alike.
             /// Null if it does not compile.

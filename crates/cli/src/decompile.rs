@@ -66,7 +66,7 @@ pub(crate) fn printed(decompiled: &Decompiled, text: &str, given: &RawInput) -> 
     object! {
         /// The policy's default: `"allow"` or `"deny"`.
         default: decompiled.default.name(),
-        /// Its rules; the first that names an access decides it.
+        /// The policy's rules; the first that names an access decides it.
         rules: rules.collect::<Vec<_>>(),
         /// What the kernel takes for something else than it looks like, in sentences.
         remarks: &given.remarks,

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit, Failure> {
 /// How a check ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Status {
-    /// As it should be.
+    /// Nothing is wrong.
     Pass,
     /// msrgate works, and something is to be known.
     Warn,

@@ -20,7 +20,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
     if let Some(code) = code(args)? {
         return finding(code, args.json);
     }
-    let what = what(args.msr.as_deref())?;
+    let what = subject(args.msr.as_deref())?;
     let cpuid = cpuid::given(&args.cpuid)?;
     let profile = trace::profile(&args.profile)?;
     let policy = load::unresolved_or_filter(&args.policy)?;
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
         false => load::planned_or_report(policy, cpuid.as_ref(), &profile)?,
     };
     let msr = match what {
-        What::All => {
+        Subject::All => {
             let surface = Surface::of(&loaded);
             match args.json {
                 true => json::print(&surface.printed())?,
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             }
             return Ok(Exit::Yes);
         }
-        What::Class(class) => {
+        Subject::Class(class) => {
             let surface = ClassSurface::of(&loaded, class);
             match args.json {
                 true => json::print(&surface.printed())?,
@@ -45,7 +45,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             }
             return Ok(Exit::Yes);
         }
-        What::One(msr) => msr,
+        Subject::One(msr) => msr,
     };
     let explained = |op| loaded.explain(msr, op);
     let no_preset = |op| {
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &ExplainArgs) -> Result<Exit, Failure> {
             json::print(&object! {
                 /// The index.
                 msr: msr.to_string(),
-                /// Its name; null if it is not known.
+                /// The MSR's name; null if it is not known.
                 name: words::name(msr),
                 /// The explanation of reads.
                 read: read,
@@ -114,7 +114,7 @@ fn finding(code: Code, json: bool) -> Result<Exit, Failure> {
     Ok(Exit::Yes)
 }
 
-/// The same for programs.
+/// What `explain CODE` prints for programs.
 pub(crate) fn code_of_finding(code: Code) -> impl Printed {
     object! {
         /// The code.
@@ -123,26 +123,26 @@ pub(crate) fn code_of_finding(code: Code) -> impl Printed {
         severity: code.severity().name(),
         /// What it is, in a clause.
         title: code.title(),
-        /// Its paragraph in [findings.md](findings.md), in Markdown.
+        /// The finding's paragraph in [findings.md](findings.md), in Markdown.
         text: words::finding(code).unwrap_or_default(),
     }
 }
 
 /// What is to be explained.
-enum What {
+enum Subject {
     All,
     Class(Class),
     One(Msr),
 }
 
-fn what(text: Option<&str>) -> Result<What, Failure> {
+fn subject(text: Option<&str>) -> Result<Subject, Failure> {
     let Some(text) = text else {
-        return Ok(What::All);
+        return Ok(Subject::All);
     };
     let Some(name) = text.strip_prefix('@') else {
-        return msr(text).map(What::One);
+        return msr(text).map(Subject::One);
     };
-    name.parse().map(What::Class).map_err(|_| {
+    name.parse().map(Subject::Class).map_err(|_| {
         let near = msrgate_msrs::nearest_of(name, msrgate_msrs::classes());
         let near = near.map(|near| format!("; did you mean `@{near}`")).unwrap_or_default();
         Failure::input(format!(
@@ -181,13 +181,13 @@ pub(crate) fn access(
     let rule = explanation.cause.rule().map(|(index, rule)| {
         let source = loaded.policy.sources.get(rule.place.source);
         object! {
-            /// Its number, from 0.
+            /// The rule's number, from 0.
             index: index,
             /// The file in which its `[[rule]]` stands.
             file: source.map(|source| source.path().display().to_string()),
             /// The line there.
             line: source.map(|source| source.line_column(rule.place.span.start).0),
-            /// Its reason; null if it gives none.
+            /// The rule's reason; null if it gives none.
             why: rule.why.clone(),
         }
     });
@@ -213,7 +213,7 @@ pub(crate) fn access(
     object! {
         /// The index.
         msr: explanation.msr.to_string(),
-        /// Its name; null if it is not known.
+        /// The MSR's name; null if it is not known.
         name: words::name(explanation.msr),
         /// The direction.
         op: explanation.op.name(),
@@ -223,7 +223,7 @@ pub(crate) fn access(
         bits: fixed(&explanation.action).iter().map(|(_, value)| object! {
             /// A value.
             value: format!("{value:#x}"),
-            /// Its fields that are not zero.
+            /// The value's fields that are not zero.
             bits: words::bits_printed(explanation.msr, *value),
         }).collect::<Vec<_>>(),
         /// What decides: `"rule"`, `"default"`, `"valid"` (the guest's CPUID does not show the MSR), `"x2apic"` (the kernel,

@@ -41,7 +41,7 @@ fn stdin() -> io::Result<File> {
 
 /// An input of which the beginning was read, to see what it is.
 pub(crate) struct Peeked {
-    /// Its beginning; all of a short input.
+    /// The beginning of the input; all of a short one.
     pub(crate) head: Vec<u8>,
     rest: File,
 }

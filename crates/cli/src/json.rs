@@ -43,7 +43,7 @@ pub(crate) fn print(printed: &impl Printed) -> io::Result<()> {
     writeln!(stream::out(), "{text}")
 }
 
-/// The same as a value, for what is put together from several parts.
+/// Converts an answer to a JSON value, to be put together with others.
 pub(crate) fn value(printed: &impl Printed) -> Value {
     serde_json::to_value(printed).unwrap_or_default()
 }
@@ -108,7 +108,7 @@ mod tests {
                 "review",
                 schema(|| review::printed(nothing(), nothing(), nothing(), nothing())),
             ),
-            ("verify", schema(|| verify::report::Told::printed(nothing()))),
+            ("verify", schema(|| verify::report::VerifyReport::printed(nothing()))),
             ("scan", schema(|| scanned::printed(nothing()))),
             ("migrate", schema(|| migrate::printed(nothing(), nothing(), nothing()))),
             ("doctor", schema(|| doctor::printed(nothing()))),

@@ -273,7 +273,7 @@ pub(crate) fn printed(
             writes: facts.writes,
             /// In how many traces that MSR and direction was that is in the fewest.
             fewest: facts.fewest,
-            /// The same of the one that is in the most.
+            /// In how many traces that MSR and direction was that is in the most.
             most: facts.most,
             /// Some of these traces.
             names: facts.names.iter().collect::<Vec<_>>(),
@@ -289,7 +289,7 @@ pub(crate) fn printed(
         object! {
             /// The MSR.
             msr: msr.to_string(),
-            /// Its name; null if it is not known.
+            /// The MSR's name; null if it is not known.
             name: words::name(*msr),
             /// The direction.
             op: op.name(),
@@ -320,7 +320,7 @@ pub(crate) fn printed(
                 last: change.range.last().to_string(),
                 /// The direction.
                 op: change.op.name(),
-                /// Those of these MSRs that the database knows.
+                /// The names of these MSRs that the database knows.
                 names: msrgate_msrs::within(change.range).iter().map(|entry| entry.name()).collect::<Vec<_>>(),
                 /// What the accesses got, with what the action is given.
                 before: &change.before,

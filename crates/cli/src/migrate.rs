@@ -343,7 +343,7 @@ pub(crate) fn printed(hosts: &[Host], ways: &[Way], policy: &str) -> impl Printe
             /// Where and under what it was made.
             #[serde(flatten)]
             facts: &host.facts,
-            /// Its path as it was given.
+            /// The scan's path as it was given.
             file: &host.name,
             /// Whether it says what KVM tells a VMM.
             lists: host.scan.lists.is_some(),
@@ -360,7 +360,7 @@ fn obstacle(found: &Obstacle) -> impl Printed + use<> {
     object! {
         /// The MSR.
         msr: found.msr.to_string(),
-        /// Its name; null if it is not known.
+        /// The MSR's name; null if it is not known.
         name: words::name(found.msr),
         /// An obstacle is `"refused"`: KVM_SET_MSRS refuses the guest's value; `"absent"`: the other host's KVM does not
         /// have the register; `"untrue"`: KVM takes the value, which tells the guest what is not so there; `"changes"`: the

@@ -204,7 +204,7 @@ pub(crate) fn printed(entry: &'static Entry, value: Option<u64>) -> impl Printed
             words: field.words().map(|(value, word)| object! {
                 /// A value.
                 value: format!("{value:#x}"),
-                /// Its word.
+                /// The manual's word for the value.
                 word: word,
             }).collect::<Vec<_>>(),
         }).collect::<Vec<_>>(),

@@ -206,7 +206,7 @@ pub(crate) fn printed(loaded: &Loaded, notes: &[Diagnostic]) -> impl Printed {
         valid: loaded.policy.lacking(loaded.cpuid.as_ref()).map(|entry| object! {
             /// The MSR.
             msr: entry.msr.to_string(),
-            /// Its name.
+            /// The MSR's name.
             name: entry.name(),
             /// What of its CPUID says so, as of `explain`.
             lacks: cause::lacks(entry),
@@ -246,7 +246,7 @@ pub(crate) fn printed(loaded: &Loaded, notes: &[Diagnostic]) -> impl Printed {
             stage: call.stage.name(),
             /// The system call.
             call: call.name,
-            /// Its second argument where that is to be compared; null for others.
+            /// The call's second argument where that is to be compared; null for others.
             argument: call.argument.map(|argument| format!("{argument:#x}")),
             /// What the argument is: an ioctl's request, what `fcntl` does; null likewise.
             argument_name: call.argument_name,

@@ -59,7 +59,7 @@ pub(crate) fn printed(too_many: &TooMany) -> Option<impl Printed> {
         change: fit.change.as_ref().map(|found| change(policy, found)),
         /// Rules without which it fits, compiled too; null if there are none among those of `refused.change`.
         without: fit.without.as_ref().map(|without| object! {
-            /// Their numbers; none of them can stay.
+            /// The numbers of the rules; none of them can stay.
             rules: &without.rules,
             /// How many accesses that changes.
             accesses: without.accesses,
@@ -93,7 +93,7 @@ fn change(policy: &Policy, change: &Change) -> impl Printed {
             to: part.to.name(),
             /// The rule that says otherwise; null for the default.
             rule: part.rule,
-            /// Its file and line; null likewise.
+            /// The rule's file and line; null for the default.
             place: part.rule.and_then(|rule| policy.rule_place(rule)),
         }
     });

@@ -13,7 +13,7 @@ use crate::args::{ScanArgs, WriteArg};
 use crate::cpuid::{self, to_kvm};
 use crate::exit::{Exit, Failure, with_source};
 use crate::handler::tell_of_handlers;
-use crate::scanned::{self, Facts, Found, Ruled};
+use crate::scanned::{self, Facts, Found, ScanPolicy};
 use crate::{input, load, page, progress, stream, words};
 
 pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
@@ -51,7 +51,7 @@ pub(crate) fn run(args: &ScanArgs) -> Result<Exit, Failure> {
     }
     if let Some((path, probed)) = &ruled {
         let loaded = load::policy_for_host(path, cpuid.as_ref(), &[])?;
-        facts.policy = Some(Ruled {
+        facts.policy = Some(ScanPolicy {
             name: loaded.policy.name.clone(),
             hash: words::hex(&loaded.plan.map().hash()),
         });

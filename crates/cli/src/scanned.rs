@@ -22,7 +22,7 @@ use crate::input::{self, Peeked};
 use crate::json::{self, Printed, object};
 use crate::words;
 
-pub(crate) use self::facts::{Facts, Ruled};
+pub(crate) use self::facts::{Facts, ScanPolicy};
 pub(crate) use self::html::{compared_page, page};
 pub(crate) use self::print::{compared, print};
 
@@ -142,7 +142,7 @@ fn register(msr: Msr) -> impl Printed {
     object! {
         /// The MSR.
         msr: msr.to_string(),
-        /// Its name; null if it is not known.
+        /// The MSR's name; null if it is not known.
         name: words::name(msr),
     }
 }
@@ -259,7 +259,7 @@ pub(crate) fn read(path: &Path) -> Result<(Facts, Scan), Failure> {
     parsed(path, input::peek(path)?)
 }
 
-/// The same of a file that is open.
+/// Reads a scan from a file that is open.
 pub(crate) fn parsed(path: &Path, opened: Peeked) -> Result<(Facts, Scan), Failure> {
     /// More than the largest scan takes.
     const MOST_BYTES: u64 = 512 << 20;
@@ -330,7 +330,7 @@ struct Record {
     kernel: Option<String>,
     cpuid: Option<String>,
     x2apic: bool,
-    policy: Option<Ruled>,
+    policy: Option<ScanPolicy>,
     ranges: Vec<Span>,
     readable: Vec<Row>,
     written: Vec<Span>,

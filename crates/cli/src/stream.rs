@@ -46,7 +46,7 @@ pub(crate) enum Tone {
     Plain,
     /// A title.
     Title,
-    /// As it should be.
+    /// What needs no attention.
     Good,
     /// Not as without msrgate.
     Odd,

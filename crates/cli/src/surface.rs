@@ -292,14 +292,14 @@ impl<'a> Surface<'a> {
                 object! {
                     /// The MSR.
                     msr: register.entry.msr.to_string(),
-                    /// Its name.
+                    /// The MSR's name.
                     name: register.entry.name(),
                     /// What the hardware's value tells, as of `msr`.
                     host: host.name(),
                 }
             });
             object! {
-                /// Its name without `@`.
+                /// The class's name without `@`.
                 class: row.class.name(),
                 /// What its MSRs are for.
                 about: row.class.about(),
@@ -311,7 +311,7 @@ impl<'a> Surface<'a> {
                 writes: row.counts(Op::Write).printed(),
                 /// The systems of which an access that they make unguarded is served.
                 needed_by: names(row.systems(true)),
-                /// Those of which one is denied.
+                /// The systems of which such an access is denied.
                 denied_to: names(row.systems(false)),
                 /// The MSRs that tell of the host, of which the kernel or the physical CPU answers reads.
                 tells: telling.collect::<Vec<_>>(),
@@ -320,7 +320,7 @@ impl<'a> Surface<'a> {
         object! {
             /// Which policy.
             policy: object! {
-                /// Its name.
+                /// The policy's name.
                 name: &policy.name,
                 /// The hash, as of `check`.
                 hash: words::hex(&plan.map().hash()),
@@ -329,9 +329,9 @@ impl<'a> Surface<'a> {
             default: policy.default.name(),
             /// How many MSRs of the database, by what a read of them gets.
             reads: self.known(Op::Read).printed(),
-            /// The same of writes.
+            /// How many MSRs of the database, by what a write of them gets.
             writes: self.known(Op::Write).printed(),
-            /// The same of MSRs that the database does not have.
+            /// How many MSRs that the database does not have.
             unnamed: object! {
                 /// By what a read gets.
                 reads: self.unnamed(Op::Read).printed(),
@@ -340,7 +340,7 @@ impl<'a> Surface<'a> {
             },
             /// For each operating system, the accesses that it makes unguarded.
             systems: self.systems().into_iter().map(|(system, served, of)| object! {
-                /// Its name.
+                /// The operating system's name.
                 system: system.to_string(),
                 /// How many of them are not denied.
                 served: served,
@@ -447,7 +447,7 @@ impl<'a> ClassSurface<'a> {
             object! {
                 /// The MSR.
                 msr: register.entry.msr.to_string(),
-                /// Its name.
+                /// The MSR's name.
                 name: register.entry.name(),
                 /// What a read gets, in words.
                 read: register.action(Op::Read),
@@ -475,7 +475,7 @@ impl<'a> ClassSurface<'a> {
         object! {
             /// Which policy.
             policy: object! {
-                /// Its name.
+                /// The policy's name.
                 name: &policy.name,
                 /// The hash, as of `check`.
                 hash: words::hex(&self.loaded.plan.map().hash()),
@@ -486,7 +486,7 @@ impl<'a> ClassSurface<'a> {
             about: self.row.class.about(),
             /// How many MSRs of the database, by what a read of them gets.
             reads: self.row.counts(Op::Read).printed(),
-            /// The same of writes.
+            /// How many MSRs of the database, by what a write of them gets.
             writes: self.row.counts(Op::Write).printed(),
             /// Each MSR.
             registers: registers.collect::<Vec<_>>(),

@@ -70,7 +70,7 @@ fn part(part: &Part) -> impl Printed + use<> {
         last: part.last,
         /// The field's name; null for bits that are not known.
         name: part.name,
-        /// Its value; of an address, with the zeros below it.
+        /// The field's value; of an address, with the zeros below it.
         value: format!("{:#x}", part.value),
         /// The manual's word for the value; null where it has none.
         word: part.word,

@@ -66,7 +66,7 @@ impl EnableCap {
 pub struct OneMsr {
     /// The MSR.
     pub msr: Msr,
-    /// Its value.
+    /// The MSR's value.
     pub value: u64,
 }
 
@@ -111,7 +111,7 @@ fn word(bytes: &[u8], at: usize) -> u32 {
     word.map_or(0, |word| u32::from_le_bytes(*word))
 }
 
-/// Likewise, of eight bytes.
+/// Eight bytes at a place as a number; 0 beyond the end.
 fn long(bytes: &[u8], at: usize) -> u64 {
     let long = bytes.get(at..).and_then(<[u8]>::first_chunk);
     long.map_or(0, |long| u64::from_le_bytes(*long))

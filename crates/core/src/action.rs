@@ -12,7 +12,7 @@ use crate::Op;
 pub enum Argument<'a> {
     /// 64 bits.
     Number(u64),
-    /// Likewise, where the word says them already.
+    /// 64 bits that the action's word implies, so that a policy does not spell them.
     Implied(u64),
     /// Several of them.
     Numbers(&'a [u64]),
@@ -25,7 +25,7 @@ pub enum Argument<'a> {
 /// What names an argument, and says what it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ArgumentKey {
-    /// Its key in JSON, and in a policy where the action is given several.
+    /// The argument's key in JSON, and in a policy where the action takes several arguments.
     pub name: &'static str,
     /// What it is, for people.
     pub meaning: &'static str,
@@ -87,7 +87,7 @@ pub struct ActionForm {
 /// An argument that an action takes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Parameter {
-    /// Its name.
+    /// The parameter's name.
     pub key: ArgumentKey,
     /// What it is made of.
     pub kind: ArgumentKind,
@@ -224,7 +224,7 @@ pub enum OnLockedBits {
 }
 
 impl OnLockedBits {
-    /// Both.
+    /// Both variants.
     pub const ALL: [OnLockedBits; 2] = [OnLockedBits::Deny, OnLockedBits::Drop];
 
     /// The word in a policy and in JSON.
@@ -601,7 +601,7 @@ pub enum Disposition {
 }
 
 impl Disposition {
-    /// All of them, each at the place of its number.
+    /// All dispositions, each at the place of its number.
     pub const ALL: [Disposition; 13] = [
         Disposition::Allow,
         Disposition::Deny,

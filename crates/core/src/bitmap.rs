@@ -73,12 +73,12 @@ impl VmxBitmap {
         bitmap
     }
 
-    /// The same in place: no allocation, and no state left over from what was before.
+    /// Derives the bitmap in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
         self.recompute_by(|msr, op| filter.verdict(msr, op) == Verdict::Allow, candidates);
     }
 
-    /// The same for what allows accesses otherwise, such as a decision map that has more ranges than a filter.
+    /// Recomputes from anything that allows accesses, such as a decision map that has more ranges than a filter.
     pub fn recompute_by(&mut self, allows: impl Fn(Msr, Op) -> bool, candidates: &[PassthroughMsr]) {
         open(&mut self.0, &Self::WINDOWS, Self::bit, &allows, candidates);
     }
@@ -132,12 +132,12 @@ impl SvmPermissionMap {
         map
     }
 
-    /// The same in place: no allocation, and no state left over from what was before.
+    /// Derives the map in place: no allocation, and no state left over from what was before.
     pub fn recompute(&mut self, filter: &Filter, candidates: &[PassthroughMsr]) {
         self.recompute_by(|msr, op| filter.verdict(msr, op) == Verdict::Allow, candidates);
     }
 
-    /// The same for what allows accesses otherwise, such as a decision map that has more ranges than a filter.
+    /// Recomputes from anything that allows accesses, such as a decision map that has more ranges than a filter.
     pub fn recompute_by(&mut self, allows: impl Fn(Msr, Op) -> bool, candidates: &[PassthroughMsr]) {
         open(&mut self.0, &Self::WINDOWS, Self::bit, &allows, candidates);
     }

@@ -52,7 +52,7 @@ pub enum Within {
     Smm,
     /// A guest of the guest (`KVM_RUN_X86_GUEST_MODE`, which KVM has from Linux 6.11 on).
     L2,
-    /// Both.
+    /// A guest of the guest in system management mode.
     L2Smm,
 }
 

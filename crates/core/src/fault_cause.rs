@@ -36,7 +36,7 @@ pub enum FaultCause {
 }
 
 impl FaultCause {
-    /// All of them, each at the place of its number.
+    /// All causes, each at the place of its number.
     pub const ALL: [FaultCause; 13] = [
         FaultCause::NoRule,
         FaultCause::UnknownReason,

@@ -108,7 +108,7 @@ impl FilterRange {
         }
     }
 
-    /// Of the 64 MSRs from `start` on, which ones the range decides, and which ones it allows.
+    /// Which of the 64 MSRs from `start` on the range decides, and which it allows.
     pub(crate) fn verdicts(&self, start: u64, op: Op) -> (u64, u64) {
         let Some(span) = self.span().filter(|_| self.ops.contains(op)) else {
             return (0, 0);

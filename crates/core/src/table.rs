@@ -522,7 +522,7 @@ impl<T> Answer<Result<T, Fault>> {
 }
 
 impl<O: Into<Outcome>> Answer<O> {
-    /// The same, for who looks on.
+    /// The answer with its outcome as an observer sees it, without the direction in its type.
     pub fn seen(self) -> Answer {
         Answer {
             outcome: self.outcome.into(),

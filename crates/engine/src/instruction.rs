@@ -105,7 +105,7 @@ impl Path {
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
-    /// It is over.
+    /// The instruction is over.
     Complete(Completion),
     /// It waits for user space: KVM_RUN returns 0 with [`KvmRunMsr`](crate::KvmRunMsr), RIP and the other registers are as before, and the
     /// vCPU executes nothing until [`crate::Vcpu::complete`] or a sister of it was called.
@@ -121,7 +121,7 @@ pub enum Step {
 #[must_use]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Completion {
-    /// It is done: write what it gives, then go on. A single-step trap and the count of retired instructions are due.
+    /// The access succeeded: write what it gives, then go on. A single-step trap and the count of retired instructions are due.
     Done {
         /// What the guest's registers get.
         written: Written,
@@ -161,7 +161,7 @@ pub enum Written {
     },
     /// All 64 bits of the register that an immediate form names.
     Register {
-        /// Its number.
+        /// The register's number.
         register: u8,
         /// What it gets.
         value: u64,

@@ -155,9 +155,9 @@ pub enum Compat {
 /// Whether the filter is asked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Coverage {
-    /// It is.
+    /// The filter is asked.
     Filtered,
-    /// It is not.
+    /// The filter is not asked.
     Exempt,
 }
 

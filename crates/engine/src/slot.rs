@@ -18,11 +18,11 @@ use self::sync::{AtomicU64, Ordering, RwLock};
 pub(crate) struct Slot {
     /// INVARIANT: the rules of generation `g` lie in `halves[g % 2]` from before `g` is published until after `g + 1`
     /// is, and in both halves while no writer is at work.
-    halves: [RwLock<Held>; 2],
+    halves: [RwLock<SlotRules>; 2],
     generation: AtomicU64,
     /// Serialises writers, and keeps replaced rules until no vCPU has them any more: so it is a writer that frees them,
     /// never a vCPU on its access path. Each vCPU has one generation, so there are no more of them than vCPUs.
-    retired: RwLock<Vec<Held>>,
+    retired: RwLock<Vec<SlotRules>>,
 }
 
 /// What decides an access and says what becomes of it, replaced as one.
@@ -40,18 +40,18 @@ pub(crate) struct Rules {
 /// INVARIANT: a vCPU lets go of `rules` before `here`, since fields are dropped in this order. So once `here` is the
 /// slot's alone no vCPU can be the last to have a filter or a table, however many other VMs share it.
 #[derive(Clone)]
-struct Held {
+struct SlotRules {
     rules: Rules,
     here: Arc<()>,
 }
 
 /// Rules as one reader knows them.
-pub(crate) struct Seen {
+pub(crate) struct ReaderRules {
     generation: u64,
-    held: Held,
+    held: SlotRules,
 }
 
-impl Seen {
+impl ReaderRules {
     #[inline]
     pub(crate) fn rules(&self) -> &Rules {
         &self.held.rules
@@ -60,7 +60,7 @@ impl Seen {
 
 impl Slot {
     pub(crate) fn empty() -> Slot {
-        let held = Held {
+        let held = SlotRules {
             rules: Rules {
                 filter: None,
                 reasons: Reasons::NONE,
@@ -81,7 +81,7 @@ impl Slot {
         let mut retired = sync::write(&self.retired);
         let generation = self.generation.load(Ordering::Relaxed);
         let mut half = sync::write(self.half(generation.wrapping_add(1)));
-        let held = Held {
+        let held = SlotRules {
             rules: next(&half.rules),
             here: Arc::new(()),
         };
@@ -96,12 +96,12 @@ impl Slot {
 
     /// Whether `seen` is still current; one load.
     #[inline]
-    pub(crate) fn is_current(&self, seen: &Seen) -> bool {
+    pub(crate) fn is_current(&self, seen: &ReaderRules) -> bool {
         self.generation.load(Ordering::Acquire) == seen.generation
     }
 
     /// The current rules.
-    pub(crate) fn look(&self) -> Seen {
+    pub(crate) fn look(&self) -> ReaderRules {
         loop {
             let generation = self.generation.load(Ordering::Acquire);
             if let Some(half) = sync::try_read(self.half(generation)) {
@@ -110,14 +110,14 @@ impl Slot {
                 // since the writer of those rules had published `generation + 1` before it took the lock.
                 if self.generation.load(Ordering::Acquire) == generation {
                     let held = half.clone();
-                    return Seen { generation, held };
+                    return ReaderRules { generation, held };
                 }
             }
             sync::spin_loop();
         }
     }
 
-    fn half(&self, generation: u64) -> &RwLock<Held> {
+    fn half(&self, generation: u64) -> &RwLock<SlotRules> {
         let [even, odd] = &self.halves;
         if generation.is_multiple_of(2) { even } else { odd }
     }
@@ -139,7 +139,7 @@ mod sync {
     }
 }
 
-/// The same under the model checker, which has no poisoning: a panic ends the model.
+/// The lock under the model checker, which has no poisoning: a panic ends the model.
 #[cfg(loom)]
 mod sync {
     pub(super) use loom::hint::spin_loop;

@@ -10,19 +10,19 @@ use msrgate_core::{
 };
 
 use crate::instruction::{Advance, Completion, Instruction, Path, Step, Written};
-use crate::slot::Seen;
+use crate::slot::ReaderRules;
 use crate::{Intercepts, Msrs, Refusal, UnknownMsrs, Vm};
 
 /// What KVM holds of MSR filtering for each vCPU. It keeps its VM alive.
 pub struct Vcpu {
     vm: Arc<Vm>,
-    seen: Seen,
+    seen: ReaderRules,
     intercepts: Intercepts,
     pending: Option<Pending>,
     /// The rules that the pending access met, where the vCPU has newer ones since.
     ///
     /// INVARIANT: `None` while nothing is pending.
-    met: Option<Seen>,
+    met: Option<ReaderRules>,
 }
 
 /// An access that user space has, and how it ends: the kernel's `complete_userspace_io`.
@@ -113,7 +113,7 @@ impl Vcpu {
     /// the kick that caused it was taken note of. One load where nothing is new.
     ///
     /// [`Self::execute`], [`Self::verdict`] and [`Self::recalculate`] take a newer filter over too, and recompute the
-    /// bitmap; no other call does. This is the only one that tells.
+    /// bitmap; no other call does. This call alone tells that the bitmap changed.
     #[inline]
     pub fn pick_up(&mut self) -> PickUp<'_> {
         self.refresh();
@@ -156,7 +156,7 @@ impl Vcpu {
     /// Carries an instruction out as far as it goes without user space (`kvm_emulate_rdmsr`, `kvm_emulate_wrmsr`,
     /// `emulator_get_msr_with_filter`, `emulator_set_msr_with_filter`): asks the filter, then `msrs`.
     ///
-    /// Refused while an earlier access is pending. Neither allocates nor waits nor panics, if `msrs` does not.
+    /// Gives [`StillPending`] while an earlier access is pending. The call neither allocates nor waits nor panics, if `msrs` does not.
     pub fn execute(
         &mut self,
         instruction: Instruction,
@@ -222,7 +222,7 @@ impl Vcpu {
     /// Ends the pending access with what user space left in `kvm_run.msr` (`complete_fast_rdmsr` and its kin): any
     /// `error` but 0 is #GP(0), `data` is what a read gets and means nothing for a write. `None` where none is pending.
     ///
-    /// The first thing that the next KVM_RUN does. Neither a new filter nor a new mask cancels it.
+    /// The next KVM_RUN does this first. Neither a new filter nor a new mask cancels a pending access.
     pub fn complete(&mut self, error: u8, data: u64) -> Option<Completion> {
         let pending = self.pending.take()?;
         self.met = None;

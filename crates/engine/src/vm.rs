@@ -61,13 +61,13 @@ impl Vm {
         }
     }
 
-    /// The same with the behaviour of another kernel.
+    /// The VM with the behaviour of another kernel.
     #[must_use]
     pub fn with_profile(self, profile: Profile) -> Vm {
         Vm { profile, ..self }
     }
 
-    /// The same with another answer to MSRs that the hypervisor does not know.
+    /// The VM with another answer to MSRs that the hypervisor does not know.
     #[must_use]
     pub fn with_unknown_msrs(self, unknown_msrs: UnknownMsrs) -> Vm {
         Vm { unknown_msrs, ..self }

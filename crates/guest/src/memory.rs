@@ -27,7 +27,7 @@ pub(crate) const REAL_SELECTOR: u16 = 0xfff0;
 const REAL_BASE: u64 = (REAL_SELECTOR as u64) << 4;
 /// The page of the real-mode program.
 const REAL_CODE: u64 = 0x10_f000;
-/// Its offset in the segment.
+/// The offset of that page in the segment.
 pub(crate) const REAL_IP: u16 = (REAL_CODE - REAL_BASE) as u16;
 
 /// Tables and the 64-bit program.

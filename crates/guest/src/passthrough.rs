@@ -23,7 +23,7 @@ const BITS: [u32; 14] = [0, 1, 2, 3, 6, 8, 10, 11, 12, 20, 31, 32, 47, 63];
 /// after such a write depends on whether an interrupt of the host came between.
 const BASES: RangeInclusive<Msr> = Msr(0xc000_0100)..=Msr(0xc000_0102);
 
-/// Those of `accesses` that this kernel treats alike whether the guest's own instruction makes them or user space does,
+/// The accesses among `accesses` that this kernel treats alike whether the guest's own instruction makes them or user space does,
 /// by KVM_GET_MSRS and KVM_SET_MSRS.
 ///
 /// Three guests do the same: one by itself, one whose reads are passed through, and one whose writes are. Each register is

@@ -69,7 +69,7 @@ const MOST_BROKEN: usize = 64;
 /// Which MSRs are written back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Writes {
-    /// None.
+    /// No MSR is written.
     None,
     /// Those that are no [commands](msrgate_msrs::command).
     Safe,

@@ -18,18 +18,18 @@ use crate::stats;
 /// What an access got.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Seen {
-    /// What the guest saw of it.
+    /// The value or the fault that the guest saw.
     pub outcome: Outcome,
-    /// The exit that it made, or the last where it made several; `None` where the kernel answered.
+    /// The exit that the access made, or the last where it made several; `None` where the kernel answered.
     pub exit: Option<SeenExit>,
 }
 
 /// An exit that an access made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SeenExit {
-    /// The kernel's number for its reason.
+    /// The kernel's number for the exit's reason.
     pub reason_bits: u32,
-    /// What a gate answered; `None` where it was not a gate that did.
+    /// The answer that a gate gave; `None` where no gate answered.
     pub answer: Option<Answer>,
 }
 
@@ -39,14 +39,14 @@ pub struct Vcpu {
     fd: VcpuFd,
     mode: Mode,
     id: usize,
-    /// As they are before the first access.
+    /// The segment and control registers as they are before the first access.
     sregs: kvm_sregs,
     table: Table,
     seen: Vec<Seen>,
     stats: Option<stats::Exits>,
 }
 
-/// An access that waits for an answer. Where it gets none it faults.
+/// An access that waits for an answer. Without an answer the access faults.
 #[derive(Debug)]
 pub struct Pending<'a> {
     fd: &'a mut VcpuFd,
@@ -61,12 +61,12 @@ impl Pending<'_> {
         self.position
     }
 
-    /// What the guest tries, as the kernel gives it.
+    /// The access, as the kernel reports it.
     pub fn access(&self) -> Access {
         self.access
     }
 
-    /// Why the kernel does not answer it: its number for the reason.
+    /// Why the kernel does not answer the access: the kernel's number for the reason.
     pub fn reason_bits(&self) -> u32 {
         self.exit.reason_bits
     }
@@ -76,7 +76,8 @@ impl Pending<'_> {
         self.fd.sync_regs().regs.rip
     }
 
-    /// The vCPU, for those who do more than answer. As it came out of KVM_RUN, but for the fault that stands ready.
+    /// The vCPU's descriptor, for callers that do more than answer. The vCPU is as it came out of KVM_RUN, except that a fault is ready to be
+    /// delivered.
     pub fn fd(&mut self) -> &mut VcpuFd {
         self.fd
     }
@@ -139,7 +140,7 @@ impl Vcpu {
         &self.fd
     }
 
-    /// The same, to change.
+    /// The vCPU's descriptor, to change the vCPU's state.
     pub fn fd_mut(&mut self) -> &mut VcpuFd {
         &mut self.fd
     }

@@ -41,11 +41,11 @@ impl Stage {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 pub struct SystemCall {
-    /// When.
+    /// When the VMM makes the call.
     pub stage: Stage,
-    /// Its name, as in `syscalls(2)`.
+    /// The call's name, as in `syscalls(2)`.
     pub name: &'static str,
-    /// Its second argument where that is to be compared: an ioctl's request, and what `fcntl` is to do.
+    /// The call's second argument where that is to be compared: an ioctl's request, or the command of `fcntl`.
     pub argument: Option<u32>,
     /// What the argument is called in the kernel's headers.
     pub argument_name: Option<&'static str>,

@@ -13,9 +13,9 @@ pub struct Counts {
     pub reads: u64,
     /// WRMSR.
     pub writes: u64,
-    /// Those of both that got #GP(0).
+    /// Accesses in either direction that got #GP(0).
     pub faults: u64,
-    /// Those of `faults` where the policy does not say `deny`, so that there is a [`FaultCause`](msrgate_core::FaultCause).
+    /// Faults that the policy does not ask for by `deny`, so that there is a [`FaultCause`](msrgate_core::FaultCause).
     pub failures: u64,
 }
 

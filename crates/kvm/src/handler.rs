@@ -29,14 +29,14 @@ impl VcpuId {
         }
     }
 
-    /// The same of another VM.
+    /// The vCPU of the same number in another VM.
     #[must_use]
     pub const fn in_vm(mut self, vm: u32) -> VcpuId {
         self.vm = vm;
         self
     }
 
-    /// The same with something that handlers are given.
+    /// The vCPU with a number that handlers are given, such as an address of the VMM's own data.
     #[must_use]
     pub const fn with_opaque(mut self, opaque: u64) -> VcpuId {
         self.opaque = opaque;
@@ -68,7 +68,7 @@ pub struct Handlers {
 }
 
 impl Handlers {
-    /// None.
+    /// No handler.
     pub fn new() -> Handlers {
         Handlers::default()
     }
@@ -106,7 +106,7 @@ impl Handlers {
         guarded(|| handler.read(vcpu, msr))
     }
 
-    /// The same of a write.
+    /// Asks the handler of this name for a write.
     ///
     /// # Errors
     /// What the guest's fault is due to.

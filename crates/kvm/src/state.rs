@@ -128,16 +128,16 @@ fn hex(bytes: &[u8]) -> String {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum StateError {
-    /// It is something else.
+    /// The text is not a saved state.
     NoState,
-    /// It is of another version of the text.
+    /// The text is of another version of the format.
     Version {
         /// Which.
         found: String,
     },
-    /// It is cut off, or was changed.
+    /// The text is cut off, or was changed.
     Damaged,
-    /// It is longer than any state.
+    /// The text is longer than any state.
     TooLong,
     /// The guest ran under another policy.
     OtherPolicy {

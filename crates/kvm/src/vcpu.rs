@@ -22,12 +22,12 @@ pub struct VcpuGate {
     id: VcpuId,
     shared: Arc<Shared>,
     /// Taken while an answer is made; who finds it taken was called from inside a handler. Nobody waits for it.
-    held: Mutex<Held>,
+    held: Mutex<AnswerState>,
 }
 
 /// What a vCPU answers by.
 #[derive(Debug)]
-struct Held {
+struct AnswerState {
     generation: u64,
     published: Arc<Published>,
     epoch: Arc<Epoch>,
@@ -37,9 +37,9 @@ struct Held {
 /// What became of a KVM_RUN exit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Dispatch {
-    /// It was an MSR exit; the answer is in `kvm_run`, and the next KVM_RUN carries it out.
+    /// An MSR exit: the answer is in `kvm_run`, and the next KVM_RUN carries it out.
     Answered(Answered),
-    /// It is something else, and nothing was touched.
+    /// Another exit; nothing was touched.
     NotAnMsrExit,
 }
 
@@ -114,7 +114,7 @@ impl VcpuGate {
             vcpu,
             id,
             shared,
-            held: Mutex::new(Held {
+            held: Mutex::new(AnswerState {
                 generation,
                 published,
                 epoch,
@@ -179,7 +179,7 @@ impl VcpuGate {
     }
 
     /// What the vCPU answers by, unless it is answering: one atomic exchange, which never waits.
-    fn take(&self) -> Option<MutexGuard<'_, Held>> {
+    fn take(&self) -> Option<MutexGuard<'_, AnswerState>> {
         match self.held.try_lock() {
             Ok(held) => Some(held),
             // What panicked was a caller's code between two whole states.
@@ -188,7 +188,7 @@ impl VcpuGate {
         }
     }
 
-    fn catch_up(&self, held: &mut Held) {
+    fn catch_up(&self, held: &mut AnswerState) {
         let generation = self.shared.generation();
         if generation != held.generation {
             held.published = self.shared.published();
@@ -198,7 +198,7 @@ impl VcpuGate {
 
     /// # Safety
     /// As for [`exit::fail_closed`].
-    unsafe fn answer(&self, run: *mut u8, access: Access, reason: Reason, held: &mut Held) -> Answer {
+    unsafe fn answer(&self, run: *mut u8, access: Access, reason: Reason, held: &mut AnswerState) -> Answer {
         self.catch_up(held);
         let epoch = held.published.deciding(&held.epoch, access, reason);
         if !Arc::ptr_eq(epoch, &held.epoch) {
@@ -298,7 +298,7 @@ impl VcpuGate {
     }
 
     /// Puts a saved state over the one that `under` gives.
-    fn remember(&self, saved: &[u8], under: impl FnOnce(&Held) -> VcpuState) -> Result<(), StateError> {
+    fn remember(&self, saved: &[u8], under: impl FnOnce(&AnswerState) -> VcpuState) -> Result<(), StateError> {
         let mut held = self.take().ok_or(StateError::InHandler)?;
         self.settle(&mut held);
         let hash = held.epoch.plan.hash().ok_or(StateError::NoHash)?;
@@ -311,7 +311,7 @@ impl VcpuGate {
     }
 
     /// Goes on to the plan in force: no exit is pending that an older one made.
-    fn settle(&self, held: &mut Held) {
+    fn settle(&self, held: &mut AnswerState) {
         held.generation = self.shared.generation();
         held.published = self.shared.published();
         let newest = &held.published.newest;

@@ -270,7 +270,7 @@ impl Entry {
 
     /// Whether a guest reads what it wrote: the register holds its value, and a write is no command.
     ///
-    /// Of the microcode's revision a guest writes 0 before it reads, and KVM keeps nothing of that (`kvm_set_msr_common`).
+    /// The microcode's revision is an exception: a guest writes 0 before it reads, and KVM keeps nothing of that (`kvm_set_msr_common`).
     pub fn keeps_writes(&self) -> bool {
         self.access == Access::ReadWrite
             && self.holds_guest_state()

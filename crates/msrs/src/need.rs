@@ -24,7 +24,7 @@ pub enum System {
 }
 
 impl System {
-    /// All of them.
+    /// All systems.
     pub const ALL: [System; 4] = [Linux, Windows, Freebsd, Macos];
 }
 

@@ -23,7 +23,7 @@ pub struct Restore {
     pub required: u64,
     /// The bits of which KVM takes any value, and which tell a guest of the hardware.
     pub claims: u64,
-    /// Those of `claims` that tell of a weakness.
+    /// The bits of `claims` that tell of a weakness.
     pub weak: u64,
     /// The property of QEMU's that sets the whole register.
     pub qemu_property: Option<&'static str>,

@@ -43,7 +43,7 @@ impl Intervals<Verdict> {
 impl DecisionMap {
     /// The map with a denial wherever it leaves to the kernel what `other` denies.
     ///
-    /// Its plan holds for both. Whose an exit is, the map itself tells: what it decides by its own is its own, the rest
+    /// The plan of that map holds for both. The map tells whose an exit is: what the map decides by its own is its own, the rest
     /// is `other`'s.
     #[must_use]
     pub fn restricted_by(&self, other: &Filter) -> DecisionMap {

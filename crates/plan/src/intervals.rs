@@ -17,7 +17,7 @@ pub struct Intervals<V> {
 }
 
 impl<V: Clone + Eq> Intervals<V> {
-    /// The same value everywhere.
+    /// One value for the whole space.
     pub fn uniform(value: V) -> Intervals<V> {
         Intervals {
             starts: vec![(Msr::MIN, value)],

@@ -10,7 +10,7 @@ use msrgate_core::{Msr, MsrRange, Op};
 pub struct Preset {
     /// The register.
     pub msr: Msr,
-    /// Its value.
+    /// The value that the register gets before the guest runs.
     pub value: u64,
 }
 

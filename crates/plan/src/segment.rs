@@ -18,7 +18,7 @@ pub(crate) struct Segment {
     pub(crate) write: bool,
     /// Whether reads differ from the default and must be served by a range.
     pub(crate) need_read: bool,
-    /// The same for writes.
+    /// Whether writes differ from the default and must be served by a range.
     pub(crate) need_write: bool,
 }
 
@@ -39,7 +39,7 @@ pub enum Direction {
     Read,
     /// Writes alone.
     Write,
-    /// Both, with one bit an MSR.
+    /// Reads and writes, with one bit an MSR.
     Both,
 }
 

@@ -108,7 +108,7 @@ fn needs_handler(policy: &Policy, rule: &Rule) -> Option<Diagnostic> {
     Some(Diagnostic::at(Code::HandlerNeeded, rule.place.clone(), in_a_vmm(name)))
 }
 
-/// The same of `unknown` and `invalid`.
+/// Finds that `unknown` or `invalid` names a handler.
 fn needs_handler_by_default(policy: &Policy) -> Option<Diagnostic> {
     let fallbacks = [&policy.unknown, &policy.invalid].into_iter();
     let mut handlers = fallbacks.flat_map(|(read, write)| [read.handler(), write.handler()]);

@@ -369,7 +369,7 @@ pub struct Place {
 /// One finding.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Diagnostic {
-    /// Its kind.
+    /// The kind of the finding.
     pub code: Code,
     /// What is wrong: lower case, no full stop, the author's text in backticks.
     pub message: String,

@@ -31,7 +31,7 @@ pub struct FitAdvice {
 /// Rules with whose removal a policy fits.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Without {
-    /// Their numbers, from 0; none of them can stay.
+    /// The numbers of the rules, from 0; none of them can stay.
     pub rules: Vec<u32>,
     /// How many accesses get something else then.
     pub accesses: u64,

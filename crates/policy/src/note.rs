@@ -81,7 +81,7 @@ fn closes(map: &DecisionMap, bypass: &Bypass, entry: &Entry) -> bool {
     }
 }
 
-/// The note on what passes in one way.
+/// The note on one kind of bypass.
 fn passes(kind: BypassKind, told: &str) -> Diagnostic {
     let note = |code, message| Diagnostic::whole(code, message);
     match kind {

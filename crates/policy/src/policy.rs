@@ -47,7 +47,7 @@ pub enum Validity {
 /// What becomes of a policy that needs more ranges than a filter has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Spill {
-    /// It is refused.
+    /// The policy is refused.
     Refuse,
     /// What does not fit is passed on to the kernel from user space, where that gets the guest the same.
     UserSpace,

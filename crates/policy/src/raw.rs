@@ -99,7 +99,7 @@ impl RawFormat {
     }
 }
 
-/// What is said of a text that shows a filter in a way that is not read.
+/// The error for a text that shows a filter in a format that is not read.
 fn other(text: &str) -> Option<&'static str> {
     if text
         .strip_prefix('[')
@@ -140,7 +140,7 @@ pub fn read(bytes: &[u8]) -> Result<RawInput, RawError> {
     }
 }
 
-/// A text without the mark that some editors put before UTF-8.
+/// The text without the byte order mark that some editors put before UTF-8.
 fn unmarked(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
 }

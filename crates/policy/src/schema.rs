@@ -82,7 +82,7 @@ enum Default {
 enum Spill {
     /// The policy is refused.
     Refuse,
-    /// It is passed on to the kernel from user space.
+    /// What does not fit is passed on to the kernel from user space.
     UserSpace,
 }
 
@@ -243,9 +243,9 @@ enum FallbackWord {
 #[schemars(deny_unknown_fields)]
 #[expect(dead_code, reason = "only the schema is made of it")]
 struct FallbackActions {
-    /// None that asks the kernel, such as `allow` and `mask`.
+    /// An action that does not ask the kernel: none of `allow`, `mask` and their like.
     read: Option<Read>,
-    /// None that asks the kernel, such as `allow`, `mask`, `only` and `once`.
+    /// An action that does not ask the kernel: none of `allow`, `mask`, `only`, `once` and their like.
     write: Option<Write>,
 }
 

@@ -132,7 +132,7 @@ impl Running {
         })
     }
 
-    /// Its VMs.
+    /// The VMs of the VMM.
     pub fn vms(&self) -> &[RunningVm] {
         &self.vms
     }

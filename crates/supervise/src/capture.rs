@@ -19,7 +19,7 @@ use crate::tracee::{StopError, Tracer};
 pub struct Call {
     /// The process that made it, as this process numbers it.
     pub process: i32,
-    /// Its thread.
+    /// The thread that made it.
     pub thread: i32,
     /// The VM, from 1 in the order in which they are made, whatever descriptor it has; `None` where that is not known.
     pub vm: Option<u64>,
@@ -52,7 +52,7 @@ pub enum Request {
 /// `struct kvm_msr_filter` as a VMM hands it over, checked by nobody.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Filter {
-    /// Its flags.
+    /// The filter's flags.
     pub flags: u32,
     /// The slots that are used, with their bitmaps; `None` where the bitmap is longer than the kernel takes, or cannot be read.
     pub ranges: Vec<(RawRange, Option<Box<[u64]>>)>,

@@ -46,7 +46,7 @@ pub(crate) struct Trampolines {
     private: u64,
     /// By the VMM's instruction.
     in_use: HashMap<u64, u64>,
-    /// Likewise, those of an earlier policy that no instruction is led to.
+    /// Those of an earlier policy that no instruction is led to, by the VMM's instruction.
     idle: HashMap<u64, u64>,
     /// Where the last page of them is, and how many are in it.
     page: Option<(u64, usize)>,

@@ -106,7 +106,7 @@ impl Ring {
         vcpu::CELLS + cells + SPARE
     }
 
-    /// The same in memory that is there.
+    /// Makes a ring of memory that is there already.
     pub(crate) fn of(words: memory::Words, process: i32, who: (u32, u32)) -> Arc<Ring> {
         Arc::new(Ring {
             words,

@@ -33,7 +33,7 @@ impl Words {
         Ok((Words::of(&file, count, alone)?, file))
     }
 
-    /// The same in a memfd that is new and allows seals, whoever made it.
+    /// Maps a memfd that is new and allows seals, whoever made it.
     pub(crate) fn of(file: &File, count: usize, alone: bool) -> io::Result<Words> {
         let bytes = count * size_of::<AtomicU64>();
         file.set_len(bytes as u64)?;

@@ -11,7 +11,7 @@ use msrgate_plan::{CompileOptions, Decision, DecisionMap, Intervals, Plan, PlanE
 /// What becomes of what the policy decides.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Mode {
-    /// It is in force.
+    /// The policy decides.
     #[default]
     Enforce,
     /// Nothing: the first touch of each MSR that the policy does not leave to the kernel is written down, with what the

@@ -32,7 +32,7 @@ pub(crate) const BETWEEN: Duration = Duration::from_millis(2);
 pub enum AttachError {
     /// The process has ended, or never was.
     Gone,
-    /// It is no VMM, or has no VM now; one line for people.
+    /// The process is no VMM, or has no VM now; one line for people.
     NoVmm(String),
     /// This machine or this user cannot; one line for people.
     Refused(String),

@@ -68,7 +68,7 @@ impl Cookies {
         })
     }
 
-    /// The same where nobody can be asked.
+    /// The cookies for a VMM in which nobody can be asked.
     pub(crate) fn alone(self) -> Cookies {
         Cookies { ask: 0, ..self }
     }
@@ -261,7 +261,7 @@ pub(crate) struct Waiting<'a> {
     pub(crate) thread: c_int,
     /// The number of the system call.
     pub(crate) number: u32,
-    /// Its arguments.
+    /// The call's arguments.
     pub(crate) arguments: [u64; 6],
     /// Behind the instruction that makes it.
     pub(crate) instruction: u64,

@@ -30,5 +30,5 @@ mod since;
 
 pub use rule::{Facts, Learned, LearnedRule};
 pub use since::{Baseline, Change, Kind};
-pub use summary::{LearnError, Seen, Summary};
+pub use summary::{LearnError, Summary, Usage};
 pub use want::{Generalize, Remark};

@@ -92,9 +92,9 @@ pub enum Target {
     EnableCap {
         /// Which capability.
         cap: u32,
-        /// Its flags.
+        /// The capability's flags.
         flags: u32,
-        /// Its four arguments.
+        /// The capability's four arguments.
         args: [u64; 4],
     },
 }
@@ -102,7 +102,7 @@ pub enum Target {
 /// `struct kvm_msr_filter`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RawFilter {
-    /// Its flags.
+    /// The filter's flags.
     pub flags: u32,
     /// What each padding byte holds.
     pub pad: u8,
@@ -117,9 +117,9 @@ pub struct RawFilter {
 /// `struct kvm_msr_filter_range`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RawRange {
-    /// Its position among the 16.
+    /// The range's position among the 16.
     pub slot: usize,
-    /// Its flags.
+    /// The range's flags.
     pub flags: u32,
     /// How many MSRs.
     pub nmsrs: u32,
@@ -138,9 +138,9 @@ pub enum Place {
     Mapped,
     /// At an odd address.
     Unaligned,
-    /// Its last byte is the last that can be read.
+    /// The bitmap's last byte is the last that can be read.
     PageEnd,
-    /// Its last byte cannot be read.
+    /// The bitmap's last byte cannot be read.
     Short,
     /// At address 0.
     Null,
@@ -151,7 +151,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// All of them.
+    /// All places.
     pub const ALL: [Place; 7] = [
         Place::Mapped,
         Place::Unaligned,
@@ -177,7 +177,7 @@ pub enum Descriptor {
 }
 
 impl Descriptor {
-    /// All of them.
+    /// All descriptors.
     pub const ALL: [Descriptor; 4] = [
         Descriptor::Vm,
         Descriptor::Vcpu,

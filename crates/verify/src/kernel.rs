@@ -53,7 +53,7 @@ impl Kernel {
         kernel
     }
 
-    /// The same, but the engine takes after the kernel of this name, which is one of [`Kernel::profiles`].
+    /// This machine's kernel, with an engine that takes after the kernel of this name, which is one of [`Kernel::profiles`].
     pub fn with_profile(self, name: &str) -> Option<Kernel> {
         let (name, _, profile) = PROFILES.into_iter().find(|(known, ..)| *known == name)?;
         Some(Kernel {
@@ -67,7 +67,7 @@ impl Kernel {
         PROFILES.map(|(name, ..)| name)
     }
 
-    /// Its release, as `uname -r` prints it.
+    /// The kernel's release, as `uname -r` prints it.
     pub fn release(&self) -> &str {
         &self.release
     }

@@ -76,7 +76,7 @@ impl Disagreement {
 pub struct Interception {
     /// The register.
     pub msr: Msr,
-    /// Its name.
+    /// The register's name.
     pub name: &'static str,
     /// The direction.
     pub op: Op,

@@ -40,7 +40,7 @@ impl Rng {
         of[index]
     }
 
-    /// All of them, in another order.
+    /// Puts the elements in a random order.
     pub(crate) fn shuffle<T>(&mut self, of: &mut [T]) {
         for last in (1..of.len()).rev() {
             let other = self.below(last as u64 + 1) as usize;

@@ -253,7 +253,7 @@ fn compare(msr: u32, vcpu: &mut Vcpu, kernel: &Kernel) {
     }
 }
 
-/// The same for those who touch an MSR without an RDMSR or WRMSR.
+/// Compares verdicts for those who touch an MSR without an RDMSR or WRMSR.
 fn compare_origins(msr: u32, vm: &Vm, kernel: &Kernel) {
     for op in Op::ALL {
         let write = op == Op::Write;

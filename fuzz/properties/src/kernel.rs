@@ -193,13 +193,13 @@ impl Kernel {
         !filter.deny_by_default
     }
 
-    /// The same for an entry of a nested VMX MSR list.
+    /// Whether an entry of a nested VMX MSR list is allowed.
     pub(crate) fn allowed_in_nested_list(&self, index: u32, write: bool) -> bool {
         let filtered = self.version < (5, 18) || self.version >= (6, 12);
         !filtered || self.allowed(index, write)
     }
 
-    /// The same for what the emulator looks at in carrying out another instruction.
+    /// Whether the emulator is allowed what it looks at in carrying out another instruction.
     pub(crate) fn allowed_as_side_effect(&self, index: u32, write: bool) -> bool {
         self.version >= (5, 18) || self.allowed(index, write)
     }

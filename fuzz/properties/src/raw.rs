@@ -62,8 +62,8 @@ fn filter(input: &mut Input<'_>) -> RawFilter {
     }
 }
 
-/// The same structure in a process's memory, which ends with the word that a bitmap with all its bits ends in, and else
-/// where the bitmap does, is refused by the engine with the same error number.
+/// Asserts that the engine refuses the structure with the same error number in a process's memory. The memory of a bitmap that has all its
+/// bits ends with a whole word, and that of another where the bitmap ends.
 fn is_refused_as_the_engine_refuses(filter: &RawFilter) {
     const AT: u64 = 0x1000;
     let layout = Layout::NATIVE;

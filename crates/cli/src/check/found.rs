@@ -18,7 +18,7 @@ pub(crate) struct Checked {
 }
 
 /// A place as editors have it: lines and columns from 1, the end behind the last character.
-pub(super) struct Where {
+pub(super) struct Location {
     pub(super) file: String,
     pub(super) begin: (usize, usize),
     pub(super) end: (usize, usize),
@@ -30,13 +30,13 @@ impl Checked {
         self.findings.iter().chain(&self.notes)
     }
 
-    pub(super) fn place(&self, found: &Diagnostic) -> Option<Where> {
+    pub(super) fn place(&self, found: &Diagnostic) -> Option<Location> {
         self.where_is(found.place.as_ref()?)
     }
 
-    pub(super) fn where_is(&self, place: &Place) -> Option<Where> {
+    pub(super) fn where_is(&self, place: &Place) -> Option<Location> {
         let source = self.sources.get(place.source)?;
-        Some(Where {
+        Some(Location {
             file: source.path().display().to_string(),
             begin: source.line_column(place.span.start),
             end: source.line_column(place.span.end),

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use msrgate_policy::Severity;
 
-use super::found::{Checked, Where};
+use super::found::{Checked, Location};
 use crate::hint;
 
 /// A line for each finding that is open, and for each note.
@@ -16,7 +16,7 @@ pub(super) fn write(out: &mut impl Write, checked: &Checked, path: &str) -> io::
             Severity::Note => "notice",
         };
         let place = match checked.place(found) {
-            Some(Where { file, begin, end }) => format!(
+            Some(Location { file, begin, end }) => format!(
                 "file={},line={},col={},endLine={},endColumn={}",
                 property(&file),
                 begin.0,

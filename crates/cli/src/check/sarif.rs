@@ -5,7 +5,7 @@ use std::path::Path;
 use msrgate_policy::{Code, Diagnostic, Severity};
 use serde_json::{Value, json};
 
-use super::found::{Checked, Where};
+use super::found::{Checked, Location};
 use crate::{hint, words};
 
 /// One log of one run over all policies.
@@ -67,7 +67,7 @@ fn result(path: &str, checked: &Checked, found: &Diagnostic, codes: &[Code]) -> 
     result
 }
 
-fn physical(Where { file, begin, end }: &Where) -> Value {
+fn physical(Location { file, begin, end }: &Location) -> Value {
     json!({
         "artifactLocation": { "uri": uri(file) },
         "region": { "startLine": begin.0, "startColumn": begin.1, "endLine": end.0, "endColumn": end.1 },

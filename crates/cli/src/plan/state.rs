@@ -17,7 +17,7 @@ pub(crate) fn printed(loaded: &Loaded, state: &State) -> impl Printed {
         object! {
             /// The MSR.
             msr: kept.entry.msr.to_string(),
-            /// Its name.
+            /// The MSR's name.
             name: kept.entry.name(),
             /// How it is saved, as of `msr`.
             state: kept.entry.state.name(),
@@ -33,7 +33,7 @@ pub(crate) fn printed(loaded: &Loaded, state: &State) -> impl Printed {
         object! {
             /// The MSR.
             msr: entry.msr.to_string(),
-            /// Its name.
+            /// The MSR's name.
             name: entry.name(),
             /// How it would be saved, as of `msr`.
             state: entry.state.name(),
@@ -55,7 +55,7 @@ pub(crate) fn printed(loaded: &Loaded, state: &State) -> impl Printed {
     object! {
         /// Which policy.
         policy: object! {
-            /// Its name.
+            /// The policy's name.
             name: &loaded.policy.name,
             /// The hash, as of `check`.
             hash: words::hex(&loaded.plan.map().hash()),

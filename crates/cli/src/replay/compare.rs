@@ -6,7 +6,7 @@ use msrgate_core::{Disposition, Event, Gap, Msr, Op, Outcome, ReadSource};
 use msrgate_plan::{DecisionMap, Preset};
 use msrgate_policy::Rule;
 
-use super::machine::{Backend, Got};
+use super::machine::{AccessResult, Backend};
 
 /// How many different answers are kept for one MSR and direction.
 const KEPT: usize = 4;
@@ -106,7 +106,7 @@ impl Comparison {
     }
 
     /// Adds one access: what it got without the policy in two runs, and under it.
-    pub(crate) fn add(&mut self, event: &Event, plain: [Outcome; 2], ruled: &Got) {
+    pub(crate) fn add(&mut self, event: &Event, plain: [Outcome; 2], ruled: &AccessResult) {
         let (action, live) = match event.op {
             Op::Read => {
                 let action = &self.map.reads().get(event.msr).action;

@@ -7,7 +7,7 @@ use msrgate_core::{Access, Event, FaultCause, Msr, MsrBackend, Op, Reason, VcpuS
 use msrgate_engine::{Intercepts, Msrs, Path, Refusal, Step, Vcpu, Vm};
 use msrgate_plan::Plan;
 
-use super::machine::{Got, Machine};
+use super::machine::{AccessResult, Machine};
 use crate::exit::{Exit, Failure};
 
 /// One vCPU of the engine.
@@ -31,7 +31,7 @@ impl Guest {
         }
     }
 
-    fn access(&mut self, event: &Event) -> Result<Got, Failure> {
+    fn access(&mut self, event: &Event) -> Result<AccessResult, Failure> {
         self.kernel.now = Some(*event);
         let access = match event.op {
             Op::Read => Access::Read { msr: event.msr },
@@ -68,7 +68,7 @@ impl Guest {
             }
             Step::Failed(errno) | Step::EmulationFailed(errno) => return Err(impossible(&format!("{errno:?}"))),
         };
-        Ok(Got {
+        Ok(AccessResult {
             outcome: completion.outcome(),
             answer,
         })
@@ -76,7 +76,7 @@ impl Guest {
 }
 
 impl Machine for Guest {
-    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure> {
+    fn run(&mut self, events: &[Event], got: &mut Vec<AccessResult>) -> Result<(), Failure> {
         for event in events {
             got.push(self.access(event)?);
         }

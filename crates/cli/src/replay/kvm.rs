@@ -9,7 +9,7 @@ use msrgate_kvm::{Gate, Handlers, VcpuGate};
 use msrgate_msrs::cpuid::Cpuid;
 use msrgate_plan::Plan;
 
-use super::machine::{Got, Machine};
+use super::machine::{AccessResult, Machine};
 use crate::cpuid::to_kvm;
 use crate::exit::{Exit, Failure, with_source};
 
@@ -58,7 +58,7 @@ impl Guest {
 }
 
 impl Machine for Guest {
-    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure> {
+    fn run(&mut self, events: &[Event], got: &mut Vec<AccessResult>) -> Result<(), Failure> {
         self.accesses.clear();
         self.accesses.extend(events.iter().map(|event| match event.op {
             Op::Read => Access::Read { msr: event.msr },
@@ -84,7 +84,7 @@ impl Machine for Guest {
                 Err(GuestError::GuestDied { position, .. }) => Some(position),
                 Err(error) => return Err(Failure::Line(Exit::Guest, with_source(&error))),
             };
-            got.extend(vcpu.seen().iter().map(|seen| Got {
+            got.extend(vcpu.seen().iter().map(|seen| AccessResult {
                 outcome: seen.outcome,
                 answer: seen.exit.and_then(|exit| exit.answer),
             }));
@@ -92,7 +92,7 @@ impl Machine for Guest {
                 return Ok(());
             };
             // The guest cannot go on from this access, which is a fault of the hardest kind; those after it go on.
-            got.push(Got {
+            got.push(AccessResult {
                 outcome: Outcome::Fault,
                 answer: None,
             });

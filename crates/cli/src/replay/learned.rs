@@ -13,7 +13,7 @@ use msrgate_trace::{Coverage, Header, VERSION, write_event};
 
 use super::compare::Comparison;
 use super::engine;
-use super::machine::{Backend, Got, Machine};
+use super::machine::{AccessResult, Backend, Machine};
 
 /// The first is one that no filter stops, the last two are none that the kernel knows.
 const MSRS: [u32; 10] = [
@@ -136,7 +136,7 @@ fn plan(policy: &Policy) -> Result<Arc<Plan>, String> {
 }
 
 /// What each access gets on the engine.
-fn run(events: &[Event], plan: Option<&Arc<Plan>>) -> Vec<Got> {
+fn run(events: &[Event], plan: Option<&Arc<Plan>>) -> Vec<AccessResult> {
     let mut vcpus: Vec<_> = (0..VCPUS).map(|_| engine::Guest::new(plan)).collect();
     let mut got = Vec::new();
     for event in events {
@@ -148,7 +148,7 @@ fn run(events: &[Event], plan: Option<&Arc<Plan>>) -> Vec<Got> {
 }
 
 /// What is written down of a guest under a policy.
-fn recorded(event: &Event, got: &Got) -> Event {
+fn recorded(event: &Event, got: &AccessResult) -> Event {
     let value = match (event.op, got.outcome) {
         (Op::Read, Outcome::Value(value)) => value,
         (Op::Read, _) => 0,

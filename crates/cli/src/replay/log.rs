@@ -5,7 +5,7 @@ use std::io::Write;
 use msrgate_core::{Event, LogLimiter, Op};
 
 use super::compare::Comparison;
-use super::machine::Got;
+use super::machine::AccessResult;
 use crate::exit::Failure;
 use crate::{stream, words};
 
@@ -25,7 +25,7 @@ impl Logged {
     }
 
     /// Prints the access if its rule says so. Time is the trace's.
-    pub(crate) fn see(&mut self, event: &Event, got: &Got, seen: &Comparison) -> Result<(), Failure> {
+    pub(crate) fn see(&mut self, event: &Event, got: &AccessResult, seen: &Comparison) -> Result<(), Failure> {
         let Some(answer) = got.answer else {
             return Ok(());
         };

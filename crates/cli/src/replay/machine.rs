@@ -6,7 +6,7 @@ use crate::exit::Failure;
 
 /// What an access got in one of the runs.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Got {
+pub(crate) struct AccessResult {
     pub(crate) outcome: Outcome,
     /// What user space answered; `None` where the access did not leave the kernel.
     pub(crate) answer: Option<Answer>,
@@ -31,5 +31,5 @@ impl Backend {
 /// One vCPU of one of the runs.
 pub(crate) trait Machine {
     /// Lets the guest make the accesses of these events in order.
-    fn run(&mut self, events: &[Event], got: &mut Vec<Got>) -> Result<(), Failure>;
+    fn run(&mut self, events: &[Event], got: &mut Vec<AccessResult>) -> Result<(), Failure>;
 }

@@ -17,7 +17,7 @@ pub(crate) fn printed(seen: &Comparison, fallback: Option<&str>, broken: Option<
         object! {
             /// The MSR.
             msr: msr.to_string(),
-            /// Its name; null if it is not known.
+            /// The MSR's name; null if it is not known.
             name: words::name(msr),
             /// The direction.
             op: op.name(),
@@ -27,9 +27,9 @@ pub(crate) fn printed(seen: &Comparison, fallback: Option<&str>, broken: Option<
             action: row.action,
             /// What the guest got: up to four different values, `#GP` or `done`, with commas, and `…` if there were more.
             sees: row.sees.text(),
-            /// The same without the policy.
+            /// What the guest got without the policy, likewise.
             without: row.without.text(),
-            /// The same from the trace.
+            /// What the trace's guest got, likewise.
             recorded: row.recorded.text(),
             /// How many the policy changed.
             changed: row.changed,

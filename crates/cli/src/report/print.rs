@@ -26,11 +26,11 @@ pub(crate) fn printed(contents: &Contents) -> impl Printed {
         .map(|((name, error), trace)| {
             let header = &trace.header;
             object! {
-                /// Its path as it was given.
+                /// The trace's path as it was given.
                 file: name,
                 /// The host, as the header says it; null where it does not. Any text may be in it.
                 host: &header.host,
-                /// Its kernel, as the header says it; null where it does not.
+                /// The host's kernel, as the header says it; null where it does not.
                 kernel: &header.kernel,
                 /// The guest, as the header says it; null where it does not. Any text may be in it.
                 guest: &header.guest,
@@ -86,7 +86,7 @@ pub(crate) fn printed(contents: &Contents) -> impl Printed {
         object! {
             /// The MSR.
             msr: row.msr.to_string(),
-            /// Its name; null if it is not known.
+            /// The MSR's name; null if it is not known.
             name: words::name(row.msr),
             /// The direction.
             op: row.op.name(),
@@ -169,7 +169,7 @@ pub(crate) fn printed(contents: &Contents) -> impl Printed {
         traces: traces.collect::<Vec<_>>(),
         /// The policy of `--policy`; null without one.
         policy: contents.policy.as_ref().map(|Loaded { policy, plan, .. }| object! {
-            /// Its name.
+            /// The policy's name.
             name: &policy.name,
             /// The hash, as of `check`.
             hash: words::hex(&plan.map().hash()),
@@ -275,7 +275,7 @@ fn rules(contents: &Contents) -> Vec<impl Printed> {
         .map(|((number, rule), count)| {
             let source = policy.sources.get(rule.place.source);
             object! {
-                /// Its number, from 0.
+                /// The rule's number, from 0.
                 index: number,
                 /// The file in which its `[[rule]]` stands.
                 file: source.map(|source| source.path().display().to_string()),
@@ -283,7 +283,7 @@ fn rules(contents: &Contents) -> Vec<impl Printed> {
                 line: source.map(|source| source.line_column(rule.place.span.start).0),
                 /// The rule in the policy's language.
                 text: rule.to_string().trim().to_owned(),
-                /// Its reason; null if it gives none.
+                /// The rule's reason; null if it gives none.
                 why: &rule.why,
                 /// How many of the accesses it decides.
                 accesses: count,

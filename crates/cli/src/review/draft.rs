@@ -67,7 +67,7 @@ pub(crate) struct Draft<'a> {
     base: String,
     cpuid: Option<&'a Cpuid>,
     summary: &'a Summary,
-    /// As it was read.
+    /// The policy as it was read, before any answer.
     original: Loaded,
     /// Where rules stand, by the offset in `base` and the MSR.
     chosen: BTreeMap<(usize, Msr), Chosen>,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use msrgate_core::{Msr, MsrRange, Op};
 use msrgate_msrs::{Entry, Host, Need};
 use msrgate_policy::Cause;
-use msrgate_trace::learn::{Seen, Summary};
+use msrgate_trace::learn::{Summary, Usage};
 
 use crate::json::{Printed, object};
 use crate::load::Loaded;
@@ -16,7 +16,7 @@ pub(super) struct Question<'a> {
     pub(super) msr: Msr,
     pub(super) op: Op,
     entry: Option<&'static Entry>,
-    seen: Option<&'a Seen>,
+    seen: Option<&'a Usage>,
     faults: u64,
     history: String,
 }
@@ -53,7 +53,7 @@ pub(super) fn questions<'a>(loaded: &Loaded, summary: &'a Summary, denied: bool)
 
 impl Question<'_> {
     pub(super) fn served(&self) -> u64 {
-        self.seen.map(Seen::count).unwrap_or_default()
+        self.seen.map(Usage::count).unwrap_or_default()
     }
 
     pub(super) fn times(&self) -> u64 {
@@ -148,7 +148,7 @@ impl Question<'_> {
         object! {
             /// The MSR.
             msr: self.msr.to_string(),
-            /// Its name; null if it is not known.
+            /// The MSR's name; null if it is not known.
             name: words::name(self.msr),
             /// The direction.
             op: self.op.name(),

@@ -27,7 +27,7 @@ use crate::control::{Answer, Request, Server};
 use crate::exit::{Exit, Failure};
 use crate::run::child::{is_end, no_control, wait_for_summary};
 use crate::run::handlers;
-use crate::run::own_filter::{Known, Own};
+use crate::run::own_filter::{FilterAndMask, FilterInForce};
 use crate::run::policies::{Change, parsed};
 use crate::run::resolve::Resolved;
 use crate::run::signals::{Signals, number};
@@ -52,7 +52,7 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<Exit, Failure> {
     let hindered = |hindrance: AttachError| failure(args.process, &hindrance);
     let mut running = Running::find(args.process, cookies).map_err(hindered)?;
     let vms = chosen(&running, args)?;
-    let own = Own::of(args)?;
+    let own = FilterInForce::of(args)?;
     let (trace, about) = opened(args, &resolved, &plan)?;
     let way = way(&running, &vms, args, &plan, &resolved, &own)?;
     let answering = match mode {
@@ -74,7 +74,7 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<Exit, Failure> {
         moved.into_iter().for_each(|line| lines.say(line));
     }
     let in_kernel = way.clone();
-    let known = own.known.clone().unwrap_or(Known::NONE);
+    let known = own.known.clone().unwrap_or(FilterAndMask::NONE);
     let before = known.filter.clone().unwrap_or_else(Filter::allow_all);
     running.take_over(known.mask, &before).map_err(hindered)?;
     match way {
@@ -168,7 +168,7 @@ fn answered_by(
     plan: Plan,
     options: CompileOptions,
     handlers: Handlers,
-    known: Known,
+    known: FilterAndMask,
     lines: &Lines,
 ) -> Answers {
     let told = lines.clone();
@@ -232,9 +232,9 @@ fn way(
     args: &AttachArgs,
     plan: &Plan,
     resolved: &Resolved,
-    own: &Own,
+    own: &FilterInForce,
 ) -> Result<Option<Filter>, Failure> {
-    let known = own.known.clone().unwrap_or(Known::NONE);
+    let known = own.known.clone().unwrap_or(FilterAndMask::NONE);
     let together =
         match &known.filter {
             None => None,
@@ -326,7 +326,7 @@ struct Attached<'a> {
     args: &'a AttachArgs,
     running: Running,
     vms: Vec<i32>,
-    own: Own,
+    own: FilterInForce,
     /// What the policy decides.
     map: DecisionMap,
     /// The filter that is in force, where nothing is answered in the VMM's process.
@@ -448,7 +448,7 @@ impl Attached<'_> {
         let put = match &way {
             Some(filter) => self.running.put(&self.vms, None, filter),
             None => {
-                let known = self.own.known.clone().unwrap_or(Known::NONE);
+                let known = self.own.known.clone().unwrap_or(FilterAndMask::NONE);
                 let options = resolved.options.clone();
                 let answers = answered_by(self.args, plan, options, Handlers::new(), known, &self.lines);
                 self.running.answer(answers, &self.ledger)
@@ -467,7 +467,7 @@ impl Attached<'_> {
 
     /// Puts back what was in force, or what the VMM has asked for since.
     fn take_off(&mut self) -> Result<(), AttachError> {
-        let known = self.own.known.clone().unwrap_or(Known::NONE);
+        let known = self.own.known.clone().unwrap_or(FilterAndMask::NONE);
         let before = known.filter.unwrap_or_else(Filter::allow_all);
         self.is_back = self.running.take_off(&self.vms, &before)?;
         Ok(())

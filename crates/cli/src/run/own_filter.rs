@@ -14,45 +14,45 @@ use crate::exit::{Exit, Failure};
 use crate::{input, load};
 
 /// What a VMM has in force.
-pub(crate) struct Own {
+pub(crate) struct FilterInForce {
     /// `None` where it is to be replaced, whatever it is.
-    pub(crate) known: Option<Known>,
+    pub(crate) known: Option<FilterAndMask>,
     /// How it is known, as the end of a sentence.
     pub(crate) how: String,
 }
 
 /// A filter and a mask.
 #[derive(Clone)]
-pub(crate) struct Known {
+pub(crate) struct FilterAndMask {
     /// `None` where there is none.
     pub(crate) filter: Option<Filter>,
     /// The exits that the VMM asked for.
     pub(crate) mask: Reasons,
 }
 
-impl Known {
+impl FilterAndMask {
     /// Nothing.
-    pub(crate) const NONE: Known = Known {
+    pub(crate) const NONE: FilterAndMask = FilterAndMask {
         filter: None,
         mask: Reasons::NONE,
     };
 }
 
-impl Own {
+impl FilterInForce {
     /// What the command line says, or else what is known of the process's program.
-    pub(crate) fn of(args: &AttachArgs) -> Result<Own, Failure> {
+    pub(crate) fn of(args: &AttachArgs) -> Result<FilterInForce, Failure> {
         if args.replace_filter {
-            return Ok(Own {
+            return Ok(FilterInForce {
                 known: None,
                 how: "by --replace-filter".to_owned(),
             });
         }
         match &args.vmm_filter {
-            Some(none) if none == Path::new("none") => Ok(Own {
-                known: Some(Known::NONE),
+            Some(none) if none == Path::new("none") => Ok(FilterInForce {
+                known: Some(FilterAndMask::NONE),
                 how: "by --vmm-filter".to_owned(),
             }),
-            Some(file) => Ok(Own {
+            Some(file) => Ok(FilterInForce {
                 known: Some(from_file(file)?),
                 how: "by --vmm-filter".to_owned(),
             }),
@@ -62,7 +62,7 @@ impl Own {
 }
 
 /// A filter, and the mask where the file tells of it: a policy and a plan do by what their VMM answers.
-fn from_file(path: &Path) -> Result<Known, Failure> {
+fn from_file(path: &Path) -> Result<FilterAndMask, Failure> {
     let bytes = input::bytes(path)?;
     if RawFormat::of(&bytes) == RawFormat::Policy {
         let policy = load::unresolved_in(path, bytes)?;
@@ -70,7 +70,7 @@ fn from_file(path: &Path) -> Result<Known, Failure> {
     }
     let captured = captured(&bytes);
     if let Some((mask, false)) = captured {
-        return Ok(Known { filter: None, mask });
+        return Ok(FilterAndMask { filter: None, mask });
     }
     let given = load::filter(path, &bytes)?;
     if let Some(map) = &given.plan {
@@ -84,14 +84,14 @@ fn from_file(path: &Path) -> Result<Known, Failure> {
             path.display()
         ))
     })?;
-    Ok(Known {
+    Ok(FilterAndMask {
         filter: Some(given.filter),
         mask,
     })
 }
 
-fn of_plan(plan: &Plan) -> Known {
-    Known {
+fn of_plan(plan: &Plan) -> FilterAndMask {
+    FilterAndMask {
         filter: Some(plan.filter().clone()),
         mask: plan.reasons(),
     }
@@ -120,7 +120,7 @@ fn captured(bytes: &[u8]) -> Option<(Reasons, bool)> {
 const WITHOUT: [&str; 4] = ["firecracker", "cloud-hypervisor", "lkvm", "kvmtool"];
 
 /// What is known of the program that a process runs.
-fn of_program(process: i32) -> Result<Own, Failure> {
+fn of_program(process: i32) -> Result<FilterInForce, Failure> {
     let exe = format!("/proc/{process}/exe");
     let program = fs::read_link(&exe).unwrap_or_default();
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -144,7 +144,7 @@ fn of_program(process: i32) -> Result<Own, Failure> {
         let own = qemu(version, has_rapl(&arguments));
         let (major, minor) = version;
         let known = own.ok_or_else(|| unknown(&format!(", since msrgate knows none of QEMU {major}.{minor}")))?;
-        return Ok(Own {
+        return Ok(FilterInForce {
             known: Some(known),
             how: format!("as QEMU {major}.{minor} has it"),
         });
@@ -154,8 +154,8 @@ fn of_program(process: i32) -> Result<Own, Failure> {
         // The request, as an instruction or a table has it.
         let request = msrgate_core::abi::SET_MSR_FILTER.to_le_bytes();
         if !code.windows(request.len()).any(|bytes| bytes == request) {
-            return Ok(Own {
-                known: Some(Known::NONE),
+            return Ok(FilterInForce {
+                known: Some(FilterAndMask::NONE),
                 how: format!("as `{name}` has none, and the call is not in its code"),
             });
         }
@@ -194,10 +194,10 @@ fn has_rapl(arguments: &[u8]) -> bool {
 
 /// What QEMU gives the kernel in `kvm_arch_init`: from 7.2 on reads of MSR_CORE_THREAD_COUNT are its own, from 9.1 on with RAPL
 /// those of four MSRs more. `None` where nobody has looked.
-fn qemu(version: (u32, u32), rapl: bool) -> Option<Known> {
+fn qemu(version: (u32, u32), rapl: bool) -> Option<FilterAndMask> {
     const NEWEST: (u32, u32) = (10, 0);
     if version < (7, 2) {
-        return Some(Known::NONE);
+        return Some(FilterAndMask::NONE);
     }
     if version > NEWEST {
         return None;
@@ -208,7 +208,7 @@ fn qemu(version: (u32, u32), rapl: bool) -> Option<Known> {
     }
     let denied = |msr: &u32| FilterRange::new(*msr, 1, Ops::READ, vec![0]).ok();
     let filter = Filter::new(Verdict::Allow, read.iter().filter_map(denied).collect::<Vec<_>>()).ok()?;
-    Some(Known {
+    Some(FilterAndMask {
         filter: Some(filter),
         mask: Reasons::of(Reason::Filter),
     })

@@ -70,7 +70,7 @@ impl Summary {
         }
     }
 
-    /// The same for programs.
+    /// The summary as JSON, for programs.
     pub(crate) fn json(&self, reader: &Reader, trace: &Trace, killed: Option<&Killed>) -> Value {
         let mut summary = json::value(&self.printed(reader, trace, killed));
         if let (Value::Object(summary), Some(besides)) = (&mut summary, &self.besides) {
@@ -86,7 +86,7 @@ impl Summary {
             object! {
                 /// The MSR.
                 msr: msr.to_string(),
-                /// Its name; null if it is not known.
+                /// The MSR's name; null if it is not known.
                 name: words::name(*msr),
                 /// The direction.
                 op: op.name(),

@@ -20,14 +20,14 @@ pub(crate) struct Facts {
     /// Whether its local APIC was in x2APIC mode.
     pub(crate) x2apic: bool,
     /// The policy that the guest ran under; null without one.
-    pub(crate) policy: Option<Ruled>,
+    pub(crate) policy: Option<ScanPolicy>,
 }
 
 /// The policy that the guest ran under.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(expecting = "an object with `name` and `hash`")]
-pub(crate) struct Ruled {
-    /// Its name.
+pub(crate) struct ScanPolicy {
+    /// The policy's name.
     pub(crate) name: String,
     /// The hash, as of `check`.
     pub(crate) hash: String,

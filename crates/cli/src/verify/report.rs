@@ -12,7 +12,7 @@ use crate::stream::{self, Stream};
 use crate::{render, words};
 
 /// A report, and what it is a report of.
-pub(crate) struct Told<'a> {
+pub(crate) struct VerifyReport<'a> {
     report: &'a Report,
     kernel: &'a Kernel,
     mode: &'static str,
@@ -25,7 +25,7 @@ pub(super) fn print(report: &Report, kernel: &Kernel, args: &VerifyArgs, seed: O
         ModeArg::Real => "real",
         ModeArg::Long => "long",
     };
-    let told = Told {
+    let told = VerifyReport {
         report,
         kernel,
         mode,
@@ -52,7 +52,7 @@ fn interception(report: &Report) -> Vec<impl Printed> {
         object! {
             /// The MSR.
             msr: row.msr.to_string(),
-            /// Its name.
+            /// The MSR's name.
             name: row.name,
             /// The direction.
             op: row.op.name(),
@@ -91,7 +91,7 @@ fn swapped(report: &Report) -> Vec<impl Printed> {
     rows.collect()
 }
 
-/// The same rows for people, where there are any.
+/// The rows as a table for people; `None` if there are no rows.
 fn table(titles: &[&'static str], rows: &[impl Printed]) -> Option<render::Table> {
     let mut table = render::Table::new(titles);
     for row in rows {
@@ -102,7 +102,7 @@ fn table(titles: &[&'static str], rows: &[impl Printed]) -> Option<render::Table
     (!rows.is_empty()).then_some(table)
 }
 
-impl Told<'_> {
+impl VerifyReport<'_> {
     pub(crate) fn printed(&self) -> impl Printed {
         let disagreements = self.report.disagreements.iter().map(|one| {
             object! {

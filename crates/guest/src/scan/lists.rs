@@ -106,7 +106,7 @@ impl Lists {
     }
 }
 
-/// That of an MSR among offers in order.
+/// Finds the offer of an MSR among offers in order.
 pub(super) fn find(offers: &[Offer], msr: Msr) -> Option<&Offer> {
     let place = offers.binary_search_by_key(&msr, |offer| offer.msr).ok()?;
     offers.get(place)

@@ -12,7 +12,7 @@ use super::lists::{Lists, Offer, Taken, find};
 /// What is known of the guest that is to move.
 #[derive(Clone, Default, Debug)]
 pub struct GuestUse {
-    /// Its CPUID: what is not there for it does not count.
+    /// The guest's CPUID: an MSR that CPUID says is not there does not count.
     pub cpuid: Option<Cpuid>,
     /// The MSRs that it accesses, where that is known, with the values that it writes.
     pub accesses: Option<BTreeMap<Msr, BTreeSet<u64>>>,

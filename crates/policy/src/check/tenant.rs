@@ -55,7 +55,7 @@ fn tells_of_host(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
     ))
 }
 
-/// The same of registers that KVM has a value of its own for, or does not know.
+/// Finds a rule by which reads show registers that KVM has a value of its own for, or does not know.
 fn leaves_secret(rule: &Rule, secret: &[&Entry]) -> Option<Diagnostic> {
     if rule.read.as_ref().map(ReadAction::source) != Some(ReadSource::Register) {
         return None;

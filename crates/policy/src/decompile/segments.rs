@@ -34,7 +34,7 @@ struct Group {
     spelt: &'static str,
     /// The parts in which it has members.
     touches: Vec<usize>,
-    /// Those of which all MSRs are members.
+    /// The parts whose MSRs are all members.
     fills: Vec<usize>,
 }
 

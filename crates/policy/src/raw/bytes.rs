@@ -134,7 +134,7 @@ pub(super) fn undump(text: &str) -> Result<Vec<u8>, RawError> {
     Ok(bytes)
 }
 
-/// The bytes of one line; `None` if it is none of a dump, an error if it is one that does not tell bytes.
+/// The bytes that one line shows; `None` if the line is no part of a dump, an error if it shows words in place of bytes.
 fn row(line: &str) -> Result<Option<Vec<u8>>, &'static str> {
     // `hexdump -C` shows the characters behind a bar.
     let line = line.split('|').next().unwrap_or_default().trim();

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read};
 
 use msrgate_core::{Disposition, Event, Gap, Msr, MsrRange, Nanos, Op};
 
-use super::summary::{self, LONGEST, LearnError, Seen, Summary};
+use super::summary::{self, LONGEST, LearnError, Summary, Usage};
 use crate::{Lines, Record};
 
 /// How many shadow registers, of all vCPUs together, a trace may tell of.
@@ -27,7 +27,7 @@ pub(super) struct Observer {
 #[derive(Default)]
 struct Served {
     did: [u64; Disposition::ALL.len()],
-    values: Seen,
+    values: Usage,
     first: Nanos,
     last: Nanos,
 }
@@ -82,7 +82,7 @@ impl Observer {
         summary.traces = 1;
         summary.names.insert(name.to_owned());
         for (key, served) in self.served {
-            let mut seen = Seen {
+            let mut seen = Usage {
                 traces: 1,
                 first: served.first.0.saturating_sub(start.0),
                 last: served.last.0.saturating_sub(start.0),

@@ -6,13 +6,13 @@ use msrgate_core::{Msr, MsrRange, Op, ReadAction, WriteAction};
 use msrgate_msrs::Class;
 use msrgate_msrs::spell::{classes, patterns, runs};
 
-use super::summary::{Least, Seen, Summary};
+use super::summary::{Least, Summary, Usage};
 use super::want::{Generalize, Remark, Want, Wants, class, wants, widen};
 
 /// A policy that denies by default and serves what guests did.
 #[derive(Clone, Debug)]
 pub struct Learned {
-    /// Its rules: each access is decided by one of them at most.
+    /// The policy's rules: each access is decided by one of them at most.
     pub rules: Vec<LearnedRule>,
     /// What traces do not tell.
     pub remarks: Vec<Remark>,
@@ -46,22 +46,22 @@ pub struct LearnedRule {
 pub struct Facts {
     /// How many reads.
     pub reads: u64,
-    /// How many writes.
+    /// In how many traces the access is that is in the fewest.
     pub writes: u64,
-    /// The access that is in the fewest traces: in how many.
+    /// In how many traces the access is that is in the most.
     pub fewest: u64,
     /// The access that is in the most traces: in how many.
     pub most: u64,
     /// Some of these traces.
     pub names: Least<String, 4>,
-    /// When the first was, in nanoseconds since the first access of its trace.
+    /// When the first access was, in nanoseconds since the first access of its trace.
     pub first: u64,
-    /// When the last was.
+    /// When the last access was, likewise.
     pub last: u64,
 }
 
 impl Facts {
-    pub(super) fn add(&mut self, op: Op, seen: &Seen) {
+    pub(super) fn add(&mut self, op: Op, seen: &Usage) {
         let count = match op {
             Op::Read => &mut self.reads,
             Op::Write => &mut self.writes,

@@ -86,7 +86,7 @@ impl<T: Ord, const N: usize> Least<T, N> {
 
 /// How an MSR was used in one direction, where it did not fault.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Seen {
+pub struct Usage {
     /// How often, by what was done; never [`Disposition::Deny`] or [`Disposition::Fault`].
     pub did: BTreeMap<Disposition, u64>,
     /// Values that say what was done: of `value` and `only`, and of `shadow` what was read before anything was written.
@@ -101,13 +101,13 @@ pub struct Seen {
     pub last: u64,
 }
 
-impl Seen {
+impl Usage {
     /// How often.
     pub fn count(&self) -> u64 {
         self.did.values().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
-    fn merge(&mut self, other: &Seen) {
+    fn merge(&mut self, other: &Usage) {
         for (did, count) in &other.did {
             add(self.did.entry(*did).or_default(), *count);
         }
@@ -148,7 +148,7 @@ pub struct Summary {
     /// How many of the traces are from a host with `kvm.ignore_msrs`, where what KVM does not know looks served.
     pub ignoring: u64,
     /// The MSRs and directions that were served.
-    pub seen: BTreeMap<(Msr, Op), Seen>,
+    pub seen: BTreeMap<(Msr, Op), Usage>,
     /// How often an MSR and direction faulted; the smallest 4096 of them.
     pub faulted: BTreeMap<(Msr, Op), u64>,
 }
@@ -384,11 +384,11 @@ impl Row {
                 twice
             }
             None => {
-                let mut seen = Seen {
+                let mut seen = Usage {
                     traces: self.traces,
                     first: self.first,
                     last: self.last,
-                    ..Seen::default()
+                    ..Usage::default()
                 };
                 for (did, count) in self.did {
                     let known = Disposition::from_name(&did).filter(|did| !did.is_fault());

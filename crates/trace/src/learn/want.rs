@@ -8,7 +8,7 @@ use msrgate_msrs::cpuid::Cpuid;
 use msrgate_msrs::{Access, Class};
 use msrgate_policy::print;
 
-use super::summary::{Seen, Summary};
+use super::summary::{Summary, Usage};
 
 /// How far a learned policy may go beyond what was seen.
 #[derive(Clone, Default, Debug)]
@@ -101,7 +101,7 @@ pub(super) fn wants(summary: &Summary) -> (Wants, Vec<Remark>) {
 }
 
 /// What was always done; [`Disposition::Fault`], which was never, where that changed.
-fn did(seen: &Seen) -> Disposition {
+fn did(seen: &Usage) -> Disposition {
     let mut dids = seen.did.keys().map(|did| did.action());
     let first = dids.next().unwrap_or(Disposition::Fault);
     if dids.all(|did| did == first) {
@@ -111,7 +111,7 @@ fn did(seen: &Seen) -> Disposition {
     }
 }
 
-fn read(seen: &Seen, written_to_shadow: bool) -> Result<ReadAction, String> {
+fn read(seen: &Usage, written_to_shadow: bool) -> Result<ReadAction, String> {
     let did = match (did(seen), seen.values.iter().next()) {
         // Where nothing was read before a write, any initial value serves.
         (Disposition::Shadow, None) if written_to_shadow => return Ok(ReadAction::Shadow(0)),
@@ -122,7 +122,7 @@ fn read(seen: &Seen, written_to_shadow: bool) -> Result<ReadAction, String> {
     action.ok_or_else(|| untold(seen, did))
 }
 
-fn write(seen: &Seen, read_from_shadow: bool) -> Result<WriteAction, String> {
+fn write(seen: &Usage, read_from_shadow: bool) -> Result<WriteAction, String> {
     let did = match did(seen) {
         // Nobody saw what became of it.
         Disposition::Shadow if !read_from_shadow => Disposition::Ignore,
@@ -133,7 +133,7 @@ fn write(seen: &Seen, read_from_shadow: bool) -> Result<WriteAction, String> {
 }
 
 /// What a trace tells of the arguments of an action: the values that were seen, where they are noted.
-struct Served<'a>(&'a Seen, Disposition);
+struct Served<'a>(&'a Usage, Disposition);
 
 impl Served<'_> {
     fn untold<T>(&self) -> Result<T, String> {
@@ -168,7 +168,7 @@ impl Arguments for Served<'_> {
     }
 }
 
-fn untold(seen: &Seen, always: Disposition) -> String {
+fn untold(seen: &Usage, always: Disposition) -> String {
     match always {
         Disposition::Fault => {
             let words: Vec<String> = seen
@@ -186,7 +186,7 @@ fn untold(seen: &Seen, always: Disposition) -> String {
     }
 }
 
-fn several(seen: &Seen) -> String {
+fn several(seen: &Usage) -> String {
     let values: Vec<String> = seen.values.iter().take(4).map(|value| format!("{value:#x}")).collect();
     let more = if seen.values.more() || seen.values.iter().count() > values.len() {
         ", …"

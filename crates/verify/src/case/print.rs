@@ -139,7 +139,7 @@ impl fmt::Display for RawFilter {
 }
 
 impl Descriptor {
-    /// Its name in a case file.
+    /// The descriptor's name in a case file.
     pub const fn name(self) -> &'static str {
         match self {
             Descriptor::Vm => "vm",
@@ -151,7 +151,7 @@ impl Descriptor {
 }
 
 impl Place {
-    /// Its name in a case file.
+    /// The place's name in a case file.
     pub const fn name(self) -> &'static str {
         match self {
             Place::Mapped => "mapped",
