@@ -508,21 +508,24 @@ fn a_vm_that_is_started_as_libvirt_does_it_has_the_policy_and_leaves_nothing_whe
     );
     executable(&folder.path().join("emulator"), &emulator);
     let machine = [MICROVM, &["-S", "-add-fd", "set=1,fd=9"]].concat();
-    let before = left();
     let mut guest = Guest::starts(&folder, &["./emulator".to_owned()], &machine, &boot.join("vmlinux"));
     guest.monitor(&json!({ "execute": "cont" }));
     guest.is_ready().unwrap_or_else(|text| panic!("no boot:\n{text}"));
     assert_eq!(guest.gets("rd 0 0x8b"), "0x0100000000000000");
 
     assert!(!mapped().is_empty(), "the board is shared memory");
-    let qemu = child_of(child_of(Pid::from_raw(guest.command.id().cast_signed())));
+    let command = Pid::from_raw(guest.command.id().cast_signed());
+    let keeper = child_of(command);
+    let qemu = child_of(keeper);
+    let processes = [command, keeper, qemu];
+    assert!(!left_of(&processes).is_empty(), "a socket for `msrgate reload`");
     nix::sys::signal::kill(qemu, nix::sys::signal::Signal::SIGKILL).unwrap();
     let (status, errors) = guest.ended();
     assert_eq!(status.signal(), Some(9), "{status}");
     // What was counted is told all the same.
     assert!(errors.contains("1 VM and 1 vCPU"), "{errors}");
     drop(guest);
-    assert_eq!(left(), before);
+    assert_eq!(left_of(&processes), [""; 0].map(PathBuf::from));
     assert_eq!(mapped(), [""; 0]);
 }
 
@@ -638,15 +641,25 @@ fn a_linux_that_boots_gets_the_policy_each_of_a_hundred_others_and_its_own_again
     }
 }
 
-/// Files that outlive a process.
-fn left() -> Vec<PathBuf> {
-    let folders = ["/dev/shm", "/tmp", "/run"]
-        .map(fs::read_dir)
+/// Files that outlive a process, of those whose names tell that they are these processes'. What others do there meanwhile, outside
+/// of an emulated machine too, does not count.
+fn left_of(processes: &[Pid]) -> Vec<PathBuf> {
+    let folders = ["/dev/shm", "/tmp", "/run", "/run/msrgate"].map(fs::read_dir);
+    let files = folders
         .into_iter()
-        .filter_map(Result::ok);
-    let mut files: Vec<_> = folders.flatten().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
+        .flatten()
+        .flatten()
+        .map(|entry| entry.unwrap().path());
+    let is_theirs = |file: &PathBuf| {
+        let name = file.file_name().unwrap().to_string_lossy();
+        let mut numbers = name.split(|letter: char| !letter.is_ascii_digit());
+        numbers.any(|number| {
+            number
+                .parse()
+                .is_ok_and(|number| processes.contains(&Pid::from_raw(number)))
+        })
+    };
+    files.filter(is_theirs).collect()
 }
 
 /// What processes have mapped of msrgate's shared memory.
