@@ -226,7 +226,7 @@ impl Watch<'_> {
             let Ok(not_traced) = self.tracing.try_lock() else {
                 continue;
             };
-            self.status = changed(self.child)?.or(self.status);
+            self.status = changed(self.child, |signal| monitor.show(signal))?.or(self.status);
             let others = others(self.child, &mut self.status)?;
             drop(not_traced);
             changes = false;

@@ -7,15 +7,14 @@ use nix::unistd::Pid;
 
 use crate::exit::Exit;
 
-/// What the child's change of state means; its status if that was its end.
-pub(crate) fn changed(child: Pid) -> Result<Option<WaitStatus>, Errno> {
+/// What the child's change of state means; its status if that was its end. `tell` gets SIGSTOP where it was stopped, and SIGCONT
+/// where it goes on.
+pub(crate) fn changed(child: Pid, tell: impl Fn(Signal)) -> Result<Option<WaitStatus>, Errno> {
+    let states = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
     loop {
-        match waitpid(child, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
-            Ok(WaitStatus::Stopped(..)) => {
-                // The shell watches this process: it stops too, and whoever lets it go on lets the child go on.
-                let _ = signal::raise(Signal::SIGSTOP);
-                let _ = signal::kill(child, Signal::SIGCONT);
-            }
+        match waitpid(child, Some(states)) {
+            Ok(WaitStatus::Stopped(..)) => tell(Signal::SIGSTOP),
+            Ok(WaitStatus::Continued(_)) => tell(Signal::SIGCONT),
             Ok(status @ (WaitStatus::Exited(..) | WaitStatus::Signaled(..))) => return Ok(Some(status)),
             Ok(_) | Err(Errno::ECHILD) => return Ok(None),
             Err(Errno::EINTR) => {}

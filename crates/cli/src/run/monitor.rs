@@ -9,7 +9,7 @@ use msrgate_supervise::Forked;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getppid, setsid};
 
@@ -21,6 +21,7 @@ use crate::run::signals::Signals;
 #[derive(Debug)]
 pub(crate) struct Monitor {
     front: PipeWriter,
+    process: Pid,
 }
 
 impl Monitor {
@@ -47,9 +48,16 @@ impl Monitor {
                 if getppid() != before {
                     return Err(machine(&io::ErrorKind::Interrupted.into()));
                 }
-                Ok(Monitor { front })
+                Ok(Monitor { front, process: before })
             }
         }
+    }
+
+    /// Has the front stop or go on as the VMM does: a shell watches the front. The monitor itself never stops, since whoever lets the
+    /// VMM alone go on expects it to run.
+    pub(crate) fn show(&self, signal: Signal) {
+        // One that has been killed takes this process along.
+        let _ = kill(self.process, signal);
     }
 
     /// Has the front end with this status, and lets go of its terminal, of who reads what it prints, and of its end.
@@ -76,7 +84,7 @@ fn wait(monitor: Pid, mut told: PipeReader, signals: &Signals) -> Result<WaitSta
     let mut open = true;
     loop {
         // It may have ended before signals were watched.
-        if let Some(status) = changed(monitor)? {
+        if let Some(status) = changed(monitor, |_| ())? {
             return Ok(status);
         }
         let mut ready = [

@@ -202,6 +202,29 @@ fn the_command_stops_and_goes_on_with_the_program() {
 }
 
 #[test]
+fn a_program_that_somebody_else_stops_and_lets_go_on_takes_the_command_with_it_and_is_never_left_alone() {
+    let folder = Folder::furnished();
+    let (mut child, mut out) = started(
+        &folder,
+        "echo $$ $PPID; while [ ! -e go ]; do sleep 0.02; done; echo on",
+    );
+    let told = line(&mut out);
+    let (program, monitor) = told.split_once(' ').unwrap();
+    let [program, monitor] = [program, monitor].map(|process| Pid::from_raw(process.parse().unwrap()));
+    for _ in 0..3 {
+        kill(program, Signal::SIGSTOP).unwrap();
+        wait_for(pid(&child), 'T');
+        // What the program asks meanwhile, by another process of its, is answered.
+        wait_for(monitor, 'S');
+        kill(program, Signal::SIGCONT).unwrap();
+        wait_for(pid(&child), 'S');
+    }
+    folder.write("go", "");
+    assert_eq!(line(&mut out), "on");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
 fn a_command_that_is_killed_takes_the_program_along() {
     let folder = Folder::furnished();
     let (mut child, mut out) = started(&folder, "echo up; while :; do sleep 0.02; done");

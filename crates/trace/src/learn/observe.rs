@@ -23,7 +23,7 @@ pub(super) struct Observer {
     start: Option<Nanos>,
 }
 
-/// As [`Seen`], in a form that an event is quickly added to.
+/// As [`Usage`], in a form that an event is quickly added to.
 #[derive(Default)]
 struct Served {
     did: [u64; Disposition::ALL.len()],
