@@ -26,6 +26,9 @@ use crate::tracee::{CAP_SYS_PTRACE, StopError, Tracee, has_capability};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) const BETWEEN: Duration = Duration::from_millis(2);
 
+/// Looks between two attempts to find a thread in KVM_RUN.
+const SELDOM: u32 = 4;
+
 /// Why nothing is put in force.
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -241,16 +244,24 @@ pub(crate) fn detour(
 ) -> Result<bool, AttachError> {
     let (tracer, process) = (remote.tracer, own.process);
     let begin = Instant::now();
-    let (mut looks, mut waits) = (0_u32, true);
+    let (mut looks, mut next, mut waits) = (0_u32, 0, true);
+    // How many looks later threads are stopped again: until the VMM's instruction is known by chance only, since its threads may seldom
+    // be in KVM_RUN. What is in the guest then needs a while until it is back, and longer each time: who is stopped again before it runs
+    // gets nowhere.
+    let mut gap = SELDOM;
     while !missing.is_empty() {
-        // What is in the guest needs a while until it is back, and longer each time: who is stopped again before it runs gets nowhere.
-        if looks == 0 || looks >= 16 && looks.is_power_of_two() {
+        if looks == next {
             // What an earlier policy has left there is come out of: by that nobody is led.
             let is_left = |site: u64| !region.is_image(site) && region::is_some_image(process, site);
             let mut sites = inject::interrupt_runs(&tracer, own, still, inject::PATIENCE, |site, thread, filters| {
                 waits &= sandbox::lets_wait(thread, filters);
                 !is_left(site)
             });
+            gap = match (gap, sites.is_empty()) {
+                (SELDOM, true) => SELDOM,
+                _ => (2 * gap).max(16),
+            };
+            next = looks + gap;
             // Those that run vCPUs, most likely.
             if let Some(line) = still.refused.take().filter(|_| sites.is_empty()) {
                 return Err(AttachError::Refused(line));

@@ -1,12 +1,23 @@
 /* A VMM that runs while its guests are asked what they get: `running [VMS [VCPUS [OPTION...]]]`.
  *
- * Each vCPU is in KVM_RUN all the time, in a thread of its own. A line on standard input is `VCPU ACCESS`, or `returns` for how
- * often KVM_RUN has returned, or `add` for a vCPU more, and `start` for its thread, or `drop` for the end of the newest vCPU and its
- * thread, or `lose` for the end of its newest thread within KVM_RUN and another one in its place, or `vm` for a VM more, or `move` for other descriptors of the first VM and the newest vCPU, or `close` for the end of those of the first VM, or `deny MSR` for a filter of its own by which reads of this MSR are denied, or `exits` for what the
- * option says, but for the filter; the answer is a line. A vCPU's exit that is none of this VMM's ends it.
+ * Each vCPU is in KVM_RUN all the time, in a thread of its own. A line on standard input is one of these, and the answer is a line:
+ *
+ * VCPU ACCESS   the access, by this vCPU's guest
+ * returns       how often KVM_RUN has returned
+ * add, start    a vCPU more, and a thread for it
+ * drop          the newest vCPU and its thread end
+ * lose          the newest thread ends within KVM_RUN, and another one takes its place
+ * vm            a VM more
+ * move          other descriptors for the first VM and the newest vCPU
+ * close         the end of the first VM's descriptors
+ * deny MSR      a filter of its own, by which reads of this MSR are denied
+ * exits         what the option does, but for the filter
+ *
+ * A vCPU's exit that is none of this VMM's ends it. Options:
  *
  * filter     reads of 0x175 are denied, and fault
  * exits      reads of 0x175 are denied, and get 7 from this VMM
+ * seldom     each vCPU is in KVM_RUN for moments, and never in its guest
  * hidden     may not be traced but by root
  * sandbox    each thread may make the calls that it makes, and no other
  * waits      likewise, and may wait for another thread and wake it, as Firecracker's may
@@ -24,7 +35,7 @@ static struct vcpu vcpus[MOST];
 static int next[MOST];
 static volatile int returns, dropped = -1;
 static pthread_t newest;
-static int sandboxed, waits, whole, exits, vms, all;
+static int sandboxed, waits, whole, exits, seldom, vms, all;
 
 /* `read(2)` with a value in every register that a system call leaves alone, in floating point and in the red zone: -4096 where one of
  * them is another afterwards. */
@@ -111,6 +122,10 @@ static void *runs(void *argument) {
     if (sandboxed)
         sandbox(waits ? calls_and_futex : calls, requests, SECCOMP_RET_KILL_PROCESS, 0);
     for (;;) {
+        if (seldom) {
+            vcpu->run->immediate_exit = 1;
+            usleep(50);
+        }
         int result = call(vcpu->fd, KVM_RUN, 0);
         returns++;
         if (result < 0) {
@@ -247,6 +262,7 @@ int main(int count, char **words) {
         waits |= whole || !strcmp(words[i], "waits");
         sandboxed |= waits || !strcmp(words[i], "sandbox");
         exits |= !strcmp(words[i], "exits");
+        seldom |= !strcmp(words[i], "seldom");
         if (!strcmp(words[i], "tsc") && prctl(PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0) < 0)
             fail("PR_SET_TSC");
         filters |= !strcmp(words[i], "filter");

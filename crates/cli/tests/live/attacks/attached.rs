@@ -235,6 +235,19 @@ fn a_vmm_whose_threads_hardly_run_sees_no_more_of_it() {
 }
 
 #[test]
+fn a_vmm_whose_threads_are_seldom_in_kvm_run_is_attached_to() {
+    let Some(program) = vmm("running", Way::Dynamic) else {
+        return;
+    };
+    let folder = with_policy(ANSWERED);
+    let vmm = Asked::start(&program, &["1", "2", "seldom"]);
+    for _ in 0..5 {
+        Attach::start(&folder, &NONE, &vmm.process()).unwrap().detach().code(0);
+    }
+    vmm.end();
+}
+
+#[test]
 fn a_vmms_own_exits_go_on_and_no_other_reaches_it() {
     let Some(program) = vmm("running", Way::Dynamic) else {
         return;
