@@ -122,10 +122,6 @@ static void *runs(void *argument) {
     if (sandboxed)
         sandbox(waits ? calls_and_futex : calls, requests, SECCOMP_RET_KILL_PROCESS, 0);
     for (;;) {
-        if (seldom) {
-            vcpu->run->immediate_exit = 1;
-            usleep(50);
-        }
         int result = call(vcpu->fd, KVM_RUN, 0);
         returns++;
         if (result < 0) {
@@ -143,6 +139,16 @@ static void *runs(void *argument) {
     }
 }
 
+static void *runs_seldom(void *argument) {
+    struct vcpu *vcpu = argument;
+    for (;;) {
+        vcpu->run->immediate_exit = 1;
+        usleep(50);
+        if (call(vcpu->fd, KVM_RUN, 0) < 0 && errno != EINTR)
+            fail("KVM_RUN");
+    }
+}
+
 static void new_one(int id) {
     vcpus[id] = new_vcpu(&machines[id % vms], id);
     for (int slot = 0; slot < (int)SLOTS; slot++)
@@ -150,7 +156,7 @@ static void new_one(int id) {
 }
 
 static void start(int id) {
-    pthread_create(&newest, 0, runs, &vcpus[id]);
+    pthread_create(&newest, 0, seldom ? runs_seldom : runs, &vcpus[id]);
 }
 
 static void nothing(int number) { (void)number; }
