@@ -148,7 +148,8 @@ pub(crate) fn wait_until_out(
         });
         match sites.into_iter().any(&is_in) || !still.late.is_empty() {
             false => return true,
-            true if begin.elapsed() > PATIENCE => return false,
+            // What is stopped by a signal comes out once it goes on.
+            true if begin.elapsed() > PATIENCE || target::is_stopped(own.process) => return false,
             // Those that were stopped need a while until they run again.
             true => std::thread::sleep(between),
         }
@@ -243,6 +244,10 @@ pub(crate) fn detour(
     still: &mut StopRecord,
 ) -> Result<bool, AttachError> {
     let (tracer, process) = (remote.tracer, own.process);
+    if target::is_stopped(process) {
+        let line = "it is stopped, as by SIGSTOP, so that no vCPU comes to the answerer: let it go on, and attach then";
+        return Err(AttachError::Refused(line.to_owned()));
+    }
     let begin = Instant::now();
     let (mut looks, mut next, mut waits) = (0_u32, 0, true);
     // How many looks later threads are stopped again: until the VMM's instruction is known by chance only, since its threads may seldom

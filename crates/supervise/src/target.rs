@@ -172,6 +172,12 @@ fn stat(thread: i32, field: usize) -> Option<u64> {
     rest.split_whitespace().nth(field.checked_sub(3)?)?.parse().ok()
 }
 
+/// Whether a process was stopped by a signal and has not gone on.
+pub(crate) fn is_stopped(process: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/status"));
+    status.is_ok_and(|status| status.lines().any(|line| line == "State:\tT (stopped)"))
+}
+
 /// Whether two threads have the same descriptors.
 fn share_descriptors(one: i32, other: i32) -> bool {
     const KCMP_FILES: libc::c_int = 2;

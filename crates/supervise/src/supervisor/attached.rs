@@ -534,7 +534,7 @@ impl Supervisor {
                 region.give_own(LET);
             }
             let is_run = self.regions.get(&name).is_some_and(Region::is_any_run);
-            if !is_run || begin.elapsed() > PATIENCE {
+            if !is_run || begin.elapsed() > PATIENCE || target::is_stopped(process) {
                 break;
             }
             std::thread::sleep(SETTLES);

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use super::vmm::vmm_anywhere;
 use super::*;
-use crate::command::find;
+use crate::command::{find, wait_until};
 use crate::policies::Attach;
 
 /// A VMM that runs, and is asked.
@@ -231,6 +231,36 @@ fn a_vmm_whose_threads_hardly_run_sees_no_more_of_it() {
     assert_eq!(vmm.ask("1 r:0x174"), "rdmsr 0x174 0x0");
     let returns = vmm.ask("returns");
     assert!(returns.parse::<u64>().unwrap() <= 6, "{returns}");
+    vmm.end();
+}
+
+#[test]
+fn a_vmm_that_is_stopped_goes_on_with_the_policy_and_is_not_waited_for() {
+    let Some(program) = vmm("running", Way::Dynamic) else {
+        return;
+    };
+    let folder = with_policy(ANSWERED);
+    let mut vmm = Asked::start(&program, &["1", "1"]);
+    let process = Pid::from_raw(vmm.process().parse().unwrap());
+    let stop = || {
+        kill(process, Signal::SIGSTOP).unwrap();
+        wait_until(|| {
+            let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+            status.contains("\nState:\tT (stopped)")
+        });
+    };
+    stop();
+    refused(&folder, &NONE, &vmm.process(), 3, "it is stopped, as by SIGSTOP");
+    kill(process, Signal::SIGCONT).unwrap();
+    let attach = Attach::start(&folder, &NONE, &vmm.process()).unwrap();
+    stop();
+    folder.run(&["reload", &vmm.process(), "-p", "policy.toml"]).code(0);
+    kill(process, Signal::SIGCONT).unwrap();
+    assert_eq!(vmm.ask("0 r:0x174"), "rdmsr 0x174 0x11");
+    stop();
+    attach.detach().code(0);
+    kill(process, Signal::SIGCONT).unwrap();
+    assert_eq!(vmm.ask("0 r:0x174"), "rdmsr 0x174 0x0");
     vmm.end();
 }
 
