@@ -824,6 +824,33 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_stopped_though_a_thread_that_makes_calls_gets_the_signal() {
+        let (mut child, mut from) = cat();
+        let process = child.id().cast_signed();
+        reads(process);
+        for _ in 0..20 {
+            let done = within(&tracer(), process, |mut own, _| {
+                // SAFETY: a system call that takes numbers.
+                let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, own.thread().as_raw(), libc::SIGSTOP) };
+                assert_eq!(sent, 0);
+                own.call(libc::SYS_getpid, [0; 6])
+            });
+            assert_eq!(done.unwrap(), Ok(process as u64));
+            while !target::is_stopped(process) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            // SAFETY: a system call that takes numbers.
+            assert_eq!(unsafe { libc::kill(process, libc::SIGCONT) }, 0);
+            reads(process);
+        }
+        child.stdin.take().unwrap().write_all(b"still\n").unwrap();
+        let mut line = String::new();
+        from.read_line(&mut line).unwrap();
+        assert_eq!(line, "still\n");
+        assert!(child.wait().unwrap().success());
+    }
+
+    #[test]
     fn whoever_is_killed_leaves_the_process_as_it_was() {
         let (mut seed, mut first) = (1_u32, Duration::ZERO);
         for round in 1..=60 {

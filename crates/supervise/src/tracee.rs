@@ -287,6 +287,12 @@ pub(crate) fn changed(thread: Pid, flags: c_int) -> Change {
     }
 }
 
+/// Has a thread go on until its next system call begins or ends; a signal that it stands still before is delivered, which 0 is not.
+fn go_to_call(thread: Pid, signal: c_int) -> Result<(), Errno> {
+    // SAFETY: the request takes numbers and touches no memory of ours.
+    Errno::result(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, thread.as_raw(), 0, signal) }).map(drop)
+}
+
 /// Has a thread go on that stands still before a signal, which is delivered.
 pub(crate) fn deliver(thread: Pid, signal: c_int) {
     // SAFETY: the request takes numbers and touches no memory of ours. A thread that was killed goes nowhere.
@@ -359,8 +365,10 @@ impl Tracee {
             ptrace::setregs(self.thread, user_regs_struct { rax, rsp, ..registers })?;
             let mut entered = false;
             let mut disturbed = false;
+            let mut signal = 0;
             loop {
-                ptrace::syscall(self.thread, None)?;
+                // SIGSTOP is all threads': it is not lost, and this thread goes on all the same. All else is blocked.
+                go_to_call(self.thread, std::mem::take(&mut signal))?;
                 match wait(self.thread, self.process).ok_or(Errno::ESRCH)? {
                     Stop::Call if entered => break,
                     Stop::Call => {
@@ -375,6 +383,7 @@ impl Tracee {
                             ptrace::setregs(self.thread, begun)?;
                         }
                     }
+                    Stop::Signal(libc::SIGSTOP) => (disturbed, signal) = (true, libc::SIGSTOP),
                     Stop::Signal(_) | Stop::Other => disturbed = true,
                 }
             }
